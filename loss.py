@@ -1,0 +1,186 @@
+"""Which targets count and how much: span weights, denominators, the chunked loss over the head, NEFTune, KL.
+
+The whole of IT, IM, LM and weighted losses is one sum over a step's targets t,
+
+    loss = sum_t coefficient_t * NLL_t,
+
+whose coefficients are known from the step's plan before anything is computed. So micro-batches and ranks just add up,
+and nothing is ever a mean of means. The second difference from the usual way: logits are made a chunk of rows at a
+time, only for targets whose coefficient is not zero, and their gradient in the same breath.
+
+Shapes: E examples of a step, K kinds of span, N targets of a micro-batch, R of them with weight, C width, V vocabulary.
+"""
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Batch
+
+# Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is no template token, so IM counts it.
+PRESETS = {
+    "it": {COMPLETION: 1.0},
+    "im": {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
+    "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
+}
+NORMALIZE = ("token", "example", "span")
+CHUNK_LOGITS = 2**25  # logits held at once: 128 MB in fp32
+
+
+def span_weights(loss: str, template: float | None = None, system: float | None = None,
+                 instruction: float | None = None, completion: float | None = None) -> np.ndarray:
+    """(K,) weight of each kind of target: a preset, it, im or lm, with any of its weights overridden. CONTEXT is
+    always 0. ValueError for a negative weight or if all are 0.
+
+        span_weights("im", instruction=0.3)  ->  template 0, system 1, instruction 0.3, completion 1, context 0
+    """
+    weights = np.zeros(len(KINDS))
+    for kind, given in enumerate((template, system, instruction, completion)):
+        weights[kind] = PRESETS[loss].get(kind, 0.0) if given is None else given
+        if not 0 <= weights[kind] < math.inf:
+            raise ValueError(f"--{KINDS[kind]}-weight {given}: must be a finite number, 0 or more")
+    if not weights.any():
+        raise ValueError("all span weights are 0, so there is nothing to train; raise --completion-weight")
+    return weights
+
+
+def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.ndarray:
+    """counts: (E, K) targets of each kind in each example of the step; weights: (K,). Returns the (E, K) coefficient
+    of one target's NLL in the step's loss.
+
+    token    weight / number of targets in the step with non-zero weight
+    example  mean over examples of each one's weighted mean, sum(weight * NLL) / sum(weight)   (the paper's code)
+    span     weight / number of targets of this kind in the step: kinds count alike, however long they are
+
+    For one example with 6 instruction and 2 completion targets under IM, a target of each counts
+        token 1/8, 1/8     example 1/8, 1/8     span 1/6, 1/2
+    and with a second example of 2 completion targets alone (E = 2)
+        token 1/10, 1/10   example 1/16, 1/16; 1/4 in the second   span 1/6, 1/4
+    """
+    counts = np.asarray(counts, np.float64)
+    if normalize == "token":
+        denominator = np.full_like(counts, counts[:, weights != 0].sum())
+    elif normalize == "example":
+        own = counts @ weights                                                  # (E,)
+        denominator = np.broadcast_to((own * np.count_nonzero(own))[:, None], counts.shape)
+    elif normalize == "span":
+        denominator = np.broadcast_to(counts.sum(0), counts.shape)
+    else:
+        raise ValueError(f"--normalize {normalize}: choose one of {', '.join(NORMALIZE)}")
+    return np.divide(np.broadcast_to(weights, counts.shape), denominator, out=np.zeros_like(counts),
+                     where=denominator > 0)
+
+
+# ---------------------------------------------------------------- negative log-likelihood
+
+
+def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """(R,) NLL of each target in nats, from all logits at once: the definition the chunked path is tested against."""
+    logits = (hidden @ head_weight.T).float()                                   # (R, V)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _chunks(rows: int, vocabulary: int) -> list[slice]:
+    """Equal slices of at most CHUNK_LOGITS logits."""
+    count = -(-rows * vocabulary // CHUNK_LOGITS)
+    size = -(-rows // max(1, count))
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, max(1, size))]
+
+
+@torch.no_grad()
+def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
+    """nll_reference() in chunks, without a gradient: hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
+    dtype = _compute_dtype(hidden)
+    hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
+    out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for chunk in _chunks(*hidden.shape[:1], len(head_weight)):
+        out[chunk] = nll_reference(hidden[chunk], head_weight, targets[chunk])
+    return out
+
+
+class _WeightedNLL(torch.autograd.Function):
+    """sum(coefficients * NLL), with the gradients made while the logits are at hand.
+
+    A chunk's logits are needed once forward and once backward, and are too many to keep; recomputing them costs a
+    fourth matrix product where three do. The gradient of a chunk is coefficient * (softmax - one-hot).
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor
+                ) -> tuple[Tensor, Tensor]:
+        dtype = _compute_dtype(hidden)
+        x, weight = hidden.to(dtype), head_weight.to(dtype)
+        out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
+        grad_hidden = torch.empty_like(x)
+        grad_weight = torch.zeros_like(head_weight)                             # fp32: summed over chunks
+        for chunk in _chunks(len(targets), len(weight)):
+            logits = (x[chunk] @ weight.T).float()                              # (rows, V)
+            target = targets[chunk, None]                                       # (rows, 1)
+            highest = logits.amax(1, keepdim=True)
+            at_target = logits.gather(1, target)
+            total = logits.sub_(highest).exp_().sum(1, keepdim=True)            # in place: the chunk is large
+            out[chunk] = (highest + total.log() - at_target).squeeze(1)
+            scale = coefficients[chunk, None]
+            grad = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
+            torch.mm(grad, weight, out=grad_hidden[chunk])
+            grad_weight += grad.T @ x[chunk]
+        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
+        ctx.mark_non_differentiable(out)
+        return (coefficients * out).sum(), out
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad_loss, grad_weight.mul_(grad_loss), None, None
+
+
+def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,). Returns the loss, a scalar
+    with a graph (0 for no rows), and the (R,) NLL in nats without one. One backward pass only."""
+    return _WeightedNLL.apply(hidden, head_weight, targets, coefficients)
+
+
+def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
+    """values: (R,) fp32 of targets of `kinds` (R,) -> (K,) float64 sums."""
+    return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(0, kinds, values.double())
+
+
+# ---------------------------------------------------------------- regularisers
+
+
+def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_head: Tensor,
+                  coefficients: Tensor) -> Tensor:
+    """sum(coefficients * KL(p || p_reference)), over the whole vocabulary at each row, in nats, with a gradient to
+    hidden and head_weight. hidden, reference_hidden: (R, C); coefficients: (R,). Logits are recomputed backward.
+
+    (The paper's code takes log p - log p_reference at the given token, whose gradient is that of the loss itself.)
+    """
+    def chunk_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, scale: Tensor) -> Tensor:
+        log_p = (hidden @ head_weight.T).float().log_softmax(-1)                # (rows, V)
+        log_q = (reference_hidden @ reference_head.T).float().log_softmax(-1)
+        return (scale * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
+
+    total = hidden.sum() * 0.0
+    for chunk in _chunks(len(hidden), len(head_weight)):
+        total = total + checkpoint(chunk_kl, hidden[chunk], head_weight, reference_hidden[chunk].detach(),
+                                   coefficients[chunk], use_reentrant=False)
+    return total
+
+
+def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) -> Tensor:
+    """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's own length
+    (arXiv 2310.05914, algorithm 1). Drawn from (seed, step, example), so packing, ranks and resume do not change it."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    noise = torch.empty(len(batch.ids), width)
+    for rows, length, example in zip(noise.split(lengths), lengths, batch.examples.tolist()):
+        state = int(np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0])
+        scale = alpha / math.sqrt(length * width)
+        rows.uniform_(-scale, scale, generator=torch.Generator().manual_seed(state))
+    return noise.to(batch.ids.device)

@@ -1,0 +1,155 @@
+"""Weights, denominators and the chunked loss against hand-made numbers and plain PyTorch."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import loss as loss_module
+from data import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, Batch
+from loss import (coefficients, kl_divergence, neftune_noise, nll, nll_reference, span_weights, sums_by_kind,
+                  weighted_nll)
+
+
+@pytest.fixture(autouse=True, params=["one chunk", "many chunks"])
+def chunk_size(request, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2**25 if request.param == "one chunk" else 7 * 31)
+
+
+# One document, tokens:  <u> name a plum </u> <a> red </a>      targets are all but the first
+KINDS_OF_TARGETS = [INSTRUCTION, INSTRUCTION, INSTRUCTION, TEMPLATE, TEMPLATE, COMPLETION, COMPLETION]
+NLL = [4.0, 2.0, 3.0, 9.0, 7.0, 1.0, 0.5]
+# A second one: a system message, no instruction, an answer of one token, an answer with weight 0.
+KINDS_OF_SECOND = [SYSTEM, TEMPLATE, COMPLETION, CONTEXT, CONTEXT]
+NLL_OF_SECOND = [5.0, 8.0, 2.5, 6.0, 6.5]
+
+
+def by_hand(loss: str, normalize: str) -> float:
+    """Written out from the definitions."""
+    return {
+        ("it", "token"): (1.0 + 0.5 + 2.5) / 3,
+        ("im", "token"): (4 + 2 + 3 + 1 + 0.5 + 5 + 2.5) / 7,
+        ("lm", "token"): (4 + 2 + 3 + 9 + 7 + 1 + 0.5 + 5 + 8 + 2.5) / 10,
+        ("it", "example"): ((1 + 0.5) / 2 + 2.5 / 1) / 2,
+        ("im", "example"): ((4 + 2 + 3 + 1 + 0.5) / 5 + (5 + 2.5) / 2) / 2,
+        ("lm", "example"): ((4 + 2 + 3 + 9 + 7 + 1 + 0.5) / 7 + (5 + 8 + 2.5) / 3) / 2,
+        ("it", "span"): (1 + 0.5 + 2.5) / 3,
+        ("im", "span"): (4 + 2 + 3) / 3 + (1 + 0.5 + 2.5) / 3 + 5 / 1,
+        ("lm", "span"): (4 + 2 + 3) / 3 + (1 + 0.5 + 2.5) / 3 + 5 / 1 + (9 + 7 + 8) / 3,
+    }[loss, normalize]
+
+
+@pytest.mark.parametrize("loss", ["it", "im", "lm"])
+@pytest.mark.parametrize("normalize", ["token", "example", "span"])
+def test_hand_computed_example(loss, normalize):
+    counts = np.array([np.bincount(kinds, minlength=5) for kinds in (KINDS_OF_TARGETS, KINDS_OF_SECOND)])
+    table = coefficients(counts, span_weights(loss), normalize)
+    total = sum(table[0, kind] * value for kind, value in zip(KINDS_OF_TARGETS, NLL))
+    total += sum(table[1, kind] * value for kind, value in zip(KINDS_OF_SECOND, NLL_OF_SECOND))
+    assert total == pytest.approx(by_hand(loss, normalize), abs=1e-12)
+
+
+def test_weights_scale_targets_and_the_denominators_are_as_said():
+    counts = np.array([[2, 0, 3, 2, 0], [1, 1, 0, 1, 2]])
+    weights = span_weights("it", instruction=0.25)
+    table = coefficients(counts, weights, "token")     # 3 + 2 + 1 targets with weight
+    assert table[0, INSTRUCTION] == pytest.approx(0.25 / 6) and table[1, COMPLETION] == pytest.approx(1 / 6)
+    table = coefficients(counts, weights, "example")   # each example's coefficients sum to 1 / 2
+    np.testing.assert_allclose((table * counts).sum(1), [0.5, 0.5])
+    assert table[0, COMPLETION] == pytest.approx(4 * table[0, INSTRUCTION])
+    table = coefficients(counts, weights, "span")      # a kind's coefficients sum to its weight
+    np.testing.assert_allclose((table * counts).sum(0), [0, 0, 0.25, 1, 0])
+
+
+def test_presets_and_overrides():
+    assert span_weights("it").tolist() == [0, 0, 0, 1, 0]
+    assert span_weights("im").tolist() == [0, 1, 1, 1, 0]
+    assert span_weights("lm").tolist() == [1, 1, 1, 1, 0]
+    assert span_weights("im", 0.1, 0, None, 2).tolist() == [0.1, 0, 1, 2, 0]
+    with pytest.raises(ValueError, match="--instruction-weight -1"):
+        span_weights("it", instruction=-1)
+    with pytest.raises(ValueError, match="nothing to train"):
+        span_weights("it", completion=0)
+
+
+def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator).requires_grad_()
+    head = torch.randn(vocabulary, width, generator=generator).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    return hidden, head, targets, torch.rand(rows, generator=generator)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 40])
+def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows):
+    hidden, head, targets, scale = random_rows(rows)
+    loss, values = weighted_nll(hidden, head, targets, scale)
+    plain_values = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    plain = (scale * plain_values).sum()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(values, plain_values.detach())
+    torch.testing.assert_close(nll(hidden, head, targets), plain_values.detach())
+    for got, expected in zip(torch.autograd.grad(3 * loss, (hidden, head)), torch.autograd.grad(3 * plain, (hidden, head))):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chunked_loss_in_bf16_stays_near_fp32():
+    hidden, head, targets, scale = random_rows(40)
+    plain = (scale * nll_reference(hidden, head, targets)).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = weighted_nll(hidden, head, targets, scale)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=5e-3)
+    got, expected = (torch.autograd.grad(x, (hidden, head)) for x in (loss, plain))
+    for a, b in zip(got, expected):
+        assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 2e-2
+
+
+def test_no_rows_give_zero_with_a_graph():
+    hidden, head, targets, scale = random_rows(3)
+    loss, values = weighted_nll(hidden[:0], head, targets[:0], scale[:0])
+    assert loss.item() == 0 and loss.requires_grad and len(values) == 0
+    loss.backward()
+    assert not hidden.grad.any() and not head.grad.any()
+
+
+def test_sums_by_kind():
+    got = sums_by_kind(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([COMPLETION, TEMPLATE, COMPLETION]))
+    assert got.tolist() == [2, 0, 0, 5, 0]
+
+
+def test_kl_is_zero_at_the_start_positive_later_and_has_the_full_gradient():
+    hidden, head, _, scale = random_rows()
+    start_hidden, start_head = hidden.detach().clone(), head.detach().clone()
+    same = kl_divergence(hidden, head, start_hidden, start_head, scale)
+    assert same.item() == 0
+    assert max(g.abs().max().item() for g in torch.autograd.grad(same, (hidden, head))) < 1e-5
+    with torch.no_grad():
+        hidden += 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(1))
+    kl = kl_divergence(hidden, head, start_hidden, start_head, scale)
+    p = torch.softmax(hidden @ head.T, -1)                       # the definition, sum over the vocabulary
+    q = torch.softmax(start_hidden @ start_head.T, -1)
+    full = (scale * (p * (p.log() - q.log())).sum(-1)).sum()
+    assert full.item() > 0.1
+    torch.testing.assert_close(kl, full)
+    for a, b in zip(torch.autograd.grad(kl, (hidden, head)), torch.autograd.grad(full, (hidden, head))):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    assert kl_divergence(hidden[:0], head, start_hidden[:0], start_head, scale[:0]).requires_grad
+
+
+def batch_of(lengths: list[int], examples: list[int]) -> Batch:
+    n = sum(lengths)
+    fields = dict.fromkeys(("ids", "targets", "kinds", "positions", "documents", "coefficients", "rows"), torch.zeros(n))
+    return Batch(**fields, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), examples=np.array(examples))
+
+
+def test_neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the_documents_length():
+    width, alpha = 64, 5.0
+    packed = neftune_noise(batch_of([10, 90], [3, 8]), width, alpha, seed=1, step=2)
+    for rows, length, example in ((packed[:10], 10, 3), (packed[10:], 90, 8)):
+        bound = alpha / math.sqrt(length * width)               # the paper's formula
+        assert 0.95 * bound < rows.abs().max() <= bound and abs(rows.mean()) < bound / 10
+        assert torch.equal(rows, neftune_noise(batch_of([length], [example]), width, alpha, 1, 2))
+        for seed, step, other in ((2, 2, example), (1, 3, example), (1, 2, example + 1)):
+            assert not torch.equal(rows, neftune_noise(batch_of([length], [other]), width, alpha, seed, step))

@@ -1,0 +1,240 @@
+"""The decoder against transformers on random weights, attention against its definition, checkpoint folders."""
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import model as model_module
+from model import Llama, ModelConfig, attention, attention_reference, load_model, read_config, resolve_model, save_model
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             max_position_embeddings=256, rms_norm_eps=1e-5)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+# name: (transformers' config class, what differs)
+FAMILIES = {
+    "llama1-mha": ("LlamaConfig", dict(num_key_value_heads=4)),
+    "llama2-gqa-tied": ("LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama-mqa": ("LlamaConfig", dict(num_key_value_heads=1)),
+    "llama-biases": ("LlamaConfig", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
+    "llama-head-dim": ("LlamaConfig", dict(num_key_value_heads=2, head_dim=16)),
+    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
+    "llama3.1": ("LlamaConfig", dict(num_key_value_heads=2, rope_parameters=dict(LLAMA3, rope_theta=5e5))),
+    "llama3.2-tied": ("LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True,
+                                          rope_parameters=dict(LLAMA3, rope_theta=5e5))),
+    "mistral": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None)),
+    "mistral-linear": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None,
+                                             rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e6))),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
+    "qwen2-tied": ("Qwen2Config", dict(num_key_value_heads=2, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16)),
+    "qwen3-tied-bias-llama3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
+                                                   attention_bias=True,
+                                                   rope_parameters=dict(LLAMA3, rope_theta=1e6))),
+}
+
+
+def make_reference(name: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """transformers' model with weights that make every part matter (its own start leaves biases 0 and norms 1)."""
+    config_class, more = FAMILIES[name]
+    config = getattr(transformers, config_class)(**{**SIZES, **more}, attn_implementation="eager")
+    torch.manual_seed(seed)
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for key, parameter in reference.named_parameters():
+            parameter.normal_(1.0 if "norm" in key else 0.0, 0.3)
+    reference.tie_weights()
+    return reference
+
+
+def packed(documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    positions = torch.cat([torch.arange(len(d)) for d in documents])
+    cu_seqlens = torch.tensor([0, *(len(d) for d in documents)]).cumsum(0).int()
+    return torch.cat(documents), positions, cu_seqlens
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_logits_equal_transformers_one_by_one(name, tmp_path):
+    reference = make_reference(name)
+    reference.save_pretrained(tmp_path)
+    mine = load_model(tmp_path)
+    documents = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (50, 3, 1, 17, 20)]
+    hidden = mine(*packed(documents))
+    logits = (hidden @ mine.head_weight.T).split([len(d) for d in documents])
+    with torch.no_grad():
+        for document, own in zip(documents, logits):
+            expected = reference(document[None]).logits[0]
+            assert expected.std() > 0.1
+            torch.testing.assert_close(own.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scaling", [None, dict(type="linear", factor=4.0), LLAMA3])
+def test_old_rope_fields_mean_the_same_as_new_ones(scaling):
+    base = {**SIZES, "model_type": "llama"}
+    old = ModelConfig.from_dict({**base, "rope_theta": 5e5, "rope_scaling": scaling})
+    new = {"rope_type": "default", **(scaling or {})}
+    new["rope_type"] = new.pop("type", new["rope_type"])
+    new = ModelConfig.from_dict({**base, "rope_parameters": {**new, "rope_theta": 5e5}})
+    assert torch.equal(model_module.rope_frequencies(old), model_module.rope_frequencies(new))
+    assert old.rope["rope_theta"] == 5e5
+
+
+@pytest.mark.parametrize("lengths", [[1], [40], [7, 1, 30, 8, 9], [600, 5, 520, 40, 41, 513], [64] * 4])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+def test_attention_equals_its_definition_and_gradients(lengths, heads):
+    generator = torch.Generator().manual_seed(0)
+    n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.randn(n, h, 8, generator=generator, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    grad = torch.randn(n, heads[0], 8, generator=generator)
+    expected, got = attention_reference(q, k, v, cu_seqlens), attention(q, k, v, cu_seqlens)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_definition_is_a_loop_over_documents():
+    """Guards the reference itself: plain softmax, document by document, token by token."""
+    torch.manual_seed(0)
+    lengths = [3, 5]
+    q, k, v = torch.randn(8, 2, 4), torch.randn(8, 1, 4), torch.randn(8, 1, 4)
+    got = attention_reference(q, k, v, torch.tensor([0, 3, 8]))
+    start = 0
+    for length in lengths:
+        for t in range(start, start + length):
+            for head in range(2):
+                weight = torch.softmax(k[start:t + 1, 0] @ q[t, head] / 2.0, 0)
+                torch.testing.assert_close(got[t, head], weight @ v[start:t + 1, 0])
+        start += length
+
+
+def test_empty_row_has_a_graph_to_every_parameter(tmp_path):
+    make_reference("qwen3-tied-bias-llama3").save_pretrained(tmp_path)
+    mine = load_model(tmp_path)
+    empty = torch.zeros(0, dtype=torch.int64)
+    mine(empty, empty, torch.zeros(1, dtype=torch.int32)).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in mine.parameters())
+
+
+def test_recompute_changes_no_gradient(tmp_path):
+    make_reference("qwen2").save_pretrained(tmp_path)
+    grads = []
+    for recompute in (False, True):
+        mine = load_model(tmp_path)
+        mine.recompute = recompute
+        row = packed([torch.arange(9), torch.arange(30)])
+        mine(*row).square().sum().backward()
+        grads.append([p.grad for p in mine.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("change, name", [
+    (dict(model_type="gpt2"), "gpt2"), (dict(hidden_act="gelu"), "hidden_act"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(attention_dropout=0.1), "attention_dropout"),
+    (dict(rope_scaling={"type": "yarn", "factor": 4}), "yarn"), (dict(rope_scaling={"type": "dynamic"}), "dynamic"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
+    (dict(model_type="mistral", sliding_window=64), "sliding_window"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1), "sliding_window"),
+    (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(vocab_size=None, hidden_size=None), "hidden_size"),
+])
+def test_what_is_not_implemented_is_refused_by_name(change, name, tmp_path):
+    raw = {"model_type": "llama", **SIZES, **change}
+    raw = {key: value for key, value in raw.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=name):
+        read_config(tmp_path)
+
+
+def test_inactive_sliding_windows_are_accepted():
+    for more in (dict(model_type="mistral", sliding_window=None), dict(model_type="mistral", sliding_window=4096),
+                 dict(model_type="qwen2", use_sliding_window=False, sliding_window=64)):
+        ModelConfig.from_dict({**SIZES, "num_key_value_heads": 2, **more})
+
+
+# ---------------------------------------------------------------- checkpoint folders
+
+
+@pytest.mark.parametrize("name", ["llama2-gqa-tied", "llama1-mha", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
+def test_round_trip_is_exact_and_loads_in_transformers(name, dtype, shard_bytes, tmp_path):
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    saved.mkdir()
+    make_reference(name).to(dtype).save_pretrained(source, max_shard_size=shard_bytes)
+    mine = load_model(source)
+    assert mine.source_dtype == dtype and all(p.dtype == torch.float32 for p in mine.parameters())
+    save_model(mine, saved, shard_bytes=shard_bytes)
+    files = sorted(saved.glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes == 20_000)
+    assert all(f.stat().st_size <= shard_bytes + 4000 or len(load_file(f)) == 1 for f in files)
+    old = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
+    new = {k: v for f in files for k, v in load_file(f).items()}
+    assert old.keys() == new.keys() and ("lm_head.weight" in new) == (name != "llama2-gqa-tied")
+    assert all(v.dtype == dtype and torch.equal(v, old[k]) for k, v in new.items())
+    again = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    ids = torch.arange(20)
+    logits = mine(ids, ids, torch.tensor([0, 20])) @ mine.head_weight.T
+    torch.testing.assert_close(logits, again(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_do_not_fit_are_all_listed(tmp_path):
+    make_reference("llama1-mha").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(7)
+    del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.9.extra"] = torch.ones(1)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old checkpoints carry it: no fault
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    for part in ("model.norm.weight is [7], should be [32]", "missing lm_head.weight", "surplus model.layers.9.extra",
+                 "missing model.layers.1.mlp.up_proj.weight"):
+        assert part in str(error.value)
+    assert "inv_freq" not in str(error.value)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match="config.json"):
+        load_model(tmp_path)
+    make_reference("qwen2").save_pretrained(tmp_path, max_shard_size=20_000)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ValueError, match="model-00002"):
+        load_model(tmp_path)
+    next(tmp_path.glob("*.index.json")).unlink()
+    with pytest.raises(ValueError, match="neither model.safetensors nor"):
+        load_model(tmp_path)
+
+
+def test_an_unreadable_file_is_named(tmp_path):
+    make_reference("qwen2").save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="model.safetensors: not a readable"):
+        load_model(tmp_path)
+
+
+def test_a_hub_id_is_downloaded_with_its_revision(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda repository, **more: asked.update(repository=repository, **more) or str(tmp_path))
+    assert resolve_model("owner/name@v1.0") == tmp_path
+    assert asked["repository"] == "owner/name" and asked["revision"] == "v1.0"
+    assert resolve_model(tmp_path) == tmp_path
+    with pytest.raises(ValueError, match="no such folder"):
+        resolve_model(tmp_path / "nowhere" / "at" / "all")
+
+
+def test_loading_holds_one_copy(tmp_path):
+    """Parameters are not first made and then filled: building happens without memory."""
+    make_reference("llama1-mha").save_pretrained(tmp_path)
+    made = []
+    original = torch.nn.init.kaiming_uniform_
+    torch.nn.init.kaiming_uniform_ = lambda tensor, *a, **k: made.append(tensor.device.type) or original(tensor, *a, **k)
+    try:
+        load_model(tmp_path)
+    finally:
+        torch.nn.init.kaiming_uniform_ = original
+    assert made and set(made) == {"meta"}
+    assert isinstance(load_model(tmp_path), Llama)

@@ -1,0 +1,386 @@
+"""Whole runs: against a plain loop in transformers, under other packings and ranks, resumed, killed, refused."""
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import data
+import train
+from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_dataset, load_template, plan
+from loss import span_weights
+from tiny import arguments, command, difference, flags, metrics, run_apart, run_here, setup, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return setup(tmp_path_factory.mktemp("train"))
+
+
+def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple[dict, list[dict]]:
+    """What train.py promises, written plainly: transformers' model, one example at a time, every logit, the loss from
+    its definition over lists of numbers, PyTorch's ordinary AdamW. Shares the order of examples and the spans only."""
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120, "truncate",
+                           folder / "cache")
+    weight = {COMPLETION: 1.0} if loss == "it" else {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    usable = [e for e in range(len(dataset)) if any(dataset.counts[e, k] for k in weight)]
+    per_epoch = -(-len(usable) // 6)
+    total, log = 2 * per_epoch, []
+    for step in range(steps):
+        order = np.concatenate(plan(dataset.lengths[usable], 0, step // per_epoch, 6, 10**9, 1)[step % per_epoch][0])
+        nlls = []  # of each example, [(kind, nll)]
+        for e in [usable[i] for i in order]:
+            a, b = dataset.offsets[e:e + 2]
+            ids = torch.tensor(dataset.ids[a:b].astype(np.int64))
+            log_p = model(ids[None]).logits[0].log_softmax(-1)
+            nlls.append([(int(dataset.kinds[a + t + 1]), -log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)])
+        every = [pair for example in nlls for pair in example]
+        if normalize == "token":
+            objective = sum(n for k, n in every if k in weight) / sum(k in weight for k, _ in every)
+        elif normalize == "example":
+            means = [[n for k, n in example if k in weight] for example in nlls]
+            objective = sum(sum(m) / len(m) for m in means) / len(means)
+        else:
+            objective = sum(sum(n for k, n in every if k == kind) / sum(k == kind for k, _ in every)
+                            for kind in weight if any(k == kind for k, _ in every))
+        optimizer.zero_grad()
+        objective.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1.0 if step == 0 else (total - step) / (total - 1))  # warm-up is one step here
+        optimizer.step()
+        log.append({"loss": objective.item(), "grad_norm": norm.item(), "nll": {
+            kind: np.mean([n.item() for k, n in every if k == kind]) for kind in range(5)
+            if any(k == kind for k, _ in every)}})
+    return {n: p.detach() for n, p in model.named_parameters() if n != "lm_head.weight"}, log
+
+
+@pytest.mark.parametrize("loss", ["it", "im"])
+@pytest.mark.parametrize("normalize", ["token", "example", "span"])
+def test_training_equals_a_plain_loop_in_transformers(folder, loss, normalize):
+    out = f"plain-{loss}-{normalize}"
+    assert run_here(arguments(folder, out, loss=loss, normalize=normalize, micro_batch_tokens=300, log_every=1)) == 0
+    rows = metrics(folder / out)
+    expected, log = plain_training(folder, loss, normalize, len(rows))
+    start = weights(folder / "model")
+    got = weights(folder / out / "final")
+    assert difference(got, expected) < 1e-5 < 0.05 < difference(start, expected)
+    for row, plain in zip(rows, log):
+        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+        for kind, value in plain["nll"].items():  # of every span, trained or not
+            if KINDS[kind] != "context":
+                assert row[f"nll_{KINDS[kind]}"] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["token", "example", "span"])
+def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, normalize):
+    results = []
+    for tokens in (120, 200, 4096):
+        out = f"micro-{normalize}-{tokens}"
+        run_here(arguments(folder, out, normalize=normalize, micro_batch_tokens=tokens, neftune_alpha=5, kl_weight=0.1))
+        results.append((weights(folder / out / "final"), metrics(folder / out)))
+    for other, rows in results[:-1]:
+        assert difference(other, results[-1][0]) < 1e-5
+        assert [r["tokens"] for r in rows] == [r["tokens"] for r in results[-1][1]]
+        np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in results[-1][1]], rtol=1e-5)
+        np.testing.assert_allclose([r["kl"] for r in rows], [r["kl"] for r in results[-1][1]], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("more", [
+    dict(normalize="token", neftune_alpha=5), dict(normalize="example", loss="it"), dict(normalize="span"),
+    # batches of 2, so that the last step's single example leaves one of the ranks an empty micro-batch
+    dict(normalize="token", loss="it", batch_size=2, max_steps=21, lr=1e-3),
+], ids=["token", "example", "span", "empty"])
+def test_two_ranks_do_not_change_the_trajectory(folder, more):
+    if more.get("normalize") == "span":  # once with a head of its own
+        folder = setup(folder / "untied", tie=False)
+    one, two = (folder / f"ranks-{'-'.join(map(str, more.values()))}-{n}" for n in (1, 2))
+    run_here(arguments(folder, one, eval_data=folder / "train.jsonl", **more))
+    run_apart(arguments(folder, two, eval_data=folder / "train.jsonl", micro_batch_tokens=200,
+                        **{k: v for k, v in more.items()}), ranks=2)
+    assert difference(weights(two / "final"), weights(one / "final")) < 1e-5
+    for name in ("loss", "grad_norm", "tokens", "trained_tokens"):
+        np.testing.assert_allclose([r[name] for r in metrics(two)], [r[name] for r in metrics(one)], rtol=1e-4)
+    first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")] for f in (one, two))
+    assert ("lm_head.weight" in weights(one / "final")) == (folder.name == "untied")
+    assert first[0]["completion"]["nll_token_mean"] != first[1]["completion"]["nll_token_mean"]
+    for a, b in zip(first, second):
+        for kind in a:
+            assert a[kind] == pytest.approx(b[kind], rel=1e-5)
+
+
+# ---------------------------------------------------------------- stop and resume
+
+
+def stop_after(monkeypatch, steps: int) -> None:
+    """Send this process SIGTERM in step `steps` - 1 when the ranks have agreed to go on, so it ends after `steps`."""
+    original, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+
+
+SCHEDULED = dict(neftune_alpha=5, kl_weight=0.1, weight_decay=0.1, schedule="cosine", warmup_ratio=0.3, log_every=3)
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 5, 7])  # within, at and after the end of the first epoch
+def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(folder, step, monkeypatch, capsys):
+    if not (folder / "whole").exists():
+        run_here(arguments(folder, "whole", **SCHEDULED))
+    out = folder / f"stopped-{step}"
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert run_here(arguments(folder, out, **SCHEDULED)) == 128 + signal.SIGTERM
+    assert "SIGTERM: finishing this step" in capsys.readouterr().out
+    assert len(metrics(out)) == step and not (out / "final").exists()
+    assert run_here(arguments(folder, out, **SCHEDULED)) == 0
+    assert f"resuming after step {step}" in capsys.readouterr().out
+    whole = weights(folder / "whole" / "final")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out / "final").items())
+    rows, expected = metrics(out), metrics(folder / "whole")
+    assert [r["step"] for r in rows] == list(range(1, len(expected) + 1))
+    assert [r["loss"] for r in rows] == [r["loss"] for r in expected]
+
+
+def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
+    """SIGKILL in the middle of a checkpoint, its largest file half there; metrics run ahead of the checkpoint."""
+    argv = arguments(folder, "killed", **SCHEDULED, save_every=2)
+    code = ("import os, signal, sys, checkpoint\n"
+            "def save_file(tensors, path, *a):\n"
+            "    if 'step-00000004' in str(path) and 'optimizer' in str(path):\n"
+            "        open(path, 'wb').write(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    real(tensors, path, *a)\n"
+            "real, checkpoint.save_file = checkpoint.save_file, save_file\n"
+            "import train; sys.exit(train.run(sys.argv[1:]))\n")
+    plain = command(argv)
+    done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent, capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    assert len(metrics(folder / "killed")) == 4
+    with open(folder / "killed" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a line that was being written
+    done = run_apart(argv)
+    assert "step-00000004.part was not written to its end" in done.stdout
+    assert "resuming after step 2" in done.stdout
+    assert [r["step"] for r in metrics(folder / "killed")] == list(range(1, 9))
+    whole = weights(folder / "whole" / "final") if (folder / "whole").exists() else None
+    if whole is None:
+        run_here(arguments(folder, "whole", **SCHEDULED))
+        whole = weights(folder / "whole" / "final")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder / "killed" / "final").items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_two_ranks_finishes_the_step_saves_and_resumes(folder, number):
+    out = folder / f"signal-{number}"
+    argv = arguments(folder, out, epochs=400)
+    process = subprocess.Popen(command(argv, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    assert "the same command goes on from here" in stdout
+    (saved,) = (out / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert len(metrics(out)) == step > 0
+    process = subprocess.Popen(command(argv, ranks=1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len((out / "metrics.jsonl").read_text().splitlines()) <= step and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    stdout, _ = process.communicate()
+    assert f"resuming after step {step}" in stdout
+
+
+def test_only_the_newest_checkpoints_are_kept(folder, monkeypatch):
+    stop_after(monkeypatch, 7)
+    run_here(arguments(folder, "kept", save_every=1, keep_checkpoints=3))
+    assert sorted(p.name for p in (folder / "kept" / "checkpoints").iterdir()) == [
+        f"step-{n:08d}" for n in (5, 6, 7)]
+
+
+def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
+    run_here(arguments(folder, "straight"))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        run_here(arguments(folder, "branch", save_every=3, keep_checkpoints=9))
+    checkpoint = folder / "branch" / "checkpoints" / "step-00000003"
+    run_here(arguments(folder, "branched", resume=checkpoint))
+    a, b = weights(folder / "straight" / "final"), weights(folder / "branched" / "final")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
+    def refused(says: str, out: str, **more: object) -> None:
+        before = sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
+        with pytest.raises(ValueError, match=says):
+            run_here(arguments(folder, out, **more))
+        assert before == sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
+
+    run_here(arguments(folder, "done"))
+    refused("finished run", "done")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "half"))
+    refused("lr was 0.01, is 0.02", "half", lr=0.02)
+    refused("loss was im, is it", "half", loss="it")
+    refused("--resume is never", "half", resume="never")
+    setup(folder / "other", count=21, seed=1)
+    refused("train_data was", "half", train_data=folder / "other" / "train.jsonl")
+    refused("model was", "half", model=folder / "other" / "model")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.txt").write_text("years of work")
+    refused("holds no run", "foreign")
+    run_here(arguments(folder, "foreign", overwrite=True))
+    assert (folder / "foreign" / "thesis.txt").read_text() == "years of work"
+    refused("holds the --model itself", "done", model=folder / "done" / "final", overwrite=True)
+    run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))  # these change no weight: it goes on
+    assert (folder / "half" / "final").is_dir()
+
+
+# ---------------------------------------------------------------- objectives and options
+
+
+def test_neftune_changes_training_forward_only(folder):
+    for alpha in (0, 20):
+        run_here(arguments(folder, f"noise-{alpha}", neftune_alpha=alpha, eval_data=folder / "train.jsonl"))
+    quiet, noisy = ([json.loads(line)["data"] for line in open(folder / f"noise-{a}" / "eval.jsonl")] for a in (0, 20))
+    assert quiet[0] == noisy[0] and quiet[1] != noisy[1]
+    assert metrics(folder / "noise-0")[0]["loss"] != metrics(folder / "noise-20")[0]["loss"]
+
+
+def test_kl_is_zero_at_the_first_step_and_holds_the_model_back(folder):
+    for weight in (1e-9, 10):
+        run_here(arguments(folder, f"kl-{weight}", kl_weight=weight, normalize="token"))
+    free, held = (metrics(folder / f"kl-{w}") for w in (1e-9, 10))
+    assert free[0]["kl"] == held[0]["kl"] == pytest.approx(0, abs=1e-7)
+    assert 0 < held[-1]["kl"] < free[-1]["kl"] / 2
+
+
+def test_compile_and_recompute_change_nothing(folder):
+    run_here(arguments(folder, "eager"))
+    run_here(arguments(folder, "recompute", recompute=True))
+    assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
+
+
+def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
+    """Pitfall: bf16 parameters drop updates smaller than their spacing."""
+    run_here(arguments(folder, "fp32-small", lr=1e-5))
+    run_here(arguments(folder, "bf16-small", lr=1e-5, dtype="bf16"))
+    start, fp32, bf16 = (weights(folder / name) for name in ("model", "fp32-small/final", "bf16-small/final"))
+    for name in start:
+        if start[name].dim() == 2:
+            full, got = fp32[name] - start[name], bf16[name] - start[name]
+            assert full.norm() > 0 and torch.cosine_similarity(full.flatten(), got.flatten(), 0) > 0.9
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, monkeypatch):
+    import loss
+    original, calls = loss._WeightedNLL.forward, []
+
+    def broken(ctx, hidden, head, targets, scale):
+        value, nll = original(ctx, hidden, head, targets, scale)
+        calls.append(1)
+        if len(calls) == 3:
+            nll[-1] = float("nan")
+            value = value * float("nan")
+        return value, nll
+    monkeypatch.setattr(loss._WeightedNLL, "forward", broken)
+    stepped = []
+    original_step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: stepped.append(1) or original_step(self, *a))
+    with pytest.raises(ValueError, match=r"step 3: loss nan.*train\.jsonl:\d+"):
+        run_here(arguments(folder, "nan"))
+    assert len(stepped) == 2 and len(metrics(folder / "nan")) == 2
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("total", [1, 2, 7, 100])
+def test_schedules_start_and_end_above_zero_and_peak_at_lr(schedule, total):
+    config = train.Config(lr=2.0, schedule=schedule, warmup_ratio=0.1)
+    rates = [train.learning_rate(config, step, total) for step in range(total)]
+    assert min(rates) > 0 and max(rates) == pytest.approx(2.0)
+    warmup = -(-total // 10)
+    assert rates[:warmup] == pytest.approx([2.0 * (s + 1) / warmup for s in range(warmup)])
+    if schedule == "linear" and total == 100:
+        assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[99] == pytest.approx(2 / 90)
+    if schedule == "cosine" and total == 100:
+        assert rates[55] == pytest.approx(1.0)
+
+
+def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
+    config = train.parse_args(arguments(folder, "x", lr="1", clip_grad_norm="0", neftune_alpha="1e-4"))
+    assert config.lr == 1.0 and config.neftune_alpha == 1e-4 and config.loss == "im" and config.epochs == 2
+    (tmp_path / "c.json").write_text(json.dumps({**vars(config), "loss": "it", "seed": 7}))
+    again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9", "--no-overwrite"])
+    assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
+    embedded = train.parse_args([])
+    assert Path(embedded.model).is_dir() and embedded.loss == "im"
+    for argv, says in ((["--lr", "0"], "--lr 0.0: must be"), (["--batch-size", "0"], "--batch-size 0"),
+                       (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
+                       (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
+                       (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
+                       (["--config", "nowhere"], "--config nowhere"), (["--max-length", "1"], "--max-length 1")):
+        with pytest.raises(ValueError, match=says):
+            train.parse_args(argv)
+
+
+@pytest.mark.parametrize("more, says", [
+    (dict(max_length=120, micro_batch_tokens=50), "--micro-batch-tokens 50"),
+    (dict(model="nowhere"), "--model nowhere"), (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
+    (dict(template="auto"), "no chat template"), (dict(template="chatml"), "could not learn to stop"),
+    (dict(loss="it", completion_weight=0, template_weight=0, instruction_weight=0), "nothing to train"),
+])
+def test_wrong_input_is_one_line_and_leaves_no_folder(folder, more, says):
+    done = run_apart(arguments(folder, "wrong", **more), check=False)
+    assert done.returncode == 1 and says in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    assert not (folder / "wrong").exists()
+
+
+def test_an_error_on_one_rank_ends_all_with_one_message(folder):
+    code = ("import os, sys, train\n"
+            "if os.environ['RANK'] == '1':\n"
+            "    train.neftune_noise = lambda *a: (_ for _ in ()).throw(ValueError('rank one is unwell'))\n"
+            "sys.exit(train.run(sys.argv[1:]))\n")
+    script = folder / "unwell.py"
+    script.write_text(code)
+    argv = command(arguments(folder, "unwell", neftune_alpha=5, epochs=50), ranks=2)
+    argv[argv.index(str(Path(train.__file__)))] = str(script)
+    env = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(argv, capture_output=True, text=True, env=env, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank one is unwell") == 1
+    assert "Connection closed" not in done.stderr
+
+
+def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder):
+    from eval.generate import generate
+    from model import load_model
+    run_here(arguments(folder, "exported", save_dtype="bf16"))
+    final = folder / "exported" / "final"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+    mine = load_model(final)
+    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                             tokenize=True, return_dict=False) for text in ("red", "be brief and", "a")]
+    stop = theirs.generation_config.eos_token_id
+    assert stop == tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    for prompt, got in zip(prompts, generate(mine, prompts, {stop}, 20)):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):].tolist()
+        assert got == (expected[:expected.index(stop)] if stop in expected else expected)
+    assert run_here(arguments(folder, "again", model=final, template="auto", max_steps=1)) == 0
+    assert json.loads((folder / "again" / "final" / "config.json").read_text())["dtype"] == "float32"

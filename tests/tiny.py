@@ -1,0 +1,115 @@
+"""A tiny checkpoint folder, tiny records and ways to run train.py on them."""
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import tokenizers_for_tests
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = "red blue a plum fig pear town sea sunny hello world station name colour be brief the is and by".split()
+
+
+def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: int = 0) -> Path:
+    """A random Llama whose embedding has a few rows more than the tokenizer has ids, as real ones have."""
+    tokenizers_for_tests.write(tokenizer, folder)
+    built = tokenizers_for_tests.build(tokenizer)
+    vocabulary = built.get_vocab_size() + 5
+    bos, eos, *_ = tokenizers_for_tests.CAST[tokenizer]
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie, initializer_range=0.3,
+        bos_token_id=built.token_to_id(bos) if bos else None, eos_token_id=built.token_to_id(eos))
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_records(file: Path, count: int, seed: int = 0, longest: int = 25) -> Path:
+    """Records of very unlike lengths, some with a system message, some with two turns, some with a given answer."""
+    rng = random.Random(seed)
+
+    def text() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, longest)))
+
+    with open(file, "w") as out:
+        for i in range(count):
+            turns = [{"role": role, "content": text()} for _ in range(1 + i % 2) for role in ("user", "assistant")]
+            system = [{"role": "system", "content": text()}] if i % 3 == 0 else []
+            if i % 4 == 1:
+                turns[1]["weight"] = 0
+            out.write(json.dumps({"messages": system + turns}) + "\n")
+    return file
+
+
+def flags(**values: object) -> list[str]:
+    """lr=1 -> ["--lr", "1"]; True is a bare flag, a list several words."""
+    words = []
+    for name, value in values.items():
+        words.append("--" + name.replace("_", "-"))
+        words += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def arguments(folder: Path, out: str, **more: object) -> list[str]:
+    """The flags of a small run in fp32 whose learning rate is large enough for every step to show."""
+    base = dict(model=folder / "model", train_data=folder / "train.jsonl", template="llama3", output_dir=folder / out,
+                cache_dir=folder / "cache", max_length=120, epochs=2, batch_size=6, micro_batch_tokens=4096, lr=1e-2,
+                dtype="fp32", device="cpu", save_dtype="fp32")
+    return flags(**{**base, **more})
+
+
+def setup(folder: Path, count: int = 20, **more: object) -> Path:
+    make_model(folder / "model", **more)
+    make_records(folder / "train.jsonl", count)
+    return folder
+
+
+def run_here(argv: list[str]) -> int:
+    """train.py in this process, whose own signal handlers come back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return train.main(argv)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def command(argv: list[str], ranks: int = 1, python: list[str] = ()) -> list[str]:
+    if ranks == 1:
+        return [sys.executable, *python, str(ROOT / "train.py"), *argv]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
+            "127.0.0.1", "--master-port", str(port), str(ROOT / "train.py"), *argv]
+
+
+def run_apart(argv: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command(argv, ranks), capture_output=True, text=True, env=env, timeout=180)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative distance of two sets of weights: ||a - b|| / ||b|| over their tensors."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
