@@ -71,13 +71,13 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
             for line, record in enumerate(records, 1):
                 yield to_messages(record), line
         else:
-            opener = gzip.open if path.suffix == ".gz" else open
-            with opener(path, "rt", encoding="utf-8-sig") as file:
-                for line, text in enumerate(file, 1):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for line, raw in enumerate(file, 1):
+                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                     if text.strip():
                         yield to_messages(json.loads(text)), line
     except (ValueError, OSError, EOFError) as error:  # JSON and Unicode errors are ValueErrors
-        raise ValueError(f"{path}:{line if path.suffix == '.json' else max(line, 1)}: {error}") from None
+        raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
 
 
 def to_messages(record: dict) -> list[dict]:
@@ -405,7 +405,7 @@ class Tokenizer:
         self.chat_template = _read_chat_template(self.folder, config)
 
         spec = json.loads(file.read_text(encoding="utf-8"))
-        whole = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        whole = tokenizers.Tokenizer.from_file(str(file))
         added = {token["content"]: token for token in spec.get("added_tokens", [])}
         for token in self.named_tokens.values():  # transformers makes the named tokens special ones, so do we
             if token in added:
@@ -419,12 +419,14 @@ class Tokenizer:
         self.special = {text: token["id"] for text, token in added.items() if token["special"]}
         self.strips_left = {text for text, token in added.items() if token["special"] and token["lstrip"]}
         self.strips_right = {text for text, token in added.items() if token["special"] and token["rstrip"]}
-        self.reference = tokenizers.Tokenizer.from_str(json.dumps(spec))  # parses special tokens, as transformers does
+        text = json.dumps(spec)
+        self.reference = tokenizers.Tokenizer.from_str(text)  # parses special tokens, as transformers does
+        self.first = self.rest = tokenizers.Tokenizer.from_str(text)
         # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run that
         # comes after a special token is encoded by a twin that adds none.
-        self.first = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.rest = tokenizers.Tokenizer.from_str(json.dumps(spec).replace('"prepend_scheme": "first"',
-                                                                           '"prepend_scheme": "never"'))
+        if '"prepend_scheme": "first"' in text:
+            self.rest = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
+                                                                   '"prepend_scheme": "never"'))
         self.first.encode_special_tokens = self.rest.encode_special_tokens = True  # `</s>` in content stays text
         self.vocab_size = max(whole.get_vocab(with_added_tokens=True).values()) + 1
         bos_id = whole.token_to_id(self.bos_token) if self.bos_token else None

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Batch
+from model import compute_dtype
 
 # Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is no template token, so IM counts it.
 PRESETS = {
@@ -82,11 +83,6 @@ def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
 def _chunks(rows: int, vocabulary: int) -> list[slice]:
     """Equal slices of at most CHUNK_LOGITS logits."""
     count = -(-rows * vocabulary // CHUNK_LOGITS)
@@ -97,7 +93,7 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 @torch.no_grad()
 def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     """nll_reference() in chunks, without a gradient: hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for chunk in _chunks(*hidden.shape[:1], len(head_weight)):
@@ -115,7 +111,7 @@ class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor
                 ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(hidden)
+        dtype = compute_dtype(hidden)
         x, weight = hidden.to(dtype), head_weight.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         grad_hidden = torch.empty_like(x)

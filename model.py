@@ -184,8 +184,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
             out = F.scaled_dot_product_attention(*documents, is_causal=True, enable_gqa=True)
             outs.append(out.squeeze(0).transpose(0, 1))
             i += 1
-    # No document, no output, but k and v must stay in the graph: DDP waits for every parameter's gradient.
-    return torch.cat(outs) if outs else q * (k.sum() + v.sum())
+    if not outs:  # no output, but k and v must stay in the graph: DDP waits for every parameter's gradient
+        return q * (k.sum() + v.sum())
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _like_lengths(lengths: list[int]) -> list[list[int]]:
@@ -267,8 +268,36 @@ def _unstack(x: Tensor, rows: Tensor, real: Tensor, into: Tensor) -> None:
 # ---------------------------------------------------------------- modules
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What matrix products of x are computed in: autocast's choice, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# The three elementwise steps of a layer are autograd functions of their own. Left to autograd each would keep every
+# intermediate for the backward pass, in fp32: over half of the memory of a step. They keep their inputs instead.
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)      # (..., 1), no x * x made
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight).to(compute_dtype(x))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x * scale
+        grad_weight = (grad * normed).flatten(0, -2).sum(0)
+        grad = grad * weight
+        along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)           # what rms(x) takes away
+        return grad.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension, in fp32 (Zhang and Sennrich 2019)."""
+    """x / rms(x) * weight, over the last dimension, computed in fp32 (Zhang and Sennrich 2019)."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -276,13 +305,40 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        out = torch.empty_like(x)
+        (a, b), (into_a, into_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        into_a.copy_((a * cos).addcmul_(b, sin, value=-1))      # cos and sin are fp32, so the arithmetic is
+        into_b.copy_((b * cos).addcmul_(a, sin))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (N, heads, D) by its positions' angles, cos and sin (N, 1, D / 2). Dimension i pairs with i + D / 2."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    return _Rotate.apply(x, cos, sin)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
 
 
 class Attention(nn.Module):
@@ -314,7 +370,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class Layer(nn.Module):
@@ -512,6 +568,7 @@ def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = Non
     for file, shard in zip(names, shards):
         save_file({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}, folder / file,
                   {"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         (folder / "model.safetensors.index.json").write_text(

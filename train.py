@@ -10,6 +10,7 @@ the number of ranks changes what a step optimises. And every run reports the los
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import json
 import math
@@ -23,6 +24,7 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +105,8 @@ class Config:
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 # What the embedded default needs other than the paper's values: a small model learns with a high rate.
 EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "train.jsonl")],
-                eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=4, batch_size=16, lr=2e-3,
-                beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000, overwrite=True)
+                eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=1e-3,
+                beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
 # These change where a run's results go, how fast it is or what it shows, but not the weights that come out.
 FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every", "log_every",
         "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "recompute", "compile", "cache_dir"}
@@ -140,14 +142,13 @@ def parse_args(argv: list[str]) -> Config:
         if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
             raise ValueError(f"--config {file}: unknown names {', '.join(sorted(unknown))}")
     given = {**saved, **given}
-    if not given.get("model"):
+    name = Path(given.get("model", "")).name
+    if not name:
         if "train_data" in given:
             raise ValueError("--train-data is given but no --model: name the checkpoint folder to train")
-        given = {**EMBEDDED, **given}
+        name, given = "quickstart", {**EMBEDDED, "overwrite": "output_dir" not in given, **given}
     config = Config(**given)
-    if not config.output_dir:
-        config.output_dir = str(Path("runs") / f"{Path(config.model).resolve().name}-{config.loss}"
-                                if config.model != EMBEDDED["model"] else Path("runs") / f"quickstart-{config.loss}")
+    config.output_dir = config.output_dir or str(Path("runs") / f"{name}-{config.loss}")
     validate(config)
     return config
 
@@ -208,6 +209,15 @@ class Signals:
         if not self.number and "WORLD_SIZE" not in os.environ:  # torchrun's TERM may follow another rank's error
             say(f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint")
         self.number = self.number or number
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and every page
+    taken anew costs a fault. Measured: 495 -> 672 tokens/s (SmolLM2-135M, 4,096 tokens, bf16, 2 cores)."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (none), M_TOP_PAD
+            mallopt(parameter, value)
 
 
 def rank() -> int:
@@ -296,6 +306,31 @@ def check_identity(old: dict, new: dict, where: str, fix: str) -> None:
         raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")
 
 
+def saved_date(config: Config) -> str:
+    """The date that a run in the same folder was started with, so that one resumed tomorrow trains on the same text."""
+    file = Path(config.output_dir) / "run_config.json"
+    if config.resume == "never" or config.overwrite or not file.is_file():
+        return ""
+    return json.loads(file.read_text()).get("date", "")
+
+
+def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
+    """Which records have a target whose NLL is not finite; seen: this rank's micro-batches with their rows' NLL."""
+    places: list[str] = []
+    for batch, values in seen:
+        bad = batch.documents[batch.rows][~values.isfinite()].unique().tolist()
+        places += [dataset.where(batch.examples[document]) for document in bad]
+    gathered = [places]
+    if dist.is_initialized():
+        gathered = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, places)
+    places = sorted(sum(gathered, []))
+    if not places:
+        return "Every record's loss is finite, so the gradient overflowed: lower --lr, or try --dtype fp32."
+    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+    return f"Its loss is not finite for {', '.join(places[:8])}{more}."
+
+
 def describe(config: Config) -> str:
     text = " ".join(f"{f.name}={getattr(config, f.name)}".replace(" ", "\0") for f in dataclasses.fields(config)
                     if getattr(config, f.name) not in ("", None, []))
@@ -305,8 +340,9 @@ def describe(config: Config) -> str:
 
 
 def print_change(before: dict, after: dict) -> None:
-    """The table at the end: held-out NLL of each kind of span before and after (nats a token)."""
-    say(f"\nheld out {'':<16}{'tokens':>9}{'NLL before':>12}{'after':>9}{'change':>9}")
+    """The table at the end: held-out NLL of each kind of span before and after."""
+    say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
+    say(f"{'data':<13}{'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
     for name, kinds in after["data"].items():
         for kind, now in kinds.items():
             then = before["data"].get(name, {}).get(kind, now)["nll_token_mean"]
@@ -334,6 +370,7 @@ def main(argv: list[str]) -> int:
     """Train; returns the exit status: 0, or 128 + signal number if one asked for a stop."""
     config = parse_args(argv)
     started = time.monotonic()
+    keep_freed_memory()
 
     # -- ranks and device
     world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
@@ -390,6 +427,11 @@ def main(argv: list[str]) -> int:
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
         f"{len(train_set) - len(usable):,} left out with nothing to train on under --loss {config.loss}")
 
+    # -- model
+    raw_model = load_model(folder, device)
+    raw_model.recompute = config.recompute
+    reference = load_model(folder, device).requires_grad_(False) if config.kl_weight else None
+
     # -- the folder, and where to go on; only now that all that can be wrong with the input was found
     identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key, template=template.source)
@@ -400,11 +442,8 @@ def main(argv: list[str]) -> int:
         dist.broadcast_object_list(claimed)
     resume, out = claimed[0], Path(config.output_dir)
 
-    # -- model and optimizer
-    raw_model = load_model(folder, device)
-    raw_model.recompute = config.recompute
+    # -- optimizer
     optimizer = make_optimizer(raw_model, config)
-    reference = load_model(folder, device).requires_grad_(False) if config.kl_weight else None
     first_step = 0
     if resume:
         checkpoint.load_checkpoint(resume, raw_model, optimizer)
@@ -424,7 +463,9 @@ def main(argv: list[str]) -> int:
         with autocast:
             for name, dataset in zip(names, eval_sets):
                 capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
-                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size)
+                rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
+                               disable=not (is_main() and sys.stderr.isatty()))
+                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size, rows)
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
                 answers = answer_records(raw_model, tokenizer, template, config.eval_data, config.eval_generate)
@@ -444,9 +485,10 @@ def main(argv: list[str]) -> int:
     # -- the loop
     stop = Signals()
     epoch_plan: list = []
-    bar = tqdm(total=total_steps, initial=first_step, disable=not is_main(), unit="step", dynamic_ncols=True)
-    say(f"first step after {time.monotonic() - started:.1f} s")
-    last_saved, step = first_step, first_step
+    say(f"ready to train after {time.monotonic() - started:.1f} s")
+    terminal = is_main() and sys.stderr.isatty()    # a bar there, lines in a log file
+    bar = tqdm(total=total_steps, initial=first_step, disable=not terminal, unit="step", dynamic_ncols=True)
+    step = first_step
     while step < total_steps:
         began = time.monotonic()
         epoch, index = divmod(step, per_epoch)
@@ -525,9 +567,12 @@ def main(argv: list[str]) -> int:
         if is_main():
             append_line(out / "metrics.jsonl", record)
         bar.update()
-        bar.set_postfix_str(" ".join(f"{name}={record[key]:.3f}" for name, key in
-                                     (("loss", "loss"), ("compl", "nll_completion"), ("instr", "nll_instruction"))
-                                     if record[key] is not None) + f" {record['tokens_per_second']:,.0f} tok/s")
+        shown = [f"{name} {record[key]:.3f}" for name, key in (
+            ("loss", "loss"), ("completion", "nll_completion"), ("instruction", "nll_instruction"))
+            if record[key] is not None]
+        bar.set_postfix_str(" ".join(shown) + f" {record['tokens_per_second']:,.0f} tok/s")
+        if look and not terminal:
+            say(f"step {step}/{total_steps}: {', '.join(shown)}, {record['tokens_per_second']:,.0f} tokens/s")
         if config.eval_every and step % config.eval_every == 0 and step < total_steps and eval_sets:
             evaluate(step, answers_too=False)
         interrupted = signals > 0 and step < total_steps
@@ -535,12 +580,11 @@ def main(argv: list[str]) -> int:
             if is_main():
                 checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
                                            config.keep_checkpoints)
-            last_saved = step
         if interrupted:
             bar.close()
-            say(f"stopped after step {last_saved} of {total_steps}; the same command goes on from here")
+            say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
             wait()
-            return 128 + max(stop.number, signal.SIGTERM * (not stop.number))
+            return 128 + (stop.number or signal.SIGTERM)
     bar.close()
 
     # -- the end
@@ -552,50 +596,26 @@ def main(argv: list[str]) -> int:
             show_answers(answers)
     if is_main():
         checkpoint.export(out, raw_model, tokenizer, template, config.save_dtype)
-        shutil.rmtree(out / "checkpoints", ignore_errors=True)
         say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
             f"{time.monotonic() - started:.0f} s in all")
     wait()
+    if world_size > 1:
+        dist.destroy_process_group()
     return 0
-
-
-def saved_date(config: Config) -> str:
-    """The date that a run in the same folder was started with, so that one resumed tomorrow trains on the same text."""
-    file = Path(config.output_dir) / "run_config.json"
-    if config.resume == "never" or config.overwrite or not file.is_file():
-        return ""
-    return json.loads(file.read_text()).get("date", "")
-
-
-def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
-    """Which records have a target whose NLL is not finite; seen: this rank's micro-batches with their rows' NLL."""
-    places: list[str] = []
-    for batch, values in seen:
-        bad = batch.documents[batch.rows][~values.isfinite()].unique().tolist()
-        places += [dataset.where(batch.examples[document]) for document in bad]
-    gathered = [places]
-    if dist.is_initialized():
-        gathered = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, places)
-    places = sorted(sum(gathered, []))
-    if not places:
-        return "Every record's loss is finite, so the gradient overflowed: lower --lr, or try --dtype fp32."
-    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-    return f"Its loss is not finite for {', '.join(places[:8])}{more}."
 
 
 def run(argv: list[str]) -> int:
     """main() with one readable line for what a user can mend, printed by one rank; the others just end."""
     try:
         return main(argv)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         first = is_main()
         if dist.is_initialized():  # whoever comes first has the cause; the others only lost their connection to it
             first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
-        if first and not isinstance(error, ValueError):
-            traceback.print_exc()
-        elif first:
+        if first and isinstance(error, (ValueError, OSError)):
             print(f"error: {error}", file=sys.stderr)
+        elif first:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         if dist.is_initialized():

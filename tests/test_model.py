@@ -238,3 +238,37 @@ def test_loading_holds_one_copy(tmp_path):
         torch.nn.init.kaiming_uniform_ = original
     assert made and set(made) == {"meta"}
     assert isinstance(load_model(tmp_path), Llama)
+
+
+@pytest.mark.parametrize("shape", [(7, 12), (5, 3, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_elementwise_steps_equal_their_definitions_and_gradients(shape, dtype):
+    """Each against the formula left to autograd in fp32."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(dtype).requires_grad_()
+
+    x, y, grad = random(*shape), random(*shape), torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(shape[-1], generator=generator).requires_grad_()
+    angles = torch.randn(shape[0], *[1] * (len(shape) - 2), shape[-1] // 2, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(x, weight):
+        return x.float() / (x.float().square().mean(-1, keepdim=True) + 1e-2).sqrt() * weight
+
+    def turn(x):  # as a product of complex numbers
+        half = x.shape[-1] // 2
+        turned = torch.complex(x.float()[..., :half], x.float()[..., half:]) * torch.complex(cos, sin)
+        return torch.cat([turned.real, turned.imag], -1)
+
+    for inputs, got, expected in (
+            ((x, weight), model_module._RMSNorm.apply(x, weight, 1e-2), norm(x, weight)),
+            ((x,), model_module.rotate(x, cos, sin), turn(x)),
+            ((x, y), model_module._SwiGLU.apply(x, y), x.float() * torch.sigmoid(x.float()) * y.float())):
+        near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=6e-2, rtol=2e-2)
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), expected.float(), **near)
+        for a, b in zip(torch.autograd.grad(got, inputs, grad.to(got.dtype)),
+                        torch.autograd.grad(expected, inputs, grad.to(expected.dtype))):
+            torch.testing.assert_close(a.float(), b.float(), **near)

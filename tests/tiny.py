@@ -3,7 +3,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -87,11 +86,8 @@ def run_here(argv: list[str]) -> int:
 def command(argv: list[str], ranks: int = 1, python: list[str] = ()) -> list[str]:
     if ranks == 1:
         return [sys.executable, *python, str(ROOT / "train.py"), *argv]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr",
-            "127.0.0.1", "--master-port", str(port), str(ROOT / "train.py"), *argv]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            str(ROOT / "train.py"), *argv]
 
 
 def run_apart(argv: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
