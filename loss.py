@@ -27,7 +27,7 @@ PRESETS = {
     "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
 }
 NORMALIZE = ("token", "example", "span")
-CHUNK_LOGITS = 2**25  # logits held at once: 128 MB in fp32
+CHUNK_LOGITS = 2**24  # logits held at once: 64 MB in fp32
 
 
 def span_weights(loss: str, template: float | None = None, system: float | None = None,

@@ -205,46 +205,49 @@ class _ShortAttention(torch.autograd.Function):
     """Attention over short documents, padded to groups of like length and multiplied out as matrices.
 
     Padding goes behind a document's end, where no causal query of the document looks, so it needs no mask; what the
-    padding itself sees is thrown away, and its gradient is zero. The weights are kept for the backward pass.
-    Shapes: B documents of a group, L its longest, R = H / G query heads a key/value head.
+    padding itself sees is thrown away, and its gradient is zero. The weights, the square of a document's length, are
+    made again in the backward pass. Shapes: B documents of a group, L its longest, R = H / G query heads a key head.
     """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
         out = torch.empty_like(q)
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        groups, weights = [], []
+        ctx.groups = []
         for group in _like_lengths(lengths):
             sizes = torch.tensor([lengths[i] for i in group])[:, None]          # (B, 1)
             places = torch.arange(int(sizes.max()))                             # (L,)
             real = places < sizes                                               # (B, L)
-            rows = torch.where(real, starts[group][:, None] + places, 0)        # (B, L) where each token is in q, k, v
+            rows = torch.where(real, starts[group][:, None] + places, 0)        # (B, L), where in q, k, v
             queries, keys, values = _stack(q, rows, k.shape[1]), _stack(k, rows), _stack(v, rows)
-            length = len(places)
-            scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, length, length)
-            future = torch.full((length, length), -math.inf, dtype=q.dtype).triu(1)
-            weight = torch.softmax(scores.mul_(q.shape[-1] ** -0.5).add_(future), -1).view(len(keys), -1, length)
-            _unstack(torch.bmm(weight, values), rows, real, out)
-            groups.append((rows, real))
-            weights.append(weight)
-        ctx.save_for_backward(q, k, v, *weights)
-        ctx.groups = groups
+            _unstack(torch.bmm(_causal_weights(queries, keys), values), rows, real, out)
+            ctx.groups.append((rows, real))
+        ctx.save_for_backward(q, k, v)
         return out
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, *weights = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         grads = [torch.empty_like(x) for x in (q, k, v)]
-        for (rows, real), weight in zip(ctx.groups, weights):
+        for rows, real in ctx.groups:
             queries, keys, values = _stack(q, rows, k.shape[1]), _stack(k, rows), _stack(v, rows)
+            weights = _causal_weights(queries, keys)                            # (B * G, R * L, L)
             grad = _stack(grad_out, rows, k.shape[1], real)                     # padding: 0
-            grad_weight = torch.bmm(grad, values.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weight, weight, -1, weight.dtype)
+            grad_weights = torch.bmm(grad, values.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_scores.mul_(q.shape[-1] ** -0.5)
             for x, into in zip((torch.bmm(grad_scores, keys), torch.bmm(grad_scores.transpose(1, 2), queries),
-                                torch.bmm(weight.transpose(1, 2), grad)), grads):
+                                torch.bmm(weights.transpose(1, 2), grad)), grads):
                 _unstack(x, rows, real, into)
         return *grads, None
+
+
+def _causal_weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """queries: (B * G, R * L, D); keys: (B * G, L, D). Returns the softmax of their scores, (B * G, R * L, L)."""
+    length = keys.shape[1]
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, length, length)
+    future = torch.full((length, length), -math.inf, dtype=scores.dtype).triu(1)
+    return torch.softmax(scores.mul_(keys.shape[-1] ** -0.5).add_(future), -1).view(len(keys), -1, length)
 
 
 def _stack(x: Tensor, rows: Tensor, key_heads: int | None = None, real: Tensor | None = None) -> Tensor:
@@ -329,16 +332,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _Rotate.apply(x, cos, sin)
 
 
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+class _SwiGLUDown(torch.autograd.Function):
+    """linear(silu(gate) * up, weight, bias), the product made again in the backward pass."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+    def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        weight = weight.to(gate.dtype)
+        ctx.save_for_backward(gate, up, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(F.silu(gate).mul_(up), weight, bias.to(gate.dtype) if ctx.has_bias else None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        gate, up, weight = ctx.saved_tensors
+        activated = F.silu(gate)
+        grad_weight = grad.T @ (activated * up)
+        grad_product = grad @ weight
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        return grad_gate, activated.mul_(grad_product), grad_weight.float(), grad.sum(0) if ctx.has_bias else None
 
 
 class Attention(nn.Module):
@@ -370,7 +381,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        return _SwiGLUDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight, self.down_proj.bias)
 
 
 class Layer(nn.Module):

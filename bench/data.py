@@ -119,7 +119,7 @@ def main() -> None:
                  for count in (10**5, 10**6, 10**7)[:3 if args.large else 2]]
         packed = json_child([*common, "--part", "packing"], cores())["rows"]
     except RuntimeError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).splitlines()[-1]}")
     print(f"{machine['cpu']}, {machine['cores']} cores\n\n"
           f"tokenised {read['records']:,} records, {read['tokens']:,} tokens in {read['seconds']:.2f} s: "
           f"{read['records_per_second']:,.0f} records/s,\n{read['tokens_per_second']:,.0f} tokens/s; "

@@ -5,7 +5,7 @@
 
 Ours is train.py itself, with a batch size for which every step is one nearly full micro-batch. Each trainer
 runs in a process of its own, in turn (ours, peer, peer, ours, ...), because a machine's speed drifts: ratios
-are between runs of one round. All fine-tune all weights with AdamW, one micro-batch a step, under bf16 
+are between runs of one round. All fine-tune all weights with AdamW, one micro-batch a step, under bf16
 autocast over fp32 parameters.
 
   trl-packed    TRL's SFTTrainer with packing, micro-batch-tokens / max-length rows; what its guide advises
@@ -33,8 +33,7 @@ PEERS = {  # name: the package it needs
     "trl-packed": "trl", "trl-padded": "trl", "transformers": "transformers", "litgpt": "litgpt",
 }
 
-INSTALL = {"trl": "pip install -r bench/requirements.txt", "transformers": "pip install -r bench/requirements.txt",
-           "litgpt": "pip install -r bench/requirements.txt && pip install --no-deps litgpt==0.5.9"}
+INSTALL = "pip install -r bench/requirements.txt && pip install --no-deps litgpt==0.5.9"
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
@@ -199,7 +198,8 @@ def main() -> None:
         sys.exit(f"error: --peers {', '.join(sorted(unknown))}: choose of trl, {', '.join(PEERS)}")
     if args.steps < 1 or args.warmup < 1 or args.rounds < 1:
         sys.exit("error: --steps, --warmup and --rounds must be 1 or more")
-    missing = {name: f"not installed; {INSTALL[PEERS[name]]}" for name in names if version(PEERS[name]) is None}
+    missing = {name: f"{PEERS[name]} is not installed; {INSTALL}" for name in names
+               if version(PEERS[name]) is None}
     names = [name for name in names if name not in missing]
     args.model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     args.train_data = [str(Path(file).resolve()) for file in args.train_data]
@@ -211,7 +211,7 @@ def main() -> None:
         try:
             prepared = prepare(args, folder)
         except RuntimeError as error:
-            sys.exit(f"error: {error}")
+            sys.exit(f"error: {str(error).splitlines()[-1]}")
         print(f"{machine['cpu']}, {args.threads} threads, torch {machine['versions'].get('torch')}; "
               f"{prepared['records']:,} records of {prepared['mean_tokens']:.0f} tokens,\n"
               f"{prepared['trained_share']:.0%} trained on under --loss {args.loss}; "

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
@@ -249,7 +250,7 @@ def test_elementwise_steps_equal_their_definitions_and_gradients(shape, dtype):
     def random(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator).to(dtype).requires_grad_()
 
-    x, y, grad = random(*shape), random(*shape), torch.randn(shape, generator=generator).to(dtype)
+    x, y = random(*shape), random(*shape)
     weight = torch.randn(shape[-1], generator=generator).requires_grad_()
     angles = torch.randn(shape[0], *[1] * (len(shape) - 2), shape[-1] // 2, generator=generator)
     cos, sin = angles.cos(), angles.sin()
@@ -262,10 +263,14 @@ def test_elementwise_steps_equal_their_definitions_and_gradients(shape, dtype):
         turned = torch.complex(x.float()[..., :half], x.float()[..., half:]) * torch.complex(cos, sin)
         return torch.cat([turned.real, turned.imag], -1)
 
-    for inputs, got, expected in (
-            ((x, weight), model_module._RMSNorm.apply(x, weight, 1e-2), norm(x, weight)),
-            ((x,), model_module.rotate(x, cos, sin), turn(x)),
-            ((x, y), model_module._SwiGLU.apply(x, y), x.float() * torch.sigmoid(x.float()) * y.float())):
+    cases = [((x, weight), model_module._RMSNorm.apply(x, weight, 1e-2), norm(x, weight)),
+             ((x,), model_module.rotate(x, cos, sin), turn(x))]
+    if len(shape) == 2:
+        down, bias = random(6, shape[-1]), random(6)
+        cases.append(((x, y, down, bias), model_module._SwiGLUDown.apply(x, y, down, bias),
+                      F.linear(x.float() * torch.sigmoid(x.float()) * y.float(), down.float(), bias.float())))
+    for inputs, got, expected in cases:
+        grad = torch.randn(got.shape, generator=generator).to(dtype)
         near = dict(atol=1e-5, rtol=1e-5) if dtype == torch.float32 else dict(atol=6e-2, rtol=2e-2)
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), expected.float(), **near)

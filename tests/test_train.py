@@ -167,7 +167,8 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
             "real, checkpoint.save_file = checkpoint.save_file, save_file\n"
             "import train; sys.exit(train.run(sys.argv[1:]))\n")
     plain = command(argv)
-    done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent, capture_output=True)
+    done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent, capture_output=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
     assert len(metrics(folder / "killed")) == 4
     with open(folder / "killed" / "metrics.jsonl", "a") as file:
