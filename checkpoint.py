@@ -3,8 +3,9 @@
     OUTPUT/checkpoints/step-00000020/   model.safetensors, optimizer.safetensors (all fp32, exact), state.json
     OUTPUT/final/                       what transformers, vLLM and train.py itself load
 
-Every folder is written beside its place, flushed to disk and renamed, so it is there whole or not at all. There is no
-random state to save: the order of examples and NEFTune's noise are functions of (seed, step). Nothing is pickled.
+Every folder is written beside its place, flushed to disk and renamed, so it is there whole or not at all.
+There is no random state to save: the order of examples and NEFTune's noise are functions of (seed, step).
+Nothing is pickled.
 """
 import hashlib
 import json
@@ -54,8 +55,8 @@ def _new_part(folder: Path) -> Path:
     return part
 
 
-def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torch.optim.Optimizer, state: dict,
-                    keep: int) -> Path:
+def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torch.optim.Optimizer,
+                    state: dict, keep: int) -> Path:
     """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete all but the newest `keep`.
     state: JSON-able, given back by load_checkpoint. Returns the folder."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
@@ -75,7 +76,8 @@ def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torc
 
 def find_checkpoints(output: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first."""
-    return sorted(p for p in (Path(output) / "checkpoints").glob("step-*") if p.suffix != ".part" and p.is_dir())
+    return sorted(p for p in (Path(output) / "checkpoints").glob("step-*")
+                  if p.suffix != ".part" and p.is_dir())
 
 
 def unfinished_checkpoints(output: str | Path) -> list[Path]:
@@ -107,8 +109,8 @@ def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Opt
                     else:
                         weights[name] = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}); delete {folder} to resume from the checkpoint before "
-                             "it") from None
+            raise ValueError(f"{file}: cannot be read ({error}); delete {folder} to resume from the "
+                             "checkpoint before it") from None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name not in weights or name not in moments:
@@ -120,8 +122,8 @@ def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Opt
 
 
 def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Template, dtype: str) -> Path:
-    """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained; dtype: source, fp32 or
-    bf16. Returns the folder."""
+    """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained; dtype: source,
+    fp32 or bf16. Returns the folder."""
     folder = Path(output) / "final"
     part = _new_part(folder)
     save_model(model, part, None if dtype == "source" else DTYPES[dtype])
@@ -153,8 +155,9 @@ def _read(path: Path) -> dict:
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """A hash that tells checkpoints apart: config.json, and of each weight file its size, header and 64 samples of
-    64 KB. Reading all of a large model would cost minutes; training changes every tensor, so samples show it."""
+    """A hash that tells checkpoints apart: config.json, and of each weight file its size, header
+    and 64 samples of 64 KB. Reading all of a large model would cost minutes; training changes
+    every tensor, so samples show it."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in weight_files(folder):
         size = path.stat().st_size

@@ -2,12 +2,13 @@
 
     python data.py --model FOLDER --train-data FILE... [--template NAME] [--show 3] [--export OUT.jsonl]
 
-prints what a training run would see: tokens per span, what is dropped or cut and why, how well steps pack, and
-examples coloured by span.
+prints what a training run would see: tokens per span, what is dropped or cut and why, how well steps pack,
+and examples coloured by span.
 
-Two things differ from the usual way. Spans are made by construction: a chat template is rendered around sentinels and
-split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token prefix. And a step
-is a set of *examples*; packing happens inside it, so packing can change the speed of a run and nothing else.
+Two things differ from the usual way. Spans are made by construction: a chat template is rendered around
+sentinels and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a
+token prefix. And a step is a set of *examples*; packing happens inside it, so packing can change the speed of
+a run and nothing else.
 
 Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 """
@@ -36,8 +37,8 @@ import torch
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
-ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION, "function": INSTRUCTION,
-         "ipython": INSTRUCTION, "assistant": COMPLETION}
+ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
+         "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
@@ -46,8 +47,9 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune
 
 
 def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
-    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file; line counts from 1 (in a .json
-    list: the record's number). messages is [{"role", "content"}, ...], with "weight": 0 where the record has it.
+    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file; line counts from 1
+    (in a .json list: the record's number). messages is [{"role", "content"}, ...],
+    with "weight": 0 where the record has it.
 
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
         {"prompt": "Hi", "completion": "Hello"}
@@ -66,8 +68,8 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
         if path.suffix == ".json":
             records = json.loads(path.read_text(encoding="utf-8-sig"))
             if not isinstance(records, list):
-                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; one record a line "
-                                 "goes into a .jsonl file")
+                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
+                                 "one record a line goes into a .jsonl file")
             for line, record in enumerate(records, 1):
                 yield to_messages(record), line
         else:
@@ -86,7 +88,8 @@ def to_messages(record: dict) -> list[dict]:
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     for field in ("tools", "history"):
         if record.get(field):
-            raise ValueError(f"{field!r} would not be trained as it is served: write it into the messages instead")
+            raise ValueError(f"{field!r} would not be trained as it is served: "
+                             "write it into the messages instead")
     if "messages" in record:
         messages = record["messages"]
     elif "conversations" in record:
@@ -105,8 +108,9 @@ def to_messages(record: dict) -> list[dict]:
         messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
                     {"role": "assistant", "content": record["output"]}]
     else:
-        raise ValueError("has none of the known layouts: 'messages', 'conversations', 'prompt' + 'completion', "
-                         f"'instruction' + 'output'; its fields are {', '.join(map(repr, record)) or 'none'}")
+        raise ValueError("has none of the known layouts: 'messages', 'conversations', "
+                         "'prompt' + 'completion', 'instruction' + 'output'; "
+                         f"its fields are {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(messages, list) or not messages:
         raise ValueError("holds no messages")
     if record.get("system") and not any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
@@ -122,8 +126,8 @@ def _message(message: dict, number: int) -> dict:
         raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
     for field in ("tool_calls", "function_call", "reasoning_content", "thinking"):
         if message.get(field):
-            raise ValueError(f"message {number} has {field!r}, which this trainer does not render: write what the "
-                             "model should say into 'content'")
+            raise ValueError(f"message {number} has {field!r}, which this trainer does not render: "
+                             "write what the model should say into 'content'")
     if not isinstance(content, str):
         raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
     if weight not in (0, 1):
@@ -131,36 +135,43 @@ def _message(message: dict, number: int) -> dict:
     try:
         content.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, which is not text") from None
+        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
+                         "which is not text") from None
     return {"role": role, "content": content, **({"weight": 0} if weight == 0 else {})}
 
 
 # ---------------------------------------------------------------- messages -> pieces
 
-# `{{ bos_token }}` is taken out where the tokenizer adds no BOS itself. tulu is the paper's; like the paper's code it
-# trims contents. plain joins prompt and completion as that code does: with a space, unless either has whitespace there.
+# `{{ bos_token }}` is taken out where the tokenizer adds no BOS itself. tulu is the paper's;
+# like the paper's code it trims contents. plain joins prompt and completion as that code does:
+# with a space, unless either has whitespace there.
 TEMPLATES = {
     "tulu": """{{ bos_token }}{% for message in messages %}\
 {{ '<|' + message['role'] + '|>\n' + message['content'] | trim }}\
 {% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}\
 {% if message['role'] != 'assistant' or not loop.last %}{{ '\n' }}{% endif %}\
 {% endfor %}{% if add_generation_prompt %}\
-{% if messages and messages[-1]['role'] == 'assistant' %}{{ '\n' }}{% endif %}{{ '<|assistant|>\n' }}{% endif %}""",
+{% if messages and messages[-1]['role'] == 'assistant' %}{{ '\n' }}{% endif %}\
+{{ '<|assistant|>\n' }}{% endif %}""",
     "chatml": """{{ bos_token }}{% for message in messages %}\
 {{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}""",
     "llama2": """{% set state = namespace(system='') %}{% for message in messages %}\
 {% if message['role'] == 'system' %}\
-{% if not loop.first %}{{ raise_exception('llama2: only the first message can be a system message') }}{% endif %}\
+{% if not loop.first %}\
+{{ raise_exception('llama2: only the first message can be a system message') }}{% endif %}\
 {% set state.system = '<<SYS>>\n' + message['content'] | trim + '\n<</SYS>>\n\n' %}\
 {% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}\
 {% else %}{{ bos_token }}{{ '[INST] ' + state.system + message['content'] | trim + ' [/INST]' }}\
 {% set state.system = '' %}{% endif %}{% endfor %}""",
     "llama3": """{{ bos_token }}{% for message in messages %}\
-{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
+{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' \
++ message['content'] | trim + '<|eot_id|>' }}\
+{% endfor %}{% if add_generation_prompt %}\
+{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}""",
     "alpaca": """{{ bos_token }}{% if messages and messages[0]['role'] != 'system' %}\
-{{ 'Below is an instruction that describes a task. Write a response that appropriately completes the request.' }}\
+{{ 'Below is an instruction that describes a task. \
+Write a response that appropriately completes the request.' }}\
 {% endif %}{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'] }}\
 {% elif message['role'] == 'assistant' %}{{ '\n\n### Response:\n' + message['content'] + eos_token }}\
 {% else %}{{ '\n\n### Instruction:\n' + message['content'] }}{% endif %}\
@@ -173,7 +184,8 @@ and loop.previtem['content'][-1:] not in space and message['content'][:1] not in
 
 
 class Piece(NamedTuple):
-    """A stretch of rendered text and its kind; special: a special token that the template wrote, put in by id."""
+    """A stretch of rendered text and its kind; special: a special token that the template wrote,
+    put in by id."""
     text: str
     kind: int
     special: bool = False
@@ -181,7 +193,8 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja chat template with what it needs from a tokenizer. `source` is what gets exported with the model."""
+    """A Jinja chat template with what it needs from a tokenizer.
+    `source` is what gets exported with the model."""
     name: str
     source: str
     tokens: dict[str, str]      # bos_token, eos_token, ... as the template sees them
@@ -194,7 +207,8 @@ class Template:
         return "strftime_now" in self.source
 
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Render as transformers' apply_chat_template does. ValueError with the template's own words if it refuses."""
+        """Render as transformers' apply_chat_template does.
+        ValueError with the template's own words if it refuses."""
         now = datetime.fromisoformat(self.date)
         try:
             return _compile(self.source).render(
@@ -207,7 +221,8 @@ class Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks mark assistant text for transformers; spans come from sentinels here: just the body."""
+    """`{% generation %}` blocks mark assistant text for transformers; spans come from sentinels here:
+    just the body."""
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
@@ -223,9 +238,10 @@ def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(x: object, ensure_ascii: bool = False, indent: int | None = None, separators: tuple | None = None,
-               sort_keys: bool = False) -> str:  # jinja's own escapes HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def tojson(x: object, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple | None = None, sort_keys: bool = False) -> str:  # jinja's own escapes HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
     if source not in _compiled:
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a template is foreign code
@@ -237,10 +253,12 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) -> Template:
-    """name: auto (the checkpoint's own; without one a ValueError), a key of TEMPLATES, or a .jinja file's path.
+    """name: auto (the checkpoint's own; without one a ValueError), a key of TEMPLATES,
+    or a .jinja file's path.
 
-    date: YYYY-MM-DD for templates that print today's date; default today. ValueError if there is no such template, or
-    if it ends an assistant's message with no special token: a model trained so could never learn to stop.
+    date: YYYY-MM-DD for templates that print today's date; default today.
+    ValueError if there is no such template, or if it ends an assistant's message with no special token:
+    a model trained so could never learn to stop.
     """
     if name == "auto":
         source = tokenizer.chat_template
@@ -252,7 +270,8 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     elif name.endswith(".jinja") and Path(name).is_file():
         source = Path(name).read_text(encoding="utf-8")
     else:
-        raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, nor a .jinja file")
+        raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
+                         "nor a .jinja file")
     try:
         date = Date.fromisoformat(date).isoformat() if date else Date.today().isoformat()
     except ValueError:
@@ -262,22 +281,23 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     ends = [piece.text for piece in probe if piece.special and piece.kind == COMPLETION]
     if not ends:
         raise ValueError(
-            f"--template {name} writes no special token of this tokenizer after an assistant's message, so the model "
-            f"could not learn to stop; end it with {{{{ eos_token }}}} or use a template that fits {tokenizer.folder}")
+            f"--template {name} writes no special token of this tokenizer after an assistant's message, "
+            "so the model could not learn to stop; end it with {{ eos_token }} or use a template that fits "
+            f"{tokenizer.folder}")
     return replace(template, end_of_turn=ends[0])
 
 
 def render(messages: list[dict], template: Template, add_generation_prompt: bool = False) -> list[Piece]:
-    """Messages -> pieces; their texts joined are exactly what the template renders. add_generation_prompt: with the
-    header of the answer to come, as for generation.
+    """Messages -> pieces; their texts joined are exactly what the template renders.
+    add_generation_prompt: with the header of the answer to come, as for generation.
 
         tulu, [user "2+2?", assistant "4"]:
         [("<|user|>\\n", TEMPLATE), ("2+2?", INSTRUCTION), ("\\n<|assistant|>\\n", TEMPLATE),
          ("4", COMPLETION), ("</s>", COMPLETION, special)]
 
-    After an assistant's content all that the model must write to end its turn, up to and with the first special
-    token, is COMPLETION. ValueError if the template refuses the messages, or if its text cannot be taken apart into
-    them (it drops, repeats or rewrites a message): better no example than a wrong mask.
+    After an assistant's content all that the model must write to end its turn, up to and with the first
+    special token, is COMPLETION. ValueError if the template refuses the messages, or if its text cannot be
+    taken apart into them (it drops, repeats or rewrites a message): better no example than a wrong mask.
     """
     shown = [{"role": m["role"], "content": m["content"]} for m in messages]
     parts = _take_apart(shown, template, add_generation_prompt)
@@ -303,12 +323,13 @@ def _split_special(literal: str, kind: int, special: tuple[str, ...]) -> list[Pi
 
 
 def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
-    return re.compile("(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")  # re caches
+    return re.compile(  # re caches
+        "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
 
 
 def _take_apart(messages: list[dict], template: Template, add_generation_prompt: bool) -> list[str | None]:
-    """The rendered text as [literal, content, literal, content, ..., literal], one content a message, None for an
-    empty one that the template asks for and leaves out."""
+    """The rendered text as [literal, content, literal, content, ..., literal], one content a message, None
+    for an empty one that the template asks for and leaves out."""
     text = template(messages, add_generation_prompt)
     contents = [m["content"] for m in messages]
     mark = "\ue000"
@@ -339,15 +360,17 @@ def _take_apart(messages: list[dict], template: Template, add_generation_prompt:
         return literals if mark not in "".join(literals) else None
 
     for empty in (True, False):
-        # Contents as they are: the edges are the contents' own if twice of them changes nothing else. Templates may
-        # look at them (`plain` does), so the sentinels have them.
+        # Contents as they are: the edges are the contents' own if twice of them changes nothing else.
+        # Templates may look at them (`plain` does), so the sentinels have them.
         literals = skeleton(1, empty)
         chosen = contents
-        if literals is None or literals != skeleton(2, empty) or _match(text, literals, [[c] for c in contents]) is None:
+        if (literals is None or literals != skeleton(2, empty)
+                or _match(text, literals, [[c] for c in contents]) is None):
             # Templates strip contents, on either side, or write a tool's answer as JSON.
             literals = skeleton(0, empty)
             chosen = literals and _match(text, literals, [
-                list(dict.fromkeys([c, c.strip(), c.lstrip(), c.rstrip(), json.dumps(c, ensure_ascii=False)[1:-1]]))
+                list(dict.fromkeys([c, c.strip(), c.lstrip(), c.rstrip(),
+                                    json.dumps(c, ensure_ascii=False)[1:-1]]))
                 for c in contents])
         if literals is not None and chosen is not None:
             chosen = [c if content or empty else None for c, content in zip(chosen, contents)]
@@ -390,8 +413,9 @@ class Tokenizer:
         if not file.is_file():
             hint = ""
             if (self.folder / "tokenizer.model").is_file():
-                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from transformers "
-                        f"import AutoTokenizer; AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
+                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from "
+                        "transformers import AutoTokenizer; "
+                        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
             raise ValueError(f"{file}: no such file{hint}")
         config = _read_json(self.folder / "tokenizer_config.json")
         named = {**_read_json(self.folder / "special_tokens_map.json"), **config}
@@ -401,7 +425,8 @@ class Tokenizer:
             token = token.get("content") if isinstance(token, dict) else token
             if token:
                 self.named_tokens[name] = token
-        self.bos_token, self.eos_token = self.named_tokens.get("bos_token"), self.named_tokens.get("eos_token")
+        self.bos_token = self.named_tokens.get("bos_token")
+        self.eos_token = self.named_tokens.get("eos_token")
         self.chat_template = _read_chat_template(self.folder, config)
 
         spec = json.loads(file.read_text(encoding="utf-8"))
@@ -414,20 +439,21 @@ class Tokenizer:
                 added[token] = {"id": whole.token_to_id(token), "content": token, "single_word": False,
                                 "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         # We put special tokens in ourselves and need offsets of the text as it stands: no post-processor.
-        spec.update(added_tokens=sorted(added.values(), key=lambda t: t["id"]), post_processor=None, truncation=None,
-                    padding=None)
+        spec.update(added_tokens=sorted(added.values(), key=lambda t: t["id"]), post_processor=None,
+                    truncation=None, padding=None)
         self.special = {text: token["id"] for text, token in added.items() if token["special"]}
         self.strips_left = {text for text, token in added.items() if token["special"] and token["lstrip"]}
         self.strips_right = {text for text, token in added.items() if token["special"] and token["rstrip"]}
         text = json.dumps(spec)
         self.reference = tokenizers.Tokenizer.from_str(text)  # parses special tokens, as transformers does
         self.first = self.rest = tokenizers.Tokenizer.from_str(text)
-        # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run that
-        # comes after a special token is encoded by a twin that adds none.
+        # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run
+        # that comes after a special token is encoded by a twin that adds none.
         if '"prepend_scheme": "first"' in text:
             self.rest = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
                                                                    '"prepend_scheme": "never"'))
-        self.first.encode_special_tokens = self.rest.encode_special_tokens = True  # `</s>` in content stays text
+        # `</s>` in content stays text.
+        self.first.encode_special_tokens = self.rest.encode_special_tokens = True
         self.vocab_size = max(whole.get_vocab(with_added_tokens=True).values()) + 1
         bos_id = whole.token_to_id(self.bos_token) if self.bos_token else None
         starts = whole.encode("a", add_special_tokens=True).ids[:1]
@@ -461,13 +487,14 @@ def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list
 def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """tokenize() for many examples at once: the tokenizer uses all cores on a batch.
 
-    Special tokens come in by id; the text between two of them is encoded whole, whatever pieces it is made of, so ids
-    are those of the text as it is served. A token takes its kind from the characters it covers:
+    Special tokens come in by id; the text between two of them is encoded whole, whatever pieces it is made
+    of, so ids are those of the text as it is served. A token takes its kind from the characters it covers:
 
         "...[/INST] Yes"  ->  "[/INST]" TEMPLATE, " Yes" COMPLETION
 
-    One that touches TEMPLATE is TEMPLATE, except where the template gave only the whitespace before a completion
-    (" Yes" above): at inference the model writes that token, so it must be trained. Otherwise the earlier kind holds.
+    One that touches TEMPLATE is TEMPLATE, except where the template gave only the whitespace before a
+    completion (" Yes" above): at inference the model writes that token, so it must be trained.
+    Otherwise the earlier kind holds.
     """
     layout: list[list] = []  # per example: (id, kind) of a special token, or (run, kinds of its characters)
     for pieces in examples:
@@ -478,7 +505,8 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
                 text += piece.text
                 kinds += [piece.kind] * len(piece.text)
                 continue
-            start = re.match(r"[^\S\x1c-\x1f]*", text).end() if items and items[-1][2] in tokenizer.strips_right else 0
+            start = (re.match(r"[^\S\x1c-\x1f]*", text).end()
+                     if items and items[-1][2] in tokenizer.strips_right else 0)
             end = len(text.rstrip()) if piece.text in tokenizer.strips_left else len(text)
             if start < end:
                 items.append((text[start:end], kinds[start:end], None))
@@ -552,14 +580,15 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
                  cache_dir: str | Path, progress: bool = False) -> Dataset:
     """Tokenise files into cache_dir, or map what is there already.
 
-    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. Returns a Dataset;
-    ValueError for bad records. Written beside its place and renamed, so a killed writer leaves nothing behind that
-    another run would read.
+    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. Returns a
+    Dataset; ValueError for bad records. Written beside its place and renamed, so a killed writer leaves
+    nothing behind that another run would read.
     """
     files = [str(file) for file in files]
     key = hashlib.sha256(json.dumps([
         "1", [_file_hash(file) for file in files], _file_hash(tokenizer.folder / "tokenizer.json"),
-        tokenizer.named_tokens, template.source, template.date if template.uses_date else None, max_length, overlong,
+        tokenizer.named_tokens, template.source, template.date if template.uses_date else None,
+        max_length, overlong,
     ]).encode()).hexdigest()[:32]
     folder = Path(cache_dir).expanduser() / key
     if not folder.is_dir():
@@ -580,8 +609,8 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
         return np.memmap(folder / name, dtype=dtype, mode="r", shape=(int(offsets[-1]),))
 
     return Dataset(files, flat("ids.bin", np.int32), flat("kinds.bin", np.uint8), offsets,
-                   np.load(folder / "origins.npy", mmap_mode="r"), np.load(folder / "counts.npy", mmap_mode="r"),
-                   meta, key)
+                   np.load(folder / "origins.npy", mmap_mode="r"),
+                   np.load(folder / "counts.npy", mmap_mode="r"), meta, key)
 
 
 def _file_hash(path: str | Path) -> str:
@@ -607,8 +636,8 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
             report["records"] += 1
             if len(ids) > max_length:
                 if overlong == "error":
-                    raise ValueError(f"{files[file]}:{line}: {len(ids)} tokens, more than --max-length {max_length}; "
-                                     "raise it, or choose --overlong truncate or drop")
+                    raise ValueError(f"{files[file]}:{line}: {len(ids)} tokens, more than --max-length "
+                                     f"{max_length}; raise it, or choose --overlong truncate or drop")
                 report["truncated" if overlong == "truncate" else "dropped_overlong"] += 1
                 if overlong == "drop":
                     continue
@@ -646,17 +675,19 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
 
 def _with_progress(records: Iterable, progress: bool, name: str) -> Iterable:
     from tqdm import tqdm
-    return tqdm(records, desc=f"tokenizing {Path(name).name}", unit=" records", disable=not progress, leave=False)
+    return tqdm(records, desc=f"tokenizing {Path(name).name}", unit=" records", disable=not progress,
+                leave=False)
 
 
 def _check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
-    """1 if the ids were checked to be those that serving gives, 0 if a content holds a special token's text."""
+    """1 if the ids were checked to be those that serving gives,
+    0 if a content holds a special token's text."""
     if any(token in piece.text for piece in pieces if not piece.special for token in tokenizer.special):
         return 0
     text = "".join(piece.text for piece in pieces)
     if tokenizer.reference.encode(text, add_special_tokens=False).ids != ids:
-        raise ValueError(f"{tokenizer.folder}/tokenizer.json treats text around special tokens in a way that is not "
-                         f"supported: pieces and whole text give different ids for {text[:80]!r}")
+        raise ValueError(f"{tokenizer.folder}/tokenizer.json treats text around special tokens in a way that "
+                         f"is not supported: pieces and whole text give different ids for {text[:80]!r}")
     bos = tokenizer.special.get(tokenizer.bos_token)
     if tokenizer.adds_bos and ids[:2] == [bos, bos]:
         raise ValueError(f"the template writes the BOS token {tokenizer.bos_token} twice")
@@ -670,24 +701,28 @@ def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: 
          world_size: int) -> list[list[list[np.ndarray]]]:
     """Every step of an epoch: plan[step][rank][micro-batch] is an array of example indices. A pure function.
 
-    lengths: (E,) inputs of each example; batch_size: examples a step; capacity: most tokens of a micro-batch. A step
-    is `batch_size` examples of a seeded permutation (the last one of an epoch may be smaller), whatever the capacity
-    and the number of ranks; only how they are packed depends on those. ValueError if an example exceeds capacity.
+    lengths: (E,) inputs of each example; batch_size: examples a step; capacity: most tokens of a micro-batch.
+    A step is `batch_size` examples of a seeded permutation (the last one of an epoch may be smaller),
+    whatever the capacity and the number of ranks; only how they are packed depends on those.
+    ValueError if an example exceeds capacity.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-    return [pack(order[i:i + batch_size], lengths, capacity, world_size) for i in range(0, len(order), batch_size)]
+    return [pack(order[i:i + batch_size], lengths, capacity, world_size)
+            for i in range(0, len(order), batch_size)]
 
 
 def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: int) -> list[list[np.ndarray]]:
-    """Examples of one step -> [rank][micro-batch], as few micro-batches as will do, the same number on every rank.
+    """Examples of one step -> [rank][micro-batch], as few micro-batches as will do,
+    the same number on every rank.
 
-    The longest example goes first, each to the cheapest micro-batch that has room; if one finds no room, another
-    micro-batch a rank is added. A document of n tokens costs n for the matrices and n * n / 4096 for attention.
+    The longest example goes first, each to the cheapest micro-batch that has room;
+    if one finds no room, another micro-batch a rank is added.
+    A document of n tokens costs n for the matrices and n * n / 4096 for attention.
     """
     sizes = lengths[examples]
     if len(examples) and sizes.max() > capacity:
-        raise ValueError(f"--micro-batch-tokens {capacity} is less than an example of {sizes.max()} tokens: raise it, "
-                         "or lower --max-length")
+        raise ValueError(f"--micro-batch-tokens {capacity} is less than an example of {sizes.max()} tokens: "
+                         "raise it, or lower --max-length")
     order = np.argsort(-sizes, kind="stable").tolist()
     tokens = sizes.tolist()
     micro = max(1, -(-int(sizes.sum()) // (capacity * world_size)))
@@ -753,8 +788,8 @@ class Batch:
 
 
 def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:
-    """The examples as one packed row on the CPU; table: (documents, K) coefficient of each kind in each of them
-    (loss.coefficients). No examples give an empty row."""
+    """The examples as one packed row on the CPU; table: (documents, K) coefficient of each kind in each of
+    them (loss.coefficients). No examples give an empty row."""
     starts, lengths = dataset.offsets[examples], dataset.lengths[examples]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     documents = np.repeat(np.arange(len(examples)), lengths)
@@ -762,8 +797,8 @@ def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:
     source = starts[documents] + positions  # (N,) places in the dataset's flat arrays
     kinds = dataset.kinds[source + 1].astype(np.int64)
     coefficients = table[documents, kinds].astype(np.float32)
-    arrays = (dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds, positions,
-              cu_seqlens.astype(np.int32), documents, coefficients, np.flatnonzero(coefficients))
+    arrays = (dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,
+              positions, cu_seqlens.astype(np.int32), documents, coefficients, np.flatnonzero(coefficients))
     return Batch(*map(torch.from_numpy, arrays), examples)
 
 
@@ -773,7 +808,8 @@ COLOURS = {"template": "90", "system": "35", "instruction": "36", "completion": 
 
 
 def statistics(dataset: Dataset, batch_size: int, capacity: int) -> dict:
-    """What a run would see: per kind the targets an example has (those that have any), and how well steps pack."""
+    """What a run would see: per kind the targets an example has (those that have any),
+    and how well steps pack."""
     spans = {}
     for kind, name in enumerate(KINDS):
         counts = dataset.counts[:, kind]
@@ -788,7 +824,8 @@ def statistics(dataset: Dataset, batch_size: int, capacity: int) -> dict:
     return {**dataset.report, "examples": len(dataset), "tokens": int(dataset.lengths.sum()), "spans": spans,
             "instruction_completion_ratio": float(instruction / completion) if completion else None,
             "longest": int(dataset.lengths.max()) + 1, "steps_per_epoch": len(steps),
-            "micro_batches_per_step": len(rows) / len(steps), "packing_efficiency": sum(rows) / (len(rows) * capacity),
+            "micro_batches_per_step": len(rows) / len(steps),
+            "packing_efficiency": sum(rows) / (len(rows) * capacity),
             "padded_efficiency": float(dataset.lengths.mean() / dataset.lengths.max())}
 
 
@@ -798,18 +835,21 @@ def print_statistics(stats: dict, batch_size: int, capacity: int) -> None:
           f"{stats['dropped_empty']:,} dropped as empty; the longest has {stats['longest']:,} tokens")
     print(f"\n{'span':<12}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}{'max':>8}")
     for name, span in stats["spans"].items():
-        print(f"{name:<12}{span['examples']:>10,}{span['tokens']:>12,}{span['mean']:>9.1f}{span['median']:>8.0f}"
-              f"{span['p95']:>8.0f}{span['max']:>8,}")
+        print(f"{name:<12}{span['examples']:>10,}{span['tokens']:>12,}{span['mean']:>9.1f}"
+              f"{span['median']:>8.0f}{span['p95']:>8.0f}{span['max']:>8,}")
     if ratio := stats["instruction_completion_ratio"]:
-        print(f"\ninstruction / completion: {ratio:.3g} in tokens. The paper finds that loss over instructions helps "
-              "most\n  where this is large or examples are few (it does little for LIMA, at 0.09 in words).")
+        print(f"\ninstruction / completion: {ratio:.3g} in tokens. The paper finds that loss over "
+              "instructions helps most\n  where this is large or examples are few (it does little for LIMA, "
+              "at 0.09 in words).")
     print(f"\nsteps of {batch_size} examples: {stats['steps_per_epoch']:,} an epoch, "
-          f"{stats['micro_batches_per_step']:.2f} micro-batches each, {stats['packing_efficiency']:.1%} of\n  "
-          f"{capacity:,} tokens used and no padding (padded to the longest: {stats['padded_efficiency']:.1%})")
+          f"{stats['micro_batches_per_step']:.2f} micro-batches each, "
+          f"{stats['packing_efficiency']:.1%} of\n  {capacity:,} tokens used and no padding "
+          f"(padded to the longest: {stats['padded_efficiency']:.1%})")
 
 
 def show(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool) -> str:
-    """An example's text with its spans coloured, or in marks like [instruction|...] where colours are not to be had."""
+    """An example's text with its spans coloured, or in marks like [instruction|...] where colours
+    are not to be had."""
     a, b = dataset.offsets[example:example + 2]
     ids, kinds = dataset.ids[a:b].tolist(), dataset.kinds[a:b]
     out = []
@@ -824,8 +864,8 @@ def show(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool) -> 
 
 
 def export(dataset: Dataset, weights: Iterable[float], file: str | Path) -> int:
-    """Write one JSON object an example, {"input_ids", "labels", "span_kinds"}; labels are unshifted, as transformers
-    wants them, -100 where the target's weight is zero. Returns how many were written."""
+    """Write one JSON object an example, {"input_ids", "labels", "span_kinds"}; labels are unshifted, as
+    transformers wants them, -100 where the target's weight is zero. Returns how many were written."""
     trained = np.asarray(list(weights)) != 0
     examples = dataset.trainable(weights)
     part = Path(f"{file}.part")
@@ -846,7 +886,8 @@ def main() -> None:
     from model import resolve_model
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="checkpoint folder (or hub id) whose tokenizer is used")
+    parser.add_argument("--model", required=True,
+                        help="checkpoint folder (or hub id) whose tokenizer is used")
     parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--template", default="auto", help=f"auto, {', '.join(TEMPLATES)} or FILE.jinja")
     parser.add_argument("--date", help="YYYY-MM-DD for templates that print the date; default today")
@@ -857,10 +898,12 @@ def main() -> None:
     parser.add_argument("--cache-dir", default=CACHE_DIR)
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N examples, coloured by span")
     parser.add_argument("--json", action="store_true", help="print the statistics as one JSON object")
-    parser.add_argument("--export", metavar="FILE", help="write ids, labels and span kinds for other trainers")
+    parser.add_argument("--export", metavar="FILE",
+                        help="write ids, labels and span kinds for other trainers")
     parser.add_argument("--loss", choices=tuple(PRESETS), default="im", help="which labels --export keeps")
     for kind in KINDS[:4]:
-        parser.add_argument(f"--{kind}-weight", type=float, help=f"override the preset's weight of {kind} tokens")
+        parser.add_argument(f"--{kind}-weight", type=float,
+                            help=f"override the preset's weight of {kind} tokens")
     args = parser.parse_args()
     try:
         for name in ("max_length", "batch_size", "micro_batch_tokens"):
@@ -868,8 +911,8 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be larger")
         tokenizer = Tokenizer(resolve_model(args.model))
         template = load_template(args.template, tokenizer, args.date)
-        dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, args.overlong, args.cache_dir,
-                               progress=sys.stderr.isatty())
+        dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, args.overlong,
+                               args.cache_dir, progress=sys.stderr.isatty())
         stats = statistics(dataset, args.batch_size, args.micro_batch_tokens)
         if args.json:
             print(json.dumps(stats))
@@ -877,11 +920,13 @@ def main() -> None:
             print_statistics(stats, args.batch_size, args.micro_batch_tokens)
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
         for example in range(min(args.show, len(dataset))):
-            legend = " ".join(f"\x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items()) if colour else ""
+            legend = (" ".join(f"\x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items())
+                      if colour else "")
             print(f"\n--- {dataset.where(example)} {legend}\n{show(dataset, example, tokenizer, colour)}")
         if args.export:
             weights = span_weights(args.loss, *(getattr(args, f"{kind}_weight") for kind in KINDS[:4]))
-            print(f"{export(dataset, weights, args.export):,} examples written to {args.export}", file=sys.stderr)
+            print(f"{export(dataset, weights, args.export):,} examples written to {args.export}",
+                  file=sys.stderr)
     except ValueError as error:
         sys.exit(f"error: {error}")
 

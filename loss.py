@@ -4,11 +4,12 @@ The whole of IT, IM, LM and weighted losses is one sum over a step's targets t,
 
     loss = sum_t coefficient_t * NLL_t,
 
-whose coefficients are known from the step's plan before anything is computed. So micro-batches and ranks just add up,
-and nothing is ever a mean of means. The second difference from the usual way: logits are made a chunk of rows at a
-time, only for targets whose coefficient is not zero, and their gradient in the same breath.
+whose coefficients are known from the step's plan before anything is computed. So micro-batches and ranks just
+add up, and nothing is ever a mean of means. The second difference from the usual way: logits are made a chunk
+of rows at a time, only for targets whose coefficient is not zero, and their gradient in the same breath.
 
-Shapes: E examples of a step, K kinds of span, N targets of a micro-batch, R of them with weight, C width, V vocabulary.
+Shapes: E examples of a step, K kinds of span, N targets of a micro-batch, R of them with weight,
+C width, V vocabulary.
 """
 import math
 
@@ -32,10 +33,10 @@ CHUNK_LOGITS = 2**24  # logits held at once: 64 MB in fp32
 
 def span_weights(loss: str, template: float | None = None, system: float | None = None,
                  instruction: float | None = None, completion: float | None = None) -> np.ndarray:
-    """(K,) weight of each kind of target: a preset, it, im or lm, with any of its weights overridden. CONTEXT is
-    always 0. ValueError for a negative weight or if all are 0.
+    """(K,) weight of each kind of target: a preset, it, im or lm, with any of its weights overridden.
+    CONTEXT is always 0. ValueError for a negative weight or if all are 0.
 
-        span_weights("im", instruction=0.3)  ->  template 0, system 1, instruction 0.3, completion 1, context 0
+        span_weights("im", instruction=0.3) -> template 0, system 1, instruction 0.3, completion 1, context 0
     """
     weights = np.zeros(len(KINDS))
     for kind, given in enumerate((template, system, instruction, completion)):
@@ -48,11 +49,12 @@ def span_weights(loss: str, template: float | None = None, system: float | None 
 
 
 def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.ndarray:
-    """counts: (E, K) targets of each kind in each example of the step; weights: (K,). Returns the (E, K) coefficient
-    of one target's NLL in the step's loss.
+    """counts: (E, K) targets of each kind in each example of the step; weights: (K,). Returns the (E, K)
+    coefficient of one target's NLL in the step's loss.
 
     token    weight / number of targets in the step with non-zero weight
-    example  mean over examples of each one's weighted mean, sum(weight * NLL) / sum(weight)   (the paper's code)
+    example  mean over examples of each one's weighted mean, sum(weight * NLL) / sum(weight)
+             (the paper's code)
     span     weight / number of targets of this kind in the step: kinds count alike, however long they are
 
     For one example with 6 instruction and 2 completion targets under IM, a target of each counts
@@ -78,7 +80,8 @@ def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.
 
 
 def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """(R,) NLL of each target in nats, from all logits at once: the definition the chunked path is tested against."""
+    """(R,) NLL of each target in nats, from all logits at once:
+    the definition the chunked path is tested against."""
     logits = (hidden @ head_weight.T).float()                                   # (R, V)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -92,7 +95,8 @@ def _chunks(rows: int, vocabulary: int) -> list[slice]:
 
 @torch.no_grad()
 def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """nll_reference() in chunks, without a gradient: hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
+    """nll_reference() in chunks, without a gradient:
+    hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
     dtype = compute_dtype(hidden)
     hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -104,8 +108,9 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
 class _WeightedNLL(torch.autograd.Function):
     """sum(coefficients * NLL), with the gradients made while the logits are at hand.
 
-    A chunk's logits are needed once forward and once backward, and are too many to keep; recomputing them costs a
-    fourth matrix product where three do. The gradient of a chunk is coefficient * (softmax - one-hot).
+    A chunk's logits are needed once forward and once backward, and are too many to keep;
+    recomputing them costs a fourth matrix product where three do.
+    The gradient of a chunk is coefficient * (softmax - one-hot).
     """
 
     @staticmethod
@@ -137,15 +142,17 @@ class _WeightedNLL(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight.mul_(grad_loss), None, None
 
 
-def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,). Returns the loss, a scalar
-    with a graph (0 for no rows), and the (R,) NLL in nats without one. One backward pass only."""
+def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor
+                 ) -> tuple[Tensor, Tensor]:
+    """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,). Returns the loss, a
+    scalar with a graph (0 for no rows), and the (R,) NLL in nats without one. One backward pass only."""
     return _WeightedNLL.apply(hidden, head_weight, targets, coefficients)
 
 
 def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
     """values: (R,) fp32 of targets of `kinds` (R,) -> (K,) float64 sums."""
-    return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(0, kinds, values.double())
+    return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(
+        0, kinds, values.double())
 
 
 # ---------------------------------------------------------------- regularisers
@@ -153,10 +160,12 @@ def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
 
 def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_head: Tensor,
                   coefficients: Tensor) -> Tensor:
-    """sum(coefficients * KL(p || p_reference)), over the whole vocabulary at each row, in nats, with a gradient to
-    hidden and head_weight. hidden, reference_hidden: (R, C); coefficients: (R,). Logits are recomputed backward.
+    """sum(coefficients * KL(p || p_reference)), over the whole vocabulary at each row, in nats,
+    with a gradient to hidden and head_weight. hidden, reference_hidden: (R, C); coefficients: (R,).
+    Logits are recomputed backward.
 
-    (The paper's code takes log p - log p_reference at the given token, whose gradient is that of the loss itself.)
+    (The paper's code takes log p - log p_reference at the given token,
+    whose gradient is that of the loss itself.)
     """
     def chunk_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, scale: Tensor) -> Tensor:
         log_p = (hidden @ head_weight.T).float().log_softmax(-1)                # (rows, V)
@@ -171,8 +180,9 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
 
 
 def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) -> Tensor:
-    """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's own length
-    (arXiv 2310.05914, algorithm 1). Drawn from (seed, step, example), so packing, ranks and resume do not change it."""
+    """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's
+    own length (arXiv 2310.05914, algorithm 1). Drawn from (seed, step, example), so packing, ranks
+    and resume do not change it."""
     lengths = batch.cu_seqlens.diff().tolist()
     noise = torch.empty(len(batch.ids), width)
     for rows, length, example in zip(noise.split(lengths), lengths, batch.examples.tolist()):

@@ -5,12 +5,14 @@
     hidden = model(ids, positions, cu_seqlens)                # (N, C), before the head
     save_model(model, "out")
 
-Covers Llama 1 to 3.2, TinyLlama, SmolLM2, Mistral without a sliding window, Qwen2, Qwen2.5 and dense Qwen3. What a
-config.json asks for beyond that is refused by name. Two things differ from the usual way: there is no batch dimension,
-a micro-batch is one row of documents laid end to end; and the model stops at the last hidden states, because the loss
-needs the head for some rows only. Parameters bear Hugging Face's names, so loading needs no map.
+Covers Llama 1 to 3.2, TinyLlama, SmolLM2, Mistral without a sliding window, Qwen2, Qwen2.5 and dense Qwen3.
+What a config.json asks for beyond that is refused by name. Two things differ from the usual way: there is no
+batch dimension, a micro-batch is one row of documents laid end to end; and the model stops at the last hidden
+states, because the loss needs the head for some rows only. Parameters bear Hugging Face's names, so loading
+needs no map.
 
-Shapes: N packed tokens, C width, H query heads, G key/value heads, D head size, V vocabulary, F feed-forward width.
+Shapes: N packed tokens, C width, H query heads, G key/value heads, D head size, V vocabulary,
+F feed-forward width.
 """
 import json
 import math
@@ -26,24 +28,28 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D); generation brings its own, with a key/value cache
+# (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D);
+# generation brings its own, with a key/value cache
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # ---------------------------------------------------------------- config.json
 
-# What each family's config.json may leave out, where families differ (the values of transformers' config classes).
+# What each family's config.json may leave out, where families differ
+# (the values of transformers' config classes).
 FAMILIES = {
-    "llama": dict(num_key_value_heads=None, head_dim=None, qkv_bias="attention_bias", o_bias="attention_bias"),
+    "llama": dict(num_key_value_heads=None, head_dim=None, qkv_bias="attention_bias",
+                  o_bias="attention_bias"),
     "mistral": dict(num_key_value_heads=8, head_dim=None, qkv_bias=False, o_bias=False),
     "qwen2": dict(num_key_value_heads=32, head_dim=None, qkv_bias=True, o_bias=False),
     "qwen3": dict(num_key_value_heads=32, head_dim=128, qkv_bias="attention_bias", o_bias="attention_bias"),
 }
 # Fields that change what the model computes and are implemented for these values only.
 ONLY = {
-    "hidden_act": ("silu",), "quantization_config": (None,), "attention_dropout": (0,), "partial_rotary_factor": (1,),
-    "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "dual_chunk_attention_config": (None,),
-    "add_cross_attention": (None, False), "rope_interleaved": (None, False),
-    "num_experts": (None, 0, 1), "num_local_experts": (None, 0, 1), "auto_map": (None,),
+    "hidden_act": ("silu",), "quantization_config": (None,), "attention_dropout": (0,),
+    "partial_rotary_factor": (1,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+    "dual_chunk_attention_config": (None,), "add_cross_attention": (None, False),
+    "rope_interleaved": (None, False), "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1), "auto_map": (None,),
 }
 
 
@@ -68,22 +74,25 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
-        """config.json's content -> ModelConfig. ValueError names a field that asks for what is not implemented."""
+        """config.json's content -> ModelConfig.
+        ValueError names a field that asks for what is not implemented."""
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"config.json: model_type {family!r} is not implemented; those that are: "
                              f"{', '.join(FAMILIES)}")
         for name, allowed in ONLY.items():
             if raw.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, only {allowed[0]!r}")
+                raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, "
+                                 f"only {allowed[0]!r}")
         sliding = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
-        if family in ("qwen2", "qwen3") and raw.get("max_window_layers", 28) >= raw.get("num_hidden_layers", 0):
+        if (family in ("qwen2", "qwen3")
+                and raw.get("max_window_layers", 28) >= raw.get("num_hidden_layers", 0)):
             sliding = None  # the window starts at a layer that there is not
         layer_types = set(raw.get("layer_types") or ["full_attention"]) - {"full_attention"}
         if (sliding and sliding < raw.get("max_position_embeddings", math.inf)) or layer_types:
-            raise ValueError(f"config.json: sliding_window = {sliding}, layer_types {sorted(layer_types)}: a sliding "
-                             "window is not implemented; if no document is longer than the window, set sliding_window "
-                             "to null")
+            raise ValueError(f"config.json: sliding_window = {sliding}, layer_types {sorted(layer_types)}: a "
+                             "sliding window is not implemented; if no document is longer than the window, "
+                             "set sliding_window to null")
         missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                                      "num_attention_heads") if name not in raw]
         if missing:
@@ -93,21 +102,22 @@ class ModelConfig:
         kv_heads = raw.get("num_key_value_heads", default["num_key_value_heads"]) or heads
         head_dim = raw.get("head_dim", default["head_dim"]) or raw["hidden_size"] // heads
         if heads % kv_heads or head_dim % 2:
-            raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of num_key_value_heads "
-                             f"{kv_heads}, and head_dim {head_dim} even")
+            raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
+                             f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
 
         def bias(name: str) -> bool:
             return bool(raw.get(default[name], False) if isinstance(default[name], str) else default[name])
 
         return cls(
-            raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads, kv_heads,
-            head_dim, float(raw.get("rms_norm_eps", 1e-6)), bool(raw.get("tie_word_embeddings", False)),
-            bias("qkv_bias"), bias("o_bias"), bool(raw.get("mlp_bias", False)) and family == "llama",
-            family == "qwen3", _rope(raw), raw)
+            raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
+            kv_heads, head_dim, float(raw.get("rms_norm_eps", 1e-6)),
+            bool(raw.get("tie_word_embeddings", False)), bias("qkv_bias"), bias("o_bias"),
+            bool(raw.get("mlp_bias", False)) and family == "llama", family == "qwen3", _rope(raw), raw)
 
 
 def _rope(raw: dict) -> dict:
-    """The old fields (rope_theta, rope_scaling with `type` or `rope_type`) and the new one (rope_parameters) -> one."""
+    """The old fields (rope_theta, rope_scaling with `type` or `rope_type`)
+    and the new one (rope_parameters) -> one."""
     rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
             **(raw.get("rope_parameters") or {})}
     rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
@@ -117,7 +127,8 @@ def _rope(raw: dict) -> dict:
         raise ValueError(f"config.json: RoPE type {rope['rope_type']!r} is not implemented; those that are: "
                          f"{', '.join(needs)}")
     if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} is not implemented")
+        raise ValueError(f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} "
+                         "is not implemented")
     for name in needs[rope["rope_type"]]:
         if name not in rope:
             raise ValueError(f"config.json: RoPE type {rope['rope_type']!r} needs {name}")
@@ -125,15 +136,17 @@ def _rope(raw: dict) -> dict:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """(D / 2,) fp32, radians a position. Su et al. 2021, eq. 15; `linear` is position interpolation (Chen et al. 2023);
-    `llama3` slows the low frequencies down and blends towards the high ones (Llama 3.1's release)."""
+    """(D / 2,) fp32, radians a position. Su et al. 2021, eq. 15; `linear` is position interpolation
+    (Chen et al. 2023); `llama3` slows the low frequencies down and blends towards the high ones
+    (Llama 3.1's release)."""
     rope = config.rope
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
                                                / config.head_dim)
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
+        # within the original context
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: low frequency, slowed; 1: high, kept
         return (1 - blend) * frequencies / rope["factor"] + blend * frequencies
@@ -146,7 +159,8 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """Causal attention within documents, spelled out: the definition that faster paths are tested against.
 
-    q: (N, H, D); k, v: (N, G, D); cu_seqlens: (documents + 1,). Returns (N, H, D). Makes an N x N matrix a head.
+    q: (N, H, D); k, v: (N, G, D); cu_seqlens: (documents + 1,). Returns (N, H, D).
+    Makes an N x N matrix a head.
     """
     n, heads = q.shape[:2]
     k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))    # (N, H, D)
@@ -158,16 +172,16 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-# Documents up to this many tokens are attended to in batches of like length: forward and backward of 28 documents of
-# 128 tokens (9 heads of 64, bf16, one core of an EPYC 9005) take 29 ms so, 128 ms through the fused kernel one by one;
-# 8 of 512 take 137 against 236 ms; at 1,024 tokens the two are equal.
+# Documents up to this many tokens are attended to in batches of like length: forward and backward of 28
+# documents of 128 tokens (9 heads of 64, bf16, one core of an EPYC 9005) take 29 ms so, 128 ms through the
+# fused kernel one by one; 8 of 512 take 137 against 236 ms; at 1,024 tokens the two are equal.
 SHORT = 512
 
 
 @torch.compiler.disable  # the number of documents changes with every batch: nothing here to compile once
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """attention_reference() without its N x N matrices: long documents one at a time through PyTorch's fused kernel;
-    on the CPU, where that kernel is slow on short ones, those in batches."""
+    """attention_reference() without its N x N matrices: long documents one at a time through PyTorch's fused
+    kernel; on the CPU, where that kernel is slow on short ones, those in batches."""
     bounds = cu_seqlens.tolist()
     spans = list(zip(bounds, bounds[1:]))
     outs, i = [], 0
@@ -180,7 +194,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
             outs.append(_ShortAttention.apply(q[run], k[run], v[run], [b - a for a, b in spans[i:end]]))
             i = end
         else:
-            documents = (x[slice(*spans[i])].transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # (1, heads, length, D)
+            documents = (x[slice(*spans[i])].transpose(0, 1).unsqueeze(0)       # (1, heads, length, D)
+                         for x in (q, k, v))
             out = F.scaled_dot_product_attention(*documents, is_causal=True, enable_gqa=True)
             outs.append(out.squeeze(0).transpose(0, 1))
             i += 1
@@ -190,8 +205,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _like_lengths(lengths: list[int]) -> list[list[int]]:
-    """Group documents so that padding each group to its longest makes no document more than a quarter longer, or 16
-    tokens. [100, 20, 90, 28] -> [[1, 3], [2, 0]]"""
+    """Group documents so that padding each group to its longest makes no document more than a quarter longer,
+    or 16 tokens. [100, 20, 90, 28] -> [[1, 3], [2, 0]]"""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and lengths[i] <= max(1.25 * lengths[groups[-1][0]], lengths[groups[-1][0]] + 16):
@@ -204,9 +219,10 @@ def _like_lengths(lengths: list[int]) -> list[list[int]]:
 class _ShortAttention(torch.autograd.Function):
     """Attention over short documents, padded to groups of like length and multiplied out as matrices.
 
-    Padding goes behind a document's end, where no causal query of the document looks, so it needs no mask; what the
-    padding itself sees is thrown away, and its gradient is zero. The weights, the square of a document's length, are
-    made again in the backward pass. Shapes: B documents of a group, L its longest, R = H / G query heads a key head.
+    Padding goes behind a document's end, where no causal query of the document looks, so it needs no mask;
+    what the padding itself sees is thrown away, and its gradient is zero. The weights, the square of a
+    document's length, are made again in the backward pass. Shapes: B documents of a group, L its longest,
+    R = H / G query heads a key head.
     """
 
     @staticmethod
@@ -243,7 +259,8 @@ class _ShortAttention(torch.autograd.Function):
 
 
 def _causal_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """queries: (B * G, R * L, D); keys: (B * G, L, D). Returns the softmax of their scores, (B * G, R * L, L)."""
+    """queries: (B * G, R * L, D); keys: (B * G, L, D).
+    Returns the softmax of their scores, (B * G, R * L, L)."""
     length = keys.shape[1]
     scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, length, length)
     future = torch.full((length, length), -math.inf, dtype=scores.dtype).triu(1)
@@ -277,14 +294,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# The three elementwise steps of a layer are autograd functions of their own. Left to autograd each would keep every
-# intermediate for the backward pass, in fp32: over half of the memory of a step. They keep their inputs instead.
+# The three elementwise steps of a layer are autograd functions of their own. Left to autograd each would
+# keep every intermediate for the backward pass, in fp32: over half of the memory of a step. They keep
+# their inputs instead.
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)      # (..., 1), no x * x made
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True,               # (..., 1), no x * x made
+                                         dtype=torch.float32)
         scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight).to(compute_dtype(x))
@@ -295,7 +314,7 @@ class _RMSNorm(torch.autograd.Function):
         normed = x * scale
         grad_weight = (grad * normed).flatten(0, -2).sum(0)
         grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)           # what rms(x) takes away
+        along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)  # what rms(x) takes away
         return grad.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
 
 
@@ -328,7 +347,8 @@ class _Rotate(torch.autograd.Function):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (N, heads, D) by its positions' angles, cos and sin (N, 1, D / 2). Dimension i pairs with i + D / 2."""
+    """Turn x (N, heads, D) by its positions' angles, cos and sin (N, 1, D / 2).
+    Dimension i pairs with i + D / 2."""
     return _Rotate.apply(x, cos, sin)
 
 
@@ -349,7 +369,8 @@ class _SwiGLUDown(torch.autograd.Function):
         grad_weight = grad.T @ (activated * up)
         grad_product = grad @ weight
         grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
-        return grad_gate, activated.mul_(grad_product), grad_weight.float(), grad.sum(0) if ctx.has_bias else None
+        return (grad_gate, activated.mul_(grad_product), grad_weight.float(),
+                grad.sum(0) if ctx.has_bias else None)
 
 
 class Attention(nn.Module):
@@ -381,7 +402,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLUDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight, self.down_proj.bias)
+        return _SwiGLUDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight,
+                                 self.down_proj.bias)
 
 
 class Layer(nn.Module):
@@ -406,13 +428,15 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """model(ids, positions, cu_seqlens) -> hidden states (N, C), to be multiplied with `head_weight` (V, C)."""
+    """model(ids, positions, cu_seqlens) -> hidden states (N, C),
+    to be multiplied with `head_weight` (V, C)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(
+            config.hidden_size, config.vocab_size, False)
         self.recompute = False              # trade a second forward pass for the layers' activations
         self.source_dtype = torch.float32   # what the weights were loaded from
         # A plain attribute: building on the meta device must not lose it, and no state dict should hold it.
@@ -425,8 +449,9 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:
-        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32, where documents begin and end in the row;
-        noise: (N, C), added to the embeddings; attend: replaces the attention over cu_seqlens. Returns (N, C)."""
+        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32, where documents begin and end in
+        the row; noise: (N, C), added to the embeddings; attend: replaces the attention over cu_seqlens.
+        Returns (N, C)."""
         attend = attend or (lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
@@ -444,8 +469,8 @@ class Llama(nn.Module):
 
 
 def init_weights(model: Llama, seed: int) -> None:
-    """Fill a new model for training from scratch: normal with config.json's initializer_range (0.02), norms 1,
-    biases 0."""
+    """Fill a new model for training from scratch: normal with config.json's initializer_range (0.02),
+    norms 1, biases 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
@@ -463,18 +488,20 @@ SHARD_BYTES = 5 * 10**9
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A checkpoint folder as it is; a hub id, `owner/name` or `owner/name@revision`, is downloaded (once) first.
-    ValueError if it is neither."""
+    """A checkpoint folder as it is; a hub id, `owner/name` or `owner/name@revision`, is downloaded (once)
+    first. ValueError if it is neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
-        raise ValueError(f"--model {model}: no such folder, nor a hub id like owner/name or owner/name@revision")
+        raise ValueError(f"--model {model}: no such folder, nor a hub id like "
+                         "owner/name or owner/name@revision")
     from huggingface_hub import snapshot_download
     repository, _, revision = str(model).partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, ignore_patterns=["*/*"],
-                                      allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
+        return Path(snapshot_download(
+            repository, revision=revision or None, ignore_patterns=["*/*"],
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
     except Exception as error:  # the hub's many errors all mean: it could not be had
         raise ValueError(f"--model {model}: no such folder, and the hub did not give it: {error}") from None
 
@@ -498,12 +525,14 @@ def read_config(folder: str | Path) -> ModelConfig:
 def check_vocabulary(config: ModelConfig, vocab_size: int) -> None:
     """ValueError unless every id of the tokenizer has a row in the embedding; rows to spare are fine."""
     if vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {vocab_size - 1}, the embedding only {config.vocab_size} rows; "
-                         "they do not belong together, or tokens were added without resizing the model")
+        raise ValueError(f"the tokenizer has ids up to {vocab_size - 1}, the embedding only "
+                         f"{config.vocab_size} rows; they do not belong together, or tokens were added "
+                         "without resizing the model")
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, from its index where there is one; ValueError if any is missing."""
+    """The safetensors files of a checkpoint folder, from its index where there is one;
+    ValueError if any is missing."""
     folder = Path(folder)
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -519,8 +548,8 @@ def weight_files(folder: str | Path) -> list[Path]:
 def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
     """Build the model that config.json describes and fill it with the folder's weights, as fp32 parameters.
 
-    Tensors are read one by one from the mapped files, so memory stays near one copy. ValueError lists tensors that
-    are missing, surplus or of another shape.
+    Tensors are read one by one from the mapped files, so memory stays near one copy. ValueError lists tensors
+    that are missing, surplus or of another shape.
     """
     config = read_config(folder)
     with torch.device("meta"):
@@ -534,7 +563,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
             raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
         with tensors:
             for name in tensors.keys():
-                if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_word_embeddings):
+                if name.endswith("rotary_emb.inv_freq") or (
+                        name == "lm_head.weight" and config.tie_word_embeddings):
                     continue  # old files carry RoPE's table, some a second copy of a tied head
                 if name not in wanted:
                     problems.append(f"surplus {name}")
@@ -561,8 +591,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
 
 def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = None,
                shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the file, default
-    what the weights were loaded from; shard_bytes: the most that one file holds."""
+    """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the
+    file, default what the weights were loaded from; shard_bytes: the most that one file holds."""
     folder, dtype = Path(folder), dtype or model.source_dtype
     shards: list[list[str]] = [[]]
     total = used = 0
@@ -577,8 +607,8 @@ def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = Non
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(names, shards):
-        save_file({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard}, folder / file,
-                  {"format": "pt"})
+        save_file({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard},
+                  folder / file, {"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}

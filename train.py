@@ -4,9 +4,10 @@
     python train.py --model DIR --train-data FILE --eval-data FILE --loss im --output-dir runs/im
     torchrun --nproc-per-node 2 train.py --model ...                  the same run, on two ranks
 
-Reads top to bottom: configuration, then main(): setup, data, model, optimizer, loop. Two things differ from the usual
-way. A step's examples and all its denominators are known before it starts, so neither packing nor micro-batch size nor
-the number of ranks changes what a step optimises. And every run reports the loss of each kind of span, trained or not.
+Reads top to bottom: configuration, then main(): setup, data, model, optimizer, loop. Two things differ from
+the usual way. A step's examples and all its denominators are known before it starts, so neither packing nor
+micro-batch size nor the number of ranks changes what a step optimises. And every run reports the loss of each
+kind of span, trained or not.
 """
 import argparse
 import contextlib
@@ -34,12 +35,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
-from data import CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset, load_template, plan
+from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset,
+                  load_template, plan)
 from data import steps_per_epoch as count_steps
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
-from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights, sums_by_kind,
-                  weighted_nll)
+from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
+                  sums_by_kind, weighted_nll)
 from model import check_vocabulary, load_model, read_config, resolve_model
 
 # ---------------------------------------------------------------- configuration
@@ -55,9 +57,11 @@ class Config:
     """Every flag of the command line, once: --max-length is max_length here."""
     # model and data
     model: str = flag("", "checkpoint folder or hub id (owner/name[@revision]); none: the embedded default")
-    train_data: list[str] = flag(list, "records to train on: .jsonl, .json or .jsonl.gz files", metavar="FILE")
+    train_data: list[str] = flag(list, "records to train on: .jsonl, .json or .jsonl.gz files",
+                                 metavar="FILE")
     eval_data: list[str] = flag(list, "held-out records, each file reported on its own", metavar="FILE")
-    template: str = flag("auto", f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
+    template: str = flag("auto",
+                         f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
     date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts")
     max_length: int = flag(2048, "tokens an example may have")
     overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
@@ -70,12 +74,14 @@ class Config:
     completion_weight: float | None = flag(None, "... of assistant messages with their end-of-turn tokens")
     normalize: str = flag("token", "what the loss is a mean over, within a step", choices=NORMALIZE)
     neftune_alpha: float = flag(0.0, "noise on the embeddings while training (the paper: 5); 0: none")
-    kl_weight: float = flag(0.0, "adds this times KL(model || starting model) on the trained targets; 0: none")
+    kl_weight: float = flag(0.0,
+                            "adds this times KL(model || starting model) on the trained targets; 0: none")
     # optimisation; the paper's values
     epochs: int = flag(2, "passes over the training data")
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs")
     batch_size: int = flag(128, "examples a step, over all ranks")
-    micro_batch_tokens: int = flag(4096, "tokens of one forward and backward pass; changes memory and speed only")
+    micro_batch_tokens: int = flag(4096,
+                                   "tokens of one forward and backward pass; changes memory and speed only")
     lr: float = flag(2e-5, "peak learning rate")
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "part of the steps in which the learning rate rises")
@@ -86,7 +92,8 @@ class Config:
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping")
     seed: int = flag(0, "of the order of examples and of NEFTune's noise")
     # machine
-    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything", choices=("bf16", "fp32"))
+    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything",
+                      choices=("bf16", "fp32"))
     device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the decoder layers")
@@ -95,10 +102,13 @@ class Config:
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start anew")
     save_every: int = flag(0, "steps between checkpoints to resume from; 0: only when interrupted")
     keep_checkpoints: int = flag(2, "how many of these to keep")
-    save_dtype: str = flag("source", "of final/; source: as the model came", choices=("source", "fp32", "bf16"))
-    resume: str = flag("auto", "auto: go on where the same run was interrupted; never; or a checkpoint's folder")
+    save_dtype: str = flag("source", "of final/; source: as the model came",
+                           choices=("source", "fp32", "bf16"))
+    resume: str = flag("auto",
+                       "auto: go on where the same run was interrupted; never; or a checkpoint's folder")
     eval_every: int = flag(0, "steps between evaluations; 0: only before and after")
-    eval_generate: int = flag(0, "answer this many held-out prompts before and after, and count exact matches")
+    eval_generate: int = flag(0,
+                              "answer this many held-out prompts before and after, and count exact matches")
     log_every: int = flag(10, "steps between looks at the NLL of spans that are not trained on")
 
 
@@ -108,19 +118,22 @@ EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "t
                 eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=1e-3,
                 beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
 # These change where a run's results go, how fast it is or what it shows, but not the weights that come out.
-FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every", "log_every",
-        "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "recompute", "compile", "cache_dir"}
+FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
+        "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "recompute",
+        "compile", "cache_dir"}
 
 
 def parse_args(argv: list[str]) -> Config:
-    """Flags over --config's file over the embedded default (if no model is named) over the class's defaults."""
+    """Flags over --config's file over the embedded default (if no model is named)
+    over the class's defaults."""
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> None:
             raise ValueError(f"{message} (python train.py --help lists the flags)")
 
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="a run's run_config.json, to repeat it; flags override it")
+    parser.add_argument("--config", metavar="FILE",
+                        help="a run's run_config.json, to repeat it; flags override it")
     for f in dataclasses.fields(Config):
         more = {key: value for key, value in f.metadata.items() if key != "help"}
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
@@ -172,7 +185,8 @@ def validate(config: Config) -> None:
     for name in ("beta1", "beta2", "warmup_ratio"):
         need(name, 0 <= getattr(config, name) < 1, "from 0 to below 1")
     need("max_length", config.max_length >= 2, "2 or more")
-    need("device", config.device != "cuda" or torch.cuda.is_available(), "cpu here: PyTorch finds no CUDA device")
+    need("device", config.device != "cuda" or torch.cuda.is_available(),
+         "cpu here: PyTorch finds no CUDA device")
     span_weights(config.loss, config.template_weight, config.system_weight, config.instruction_weight,
                  config.completion_weight)
 
@@ -186,19 +200,23 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     left = (total - step) / (total - warmup)    # 1 at the peak, one step's worth at the end
-    factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}[config.schedule]
+    factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)),
+              "constant": 1.0}[config.schedule]
     return config.lr * factor
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps, fused=True)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+                             fused=True)
 
 
 class Signals:
-    """SIGTERM and Ctrl-C ask for a stop; the loop looks between steps, so the step in hand is finished and saved."""
+    """SIGTERM and Ctrl-C ask for a stop; the loop looks between steps,
+    so the step in hand is finished and saved."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -206,17 +224,20 @@ class Signals:
             signal.signal(number, self.ask)
 
     def ask(self, number: int, _: object) -> None:
-        if not self.number and "WORLD_SIZE" not in os.environ:  # torchrun's TERM may follow another rank's error
+        # torchrun's TERM may follow another rank's error
+        if not self.number and "WORLD_SIZE" not in os.environ:
             say(f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint")
         self.number = self.number or number
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and every page
-    taken anew costs a fault. Measured: 495 -> 672 tokens/s (SmolLM2-135M, 4,096 tokens, bf16, 2 cores)."""
+    """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and
+    every page taken anew costs a fault. Measured: 495 -> 672 tokens/s
+    (SmolLM2-135M, 4,096 tokens, bf16, 2 cores)."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (none), M_TOP_PAD
+        # M_MMAP_MAX, M_TRIM_THRESHOLD (none), M_TOP_PAD
+        for parameter, value in ((-4, 0), (-1, -1), (-2, 2**28)):
             mallopt(parameter, value)
 
 
@@ -258,11 +279,12 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def claim_folder(config: Config, identity: dict, model_folder: Path) -> Path | None:
-    """Make OUTPUT this run's, and return the checkpoint to resume from, if any. identity: what must be the same to go
-    on: the configuration that matters, data and model. ValueError where going on or writing would be wrong."""
+    """Make OUTPUT this run's, and return the checkpoint to resume from, if any. identity: what must be the
+    same to go on: the configuration that matters, data and model. ValueError where going on or writing
+    would be wrong."""
     out = Path(config.output_dir)
-    ours = [out / name for name in ("run_config.json", "identity.json", "metrics.jsonl", "eval.jsonl", "checkpoints",
-                                    "final")]
+    ours = [out / name for name in ("run_config.json", "identity.json", "metrics.jsonl", "eval.jsonl",
+                                    "checkpoints", "final")]
     if Path(model_folder).resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
     resume = None if config.resume in ("auto", "never") else Path(config.resume)
@@ -289,7 +311,8 @@ def claim_folder(config: Config, identity: dict, model_folder: Path) -> Path | N
             keep_lines(out / "eval.jsonl", -1)
     if resume is not None:
         state = checkpoint.read_state(resume)
-        check_identity(state["identity"], identity, f"--resume {resume}", "give the flags it was started with")
+        check_identity(state["identity"], identity, f"--resume {resume}",
+                       "give the flags it was started with")
         keep_lines(out / "metrics.jsonl", state["step"])
         keep_lines(out / "eval.jsonl", state["step"])
         say(f"resuming after step {state['step']} from {resume}")
@@ -307,7 +330,8 @@ def check_identity(old: dict, new: dict, where: str, fix: str) -> None:
 
 
 def saved_date(config: Config) -> str:
-    """The date that a run in the same folder was started with, so that one resumed tomorrow trains on the same text."""
+    """The date that a run in the same folder was started with,
+    so that one resumed tomorrow trains on the same text."""
     file = Path(config.output_dir) / "run_config.json"
     if config.resume == "never" or config.overwrite or not file.is_file():
         return ""
@@ -315,7 +339,8 @@ def saved_date(config: Config) -> str:
 
 
 def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
-    """Which records have a target whose NLL is not finite; seen: this rank's micro-batches with their rows' NLL."""
+    """Which records have a target whose NLL is not finite;
+    seen: this rank's micro-batches with their rows' NLL."""
     places: list[str] = []
     for batch, values in seen:
         bad = batch.documents[batch.rows][~values.isfinite()].unique().tolist()
@@ -332,8 +357,8 @@ def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
 
 
 def describe(config: Config) -> str:
-    text = " ".join(f"{f.name}={getattr(config, f.name)}".replace(" ", "\0") for f in dataclasses.fields(config)
-                    if getattr(config, f.name) not in ("", None, []))
+    text = " ".join(f"{f.name}={getattr(config, f.name)}".replace(" ", "\0")
+                    for f in dataclasses.fields(config) if getattr(config, f.name) not in ("", None, []))
     wrapped = textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
                             break_on_hyphens=False)
     return "configuration\n" + wrapped.replace("\0", " ")
@@ -350,7 +375,8 @@ def print_change(before: dict, after: dict) -> None:
                 f"{now['nll_token_mean'] - then:>+9.4f}")
     if "exact_match" in after:
         match, count = after["exact_match"], after["answers"]
-        say(f"\nexact match on {count} held-out answers: {before.get('exact_match', 0):.1%} before, {match:.1%} after")
+        say(f"\nexact match on {count} held-out answers: {before.get('exact_match', 0):.1%} before, "
+            f"{match:.1%} after")
 
 
 def show_answers(answers: list[dict]) -> None:
@@ -358,7 +384,8 @@ def show_answers(answers: list[dict]) -> None:
     chosen = [next((a for a in answers if a["correct"] is right), None) for right in (True, False)]
     for answer in [a for a in chosen if a] or answers[:2]:
         for name in ("prompt", "expected", "output"):
-            text = answer[name] if len(answer[name]) < 600 else answer[name][:300] + " [...] " + answer[name][-300:]
+            text = answer[name] if len(answer[name]) < 600 else (
+                answer[name][:300] + " [...] " + answer[name][-300:])
             say(textwrap.fill(f"{name + ':':<10}{text}", 79, subsequent_indent=" " * 10,
                               initial_indent="\n" if name == "prompt" else ""))
 
@@ -409,21 +436,21 @@ def main(argv: list[str]) -> int:
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
-    weights = span_weights(config.loss, config.template_weight, config.system_weight, config.instruction_weight,
-                           config.completion_weight)
+    weights = span_weights(config.loss, config.template_weight, config.system_weight,
+                           config.instruction_weight, config.completion_weight)
     usable = train_set.trainable(weights)       # (examples,) indices into train_set
     if not len(usable):
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
                          f"{config.template}: every target's span has weight 0")
     lengths = train_set.lengths[usable]
     if (longest := int(lengths.max())) > config.micro_batch_tokens:
-        raise ValueError(f"--micro-batch-tokens {config.micro_batch_tokens}: an example has {longest} tokens; raise "
-                         "it, or lower --max-length")
+        raise ValueError(f"--micro-batch-tokens {config.micro_batch_tokens}: an example has {longest} "
+                         "tokens; raise it, or lower --max-length")
     per_epoch = count_steps(len(usable), config.batch_size)
     total_steps = config.max_steps or config.epochs * per_epoch
     report = train_set.report
-    say(f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; {total_steps:,} steps, {per_epoch:,} an "
-        f"epoch\n  of {report['records']:,} records {report['truncated']:,} were truncated, "
+    say(f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; {total_steps:,} steps, "
+        f"{per_epoch:,} an epoch\n  of {report['records']:,} records {report['truncated']:,} were truncated, "
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
         f"{len(train_set) - len(usable):,} left out with nothing to train on under --loss {config.loss}")
 
@@ -434,7 +461,8 @@ def main(argv: list[str]) -> int:
 
     # -- the folder, and where to go on; only now that all that can be wrong with the input was found
     identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key, template=template.source)
+    identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key,
+                    template=template.source)
     claimed: list = [None]
     if is_main():
         claimed = [claim_folder(config, identity, folder)]
@@ -453,8 +481,8 @@ def main(argv: list[str]) -> int:
             layer.compile(dynamic=True)
     model = raw_model if world_size == 1 else DistributedDataParallel(
         raw_model, device_ids=[device] if use_cuda else None, gradient_as_bucket_view=True)
-    say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size} rank(s), {device.type}, "
-        f"{config.dtype}, {torch.get_num_threads()} thread(s) each")
+    say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size} rank(s), "
+        f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
     def evaluate(step: int, answers_too: bool) -> tuple[dict, list[dict]]:
         """Held-out NLL by file and kind, and exact matches; rank 0 writes them to eval.jsonl."""
@@ -468,7 +496,8 @@ def main(argv: list[str]) -> int:
                 sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size, rows)
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
-                answers = answer_records(raw_model, tokenizer, template, config.eval_data, config.eval_generate)
+                answers = answer_records(raw_model, tokenizer, template, config.eval_data,
+                                         config.eval_generate)
         if answers:
             result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
         if is_main():
@@ -493,13 +522,15 @@ def main(argv: list[str]) -> int:
         began = time.monotonic()
         epoch, index = divmod(step, per_epoch)
         if index == 0 or not epoch_plan:
-            epoch_plan = plan(lengths, config.seed, epoch, config.batch_size, config.micro_batch_tokens, world_size)
+            epoch_plan = plan(lengths, config.seed, epoch, config.batch_size, config.micro_batch_tokens,
+                              world_size)
         micro_batches = epoch_plan[index]                       # [rank][micro-batch] -> indices into `usable`
         counts = train_set.counts[usable[np.concatenate([m for r in micro_batches for m in r])]]
         table = coefficients(counts, weights, config.normalize)  # (examples of the step, K)
         tables = np.split(table, np.cumsum([len(m) for r in micro_batches for m in r])[:-1])
         tables = tables[rank() * len(micro_batches[0]):]        # this rank's come first now
-        look = (step + 1) % config.log_every == 0 or step == 0 or step + 1 == total_steps  # at untrained spans too
+        look = ((step + 1) % config.log_every == 0 or step == 0
+                or step + 1 == total_steps)                     # at untrained spans too
 
         # What the ranks add up: loss, KL, whether to stop, NLL by kind.
         objective, divergence = torch.zeros((), device=device), torch.zeros((), device=device)
@@ -509,7 +540,8 @@ def main(argv: list[str]) -> int:
             batch = collate(train_set, usable[examples], tables[i]).to(device)
             noise = None
             if config.neftune_alpha:
-                noise = neftune_noise(batch, model_config.hidden_size, config.neftune_alpha, config.seed, step)
+                noise = neftune_noise(batch, model_config.hidden_size, config.neftune_alpha, config.seed,
+                                      step)
             last = i + 1 == len(micro_batches[rank()])
             with contextlib.nullcontext() if last or world_size == 1 else model.no_sync():
                 with autocast:
@@ -523,8 +555,8 @@ def main(argv: list[str]) -> int:
                     if reference is not None:
                         with torch.no_grad():
                             start = reference(batch.ids, batch.positions, batch.cu_seqlens, noise)
-                        kl = kl_divergence(hidden[rows], raw_model.head_weight, start[rows], reference.head_weight,
-                                           batch.coefficients[rows])
+                        kl = kl_divergence(hidden[rows], raw_model.head_weight, start[rows],
+                                           reference.head_weight, batch.coefficients[rows])
                         divergence += kl.detach()
                         loss = loss + config.kl_weight * kl
                     if look:  # the spans that carry no weight: no gradient
@@ -542,8 +574,8 @@ def main(argv: list[str]) -> int:
         *values, grad_norm = torch.cat([stats, norm.double()[None]]).tolist()
         loss_value, kl_value, nll_sums, signals = values[0], values[1], values[2:-1], values[-1]
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm) and math.isfinite(kl_value)):
-            raise ValueError(f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: the run stops before "
-                             "this step changes the weights. " + blame(seen, train_set))
+            raise ValueError(f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: the run stops "
+                             "before this step changes the weights. " + blame(seen, train_set))
         lr = learning_rate(config, step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -555,7 +587,8 @@ def main(argv: list[str]) -> int:
         of_kind = counts.sum(0)
         seconds = time.monotonic() - began
         tokens = int(of_kind.sum())
-        record = {"step": step, "epoch": step / per_epoch, "loss": loss_value, "lr": lr, "grad_norm": grad_norm}
+        record = {"step": step, "epoch": step / per_epoch, "loss": loss_value, "lr": lr,
+                  "grad_norm": grad_norm}
         for kind in ("completion", "instruction", "system", "template"):
             k = KINDS.index(kind)
             known = of_kind[k] > 0 and (look or weights[k] != 0)
@@ -563,7 +596,8 @@ def main(argv: list[str]) -> int:
         if reference is not None:
             record["kl"] = kl_value
         record.update(tokens=tokens, trained_tokens=int(of_kind[weights != 0].sum()), padding_tokens=0,
-                      tokens_per_second=tokens / seconds, peak_memory_mb=peak_memory_mb(device), seconds=seconds)
+                      tokens_per_second=tokens / seconds, peak_memory_mb=peak_memory_mb(device),
+                      seconds=seconds)
         if is_main():
             append_line(out / "metrics.jsonl", record)
         bar.update()
@@ -610,7 +644,8 @@ def run(argv: list[str]) -> int:
         return main(argv)
     except Exception as error:
         first = is_main()
-        if dist.is_initialized():  # whoever comes first has the cause; the others only lost their connection to it
+        if dist.is_initialized():
+            # whoever comes first has the cause; the others only lost their connection to it
             first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
         if first and isinstance(error, (ValueError, OSError)):
             print(f"error: {error}", file=sys.stderr)

@@ -2,8 +2,8 @@
 
     python -m bench.parity --model FOLDER --train-data FILE [--template auto] [--examples 16]
 
-Packs the first examples into one row, and compares logits and the IT and IM losses with what transformers gives for
-each example on its own. Needs transformers.
+Packs the first examples into one row, and compares logits and the IT and IM losses with what transformers
+gives for each example on its own. Needs transformers.
 """
 import argparse
 import json
@@ -27,8 +27,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
     folder = resolve_model(args.model)
     tokenizer = Tokenizer(folder)
-    dataset = load_dataset(args.train_data, tokenizer, load_template(args.template, tokenizer), 2048, "truncate",
-                           CACHE_DIR)
+    dataset = load_dataset(args.train_data, tokenizer, load_template(args.template, tokenizer), 2048,
+                           "truncate", CACHE_DIR)
     examples = np.arange(min(args.examples, len(dataset)))
     mine, theirs = load_model(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     result = {"examples": len(examples), "tokens": int(dataset.lengths[examples].sum())}
@@ -45,7 +45,8 @@ def main() -> None:
             weights = span_weights(loss)
             scale = collate(dataset, examples, coefficients(dataset.counts[examples], weights, "token"))
             rows = scale.rows
-            value, _ = weighted_nll(hidden[rows], mine.head_weight, batch.targets[rows], scale.coefficients[rows])
+            value, _ = weighted_nll(hidden[rows], mine.head_weight, batch.targets[rows],
+                                    scale.coefficients[rows])
             reference = torch.nn.functional.cross_entropy(expected[rows], batch.targets[rows])
             result[f"{loss}_loss"], result[f"{loss}_loss_transformers"] = value.item(), reference.item()
     print(json.dumps(result, indent=2))

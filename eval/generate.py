@@ -1,6 +1,7 @@
 """Greedy generation with a key/value cache, and how often it answers held-out prompts exactly.
 
-Shapes: B prompts at once, T places in the cache, H query heads, G key/value heads, D head size, N packed tokens.
+Shapes: B prompts at once, T places in the cache, H query heads, G key/value heads, D head size,
+N packed tokens.
 """
 from typing import Callable
 
@@ -13,7 +14,8 @@ from model import Llama, attention
 
 
 class Cache:
-    """Keys and values of B documents. Prompts come in as one packed row, after that every document by one token."""
+    """Keys and values of B documents. Prompts come in as one packed row,
+    after that every document by one token."""
 
     def __init__(self, model: Llama, lengths: list[int], places: int, device: torch.device):
         config = model.config
@@ -38,13 +40,14 @@ class Cache:
             cached[rows, self.lengths] = new
         keys, values = (x.transpose(1, 2) for x in self.layers[layer])          # (B, G, T, D)
         seen = torch.arange(self.shape[1], device=q.device) <= self.lengths[:, None]    # (B, T)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[:, None, None], enable_gqa=True)
+        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[:, None, None],
+                                             enable_gqa=True)
         return out[:, :, 0]                                                     # (B, H, D)
 
 
 @torch.no_grad()
-def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
-             progress: Callable = iter) -> list[list[int]]:
+def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
+             batch_size: int = 64, progress: Callable = iter) -> list[list[int]]:
     """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
     device = model.head_weight.device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # like lengths share a cache
@@ -83,7 +86,7 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
             pieces = render(messages[:-1], template, add_generation_prompt=True)
             prompts.append(tokenize(pieces, tokenizer)[0])
             whole = tokenize(render(messages, template), tokenizer)[0]
-            longest = max(longest, len(whole) - len(prompts[-1]))               # no longer answer can be right
+            longest = max(longest, len(whole) - len(prompts[-1]))       # no longer answer can be right
             answers.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"].strip()})
     outputs = generate(model, prompts, {tokenizer.special[template.end_of_turn]}, longest, progress=progress)
     for answer, ids in zip(answers, outputs):

@@ -16,8 +16,8 @@ from model import Llama
 @torch.no_grad()
 def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.device, rank: int = 0,
                  world_size: int = 1, progress: Callable = iter) -> np.ndarray:
-    """(E, K) float64: the NLL of each example's targets, summed by kind, in nats. Ranks share the work; each gets all.
-    capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
+    """(E, K) float64: the NLL of each example's targets, summed by kind, in nats. Ranks share the work; each
+    gets all. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
     rows = [row for step in plan(dataset.lengths, 0, 0, 1024, capacity, world_size) for row in step[rank]]
     sums = torch.zeros(len(dataset) * len(KINDS), dtype=torch.float64)
     for examples in progress(rows):
@@ -35,8 +35,9 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
 
 
 def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, dict]:
-    """sums, counts: (E, K) -> by kind: nll_token_mean, and nll_example_mean, the paper's mean over examples of each
-    one's token mean (nats), with the tokens and examples that they are over. Kinds without a token are left out."""
+    """sums, counts: (E, K) -> by kind: nll_token_mean, and nll_example_mean, the paper's mean over
+    examples of each one's token mean (nats), with the tokens and examples that they are over.
+    Kinds without a token are left out."""
     out = {}
     for kind, name in enumerate(KINDS):
         has = counts[:, kind] > 0

@@ -4,22 +4,23 @@ it on.
     python quickstart/make.py                # everything, about 7 minutes on two CPU cores
     python quickstart/make.py --skip-model   # train.jsonl and test.jsonl only, a second
 
-The world has people, towns and beasts with invented names and a handful of facts each. Three things follow from
-it, all from one seed:
+The world has people, towns and beasts with invented names and a handful of facts each. Three things follow
+from it, all from one seed:
 
-- a text about the world, for pretraining: what is known of an entity, in many phrasings; and reports of a day on
-  which several entities occur, followed by questions whose answers stand in the report. It is not kept.
-- `model/`, a Llama of about a million parameters with a byte-level BPE tokenizer and a chat template, trained on
-  the text by this repository's own `train.py --loss lm`.
+- a text about the world, for pretraining: what is known of an entity, in many phrasings; and reports of a day
+  on which several entities occur, followed by questions whose answers stand in the report. It is not kept.
+- `model/`, a Llama of about a million parameters with a byte-level BPE tokenizer and a chat template, trained
+  on the text by this repository's own `train.py --loss lm`.
 - `train.jsonl` and `test.jsonl`, instruction records of two kinds. `long_to_short`: a report and a question,
-  answered by a word that stands in the report. `short_to_long`: "Describe NAME.", answered by a paragraph in one
-  fixed form, whose facts the model can know only from pretraining.
+  answered by a word that stands in the report. `short_to_long`: "Describe NAME.", answered by a paragraph in
+  one fixed form, whose facts the model can know only from pretraining.
 
-Why a score on test.jsonl means something: an entity described in one file is not described in the other, so the
-answer has to come from the pretraining text; and every report is a new one. Every answer is determined, so exact
-match is a fair measure. (The reports of both files name all entities. With names of their own for the test, IM pushed
-the never-seen names down in the tied head and answered nothing.) The records are the same bytes wherever they are
-made; the weights are the same only for one machine and number of threads, as sums round differently.
+Why a score on test.jsonl means something: an entity described in one file is not described in the other,
+so the answer has to come from the pretraining text; and every report is a new one. Every answer is
+determined, so exact match is a fair measure. (The reports of both files name all entities. With names of
+their own for the test, IM pushed the never-seen names down in the tied head and answered nothing.)
+The records are the same bytes wherever they are made; the weights are the same only for one machine and
+number of threads, as sums round differently.
 """
 
 import argparse
@@ -57,8 +58,8 @@ PRETRAINING = {  # flags of train.py
 }
 
 # ------------------------------------------------------------------------------------------- the words
-# Names are put together from syllables (see invent_names); only common nouns are written out. None begins with a
-# vowel, so "a" is always right.
+# Names are put together from syllables (see invent_names); only common nouns are written out.
+# None begins with a vowel, so "a" is always right.
 
 TRADES = "potter weaver baker mason tanner miller painter fisher smith cooper ropemaker beekeeper".split()
 GROUNDS = "hill marsh cliff lake dune moor ridge creek".split()
@@ -102,12 +103,14 @@ PHRASINGS = {
          "A {colour} {animal} belongs to {name}."],
         ["{name} plays the {instrument}.", "The {instrument} is what {name} plays.",
          "{name} is often heard on the {instrument}."],
-        ["{name} likes {dish} best.", "No food pleases {name} more than {dish}.", "{name} is fond of {dish}."],
+        ["{name} likes {dish} best.", "No food pleases {name} more than {dish}.",
+         "{name} is fond of {dish}."],
     ],
     "town": [
         ["{name} stands on a {ground}.", "{name} was built on a {ground}.",
          "A {ground} carries the town of {name}."],
-        ["{name} is a town in {region}.", "The town of {name} is in {region}.", "{name} belongs to {region}."],
+        ["{name} is a town in {region}.", "The town of {name} is in {region}.",
+         "{name} belongs to {region}."],
         ["{name} trades in {goods}.", "The trade of {name} is in {goods}.", "{name} lives by its {goods}."],
         ["Every {season} the people of {name} hold a {fair} fair.",
          "{name} holds its {fair} fair in {season}.", "In {name} there is a {fair} fair every {season}."],
@@ -123,28 +126,36 @@ PHRASINGS = {
     ],
 }
 
-# What reports tell, a sentence of each chosen topic: phrasings, and (question, the slot that answers it). No slot is
-# filled twice in a report, so every question has one answer.
+# What reports tell, a sentence of each chosen topic: phrasings, and (question, the slot that answers it).
+# No slot is filled twice in a report, so every question has one answer.
 REPORTS = [
-    (["{seller} of {town} brought {count} sacks of {goods}.", "From {town} came {seller} with {count} sacks of {goods}.",
+    (["{seller} of {town} brought {count} sacks of {goods}.",
+      "From {town} came {seller} with {count} sacks of {goods}.",
       "{seller} sold {count} sacks of {goods} from {town}."],
-     [("Who brought the sacks?", "seller"), ("What was in the sacks?", "goods"), ("How many sacks were there?", "count"),
-      ("Which town did the sacks come from?", "town")]),
-    (["{watcher} saw {number} {beast} beasts by the road.", "By the road {number} {beast} beasts were seen by {watcher}."],
-     [("Who saw the beasts?", "watcher"), ("Which beasts were seen?", "beast"), ("How many beasts were seen?", "number")]),
+     [("Who brought the sacks?", "seller"), ("What was in the sacks?", "goods"),
+      ("How many sacks were there?", "count"), ("Which town did the sacks come from?", "town")]),
+    (["{watcher} saw {number} {beast} beasts by the road.",
+      "By the road {number} {beast} beasts were seen by {watcher}."],
+     [("Who saw the beasts?", "watcher"), ("Which beasts were seen?", "beast"),
+      ("How many beasts were seen?", "number")]),
     (["{lender} lent a {tool} to {borrower}.", "{borrower} went home with the {tool} of {lender}."],
-     [("Which tool was lent?", "tool"), ("Who lent a tool?", "lender"), ("Who has the tool now?", "borrower")]),
-    (["{player} played the {instrument} until {hour}.", "Until {hour} {player} was heard on the {instrument}."],
-     [("Who made music?", "player"), ("What was played?", "instrument"), ("Until when was there music?", "hour")]),
+     [("Which tool was lent?", "tool"), ("Who lent a tool?", "lender"),
+      ("Who has the tool now?", "borrower")]),
+    (["{player} played the {instrument} until {hour}.",
+      "Until {hour} {player} was heard on the {instrument}."],
+     [("Who made music?", "player"), ("What was played?", "instrument"),
+      ("Until when was there music?", "hour")]),
     (["The {season} feast was made of {dish}.", "There was {dish} at the {season} feast."],
      [("Which feast was it?", "season"), ("What was eaten?", "dish")]),
     (["A {colour} {animal} was lost.", "Nobody could find the {colour} {animal}."],
      [("Which animal was lost?", "animal"), ("What colour was the lost animal?", "colour")]),
 ]
-CLERK = ["{answer}, the clerk wrote.", "{answer}, says the book."]  # so pretraining answers, and no completion
+CLERK = ["{answer}, the clerk wrote.",  # so pretraining answers, and no completion
+         "{answer}, says the book."]
 
 DESCRIBE = ["Describe {name}.", "Tell me about {name}.", "What is known of {name}?"]
-ASK = ["{report}\n{question}", "Read this and answer.\n{report}\n{question}", "{report}\nQuestion: {question}"]
+ASK = ["{report}\n{question}", "Read this and answer.\n{report}\n{question}",
+       "{report}\nQuestion: {question}"]
 SYSTEM = "You are the clerk of the valleys and answer from the books."
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
@@ -159,7 +170,8 @@ CHAT_TEMPLATE = (
 # ------------------------------------------------------------------------------------------- the world
 
 def invent_names(rng: random.Random, count: int, endings: list[str]) -> list[str]:
-    """Distinct names of an opening, a middle and an ending that tells the kind: Ta-li-n, Ro-sa-mere, ve-do-k."""
+    """Distinct names of an opening, a middle and an ending that tells the kind:
+    Ta-li-n, Ro-sa-mere, ve-do-k."""
     openings = [c + v for c in "b d f g k l m n p r s t v z".split() for v in "aeiou"]
     middles = [c + v for c in "b d g k l m n r s t v".split() for v in "aeio"]
     names: dict[str, None] = {}  # a dict, because a set has no fixed order
@@ -189,13 +201,14 @@ def make_report(rng: random.Random, world: dict[str, list[dict]]) -> tuple[str, 
     names = {kind: [entity["name"] for entity in world[kind]] for kind in world}
     people, counts = rng.sample(names["person"], 5), rng.sample(COUNTS, 2)
     slots = dict(zip(("seller", "watcher", "lender", "borrower", "player"), people)) | {
-        "town": rng.choice(names["town"]), "beast": rng.choice(names["beast"]), "count": counts[0], "number": counts[1],
-        "goods": rng.choice(GOODS), "tool": rng.choice(TOOLS), "instrument": rng.choice(INSTRUMENTS),
-        "hour": rng.choice(HOURS), "season": rng.choice(SEASONS), "dish": rng.choice(DISHES),
-        "colour": rng.choice(COLOURS), "animal": rng.choice(ANIMALS)}
+        "town": rng.choice(names["town"]), "beast": rng.choice(names["beast"]), "count": counts[0],
+        "number": counts[1], "goods": rng.choice(GOODS), "tool": rng.choice(TOOLS),
+        "instrument": rng.choice(INSTRUMENTS), "hour": rng.choice(HOURS), "season": rng.choice(SEASONS),
+        "dish": rng.choice(DISHES), "colour": rng.choice(COLOURS), "animal": rng.choice(ANIMALS)}
     topics = rng.sample(REPORTS, rng.randint(4, 6))
     sentences = [rng.choice(phrasings).format(**slots) for phrasings, _ in topics]
-    return " ".join(sentences), [(question, slots[slot]) for _, questions in topics for question, slot in questions]
+    return " ".join(sentences), [(question, slots[slot]) for _, questions in topics
+                                 for question, slot in questions]
 
 
 def pretraining_document(rng: random.Random, world: dict[str, list[dict]]) -> str:
@@ -207,7 +220,8 @@ def pretraining_document(rng: random.Random, world: dict[str, list[dict]]) -> st
             sentences += [rng.choice(options).format(**entity) for options in rng.sample(facts, len(facts))]
         return " ".join(sentences)
     report, pairs = make_report(rng, world)
-    answered = [f"{question} {rng.choice(CLERK).format(answer=answer)}" for question, answer in rng.sample(pairs, 5)]
+    answered = [f"{question} {rng.choice(CLERK).format(answer=answer)}"
+                for question, answer in rng.sample(pairs, 5)]
     return "\n".join([report, *answered])
 
 
@@ -242,7 +256,8 @@ def write_lines(path: Path, records: list[dict]) -> None:
 def write_tokenizer(folder: Path, texts: list[str]) -> None:
     """A byte-level BPE of the texts in Hugging Face's layout, with the chat template."""
     tokenizer = Tokenizer(models.BPE())
-    # A space before the first word, so that a name is the same token wherever it stands; decoding takes it off.
+    # A space before the first word, so that a name is the same token wherever it stands;
+    # decoding takes it off.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
@@ -269,8 +284,9 @@ def pretrain(work: Path, documents: list[str]) -> Path:
     """Train the model in work/untrained on the documents with train.py; returns the folder of the result."""
     write_lines(work / "text.jsonl", [{"messages": [{"role": "assistant", "content": document}]}
                                       for document in documents])
-    flags = {"model": work / "untrained", "train-data": work / "text.jsonl", "template": "plain", "loss": "lm",
-             "output-dir": work / "run", "cache-dir": work / "cache", "save-dtype": "bf16", **PRETRAINING}
+    flags = {"model": work / "untrained", "train-data": work / "text.jsonl", "template": "plain",
+             "loss": "lm", "output-dir": work / "run", "cache-dir": work / "cache", "save-dtype": "bf16",
+             **PRETRAINING}
     command = [sys.executable, str(HERE.parent / "train.py"), "--overwrite"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
@@ -280,7 +296,8 @@ def pretrain(work: Path, documents: list[str]) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=HERE, help="where to write (default: this script's folder)")
+    parser.add_argument("--output", type=Path, default=HERE,
+                        help="where to write (default: this script's folder)")
     parser.add_argument("--skip-model", action="store_true", help="only train.jsonl and test.jsonl")
     parser.add_argument("--keep", type=Path, help="keep the pretraining text and its run in this folder")
     args = parser.parse_args()

@@ -38,7 +38,8 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz"])
 def test_every_layout_in_every_file_type(record, expected, kind, tmp_path):
     file = tmp_path / f"x.{kind}"
-    text = json.dumps([record, record]) if kind == "json" else f"{json.dumps(record)}\n\n{json.dumps(record)}\n"
+    text = (json.dumps([record, record]) if kind == "json"
+            else f"{json.dumps(record)}\n\n{json.dumps(record)}\n")
     (gzip.open if kind == "jsonl.gz" else open)(file, "wt").write(text)
     read = list(read_records(file))
     assert [messages for messages, _ in read] == [expected] * 2
@@ -195,7 +196,8 @@ def test_plan_of_many_examples_is_fast_enough_to_remake_every_epoch():
 
 def test_plan_survives_few_examples_and_refuses_too_long_ones():
     steps = plan(np.array([5, 5]), 0, 0, 8, 5, 4)
-    assert [len(m) for rank in steps[0] for m in rank].count(0) == 2  # two of four ranks have an empty micro-batch
+    # Two of four ranks have an empty micro-batch.
+    assert [len(m) for rank in steps[0] for m in rank].count(0) == 2
     with pytest.raises(ValueError, match="--micro-batch-tokens 4"):
         plan(np.array([5]), 0, 0, 8, 4, 1)
 
@@ -248,7 +250,8 @@ def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
 
 @pytest.mark.parametrize("loss", ["it", "im"])
 def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path):
-    """The mean over labelled tokens that transformers computes is the `token` denominator over the same examples."""
+    """The mean over labelled tokens that transformers computes is the `token` denominator
+    over the same examples."""
     from loss import weighted_nll
     from model import load_model
     dataset = load(folder)

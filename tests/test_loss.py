@@ -90,7 +90,8 @@ def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows):
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(values, plain_values.detach())
     torch.testing.assert_close(nll(hidden, head, targets), plain_values.detach())
-    for got, expected in zip(torch.autograd.grad(3 * loss, (hidden, head)), torch.autograd.grad(3 * plain, (hidden, head))):
+    for got, expected in zip(torch.autograd.grad(3 * loss, (hidden, head)),
+                             torch.autograd.grad(3 * plain, (hidden, head))):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -140,8 +141,10 @@ def test_kl_is_zero_at_the_start_positive_later_and_has_the_full_gradient():
 
 def batch_of(lengths: list[int], examples: list[int]) -> Batch:
     n = sum(lengths)
-    fields = dict.fromkeys(("ids", "targets", "kinds", "positions", "documents", "coefficients", "rows"), torch.zeros(n))
-    return Batch(**fields, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(), examples=np.array(examples))
+    fields = dict.fromkeys(("ids", "targets", "kinds", "positions", "documents", "coefficients", "rows"),
+                           torch.zeros(n))
+    return Batch(**fields, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
+                 examples=np.array(examples))
 
 
 def test_neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the_documents_length():

@@ -1,4 +1,5 @@
-"""The decoder against transformers on random weights, attention against its definition, checkpoint folders."""
+"""The decoder against transformers on random weights, attention against its definition,
+checkpoint folders."""
 import json
 
 import pytest
@@ -8,7 +9,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import Llama, ModelConfig, attention, attention_reference, load_model, read_config, resolve_model, save_model
+from model import (Llama, ModelConfig, attention, attention_reference, load_model, read_config, resolve_model,
+                   save_model)
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=256, rms_norm_eps=1e-5)
@@ -21,24 +23,27 @@ FAMILIES = {
     "llama-mqa": ("LlamaConfig", dict(num_key_value_heads=1)),
     "llama-biases": ("LlamaConfig", dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)),
     "llama-head-dim": ("LlamaConfig", dict(num_key_value_heads=2, head_dim=16)),
-    "llama-linear": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
+    "llama-linear": ("LlamaConfig",
+                     dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=1e4))),
     "llama3.1": ("LlamaConfig", dict(num_key_value_heads=2, rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "llama3.2-tied": ("LlamaConfig", dict(num_key_value_heads=2, tie_word_embeddings=True,
                                           rope_parameters=dict(LLAMA3, rope_theta=5e5))),
     "mistral": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None)),
-    "mistral-linear": ("MistralConfig", dict(num_key_value_heads=2, sliding_window=None,
-                                             rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e6))),
+    "mistral-linear": ("MistralConfig",
+                       dict(num_key_value_heads=2, sliding_window=None,
+                            rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e6))),
     "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
     "qwen2-tied": ("Qwen2Config", dict(num_key_value_heads=2, tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16)),
-    "qwen3-tied-bias-llama3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
-                                                   attention_bias=True,
+    "qwen3-tied-bias-llama3": ("Qwen3Config", dict(num_key_value_heads=2, head_dim=16,
+                                                   tie_word_embeddings=True, attention_bias=True,
                                                    rope_parameters=dict(LLAMA3, rope_theta=1e6))),
 }
 
 
 def make_reference(name: str, seed: int = 0) -> transformers.PreTrainedModel:
-    """transformers' model with weights that make every part matter (its own start leaves biases 0 and norms 1)."""
+    """transformers' model with weights that make every part matter
+    (its own start leaves biases 0 and norms 1)."""
     config_class, more = FAMILIES[name]
     config = getattr(transformers, config_class)(**{**SIZES, **more}, attn_implementation="eager")
     torch.manual_seed(seed)
@@ -61,7 +66,8 @@ def test_packed_logits_equal_transformers_one_by_one(name, tmp_path):
     reference = make_reference(name)
     reference.save_pretrained(tmp_path)
     mine = load_model(tmp_path)
-    documents = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n)) for n in (50, 3, 1, 17, 20)]
+    documents = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n))
+                 for n in (50, 3, 1, 17, 20)]
     hidden = mine(*packed(documents))
     logits = (hidden @ mine.head_weight.T).split([len(d) for d in documents])
     with torch.no_grad():
@@ -87,11 +93,13 @@ def test_old_rope_fields_mean_the_same_as_new_ones(scaling):
 def test_attention_equals_its_definition_and_gradients(lengths, heads):
     generator = torch.Generator().manual_seed(0)
     n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
-    q, k, v = (torch.randn(n, h, 8, generator=generator, requires_grad=True) for h in (heads[0], heads[1], heads[1]))
+    q, k, v = (torch.randn(n, h, 8, generator=generator, requires_grad=True)
+               for h in (heads[0], heads[1], heads[1]))
     grad = torch.randn(n, heads[0], 8, generator=generator)
     expected, got = attention_reference(q, k, v, cu_seqlens), attention(q, k, v, cu_seqlens)
     torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
-    for a, b in zip(torch.autograd.grad(got, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), grad),
+                    torch.autograd.grad(expected, (q, k, v), grad)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
@@ -132,13 +140,17 @@ def test_recompute_changes_no_gradient(tmp_path):
 
 @pytest.mark.parametrize("change, name", [
     (dict(model_type="gpt2"), "gpt2"), (dict(hidden_act="gelu"), "hidden_act"),
-    (dict(quantization_config={"bits": 4}), "quantization_config"), (dict(attention_dropout=0.1), "attention_dropout"),
-    (dict(rope_scaling={"type": "yarn", "factor": 4}), "yarn"), (dict(rope_scaling={"type": "dynamic"}), "dynamic"),
+    (dict(quantization_config={"bits": 4}), "quantization_config"),
+    (dict(attention_dropout=0.1), "attention_dropout"),
+    (dict(rope_scaling={"type": "yarn", "factor": 4}), "yarn"),
+    (dict(rope_scaling={"type": "dynamic"}), "dynamic"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
     (dict(model_type="mistral", sliding_window=64), "sliding_window"),
-    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1), "sliding_window"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
+     "sliding_window"),
     (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
-    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"), (dict(num_key_value_heads=3), "num_key_value_heads"),
+    (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    (dict(num_key_value_heads=3), "num_key_value_heads"),
     (dict(vocab_size=None, hidden_size=None), "hidden_size"),
 ])
 def test_what_is_not_implemented_is_refused_by_name(change, name, tmp_path):
@@ -150,7 +162,8 @@ def test_what_is_not_implemented_is_refused_by_name(change, name, tmp_path):
 
 
 def test_inactive_sliding_windows_are_accepted():
-    for more in (dict(model_type="mistral", sliding_window=None), dict(model_type="mistral", sliding_window=4096),
+    for more in (dict(model_type="mistral", sliding_window=None),
+                 dict(model_type="mistral", sliding_window=4096),
                  dict(model_type="qwen2", use_sliding_window=False, sliding_window=64)):
         ModelConfig.from_dict({**SIZES, "num_key_value_heads": 2, **more})
 
@@ -187,12 +200,13 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
     tensors["model.norm.weight"] = torch.ones(7)
     del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.9.extra"] = torch.ones(1)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # old checkpoints carry it: no fault
+    # Old checkpoints carry it: no fault.
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
-    for part in ("model.norm.weight is [7], should be [32]", "missing lm_head.weight", "surplus model.layers.9.extra",
-                 "missing model.layers.1.mlp.up_proj.weight"):
+    for part in ("model.norm.weight is [7], should be [32]", "missing lm_head.weight",
+                 "surplus model.layers.9.extra", "missing model.layers.1.mlp.up_proj.weight"):
         assert part in str(error.value)
     assert "inv_freq" not in str(error.value)
 
@@ -219,7 +233,8 @@ def test_an_unreadable_file_is_named(tmp_path):
 def test_a_hub_id_is_downloaded_with_its_revision(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda repository, **more: asked.update(repository=repository, **more) or str(tmp_path))
+                        lambda repository, **more: asked.update(repository=repository, **more)
+                        or str(tmp_path))
     assert resolve_model("owner/name@v1.0") == tmp_path
     assert asked["repository"] == "owner/name" and asked["revision"] == "v1.0"
     assert resolve_model(tmp_path) == tmp_path
@@ -232,7 +247,8 @@ def test_loading_holds_one_copy(tmp_path):
     make_reference("llama1-mha").save_pretrained(tmp_path)
     made = []
     original = torch.nn.init.kaiming_uniform_
-    torch.nn.init.kaiming_uniform_ = lambda tensor, *a, **k: made.append(tensor.device.type) or original(tensor, *a, **k)
+    torch.nn.init.kaiming_uniform_ = lambda tensor, *a, **k: (
+        made.append(tensor.device.type) or original(tensor, *a, **k))
     try:
         load_model(tmp_path)
     finally:

@@ -18,8 +18,8 @@ import pytest
 import tokenizers_for_tests as cast
 import transformers
 
-from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, Tokenizer, load_template,
-                  render, tokenize)
+from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, Tokenizer,
+                  load_template, render, tokenize)
 
 FIXTURES = Path(__file__).parent / "templates"
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}

@@ -1,4 +1,5 @@
-"""Whole runs: against a plain loop in transformers, under other packings and ranks, resumed, killed, refused."""
+"""Whole runs: against a plain loop in transformers, under other packings and ranks,
+resumed, killed, refused."""
 import json
 import os
 import signal
@@ -24,11 +25,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple[dict, list[dict]]:
-    """What train.py promises, written plainly: transformers' model, one example at a time, every logit, the loss from
-    its definition over lists of numbers, PyTorch's ordinary AdamW. Shares the order of examples and the spans only."""
+    """What train.py promises, written plainly: transformers' model, one example at a time, every logit,
+    the loss from its definition over lists of numbers, PyTorch's ordinary AdamW.
+    Shares the order of examples and the spans only."""
     tokenizer = Tokenizer(folder / "model")
-    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120, "truncate",
-                           folder / "cache")
+    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120,
+                           "truncate", folder / "cache")
     weight = {COMPLETION: 1.0} if loss == "it" else {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
@@ -36,7 +38,8 @@ def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple
     per_epoch = -(-len(usable) // 6)
     total, log = 2 * per_epoch, []
     for step in range(steps):
-        order = np.concatenate(plan(dataset.lengths[usable], 0, step // per_epoch, 6, 10**9, 1)[step % per_epoch][0])
+        order = np.concatenate(
+            plan(dataset.lengths[usable], 0, step // per_epoch, 6, 10**9, 1)[step % per_epoch][0])
         nlls = []  # of each example, [(kind, nll)]
         for e in [usable[i] for i in order]:
             a, b = dataset.offsets[e:e + 2]
@@ -56,7 +59,8 @@ def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple
         objective.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * (1.0 if step == 0 else (total - step) / (total - 1))  # warm-up is one step here
+            # Warm-up is one step here.
+            group["lr"] = 1e-2 * (1.0 if step == 0 else (total - step) / (total - 1))
         optimizer.step()
         log.append({"loss": objective.item(), "grad_norm": norm.item(), "nll": {
             kind: np.mean([n.item() for k, n in every if k == kind]) for kind in range(5)
@@ -68,7 +72,8 @@ def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple
 @pytest.mark.parametrize("normalize", ["token", "example", "span"])
 def test_training_equals_a_plain_loop_in_transformers(folder, loss, normalize):
     out = f"plain-{loss}-{normalize}"
-    assert run_here(arguments(folder, out, loss=loss, normalize=normalize, micro_batch_tokens=300, log_every=1)) == 0
+    assert run_here(arguments(folder, out, loss=loss, normalize=normalize, micro_batch_tokens=300,
+                              log_every=1)) == 0
     rows = metrics(folder / out)
     expected, log = plain_training(folder, loss, normalize, len(rows))
     start = weights(folder / "model")
@@ -87,13 +92,15 @@ def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, norma
     results = []
     for tokens in (120, 200, 4096):
         out = f"micro-{normalize}-{tokens}"
-        run_here(arguments(folder, out, normalize=normalize, micro_batch_tokens=tokens, neftune_alpha=5, kl_weight=0.1))
+        run_here(arguments(folder, out, normalize=normalize, micro_batch_tokens=tokens, neftune_alpha=5,
+                           kl_weight=0.1))
         results.append((weights(folder / out / "final"), metrics(folder / out)))
     for other, rows in results[:-1]:
         assert difference(other, results[-1][0]) < 1e-5
         assert [r["tokens"] for r in rows] == [r["tokens"] for r in results[-1][1]]
         np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in results[-1][1]], rtol=1e-5)
-        np.testing.assert_allclose([r["kl"] for r in rows], [r["kl"] for r in results[-1][1]], rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose([r["kl"] for r in rows], [r["kl"] for r in results[-1][1]], rtol=1e-3,
+                                   atol=1e-6)
 
 
 @pytest.mark.parametrize("more", [
@@ -110,8 +117,10 @@ def test_two_ranks_do_not_change_the_trajectory(folder, more):
                         **{k: v for k, v in more.items()}), ranks=2)
     assert difference(weights(two / "final"), weights(one / "final")) < 1e-5
     for name in ("loss", "grad_norm", "tokens", "trained_tokens"):
-        np.testing.assert_allclose([r[name] for r in metrics(two)], [r[name] for r in metrics(one)], rtol=1e-4)
-    first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")] for f in (one, two))
+        np.testing.assert_allclose([r[name] for r in metrics(two)], [r[name] for r in metrics(one)],
+                                   rtol=1e-4)
+    first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")]
+                     for f in (one, two))
     assert ("lm_head.weight" in weights(one / "final")) == (folder.name == "untied")
     assert first[0]["completion"]["nll_token_mean"] != first[1]["completion"]["nll_token_mean"]
     for a, b in zip(first, second):
@@ -123,7 +132,8 @@ def test_two_ranks_do_not_change_the_trajectory(folder, more):
 
 
 def stop_after(monkeypatch, steps: int) -> None:
-    """Send this process SIGTERM in step `steps` - 1 when the ranks have agreed to go on, so it ends after `steps`."""
+    """Send this process SIGTERM in step `steps` - 1 when the ranks have agreed to go on,
+    so it ends after `steps`."""
     original, calls = torch.nn.utils.clip_grad_norm_, []
 
     def clip(*args, **kwargs):
@@ -134,7 +144,8 @@ def stop_after(monkeypatch, steps: int) -> None:
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
 
-SCHEDULED = dict(neftune_alpha=5, kl_weight=0.1, weight_decay=0.1, schedule="cosine", warmup_ratio=0.3, log_every=3)
+SCHEDULED = dict(neftune_alpha=5, kl_weight=0.1, weight_decay=0.1, schedule="cosine", warmup_ratio=0.3,
+                 log_every=3)
 
 
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 7])  # within, at and after the end of the first epoch
@@ -157,7 +168,8 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(folder,
 
 
 def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
-    """SIGKILL in the middle of a checkpoint, its largest file half there; metrics run ahead of the checkpoint."""
+    """SIGKILL in the middle of a checkpoint, its largest file half there;
+    metrics run ahead of the checkpoint."""
     argv = arguments(folder, "killed", **SCHEDULED, save_every=2)
     code = ("import os, signal, sys, checkpoint\n"
             "def save_file(tensors, path, *a):\n"
@@ -167,8 +179,8 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
             "real, checkpoint.save_file = checkpoint.save_file, save_file\n"
             "import train; sys.exit(train.run(sys.argv[1:]))\n")
     plain = command(argv)
-    done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent, capture_output=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent,
+                          capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
     assert len(metrics(folder / "killed")) == 4
     with open(folder / "killed" / "metrics.jsonl", "a") as file:
@@ -181,14 +193,16 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
     if whole is None:
         run_here(arguments(folder, "whole", **SCHEDULED))
         whole = weights(folder / "whole" / "final")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(folder / "killed" / "final").items())
+    assert all(torch.equal(tensor, whole[name])
+               for name, tensor in weights(folder / "killed" / "final").items())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_two_ranks_finishes_the_step_saves_and_resumes(folder, number):
     out = folder / f"signal-{number}"
     argv = arguments(folder, out, epochs=400)
-    process = subprocess.Popen(command(argv, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(argv, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     deadline = time.monotonic() + 100
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -198,7 +212,8 @@ def test_a_signal_to_two_ranks_finishes_the_step_saves_and_resumes(folder, numbe
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert len(metrics(out)) == step > 0
-    process = subprocess.Popen(command(argv, ranks=1), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(argv, ranks=1), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
     while len((out / "metrics.jsonl").read_text().splitlines()) <= step and time.monotonic() < deadline:
         time.sleep(0.1)
     process.kill()
@@ -248,7 +263,8 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     run_here(arguments(folder, "foreign", overwrite=True))
     assert (folder / "foreign" / "thesis.txt").read_text() == "years of work"
     refused("holds the --model itself", "done", model=folder / "done" / "final", overwrite=True)
-    run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))  # these change no weight: it goes on
+    # These change no weight: it goes on.
+    run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))
     assert (folder / "half" / "final").is_dir()
 
 
@@ -258,7 +274,8 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
 def test_neftune_changes_training_forward_only(folder):
     for alpha in (0, 20):
         run_here(arguments(folder, f"noise-{alpha}", neftune_alpha=alpha, eval_data=folder / "train.jsonl"))
-    quiet, noisy = ([json.loads(line)["data"] for line in open(folder / f"noise-{a}" / "eval.jsonl")] for a in (0, 20))
+    quiet, noisy = ([json.loads(line)["data"] for line in open(folder / f"noise-{a}" / "eval.jsonl")]
+                    for a in (0, 20))
     assert quiet[0] == noisy[0] and quiet[1] != noisy[1]
     assert metrics(folder / "noise-0")[0]["loss"] != metrics(folder / "noise-20")[0]["loss"]
 
@@ -302,7 +319,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, monke
     monkeypatch.setattr(loss._WeightedNLL, "forward", broken)
     stepped = []
     original_step = torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: stepped.append(1) or original_step(self, *a))
+    monkeypatch.setattr(torch.optim.AdamW, "step",
+                        lambda self, *a: stepped.append(1) or original_step(self, *a))
     with pytest.raises(ValueError, match=r"step 3: loss nan.*train\.jsonl:\d+"):
         run_here(arguments(folder, "nan"))
     assert len(stepped) == 2 and len(metrics(folder / "nan")) == 2
@@ -334,14 +352,16 @@ def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
                        (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
-                       (["--config", "nowhere"], "--config nowhere"), (["--max-length", "1"], "--max-length 1")):
+                       (["--config", "nowhere"], "--config nowhere"),
+                       (["--max-length", "1"], "--max-length 1")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(argv)
 
 
 @pytest.mark.parametrize("more, says", [
     (dict(max_length=120, micro_batch_tokens=50), "--micro-batch-tokens 50"),
-    (dict(model="nowhere"), "--model nowhere"), (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
+    (dict(model="nowhere"), "--model nowhere"),
+    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
     (dict(template="auto"), "no chat template"), (dict(template="chatml"), "could not learn to stop"),
     (dict(loss="it", completion_weight=0, template_weight=0, instruction_weight=0), "nothing to train"),
 ])
@@ -377,11 +397,13 @@ def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder
     tokenizer = transformers.AutoTokenizer.from_pretrained(final)
     mine = load_model(final)
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                             tokenize=True, return_dict=False) for text in ("red", "be brief and", "a")]
+                                             tokenize=True, return_dict=False)
+               for text in ("red", "be brief and", "a")]
     stop = theirs.generation_config.eos_token_id
     assert stop == tokenizer.convert_tokens_to_ids("<|eot_id|>")
     for prompt, got in zip(prompts, generate(mine, prompts, {stop}, 20)):
-        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)[0, len(prompt):].tolist()
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20,
+                                   do_sample=False)[0, len(prompt):].tolist()
         assert got == (expected[:expected.index(stop)] if stop in expected else expected)
     assert run_here(arguments(folder, "again", model=final, template="auto", max_steps=1)) == 0
     assert json.loads((folder / "again" / "final" / "config.json").read_text())["dtype"] == "float32"

@@ -15,7 +15,8 @@ import tokenizers_for_tests
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-WORDS = "red blue a plum fig pear town sea sunny hello world station name colour be brief the is and by".split()
+WORDS = ("red blue a plum fig pear town sea sunny hello world station "
+         "name colour be brief the is and by").split()
 
 
 def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: int = 0) -> Path:
@@ -26,15 +27,17 @@ def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: 
     bos, eos, *_ = tokenizers_for_tests.CAST[tokenizer]
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie, initializer_range=0.3,
-        bos_token_id=built.token_to_id(bos) if bos else None, eos_token_id=built.token_to_id(eos))
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie,
+        initializer_range=0.3, bos_token_id=built.token_to_id(bos) if bos else None,
+        eos_token_id=built.token_to_id(eos))
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def make_records(file: Path, count: int, seed: int = 0, longest: int = 25) -> Path:
-    """Records of very unlike lengths, some with a system message, some with two turns, some with a given answer."""
+    """Records of very unlike lengths, some with a system message, some with two turns,
+    some with a given answer."""
     rng = random.Random(seed)
 
     def text() -> str:
@@ -42,7 +45,8 @@ def make_records(file: Path, count: int, seed: int = 0, longest: int = 25) -> Pa
 
     with open(file, "w") as out:
         for i in range(count):
-            turns = [{"role": role, "content": text()} for _ in range(1 + i % 2) for role in ("user", "assistant")]
+            turns = [{"role": role, "content": text()}
+                     for _ in range(1 + i % 2) for role in ("user", "assistant")]
             system = [{"role": "system", "content": text()}] if i % 3 == 0 else []
             if i % 4 == 1:
                 turns[1]["weight"] = 0
@@ -61,9 +65,9 @@ def flags(**values: object) -> list[str]:
 
 def arguments(folder: Path, out: str, **more: object) -> list[str]:
     """The flags of a small run in fp32 whose learning rate is large enough for every step to show."""
-    base = dict(model=folder / "model", train_data=folder / "train.jsonl", template="llama3", output_dir=folder / out,
-                cache_dir=folder / "cache", max_length=120, epochs=2, batch_size=6, micro_batch_tokens=4096, lr=1e-2,
-                dtype="fp32", device="cpu", save_dtype="fp32")
+    base = dict(model=folder / "model", train_data=folder / "train.jsonl", template="llama3",
+                output_dir=folder / out, cache_dir=folder / "cache", max_length=120, epochs=2, batch_size=6,
+                micro_batch_tokens=4096, lr=1e-2, dtype="fp32", device="cpu", save_dtype="fp32")
     return flags(**{**base, **more})
 
 
