@@ -173,9 +173,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 
 
 # Documents up to this many tokens are attended to in batches of like length: forward and backward of 28
-# documents of 128 tokens (9 heads of 64, bf16, one core of an EPYC 9005) take 29 ms so, 128 ms through the
-# fused kernel one by one; 8 of 512 take 137 against 236 ms; at 1,024 tokens the two are equal.
-SHORT = 512
+# documents of 128 tokens (9 heads of 64, bf16, one core of an EPYC) take 47 ms so, 108 ms through the fused
+# kernel one by one; 10 of 384 tokens 89 against 142 ms; 8 of 512 tokens 200 against 184 ms.
+SHORT = 384
 
 
 @torch.compiler.disable  # the number of documents changes with every batch: nothing here to compile once

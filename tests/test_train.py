@@ -288,7 +288,7 @@ def test_kl_is_zero_at_the_first_step_and_holds_the_model_back(folder):
     assert 0 < held[-1]["kl"] < free[-1]["kl"] / 2
 
 
-def test_compile_and_recompute_change_nothing(folder):
+def test_recompute_changes_nothing(folder):
     run_here(arguments(folder, "eager"))
     run_here(arguments(folder, "recompute", recompute=True))
     assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
