@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import Template, Tokenizer
+from data import Template, Tokenizer, read_json
 from model import DTYPES, Llama, save_model, weight_files
 
 
@@ -132,11 +132,11 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, part / name)
-    config = _read(source / "tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config = read_json(source / "tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
     config["chat_template"] = template.source
     (part / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     # Serving stops at eos_token_id: it must name the token that was trained to end a turn.
-    generation = _read(source / "generation_config.json")
+    generation = read_json(source / "generation_config.json")
     stops = generation.get("eos_token_id", model.config.raw.get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     end = tokenizer.special[template.end_of_turn]
@@ -148,10 +148,6 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
     shutil.rmtree(folder, ignore_errors=True)
     _commit(part, folder)
     return folder
-
-
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def model_fingerprint(folder: str | Path) -> str:

@@ -417,8 +417,8 @@ class Tokenizer:
                         "transformers import AutoTokenizer; "
                         f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
             raise ValueError(f"{file}: no such file{hint}")
-        config = _read_json(self.folder / "tokenizer_config.json")
-        named = {**_read_json(self.folder / "special_tokens_map.json"), **config}
+        config = read_json(self.folder / "tokenizer_config.json")
+        named = {**read_json(self.folder / "special_tokens_map.json"), **config}
         self.named_tokens: dict[str, str] = {}
         for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
             token = named.get(name)
@@ -463,7 +463,7 @@ class Tokenizer:
         return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except json.JSONDecodeError as error:
@@ -473,7 +473,7 @@ def _read_json(path: Path) -> dict:
 def _read_chat_template(folder: Path, config: dict) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
@@ -602,7 +602,7 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    meta = _read_json(folder / "report.json")
+    meta = read_json(folder / "report.json")
     offsets = np.load(folder / "offsets.npy", mmap_mode="r")
 
     def flat(name: str, dtype: type) -> np.ndarray:

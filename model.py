@@ -295,8 +295,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 # The three elementwise steps of a layer are autograd functions of their own. Left to autograd each would
-# keep every intermediate for the backward pass, in fp32: over half of the memory of a step. They keep
-# their inputs instead.
+# keep every intermediate for the backward pass, much of it in fp32. They keep their inputs instead.
 
 
 class _RMSNorm(torch.autograd.Function):

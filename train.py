@@ -428,11 +428,11 @@ def main(argv: list[str]) -> int:
         return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
                             progress=is_main() and sys.stderr.isatty())
 
-    if local_rank == 0:
-        train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
-    wait()
     if local_rank != 0:
-        train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
+        wait()
+    train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
+    if local_rank == 0:
+        wait()
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 

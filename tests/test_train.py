@@ -148,10 +148,16 @@ SCHEDULED = dict(neftune_alpha=5, kl_weight=0.1, weight_decay=0.1, schedule="cos
                  log_every=3)
 
 
+@pytest.fixture(scope="module")
+def whole_run(folder) -> Path:
+    """What a stopped run must end like: the same run, never stopped."""
+    run_here(arguments(folder, "whole", **SCHEDULED))
+    return folder / "whole"
+
+
 @pytest.mark.parametrize("step", [2, 3, 4, 5, 7])  # within, at and after the end of the first epoch
-def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(folder, step, monkeypatch, capsys):
-    if not (folder / "whole").exists():
-        run_here(arguments(folder, "whole", **SCHEDULED))
+def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(
+        folder, whole_run, step, monkeypatch, capsys):
     out = folder / f"stopped-{step}"
     with monkeypatch.context() as patch:
         stop_after(patch, step)
@@ -160,14 +166,14 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(folder,
     assert len(metrics(out)) == step and not (out / "final").exists()
     assert run_here(arguments(folder, out, **SCHEDULED)) == 0
     assert f"resuming after step {step}" in capsys.readouterr().out
-    whole = weights(folder / "whole" / "final")
+    whole = weights(whole_run / "final")
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out / "final").items())
-    rows, expected = metrics(out), metrics(folder / "whole")
+    rows, expected = metrics(out), metrics(whole_run)
     assert [r["step"] for r in rows] == list(range(1, len(expected) + 1))
     assert [r["loss"] for r in rows] == [r["loss"] for r in expected]
 
 
-def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
+def test_killed_while_writing_resumes_from_the_checkpoint_before(folder, whole_run):
     """SIGKILL in the middle of a checkpoint, its largest file half there;
     metrics run ahead of the checkpoint."""
     argv = arguments(folder, "killed", **SCHEDULED, save_every=2)
@@ -189,10 +195,7 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder):
     assert "step-00000004.part was not written to its end" in done.stdout
     assert "resuming after step 2" in done.stdout
     assert [r["step"] for r in metrics(folder / "killed")] == list(range(1, 9))
-    whole = weights(folder / "whole" / "final") if (folder / "whole").exists() else None
-    if whole is None:
-        run_here(arguments(folder, "whole", **SCHEDULED))
-        whole = weights(folder / "whole" / "final")
+    whole = weights(whole_run / "final")
     assert all(torch.equal(tensor, whole[name])
                for name, tensor in weights(folder / "killed" / "final").items())
 
