@@ -773,18 +773,19 @@ class Batch:
     targets: torch.Tensor       # (N,) int64
     kinds: torch.Tensor         # (N,) int64, kind of the target
     positions: torch.Tensor     # (N,) int64, from each document's start
-    cu_seqlens: torch.Tensor    # (documents + 1,) int32
+    cu_seqlens: torch.Tensor    # (documents + 1,) int32; stays on the CPU: lengths decide what is run
     documents: torch.Tensor     # (N,) int64, which document of the row
     coefficients: torch.Tensor  # (N,) float32, what the target's NLL counts in the step's loss
     rows: torch.Tensor          # (R,) int64, the targets whose coefficient is not zero
     examples: np.ndarray        # (documents,) which example of the dataset
 
     def to(self, device: torch.device) -> "Batch":
-        """On CUDA from pinned memory, so that the copy can overlap with work on the device."""
+        """To CUDA from pinned memory, so that the copy can overlap with work on the device."""
         if device.type == "cpu":
             return self
-        return Batch(*(x.pin_memory().to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x
-                       for x in vars(self).values()))
+        return Batch(**{name: x.pin_memory().to(device, non_blocking=True)
+                        if isinstance(x, torch.Tensor) and name != "cu_seqlens" else x
+                        for name, x in vars(self).items()})
 
 
 def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:

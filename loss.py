@@ -28,7 +28,9 @@ PRESETS = {
     "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
 }
 NORMALIZE = ("token", "example", "span")
-CHUNK_LOGITS = 2**24  # logits held at once: 64 MB in fp32
+CHUNK_LOGITS = 2**25  # logits held at once: 64 MB in bf16
+CACHED_LOGITS = 2**20  # of them in fp32 at once on a CPU: 4 MB stay in its cache
+WORDS = 2**13  # rows of the head's gradient added to at once, for the same reason
 
 
 def span_weights(loss: str, template: float | None = None, system: float | None = None,
@@ -120,18 +122,21 @@ class _WeightedNLL(torch.autograd.Function):
         x, weight = hidden.to(dtype), head_weight.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         grad_hidden = torch.empty_like(x)
+        block = max(1, (CACHED_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS) // len(weight))
         grad_weight = torch.zeros_like(head_weight)                             # fp32: summed over chunks
         for chunk in _chunks(len(targets), len(weight)):
-            logits = (x[chunk] @ weight.T).float()                              # (rows, V)
-            target = targets[chunk, None]                                       # (rows, 1)
-            highest = logits.amax(1, keepdim=True)
-            at_target = logits.gather(1, target)
-            total = logits.sub_(highest).exp_().sum(1, keepdim=True)            # in place: the chunk is large
-            out[chunk] = (highest + total.log() - at_target).squeeze(1)
-            scale = coefficients[chunk, None]
-            grad = logits.mul_(scale / total).scatter_add_(1, target, -scale).to(dtype)
-            torch.mm(grad, weight, out=grad_hidden[chunk])
-            grad_weight += grad.T @ x[chunk]
+            logits = x[chunk] @ weight.T                                        # (rows, V)
+            parts = (y.split(block) for y in (logits, targets[chunk], coefficients[chunk], out[chunk]))
+            for some, target, scale, into in zip(*parts):
+                target, scale = target[:, None], scale[:, None]
+                exp = some.float()
+                highest, at_target = exp.amax(1, keepdim=True), exp.gather(1, target)
+                total = exp.sub_(highest).exp_().sum(1, keepdim=True)
+                into.copy_((highest + total.log() - at_target).squeeze(1))
+                some.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))     # now the gradient
+            torch.mm(logits, weight, out=grad_hidden[chunk])
+            for some, into in zip(logits.split(WORDS, 1), grad_weight.split(WORDS)):
+                into += some.T @ x[chunk]
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         ctx.mark_non_differentiable(out)
         return (coefficients * out).sum(), out

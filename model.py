@@ -18,8 +18,9 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -172,39 +173,28 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-# Documents up to this many tokens are attended to in batches of like length: forward and backward of 28
-# documents of 128 tokens (9 heads of 64, bf16, one core of an EPYC) take 47 ms so, 108 ms through the fused
-# kernel one by one; 10 of 384 tokens 89 against 142 ms; 8 of 512 tokens 200 against 184 ms.
-SHORT = 384
+# Queries multiplied out at once, and the most scores that these may have (16 MB in bf16, about a CPU's cache).
+TILE, TILE_SCORES = 128, 2**23
 
 
-@torch.compiler.disable  # the number of documents changes with every batch: nothing here to compile once
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """attention_reference() without its N x N matrices: long documents one at a time through PyTorch's fused
-    kernel; on the CPU, where that kernel is slow on short ones, those in batches."""
-    bounds = cu_seqlens.tolist()
-    spans = list(zip(bounds, bounds[1:]))
-    outs, i = [], 0
-    while i < len(spans):
-        end = i
-        while q.device.type == "cpu" and end < len(spans) and spans[end][1] - spans[end][0] <= SHORT:
-            end += 1
-        if end > i:  # a run of short documents
-            run = slice(spans[i][0], spans[end - 1][1])
-            outs.append(_ShortAttention.apply(q[run], k[run], v[run], [b - a for a, b in spans[i:end]]))
-            i = end
-        else:
-            documents = (x[slice(*spans[i])].transpose(0, 1).unsqueeze(0)       # (1, heads, length, D)
-                         for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*documents, is_causal=True, enable_gqa=True)
-            outs.append(out.squeeze(0).transpose(0, 1))
-            i += 1
-    if not outs:  # no output, but k and v must stay in the graph: DDP waits for every parameter's gradient
-        return q * (k.sum() + v.sum())
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
+class _Rows(NamedTuple):
+    """Where a group's (document, head, place) rows are in (N * heads, D).
+    Documents shorter than the group's longest are padded with row 0."""
+    take: Tensor            # (B * heads * L,)
+    real: Tensor | None     # which of these are not padding; None: all
+    padding: Tensor | None
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.reshape(-1, x.shape[-1]).index_select(0, self.take)            # (B * heads * L, D)
+
+    def scatter(self, x: Tensor, into: Tensor) -> None:
+        x, rows = x.reshape(-1, x.shape[-1]).to(into.dtype), self.take
+        if self.real is not None:
+            x, rows = x.index_select(0, self.real), rows.index_select(0, self.real)
+        into.view(-1, into.shape[-1]).index_copy_(0, rows, x)
 
 
-def _like_lengths(lengths: list[int]) -> list[list[int]]:
+def _like_lengths(lengths: Sequence[int]) -> list[list[int]]:
     """Group documents so that padding each group to its longest makes no document more than a quarter longer,
     or 16 tokens. [100, 20, 90, 28] -> [[1, 3], [2, 0]]"""
     groups: list[list[int]] = []
@@ -216,73 +206,136 @@ def _like_lengths(lengths: list[int]) -> list[list[int]]:
     return groups
 
 
-class _ShortAttention(torch.autograd.Function):
-    """Attention over short documents, padded to groups of like length and multiplied out as matrices.
+@lru_cache(maxsize=4)   # every layer asks, forward and backward
+def _groups(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device
+            ) -> list[tuple[int, int, _Rows, _Rows]]:
+    """Documents of like length: how many, the longest, rows of their queries and of their keys."""
+    starts, out = torch.tensor([0, *lengths]).cumsum(0), []
+    for like in _like_lengths(lengths):
+        longest = lengths[like[-1]]
+        most = max(1, TILE_SCORES // (heads * min(TILE, longest) * longest))
+        for group in (like[i:i + most] for i in range(0, len(like), most)):
+            places = torch.arange(longest)                                      # (L,)
+            is_real = places < torch.tensor([lengths[i] for i in group])[:, None]           # (B, L)
+            tokens = torch.where(is_real, starts[group][:, None] + places, 0)   # (B, L)
+            rows = []
+            for n in (heads, key_heads):
+                take = tokens[:, None] * n + torch.arange(n)[:, None]           # (B, n, L)
+                real = is_real[:, None].expand_as(take).flatten()
+                some = (None, None) if real.all() else (x.nonzero().squeeze(1).to(device)
+                                                        for x in (real, ~real))
+                rows.append(_Rows(take.flatten().to(device), *some))
+            out.append((len(group), longest, *rows))
+    return out
+
+
+def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
+    """queries: (B * G, R, T, D), scaled, at places start to start + T; keys: (B * G, start + T, D). Returns the
+    softmax of their scores, (B * G, R * T, start + T)."""
+    tile, end = queries.shape[2], keys.shape[1]
+    scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
+    future = torch.full((tile, tile), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
+    scores.view(-1, tile, end)[..., start:].add_(future)
+    return torch.softmax(scores, -1)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention within documents by plain matrix products, a tile of queries at a time with the keys up to its
+    end, documents of like length at once.
 
     Padding goes behind a document's end, where no causal query of the document looks, so it needs no mask;
-    what the padding itself sees is thrown away, and its gradient is zero. The weights, the square of a
-    document's length, are made again in the backward pass. Shapes: B documents of a group, L its longest,
-    R = H / G query heads a key head.
+    what the padding itself sees is thrown away, and its gradient is zero. The weights are made again in the
+    backward pass. Shapes: B documents of a group, L its longest, T queries of a tile, R = H / G query heads a
+    key head.
+
+    Forward and backward of 8 documents of 512 tokens (9 heads of 64, bf16, two cores) take 36 ms so, 118 ms
+    through PyTorch's fused kernel one by one; 31 of 128 tokens 17 against 60; 2 of 2,048 tokens 102 against 225.
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        out = torch.empty_like(q)
-        starts = torch.tensor([0, *lengths]).cumsum(0)
-        ctx.groups = []
-        for group in _like_lengths(lengths):
-            sizes = torch.tensor([lengths[i] for i in group])[:, None]          # (B, 1)
-            places = torch.arange(int(sizes.max()))                             # (L,)
-            real = places < sizes                                               # (B, L)
-            rows = torch.where(real, starts[group][:, None] + places, 0)        # (B, L), where in q, k, v
-            queries, keys, values = _stack(q, rows, k.shape[1]), _stack(k, rows), _stack(v, rows)
-            _unstack(torch.bmm(_causal_weights(queries, keys), values), rows, real, out)
-            ctx.groups.append((rows, real))
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(q, k, v)
+        ctx.lengths = lengths
+        out = torch.empty_like(q)
+        for queries, keys, values, tiles, query_rows, _ in _TiledAttention.groups(q, k, v, lengths):
+            results = torch.empty_like(queries)
+            for start, end in tiles:
+                weights = _causal_weights(queries[:, :, start:end], keys[:, :end], start)
+                results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(results[:, :, start:end])
+            query_rows.scatter(results, out)
         return out
+
+    @staticmethod
+    def groups(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple]:
+        """Each group's queries (B * G, R, L, D), scaled, keys and values (B * G, L, D), the bounds of its tiles
+        and its rows."""
+        key_heads, size = k.shape[1:]
+        for documents, longest, query_rows, key_rows in _groups(lengths, q.shape[1], key_heads, q.device):
+            queries = query_rows.gather(q).mul_(size ** -0.5).view(documents * key_heads, -1, longest, size)
+            keys, values = (key_rows.gather(x).view(-1, longest, size) for x in (k, v))
+            tile = -(-longest // -(-longest // TILE))   # equal ones
+            tiles = [(i, min(i + tile, longest)) for i in range(0, longest, tile)]
+            yield queries, keys, values, tiles, query_rows, key_rows
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
-        grads = [torch.empty_like(x) for x in (q, k, v)]
-        for rows, real in ctx.groups:
-            queries, keys, values = _stack(q, rows, k.shape[1]), _stack(k, rows), _stack(v, rows)
-            weights = _causal_weights(queries, keys)                            # (B * G, R * L, L)
-            grad = _stack(grad_out, rows, k.shape[1], real)                     # padding: 0
-            grad_weights = torch.bmm(grad, values.transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-            grad_scores.mul_(q.shape[-1] ** -0.5)
-            for x, into in zip((torch.bmm(grad_scores, keys), torch.bmm(grad_scores.transpose(1, 2), queries),
-                                torch.bmm(weights.transpose(1, 2), grad)), grads):
-                _unstack(x, rows, real, into)
-        return *grads, None
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
+        for queries, keys, values, tiles, query_rows, key_rows in _TiledAttention.groups(q, k, v, ctx.lengths):
+            grads = query_rows.gather(grad_out)
+            if query_rows.padding is not None:
+                grads.index_fill_(0, query_rows.padding, 0)
+            grads = grads.view_as(queries)
+            grad_queries = torch.empty_like(queries)
+            # several tiles add to a key's gradient: in fp32
+            grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+            for start, end in tiles:
+                mine, grad = queries[:, :, start:end], grads[:, :, start:end].flatten(1, 2)
+                weights = _causal_weights(mine, keys[:, :end], start)
+                grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
+                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_queries[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(mine)
+                grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), mine.flatten(1, 2))
+                grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+            query_rows.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
+            key_rows.scatter(grad_keys, grad_k)
+            key_rows.scatter(grad_values, grad_v)
+        return grad_q, grad_k, grad_v, None
 
 
-def _causal_weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """queries: (B * G, R * L, D); keys: (B * G, L, D).
-    Returns the softmax of their scores, (B * G, R * L, L)."""
-    length = keys.shape[1]
-    scores = torch.bmm(queries, keys.transpose(1, 2)).view(-1, length, length)
-    future = torch.full((length, length), -math.inf, dtype=scores.dtype).triu(1)
-    return torch.softmax(scores.mul_(keys.shape[-1] ** -0.5).add_(future), -1).view(len(keys), -1, length)
+@torch.compiler.disable  # the documents change with every batch: nothing here to compile once
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """attention_reference() without its N x N matrices. cu_seqlens on the CPU: the lengths decide what is run."""
+    if not len(q):  # no output, but k and v must stay in the graph: DDP waits for every parameter's gradient
+        return q * (k.sum() + v.sum())
+    return _TiledAttention.apply(q, k, v, tuple(cu_seqlens.diff().tolist()))
 
 
-def _stack(x: Tensor, rows: Tensor, key_heads: int | None = None, real: Tensor | None = None) -> Tensor:
-    """x: (n, heads, D) flat -> (B * G, R * L, D), the query heads of one key head below each other."""
-    x = x[rows]                                                                 # (B, L, heads, D)
-    if real is not None:
-        x = x * real[..., None, None]
-    b, length, heads, size = x.shape
-    key_heads = key_heads or heads
-    x = x.view(b, length, key_heads, heads // key_heads, size).permute(0, 2, 3, 1, 4)
-    return x.reshape(b * key_heads, heads // key_heads * length, size)
+@torch.compiler.disable
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
+    """attention() by PyTorch's flash attention over packed documents, bf16 on CUDA. cu_seqlens on the device;
+    longest: of the documents, in tokens."""
+    from torch.nn.attention.varlen import varlen_attn
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)
 
 
-def _unstack(x: Tensor, rows: Tensor, real: Tensor, into: Tensor) -> None:
-    """Undo _stack(), writing the real tokens into the flat (n, heads, D) tensor `into`."""
-    b, length = rows.shape
-    x = x.view(b, into.shape[1], length, into.shape[2]).transpose(1, 2)         # (B, L, heads, D)
-    into[rows[real]] = x[real]
+def varlen_fault(config: "ModelConfig", device: torch.device) -> str:
+    """Why varlen_attention() cannot be trusted here, by a small random case with its gradients; "" if it can."""
+    make = torch.Generator().manual_seed(0)
+    cu_seqlens = torch.tensor([0, 5, 6, 150], dtype=torch.int32, device=device)
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    inputs = [torch.randn(150, n, config.head_dim, generator=make).to(device, torch.bfloat16).requires_grad_()
+              for n in heads]
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    try:
+        got, expected = varlen_attention(*inputs, cu_seqlens, 144), attention_reference(*exact, cu_seqlens)
+        grad = torch.randn(got.shape, generator=make).to(device, torch.bfloat16)
+        pairs = [(got, expected), *zip(torch.autograd.grad(got, inputs, grad),
+                                       torch.autograd.grad(expected, exact, grad.float()))]
+        worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
+    except Exception as error:
+        return f"it raised {type(error).__name__}: {str(error).splitlines()[0]}"
+    return "" if worst < 0.02 else f"it is {worst:.1%} off the reference"  # bf16 rounds by 0.2 to 0.6 %
 
 
 # ---------------------------------------------------------------- modules
@@ -294,27 +347,72 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# The three elementwise steps of a layer are autograd functions of their own. Left to autograd each would
-# keep every intermediate for the backward pass, much of it in fp32. They keep their inputs instead.
+# The steps of a layer are autograd functions of their own. Left to autograd each would keep every intermediate
+# for the backward pass, much of it in fp32. They keep their inputs instead, and make the rest again.
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Returns the norm of x (..., C) in the dtype to compute in, and 1 / rms(x) (..., 1), fp32."""
+    scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # no x * x made
+    scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).mul_(weight).to(compute_dtype(x)), scale
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and weight from that of the norm."""
+    normed, grad = x * scale, grad.float()
+    product = grad * normed
+    along = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)          # what rms(x) takes away
+    grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+    return grad_x.to(x.dtype), product.flatten(0, -2).sum(0)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True,               # (..., 1), no x * x made
-                                         dtype=torch.float32)
-        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = _rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(compute_dtype(x))
+        return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        along = torch.linalg.vecdot(grad, normed).div_(x.shape[-1]).unsqueeze(-1)  # what rms(x) takes away
-        return grad.addcmul_(normed, along, value=-1).mul_(scale).to(x.dtype), grad_weight, None
+        return *_rms_norm_backward(grad, *ctx.saved_tensors), None
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _NormLinears(torch.autograd.Function):
+    """[linear(norm(x), weight, bias) for each pair of `parameters`], without keeping norm(x)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, norm_weight: Tensor, eps: float, *parameters: Tensor | None
+                ) -> tuple[Tensor, ...]:
+        normed, scale = _rms_norm(x, norm_weight, eps)
+        ctx.has_bias = [bias is not None for bias in parameters[1::2]]
+        ctx.dtype = normed.dtype
+        ctx.save_for_backward(x, norm_weight, scale, *parameters[::2])
+        return tuple(_linear(normed, weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2]))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, norm_weight, scale, *weights = ctx.saved_tensors
+        normed = (x * scale).mul_(norm_weight).to(ctx.dtype)
+        grad_normed = grads[0] @ weights[0].to(ctx.dtype)
+        for grad, weight in zip(grads[1:], weights[1:]):
+            grad_normed.addmm_(grad, weight.to(ctx.dtype))
+        out = []
+        for grad, has_bias in zip(grads, ctx.has_bias):
+            out += [(grad.T @ normed).float(), grad.sum(0) if has_bias else None]
+        return *_rms_norm_backward(grad_normed, x, norm_weight, scale), None, *out
+
+
+def norm_linears(x: Tensor, norm: "RMSNorm", *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """[linear(norm(x)) for linear in linears]; x: (N, C)."""
+    parameters = [p for linear in linears for p in (linear.weight, linear.bias)]
+    return _NormLinears.apply(x, norm.weight, norm.eps, *parameters)
 
 
 class RMSNorm(nn.Module):
@@ -356,17 +454,16 @@ class _SwiGLUDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        weight = weight.to(gate.dtype)
         ctx.save_for_backward(gate, up, weight)
         ctx.has_bias = bias is not None
-        return F.linear(F.silu(gate).mul_(up), weight, bias.to(gate.dtype) if ctx.has_bias else None)
+        return _linear(F.silu(gate).mul_(up), weight, bias)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         gate, up, weight = ctx.saved_tensors
         activated = F.silu(gate)
         grad_weight = grad.T @ (activated * up)
-        grad_product = grad @ weight
+        grad_product = grad @ weight.to(grad.dtype)
         grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
         return (grad_gate, activated.mul_(grad_product), grad_weight.float(),
                 grad.sum(0) if ctx.has_bias else None)
@@ -384,9 +481,9 @@ class Attention(nn.Module):
         norm = (lambda: RMSNorm(self.head_dim, config.rms_norm_eps)) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim))                # (N, H or G, D)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim))                         # (N, H or G, D)
+                   for y in norm_linears(x, norm, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(attend(self.layer, q, k, v).flatten(1))              # (N, C)
 
@@ -400,9 +497,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return _SwiGLUDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight,
-                                 self.down_proj.bias)
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        gate, up = norm_linears(x, norm, self.gate_proj, self.up_proj)
+        return _SwiGLUDown.apply(gate, up, self.down_proj.weight, self.down_proj.bias)
 
 
 class Layer(nn.Module):
@@ -414,8 +511,8 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(x, self.input_layernorm, cos, sin, attend)
+        return x + self.mlp(x, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -437,6 +534,7 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(
             config.hidden_size, config.vocab_size, False)
         self.recompute = False              # trade a second forward pass for the layers' activations
+        self.varlen = False                 # attention by varlen_attention()
         self.source_dtype = torch.float32   # what the weights were loaded from
         # A plain attribute: building on the meta device must not lose it, and no state dict should hold it.
         with torch.device("cpu"):
@@ -446,12 +544,29 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def choose_attention(self, dtype: torch.dtype) -> str:
+        """The one switch: varlen_attention() on CUDA in bf16, if a check passes; else attention(). Returns a
+        warning if it does not."""
+        device = self.head_weight.device
+        if device.type != "cuda" or dtype != torch.bfloat16:
+            return ""
+        fault = varlen_fault(self.config, device)
+        self.varlen = not fault
+        return fault and f"varlen_attn is not used: {fault}; the slower plain attention is"
+
+    def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> Attend:
+        """What layers attend with, over a row of these documents."""
+        if not self.varlen or len(cu_seqlens) < 2:
+            return lambda layer, q, k, v: attention(q, k, v, cu_seqlens)
+        longest, there = int(cu_seqlens.diff().max()), cu_seqlens.to(device, non_blocking=True)
+        return lambda layer, q, k, v: varlen_attention(q, k, v, there, longest)
+
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:
-        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32, where documents begin and end in
-        the row; noise: (N, C), added to the embeddings; attend: replaces the attention over cu_seqlens.
+        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU, where documents begin and
+        end in the row; noise: (N, C), added to the embeddings; attend: replaces the attention over cu_seqlens.
         Returns (N, C)."""
-        attend = attend or (lambda layer, q, k, v: attention(q, k, v, cu_seqlens))
+        attend = attend or self.attention_over(cu_seqlens, ids.device)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
         angles = positions[:, None, None].float() * self.frequencies            # (N, 1, D / 2)
@@ -465,6 +580,24 @@ class Llama(nn.Module):
             else:
                 x = layer(x, cos, sin, attend)
         return self.model.norm(x)
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers Llama(config) has; a tied head counts once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config).parameters())
+
+
+def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+    """What a forward pass over so many tokens keeps for the backward pass, computing in dtype; without the
+    loss, and with recomputation without the layer that is being recomputed."""
+    heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
+    kept = (2 * heads + 2 * key_heads) * config.head_dim + 2 * config.intermediate_size    # q, k, v, out; gate, up
+    layer = 2 * (stream + 4) + dtype.itemsize * kept        # with what both norms are given, and their scales
+    if config.qk_norm:
+        layer += (heads + key_heads) * (dtype.itemsize * config.head_dim + 4)
+    layers = config.num_hidden_layers * (stream if recompute else layer)
+    return tokens * (layers + stream + 4 + 4 * config.head_dim)     # + the last norm, cos and sin
 
 
 def init_weights(model: Llama, seed: int) -> None:

@@ -73,11 +73,9 @@ ATTENTION, NORMS, PROJECTIONS = "attention kernels", "norms and RoPE", "attentio
 MLP, HEAD = "MLP", "head and loss"
 OPTIMIZER, CLIP, DATA, REST = "optimizer", "gradient clipping", "data", "residuals, embedding, rest"
 PARTS = (ATTENTION, PROJECTIONS, MLP, NORMS, HEAD, OPTIMIZER, CLIP, DATA, REST)
-# Autograd nodes by name; nodes of matrix products and of casts go by the shapes they handle.
-NODES = {"ShortAttention": ATTENTION, "ScaledDotProduct": ATTENTION, "Attention": ATTENTION,
-         "Slice": ATTENTION, "Cat": ATTENTION, "Transpose": ATTENTION, "Unsqueeze": ATTENTION,
-         "Squeeze": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP, "Silu": MLP,
-         "WeightedNLL": HEAD, "NLL": HEAD, "Index": HEAD}
+# Autograd nodes by name. Those of matrix products go by the shapes they handle, see by_shapes().
+NODES = {"TiledAttention": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP, "WeightedNLL": HEAD,
+         "Index": HEAD}
 NODE = "autograd::engine::evaluate_function: "
 
 
@@ -92,25 +90,17 @@ def mark(model: torch.nn.Module) -> None:
     """Ranges around the parts of the forward pass; inner ones win."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        part = {"q_proj": PROJECTIONS, "k_proj": PROJECTIONS, "v_proj": PROJECTIONS, "o_proj": PROJECTIONS,
-                "mlp": MLP}.get(leaf, NORMS if isinstance(module, model_module.RMSNorm) else None)
+        part = PROJECTIONS if leaf == "o_proj" else MLP if leaf == "mlp" else (
+            NORMS if isinstance(module, model_module.RMSNorm) else None)
         if part:
             module.forward = wrapped(module.forward, part)
     model_module.attention = wrapped(model_module.attention, ATTENTION)
     model_module.rotate = wrapped(model_module.rotate, NORMS)
 
 
-def part_of(event: object, feed_forward: int, vocabulary: int) -> tuple[str, str] | None:
-    """(part, direction) if this event decides it for itself and all below it, else None."""
-    if event.name.startswith("part:"):
-        return event.name.removeprefix("part:"), "forward"
-    if not event.name.startswith(NODE):
-        return None
-    node = event.name.removeprefix(NODE).lstrip("_")
-    for start, part in NODES.items():
-        if node.startswith(start):
-            return part, "backward"
-    sizes: set[int] = set()     # of all matrices that the node's operations were given
+def by_shapes(event: object, feed_forward: int, vocabulary: int) -> str | None:
+    """The part that a matrix product belongs to, or a node that makes some, by all sizes it was given."""
+    sizes: set[int] = set()
     below = [event]
     while below:
         one = below.pop()
@@ -118,10 +108,29 @@ def part_of(event: object, feed_forward: int, vocabulary: int) -> tuple[str, str
             if len(shape) == 2 and all(isinstance(n, int) for n in shape):
                 sizes.update(shape)
         below.extend(one.cpu_children)
-    if node.startswith(("Mm", "Addmm", "T", "ToCopy", "View", "torch::autograd::AccumulateGrad")) and sizes:
-        part = MLP if feed_forward in sizes else HEAD if vocabulary in sizes else PROJECTIONS
-        return part, "backward"
-    return REST, "backward"
+    return (MLP if feed_forward in sizes else HEAD if vocabulary in sizes else PROJECTIONS) if sizes else None
+
+
+def part_of(event: object, above: tuple[str, str], feed_forward: int, vocabulary: int) -> tuple[str, str]:
+    """(part, direction) of this event and what is below it, unless that says otherwise; above: of what it is
+    in."""
+    if event.name.startswith("part:"):
+        return event.name.removeprefix("part:"), "forward"
+    if event.name.startswith(NODE):
+        node = event.name.removeprefix(NODE).lstrip("_")
+        for start, part in NODES.items():
+            if node.startswith(start):
+                return part, "backward"
+        part = None
+        if node.startswith(("Mm", "Addmm", "T", "ToCopy", "View", "torch::autograd::AccumulateGrad")):
+            part = by_shapes(event, feed_forward, vocabulary)
+        # a norm and its linear layers are one function: the norm's work but for the products, below
+        return (NORMS if node.startswith("NormLinears") else part or REST), "backward"
+    if event.name == "_NormLinears":
+        return NORMS, above[1]
+    if above[0] == NORMS and event.name in ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm_"):
+        return by_shapes(event, feed_forward, vocabulary) or NORMS, above[1]
+    return above
 
 
 def step_profile(args: argparse.Namespace) -> dict:
@@ -168,7 +177,7 @@ def step_profile(args: argparse.Namespace) -> dict:
     feed_forward, vocabulary = model.config.intermediate_size, model.config.vocab_size
 
     def walk(event: object, part: tuple[str, str]) -> None:
-        part = part_of(event, feed_forward, vocabulary) or part
+        part = part_of(event, part, feed_forward, vocabulary)
         times[part] += event.self_cpu_time_total / 1e6
         for below in event.cpu_children:
             walk(below, part)

@@ -24,7 +24,7 @@ class Cache:
         self.lengths = torch.tensor(lengths, device=device)                     # (B,)
         self.documents = torch.repeat_interleave(torch.arange(len(lengths), device=device), self.lengths)
         self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        self.cu_seqlens = F.pad(self.lengths.cumsum(0), (1, 0)).int()
+        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()           # on the CPU, as in a Batch
 
     def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: (N, H, D); k, v: (N, G, D), the packed prompts."""
@@ -58,7 +58,7 @@ def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tok
         cache = Cache(model, lengths, max(lengths) + max_new_tokens, device)
         ids = torch.tensor([token for i in group for token in prompts[i]], device=device)
         hidden = model(ids, cache.positions, cache.cu_seqlens, attend=cache.prompt)
-        hidden = hidden[cache.cu_seqlens[1:].long() - 1]                        # (B, C), each prompt's last
+        hidden = hidden[cache.lengths.cumsum(0) - 1]                            # (B, C), each prompt's last
         running = set(group)
         for _ in range(max_new_tokens):
             tokens = F.linear(hidden, model.head_weight).argmax(-1)             # (B,)

@@ -103,6 +103,32 @@ def test_attention_equals_its_definition_and_gradients(lengths, heads):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("fault", ["", "not causal", "raises"])
+def test_varlen_is_used_only_if_it_agrees_with_the_definition(fault, tmp_path, monkeypatch):
+    """On the CPU a stand-in for the kernel; the check and the switch are the same."""
+    def stand_in(q, k, v, cu_seqlens, longest):
+        if fault == "raises":
+            raise RuntimeError("no kernel\nfor this device")
+        assert longest == cu_seqlens.diff().max()
+        if fault == "not causal":
+            return attention_reference(q, k, v, cu_seqlens).flip(0)
+        return attention_reference(q, k, v, cu_seqlens)
+
+    make_reference("qwen2").save_pretrained(tmp_path)
+    mine = load_model(tmp_path)
+    row = packed([torch.arange(9), torch.arange(30)])
+    expected = mine(*row)
+    monkeypatch.setattr(model_module, "varlen_attention", stand_in)
+    reason = model_module.varlen_fault(mine.config, torch.device("cpu"))
+    assert (reason == "") == (fault == "")
+    if fault == "raises":
+        assert reason == "it raised RuntimeError: no kernel"
+    else:
+        mine.varlen = True
+        assert torch.allclose(mine(*row), expected, atol=1e-5) == (fault == "")
+    assert mine.choose_attention(torch.bfloat16) == ""      # never on the CPU
+
+
 def test_attention_definition_is_a_loop_over_documents():
     """Guards the reference itself: plain softmax, document by document, token by token."""
     torch.manual_seed(0)
@@ -124,6 +150,27 @@ def test_empty_row_has_a_graph_to_every_parameter(tmp_path):
     empty = torch.zeros(0, dtype=torch.int64)
     mine(empty, empty, torch.zeros(1, dtype=torch.int32)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in mine.parameters())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("name", ["llama2-gqa-tied", "qwen3"])
+def test_activation_bytes_are_those_that_autograd_keeps(name, recompute, tmp_path):
+    make_reference(name).save_pretrained(tmp_path)
+    mine = load_model(tmp_path)
+    mine.recompute = recompute
+    own = {p.untyped_storage().data_ptr() for p in mine.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    documents = [torch.arange(n) for n in (50, 60)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        mine(*packed(documents))
+    expected = sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own)
+    computed = model_module.activation_bytes(mine.config, 110, torch.float32, recompute)
+    assert computed == pytest.approx(expected, rel=0.03)    # ids, and what a recomputed layer stores beside
 
 
 def test_recompute_changes_no_gradient(tmp_path):

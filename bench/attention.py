@@ -1,0 +1,79 @@
+"""Attention over packed documents on the CPU: model.attention beside PyTorch's fused kernel, one document at a time.
+
+    python -m bench.attention --heads 9 --key-heads 3 --head-dim 64
+
+Forward and backward in bf16, the shortest of --repeats, in turn; and how far each is off attention_reference()
+in fp32 (the largest relative error, in the Euclidean norm, of output and gradients). `records`: document
+lengths as they come, drawn from a log-normal distribution with a mean near 200.
+"""
+import argparse
+import json
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.common import cores, hardware, print_table
+from model import attention, attention_reference
+from train import keep_freed_memory
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    outs = [F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), is_causal=True,
+                                           enable_gqa=True)[0].transpose(0, 1)
+            for a, b in zip(bounds, bounds[1:])]
+    return torch.cat(outs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--key-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=cores())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    keep_freed_memory()
+    machine = hardware()
+    print(f"{machine['cpu']}, {args.threads} threads, torch {machine['versions'].get('torch')}")
+    drawn = np.random.default_rng(0).lognormal(4.9, 0.8, 1000).clip(8, 1024).astype(int)
+    rows = {str(n): [n] * max(1, args.tokens // n) for n in args.lengths}
+    rows["records"] = drawn[:int((drawn.cumsum() <= args.tokens).sum())].tolist()
+    results = []
+    print_table(["documents", "of tokens", "fused ms", "ours ms", "ratio", "off: fused", "ours"], [],
+                [11, 11, 11, 9, 8, 12, 9])
+    for name, lengths in rows.items():
+        n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+        make = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(n, h, args.head_dim, generator=make).bfloat16().requires_grad_()
+                  for h in (args.heads, args.key_heads, args.key_heads)]
+        grad = torch.randn(n, args.heads, args.head_dim, generator=make).bfloat16()
+        exact_inputs = [x.detach().float().requires_grad_() for x in inputs]
+        out = attention_reference(*exact_inputs, cu_seqlens)
+        exact = [out.detach(), *torch.autograd.grad(out, exact_inputs, grad.float())]
+        del out
+        times: dict[str, list[float]] = {"fused": [], "ours": []}
+        off = {}
+        for _ in range(args.repeats):
+            for which, function in (("fused", fused), ("ours", attention)):
+                began = time.perf_counter()
+                out = function(*inputs, cu_seqlens)
+                got = [out, *torch.autograd.grad(out, inputs, grad)]
+                times[which].append(1000 * (time.perf_counter() - began))
+                off[which] = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, exact))
+        best = {which: min(values) for which, values in times.items()}
+        print_table([str(len(lengths)), name, f"{best['fused']:.0f}", f"{best['ours']:.0f}",
+                     f"{best['fused'] / best['ours']:.1f}", f"{off['fused']:.4f}", f"{off['ours']:.4f}"], [],
+                    [11, 11, 11, 9, 8, 12, 9])
+        results.append({"documents": lengths, "milliseconds": times, "relative_error": off})
+    print(json.dumps({"hardware": machine, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
