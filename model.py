@@ -173,7 +173,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return torch.einsum("hnm,mhd->nhd", weights, v)
 
 
-# Queries multiplied out at once, and the most scores that these may have (16 MB in bf16, about a CPU's cache).
+# Queries multiplied out at once, and the most scores that they may have: 16 MB in bf16, about a CPU's cache.
 TILE, TILE_SCORES = 128, 2**23
 
 
@@ -230,8 +230,8 @@ def _groups(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.
 
 
 def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
-    """queries: (B * G, R, T, D), scaled, at places start to start + T; keys: (B * G, start + T, D). Returns the
-    softmax of their scores, (B * G, R * T, start + T)."""
+    """queries: (B * G, R, T, D), scaled, at places from start; keys: (B * G, start + T, D).
+    Returns the softmax of their scores, (B * G, R * T, start + T)."""
     tile, end = queries.shape[2], keys.shape[1]
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
     future = torch.full((tile, tile), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
@@ -240,16 +240,17 @@ def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Attention within documents by plain matrix products, a tile of queries at a time with the keys up to its
-    end, documents of like length at once.
+    """Attention within documents by plain matrix products: a tile of queries at a time with the keys up to
+    its end, documents of like length at once.
 
     Padding goes behind a document's end, where no causal query of the document looks, so it needs no mask;
     what the padding itself sees is thrown away, and its gradient is zero. The weights are made again in the
     backward pass. Shapes: B documents of a group, L its longest, T queries of a tile, R = H / G query heads a
     key head.
 
-    Forward and backward of 8 documents of 512 tokens (9 heads of 64, bf16, two cores) take 36 ms so, 118 ms
-    through PyTorch's fused kernel one by one; 31 of 128 tokens 17 against 60; 2 of 2,048 tokens 102 against 225.
+    Forward and backward of 8 documents of 512 tokens (9 heads of 64, bf16, two cores) take 36 ms so, 121 ms
+    through PyTorch's fused kernel one by one; 31 of 128 tokens 18 against 86 ms, 2 of 2,048 tokens 98 against
+    225 ms (bench.attention).
     """
 
     @staticmethod
@@ -260,15 +261,16 @@ class _TiledAttention(torch.autograd.Function):
         for queries, keys, values, tiles, query_rows, _ in _TiledAttention.groups(q, k, v, lengths):
             results = torch.empty_like(queries)
             for start, end in tiles:
-                weights = _causal_weights(queries[:, :, start:end], keys[:, :end], start)
-                results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(results[:, :, start:end])
+                mine = queries[:, :, start:end]
+                weights = _causal_weights(mine, keys[:, :end], start)
+                results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(mine)
             query_rows.scatter(results, out)
         return out
 
     @staticmethod
     def groups(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple]:
-        """Each group's queries (B * G, R, L, D), scaled, keys and values (B * G, L, D), the bounds of its tiles
-        and its rows."""
+        """Each group's queries (B * G, R, L, D), scaled, keys and values (B * G, L, D), the bounds of its
+        tiles and its rows."""
         key_heads, size = k.shape[1:]
         for documents, longest, query_rows, key_rows in _groups(lengths, q.shape[1], key_heads, q.device):
             queries = query_rows.gather(q).mul_(size ** -0.5).view(documents * key_heads, -1, longest, size)
@@ -281,7 +283,8 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        for queries, keys, values, tiles, query_rows, key_rows in _TiledAttention.groups(q, k, v, ctx.lengths):
+        for group in _TiledAttention.groups(q, k, v, ctx.lengths):
+            queries, keys, values, tiles, query_rows, key_rows = group
             grads = query_rows.gather(grad_out)
             if query_rows.padding is not None:
                 grads.index_fill_(0, query_rows.padding, 0)
@@ -305,7 +308,8 @@ class _TiledAttention(torch.autograd.Function):
 
 @torch.compiler.disable  # the documents change with every batch: nothing here to compile once
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """attention_reference() without its N x N matrices. cu_seqlens on the CPU: the lengths decide what is run."""
+    """attention_reference() without its N x N matrices.
+    cu_seqlens on the CPU: the lengths decide what is run."""
     if not len(q):  # no output, but k and v must stay in the graph: DDP waits for every parameter's gradient
         return q * (k.sum() + v.sum())
     return _TiledAttention.apply(q, k, v, tuple(cu_seqlens.diff().tolist()))
@@ -316,11 +320,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
     """attention() by PyTorch's flash attention over packed documents, bf16 on CUDA. cu_seqlens on the device;
     longest: of the documents, in tokens."""
     from torch.nn.attention.varlen import varlen_attn
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0),
+                       enable_gqa=True)
 
 
 def varlen_fault(config: "ModelConfig", device: torch.device) -> str:
-    """Why varlen_attention() cannot be trusted here, by a small random case with its gradients; "" if it can."""
+    """Why varlen_attention() cannot be trusted here, by a small random case with its gradients;
+    "" if it can."""
     make = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 5, 6, 150], dtype=torch.int32, device=device)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -347,8 +353,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-# The steps of a layer are autograd functions of their own. Left to autograd each would keep every intermediate
-# for the backward pass, much of it in fp32. They keep their inputs instead, and make the rest again.
+# The steps of a layer are autograd functions of their own. Left to autograd each would keep every
+# intermediate for the backward pass, much of it in fp32. They keep their inputs, and make the rest again.
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -431,11 +437,12 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        out = torch.empty_like(x)
-        (a, b), (into_a, into_b) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        into_a.copy_((a * cos).addcmul_(b, sin, value=-1))      # cos and sin are fp32, so the arithmetic is
-        into_b.copy_((b * cos).addcmul_(a, sin))
-        return out
+        exact = x.float()
+        out = exact * torch.cat([cos, cos], -1)
+        (a, b), (into_a, into_b) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        into_a.addcmul_(b, sin, value=-1)
+        into_b.addcmul_(a, sin)
+        return out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -563,9 +570,9 @@ class Llama(nn.Module):
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:
-        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU, where documents begin and
-        end in the row; noise: (N, C), added to the embeddings; attend: replaces the attention over cu_seqlens.
-        Returns (N, C)."""
+        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU, where documents begin
+        and end in the row; noise: (N, C), added to the embeddings; attend: replaces the attention over
+        cu_seqlens. Returns (N, C)."""
         attend = attend or self.attention_over(cu_seqlens, ids.device)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
@@ -592,7 +599,8 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
     """What a forward pass over so many tokens keeps for the backward pass, computing in dtype; without the
     loss, and with recomputation without the layer that is being recomputed."""
     heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
-    kept = (2 * heads + 2 * key_heads) * config.head_dim + 2 * config.intermediate_size    # q, k, v, out; gate, up
+    # q, k, v and what comes out; gate and up
+    kept = (2 * heads + 2 * key_heads) * config.head_dim + 2 * config.intermediate_size
     layer = 2 * (stream + 4) + dtype.itemsize * kept        # with what both norms are given, and their scales
     if config.qk_norm:
         layer += (heads + key_heads) * (dtype.itemsize * config.head_dim + 4)

@@ -233,8 +233,8 @@ class Signals:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and every
-    page taken anew costs a fault. And oneDNN to remember fewer shapes: what it remembers stands in the way of
+    """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and
+    every page taken anew costs a fault. And oneDNN to remember fewer shapes: what it remembers stands in the way of
     large blocks (4.96 -> 4.74 GB). Measured by bench.memory."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     with contextlib.suppress(OSError, AttributeError):  # another libc
@@ -464,8 +464,8 @@ def main(argv: list[str]) -> int:
             dist.barrier()
 
     def finish(status: int) -> int:
-        """End all ranks together, without tearing gloo down: its destructor holds Python's lock while it waits
-        for a thread that may need the lock to forget this barrier. Seen with PyTorch 2.13."""
+        """End all ranks together, without tearing gloo down: its destructor holds Python's lock while it
+        waits for a thread that may need the lock to forget this barrier. Seen with PyTorch 2.13."""
         wait()
         if world_size > 1:
             sys.stdout.flush()

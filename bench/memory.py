@@ -7,8 +7,7 @@
   shapes   and oneDNN to remember the primitives of 256 shapes, not 1,024
   reserve  and memory for the first steps taken while data and model are read: train.py as it is
 
-Each in a process of its own, in turn. faults: pages that the steps had to be given, in thousands (4 KB, or 2 MB
-where the system gives huge ones).
+Each in a process of its own, in turn. faults: how often the steps after the first had to be given a page.
 """
 import argparse
 import contextlib
@@ -44,9 +43,9 @@ def one(args: argparse.Namespace) -> None:
     train.append_line = counting
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         status = train.run(["--model", args.model, "--train-data", *args.train_data, "--max-length", "1024",
-                            "--batch-size", str(args.batch_size), "--max-steps", str(args.steps), "--log-every",
-                            str(10**9), "--device", "cpu", "--cache-dir", args.cache_dir, "--output-dir",
-                            folder + "/run"])
+                            "--batch-size", str(args.batch_size), "--max-steps", str(args.steps),
+                            "--log-every", str(10**9), "--device", "cpu", "--cache-dir", args.cache_dir,
+                            "--output-dir", folder + "/run"])
         assert status == 0
         lines = [json.loads(line) for line in (Path(folder) / "run/metrics.jsonl").read_text().splitlines()]
     Path(args.result).write_text(json.dumps({
@@ -71,19 +70,19 @@ def main() -> None:
     machine = hardware()
     print(f"{machine['cpu']}, {args.threads} threads, torch {machine['versions'].get('torch')}")
     widths = [9, 7, 13, 13, 16, 14, 9]
-    print_table(["settings", "round", "1st step s", "2nd step s", "later tokens/s", "faults after", "peak GB"], [],
-                widths)
+    heads = ["settings", "round", "1st step s", "2nd step s", "later tokens/s", "faults later", "peak GB"]
+    print_table(heads, [], widths)
     runs = []
     with tempfile.TemporaryDirectory(prefix="bench-") as cache:
         for number in range(args.rounds):
             for variant in VARIANTS:
-                run = json_child(["-m", "bench.memory", "--variant", variant, "--model", args.model, "--train-data",
-                                  *args.train_data, "--batch-size", str(args.batch_size), "--steps",
-                                  str(args.steps), "--cache-dir", cache], args.threads)
+                run = json_child(["-m", "bench.memory", "--variant", variant, "--model", args.model,
+                                  "--train-data", *args.train_data, "--batch-size", str(args.batch_size),
+                                  "--steps", str(args.steps), "--cache-dir", cache], args.threads)
                 seconds, tokens = run["seconds"], run["tokens"]
                 speed = sum(tokens[2:]) / sum(seconds[2:])
-                print_table([variant, str(number + 1), f"{seconds[0]:.2f}", f"{seconds[1]:.2f}", f"{speed:,.0f}",
-                             f"{(run['faults'][-1] - run['faults'][0]) / 1000:,.0f}k",
+                print_table([variant, str(number + 1), f"{seconds[0]:.2f}", f"{seconds[1]:.2f}",
+                             f"{speed:,.0f}", f"{(run['faults'][-1] - run['faults'][0]) / 1000:,.0f}k",
                              f"{run['peak_memory_gb']:.2f}"], [], widths)
                 runs.append({"variant": variant, "round": number + 1, "later_tokens_per_second": speed,
                              "first_over_later": seconds[0] / statistics.median(seconds[2:]), **run})

@@ -28,7 +28,7 @@ import model as model_module
 import train
 from data import Tokenizer, collate, load_dataset, load_template, plan
 from loss import coefficients, span_weights
-from model import load_model, read_config, resolve_model
+from model import activation_bytes, load_model, parameter_count, read_config, resolve_model
 
 # ---------------------------------------------------------------- floor
 
@@ -136,6 +136,9 @@ def part_of(event: object, above: tuple[str, str], feed_forward: int, vocabulary
 def step_profile(args: argparse.Namespace) -> dict:
     train.keep_freed_memory()
     folder = resolve_model(args.model)
+    config = read_config(folder)
+    reserve = train.Reserve(8 * parameter_count(config) + activation_bytes(
+        config, args.micro_batch_tokens, torch.bfloat16, False))
     tokenizer = Tokenizer(folder)
     template = load_template(args.template, tokenizer)
     dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, "truncate", args.cache_dir)
@@ -144,6 +147,7 @@ def step_profile(args: argparse.Namespace) -> dict:
     model = load_model(folder)
     optimizer = train.make_optimizer(model, train.Config())
     mark(model)
+    reserve.release()
     steps = iter(plan(dataset.lengths[usable], args.seed, 0, args.batch_size, args.micro_batch_tokens, 1))
 
     def once() -> tuple[float, int, int]:
