@@ -480,8 +480,9 @@ def main(argv: list[str]) -> int:
     # -- data: one process of each machine tokenises, the others read what it wrote
     folder = resolve_model(config.model)
     model_config = read_config(folder)
-    reserve = Reserve(0 if use_cuda else 8 * parameter_count(model_config) + activation_bytes(  # 8: AdamW's
-        model_config, config.micro_batch_tokens, compute, config.recompute))
+    tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
+    reserve = Reserve(0 if use_cuda else 8 * parameter_count(model_config)      # AdamW's averages
+                      + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
     check_vocabulary(model_config, tokenizer.vocab_size)
     config.date = config.date or saved_date(config)

@@ -14,7 +14,9 @@ from loss import (coefficients, kl_divergence, neftune_noise, nll, nll_reference
 
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks"])
 def chunk_size(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 2**25 if request.param == "one chunk" else 7 * 31)
+    if request.param == "many chunks":
+        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("WORDS", 10)):
+            monkeypatch.setattr(loss_module, name, size)
 
 
 # One document, tokens:  <u> name a plum </u> <a> red </a>      targets are all but the first

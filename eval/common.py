@@ -1,0 +1,123 @@
+"""What the evaluation commands share: flags of the model, ranks, errors as one line."""
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import TEMPLATES, Template, Tokenizer, load_template
+from model import Llama, check_vocabulary, load_model, resolve_model
+
+
+@dataclass
+class Loaded:
+    """A checkpoint folder, ready to evaluate."""
+    name: str               # as the user gave it
+    model: Llama
+    tokenizer: Tokenizer
+    template: Template
+    device: torch.device
+    autocast: torch.autocast
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of ending the program, so that one place prints all errors."""
+
+    def __init__(self, module: str, doc: str) -> None:
+        super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0], allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+
+    def add_model_flags(self, several: bool = False) -> None:
+        self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
+                          help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
+        self.add_argument("--template", default="auto",
+                          help=f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
+        self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
+        self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        self.add_argument("--json", metavar="FILE", help="write the result there too")
+
+
+def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False) -> Loaded:
+    """cast: bf16 by casting the weights, for generation, whose steps would else cast them for every token;
+    not by autocast over fp32 ones, as in training. ValueError for what is wrong with the folder."""
+    folder = resolve_model(name)
+    tokenizer = Tokenizer(folder)
+    model = load_model(folder, device).requires_grad_(False).eval()
+    check_vocabulary(model.config, tokenizer.vocab_size)
+    bf16 = args.dtype == "bf16"
+    if cast and bf16:
+        model.to(torch.bfloat16)
+    model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
+    return Loaded(name, model, tokenizer, load_template(args.template, tokenizer, args.date), device, autocast)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def start_ranks(args: argparse.Namespace) -> torch.device:
+    """The device of this rank; under torchrun all ranks meet first. ValueError if there is no CUDA."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    return device
+
+
+def gather(items: list) -> list:
+    """The ranks' lists one after the other, on every rank."""
+    if world_size() == 1:
+        return items
+    parts: list = [None] * world_size()
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
+
+
+def write_json(file: str | Path | None, result: dict) -> None:
+    """On rank 0, if a file was asked for; by renaming, so that no reader sees half of it."""
+    if file and is_main():
+        part = Path(f"{file}.part")
+        part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        part.replace(file)
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """main(argv) as a program: one line for what a user can mend; exit status 1 then."""
+    status = 0
+    try:
+        main(sys.argv[1:])
+        if dist.is_initialized():
+            dist.barrier()
+    except KeyboardInterrupt:
+        status = 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)    # an orderly end would wait for ranks that are no more, and gloo's can hang
