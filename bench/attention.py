@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bench.common import cores, hardware, print_table
 from model import attention, attention_reference
-from train import keep_freed_memory
+from machine import keep_freed_memory
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# What train.keep_freed_memory() asks of glibc, as environment variables for programs that do not ask it.
+# What machine.keep_freed_memory() asks of glibc, as environment variables for programs that do not ask it.
 ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": str(2**62), "MALLOC_MMAP_THRESHOLD_": str(2**62),
              "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(2**28)}
 

@@ -4,8 +4,8 @@
 
 Three questions, each answered in processes of their own: records and tokens a second from files into a fresh
 token cache (data.load_dataset); time and peak memory of data.plan for 10^5 and 10^6 random lengths, 10^7 with
---large; and for the given files how full micro-batches are and how many a step needs, by capacity. The last
-line printed is one JSON object.
+--large; and for the given files how many micro-batches a step takes beside the fewest that could hold its
+tokens, and how full they are, by capacity. The last line printed is one JSON object.
 """
 import argparse
 import contextlib
@@ -68,7 +68,8 @@ def time_plan(args: argparse.Namespace) -> dict:
 
 
 def packing(args: argparse.Namespace) -> dict:
-    """Of an epoch of each file: micro-batches a step, and the share of capacity that real tokens fill."""
+    """Of an epoch of each file: micro-batches a step, the fewest that its tokens could fit, and how full they
+    are. Rows are as long as their tokens, so what is not filled is not computed either: there is no padding."""
     from data import Tokenizer, load_dataset, load_template, plan
     from model import resolve_model
     tokenizer = Tokenizer(resolve_model(args.model))
@@ -82,11 +83,13 @@ def packing(args: argparse.Namespace) -> dict:
                     continue
                 steps = plan(lengths, 0, 0, args.batch_size, capacity, 1)
                 micro = [int(lengths[m].sum()) for step in steps for m in step[0]]
+                fewest = sum(-(-sum(int(lengths[m].sum()) for m in step[0]) // capacity) for step in steps)
                 rows.append({"file": Path(file).name, "examples": len(lengths), "longest": int(lengths.max()),
                              "mean_length": float(lengths.mean()), "capacity": capacity,
                              "batch_size": args.batch_size,
                              "micro_batches_per_step": len(micro) / len(steps),
-                             "packing_efficiency": sum(micro) / (len(micro) * capacity)})
+                             "fewest_per_step": fewest / len(steps), "packing_efficiency": fewest / len(micro),
+                             "filled": sum(micro) / (len(micro) * capacity)})
     return {"rows": rows}
 
 
@@ -128,10 +131,10 @@ def main() -> None:
         [f"{p['examples']:,}", f"{p['steps']:,}", f"{p['seconds']:.2f}", f"{p['examples_per_second']:,.0f}",
          f"{p['added_memory_mb']:,.0f}"] for p in plans], [20, 12, 12, 14, 12])
     print(f"\npacking of steps of {args.batch_size} examples")
-    print_table(["file", "mean", "longest", "capacity", "micro / step", "filled"], [
-        [p["file"][:28], f"{p['mean_length']:.0f}", str(p["longest"]), str(p["capacity"]),
-         f"{p['micro_batches_per_step']:.2f}", f"{p['packing_efficiency']:.1%}"] for p in packed],
-        [29, 8, 9, 10, 14, 9])
+    print_table(["file", "mean", "longest", "capacity", "micro", "fewest", "efficient", "filled"], [
+        [p["file"][:24], f"{p['mean_length']:.0f}", str(p["longest"]), str(p["capacity"]),
+         f"{p['micro_batches_per_step']:.2f}", f"{p['fewest_per_step']:.2f}", f"{p['packing_efficiency']:.1%}",
+         f"{p['filled']:.1%}"] for p in packed], [25, 6, 9, 10, 7, 8, 11, 8])
     print(json.dumps({"hardware": machine, "tokenise": read, "plan": plans, "packing": packed}))
 
 

@@ -38,9 +38,10 @@ def point(args: argparse.Namespace) -> None:
 
     import train
     from loss import weighted_nll
+    from machine import keep_freed_memory
     from model import Llama, ModelConfig, init_weights
 
-    train.keep_freed_memory()
+    keep_freed_memory()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         dist.init_process_group("gloo")

@@ -28,6 +28,7 @@ import model as model_module
 import train
 from data import Tokenizer, collate, load_dataset, load_template, plan
 from loss import coefficients, span_weights
+from machine import Reserve, keep_freed_memory
 from model import activation_bytes, load_model, parameter_count, read_config, resolve_model
 
 # ---------------------------------------------------------------- floor
@@ -35,7 +36,7 @@ from model import activation_bytes, load_model, parameter_count, read_config, re
 
 def floor(args: argparse.Namespace) -> dict:
     """N tokens, R rows of the head. Outputs are allocated as the real step allocates them."""
-    train.keep_freed_memory()
+    keep_freed_memory()
     config = read_config(resolve_model(args.model))
     with torch.device("meta"):
         shapes = [m.weight.shape for name, m in model_module.Llama(config).named_modules()
@@ -134,10 +135,10 @@ def part_of(event: object, above: tuple[str, str], feed_forward: int, vocabulary
 
 
 def step_profile(args: argparse.Namespace) -> dict:
-    train.keep_freed_memory()
+    keep_freed_memory()
     folder = resolve_model(args.model)
     config = read_config(folder)
-    reserve = train.Reserve(8 * parameter_count(config) + activation_bytes(
+    reserve = Reserve(8 * parameter_count(config) + activation_bytes(
         config, args.micro_batch_tokens, torch.bfloat16, False))
     tokenizer = Tokenizer(folder)
     template = load_template(args.template, tokenizer)

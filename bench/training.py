@@ -12,6 +12,7 @@ autocast over fp32 parameters.
   trl-padded    the same, --padded-batch records a step, padded to the longest
   transformers  a plain loop; records sorted by length and padded, up to micro-batch-tokens a step
   litgpt        litgpt's own full fine-tuning; --padded-batch records, no clipping, head not tied
+  recompute, compile    train.py again, with that flag
 
 tokens/s counts real tokens (targets: an example's tokens less one), never padding; trained/s those that the
 loss is on. 1st/later: the first step's time over the median of those after the warm-up. peak: ru_maxrss after
@@ -31,6 +32,7 @@ from bench.common import REPOSITORY, child, cores, hardware, json_child, print_t
 
 PEERS = {  # name: the package it needs
     "trl-packed": "trl", "trl-padded": "trl", "transformers": "transformers", "litgpt": "litgpt",
+    "recompute": "torch", "compile": "torch",
 }
 
 INSTALL = "pip install -r bench/requirements.txt && pip install --no-deps litgpt==0.5.9"
@@ -86,7 +88,7 @@ def choose_steps(lengths: np.ndarray, capacity: int, steps: int) -> tuple[int, i
 # ---------------------------------------------------------------- one run
 
 
-def run_ours(args: argparse.Namespace, folder: Path, prepared: dict) -> dict:
+def run_ours(args: argparse.Namespace, folder: Path, prepared: dict, *flags: str) -> dict:
     """train.py, one step more than is measured: the last also looks at spans that are not trained on."""
     out = folder / "ours"
     child([str(REPOSITORY / "train.py"), "--model", args.model, "--train-data",
@@ -95,13 +97,15 @@ def run_ours(args: argparse.Namespace, folder: Path, prepared: dict) -> dict:
            "--micro-batch-tokens", str(args.micro_batch_tokens), "--seed", str(prepared["seed"]),
            "--max-steps", str(args.warmup + args.steps + 1), "--log-every", str(10**9),
            "--cache-dir", str(folder / "cache"), "--output-dir", str(out), "--overwrite",
-           "--device", "cpu", *(["--compile"] if args.compile else [])], args.threads, args.allocator)
+           "--device", "cpu", *flags], args.threads, args.allocator)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:-1]
     columns = ([line[key] for line in lines] for key in ("seconds", "tokens", "trained_tokens"))
     return summarise(*columns, lines[-1]["peak_memory_mb"] / 1024, args.warmup, lines[-1]["loss"])
 
 
-def run_peer(name: str, args: argparse.Namespace, folder: Path) -> dict:
+def run_peer(name: str, args: argparse.Namespace, folder: Path, prepared: dict) -> dict:
+    if PEERS[name] == "torch":
+        return run_ours(args, folder, prepared, f"--{name}")
     raw = json_child(["-m", "bench.peers", name, "--model", args.model,
                       "--records", str(folder / "records.jsonl"), "--max-length", str(args.max_length),
                       "--micro-batch-tokens", str(args.micro_batch_tokens),
@@ -184,7 +188,6 @@ def main() -> None:
     parser.add_argument("--peers", default="", help=f"of {','.join(PEERS)}; trl is both of TRL's")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--allocator", action="store_true", help="tell glibc to keep freed memory, for all")
-    parser.add_argument("--compile", action="store_true", help="train.py --compile")
     parser.add_argument("--floor", action="store_true", help="time the matrix products of a step alone")
     parser.add_argument("--profile", action="store_true", help="where our step's time goes")
     parser.add_argument("--result", help=argparse.SUPPRESS)
@@ -222,7 +225,8 @@ def main() -> None:
                 if name in missing:
                     continue
                 try:
-                    run = run_ours(args, folder, prepared) if name == "ours" else run_peer(name, args, folder)
+                    run = (run_ours(args, folder, prepared) if name == "ours"
+                           else run_peer(name, args, folder, prepared))
                 except RuntimeError as error:
                     if name == "ours":
                         sys.exit(f"error: {error}")

@@ -329,33 +329,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, monke
     assert len(stepped) == 2 and len(metrics(folder / "nan")) == 2
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux only")
-def test_reserve_takes_memory_at_once_and_leaves_it_to_malloc():
-    size = 2**27
-    before = resident_bytes()
-    reserve = train.Reserve(size)
-    reserve.thread.join()
-    assert resident_bytes() - before > 0.9 * size - 2**23
-    reserve.release()
-    reserve.release()   # once is enough, twice does no harm
-    train.Reserve(0).release()
-
-
-def test_ranks_share_the_cores(monkeypatch):
-    given = []
-    monkeypatch.setattr(train.torch, "set_num_threads", given.append)
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
-    for ranks, threads in (("1", "1"), ("4", "1"), ("4", "2")):     # torchrun's 1 is nobody's choice
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        train.share_threads()
-    assert given == [3]
-
-
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 def test_schedules_start_and_end_above_zero_and_peak_at_lr(schedule, total):
