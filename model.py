@@ -397,18 +397,18 @@ class _NormLinears(torch.autograd.Function):
     def forward(ctx, x: Tensor, norm_weight: Tensor, eps: float, *parameters: Tensor | None
                 ) -> tuple[Tensor, ...]:
         normed, scale = _rms_norm(x, norm_weight, eps)
+        weights = [weight.to(normed.dtype) for weight in parameters[::2]]
         ctx.has_bias = [bias is not None for bias in parameters[1::2]]
-        ctx.dtype = normed.dtype
-        ctx.save_for_backward(x, norm_weight, scale, *parameters[::2])
-        return tuple(_linear(normed, weight, bias) for weight, bias in zip(parameters[::2], parameters[1::2]))
+        ctx.save_for_backward(x, norm_weight, scale, *weights)
+        return tuple(_linear(normed, weight, bias) for weight, bias in zip(weights, parameters[1::2]))
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, norm_weight, scale, *weights = ctx.saved_tensors
-        normed = (x * scale).mul_(norm_weight).to(ctx.dtype)
-        grad_normed = grads[0] @ weights[0].to(ctx.dtype)
+        normed = (x * scale).mul_(norm_weight).to(weights[0].dtype)
+        grad_normed = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:]):
-            grad_normed.addmm_(grad, weight.to(ctx.dtype))
+            grad_normed.addmm_(grad, weight)
         out = []
         for grad, has_bias in zip(grads, ctx.has_bias):
             out += [(grad.T @ normed).float(), grad.sum(0) if has_bias else None]

@@ -73,7 +73,7 @@ def choose_steps(lengths: np.ndarray, capacity: int, steps: int) -> tuple[int, i
     are as full as can be. Returns them and the tokens of each step."""
     best: tuple[float, int, int, list[int]] = (-1.0, 0, 0, [])
     most = max(1, min(int(capacity / lengths.mean()) + 1, len(lengths) // steps))
-    for seed in range(200):
+    for seed in range(2000):
         ordered = lengths[np.random.default_rng([seed, 0]).permutation(len(lengths))]  # data.plan's order
         for batch_size in range(max(1, most - max(2, most // 3)), most + 1):
             sums = ordered[:batch_size * steps].reshape(steps, batch_size).sum(1)
