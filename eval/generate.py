@@ -1,76 +1,39 @@
-"""Greedy generation with a key/value cache, and how often it answers held-out prompts exactly.
+"""Answers of a checkpoint, greedy or sampled: to the records of a file, to one prompt, or in a conversation.
 
-Shapes: B prompts at once, T places in the cache, H query heads, G key/value heads, D head size,
-N packed tokens.
+    python -m eval.generate --model RUN/final --data test.jsonl --output answers.jsonl
+    python -m eval.generate --model RUN/final --prompt "Name three colours."
+    python -m eval.generate --model RUN/final --chat
+
+--output is appended to as answers come, and a rerun of the same command goes on where it ended. Under
+torchrun the ranks share the records. How tokens are made is in engine.py.
 """
-from typing import Callable
+import json
+import math
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from tqdm import tqdm
 
-from data import Template, Tokenizer, read_records, render, tokenize
-from model import Llama, attention
-
-
-class Cache:
-    """Keys and values of B documents. Prompts come in as one packed row,
-    after that every document by one token."""
-
-    def __init__(self, model: Llama, lengths: list[int], places: int, device: torch.device):
-        config = model.config
-        self.shape = (len(lengths), places, config.num_key_value_heads, config.head_dim)
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.lengths = torch.tensor(lengths, device=device)                     # (B,)
-        self.documents = torch.repeat_interleave(torch.arange(len(lengths), device=device), self.lengths)
-        self.positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-        self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()           # on the CPU, as in a Batch
-
-    def prompt(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (N, H, D); k, v: (N, G, D), the packed prompts."""
-        self.layers.append((k.new_zeros(self.shape), v.new_zeros(self.shape)))
-        for cached, new in zip(self.layers[layer], (k, v)):
-            cached[self.documents, self.positions] = new
-        return attention(q, k, v, self.cu_seqlens)
-
-    def step(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q: (B, H, D); k, v: (B, G, D), one token a document, at the places self.lengths."""
-        rows = torch.arange(len(q), device=q.device)
-        for cached, new in zip(self.layers[layer], (k, v)):
-            cached[rows, self.lengths] = new
-        keys, values = (x.transpose(1, 2) for x in self.layers[layer])          # (B, G, T, D)
-        seen = torch.arange(self.shape[1], device=q.device) <= self.lengths[:, None]    # (B, T)
-        out = F.scaled_dot_product_attention(q[:, :, None], keys, values, seen[:, None, None],
-                                             enable_gqa=True)
-        return out[:, :, 0]                                                     # (B, H, D)
+from data import (Template, Tokenizer, read_json, read_records, render, to_messages, tokenize,
+                  tokenize_batch)
+from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.engine import Engine, Sampling
+from model import Llama, resolve_model, weight_files
 
 
-@torch.no_grad()
 def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
              batch_size: int = 64, progress: Callable = iter) -> list[list[int]]:
     """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
-    device = model.head_weight.device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))          # like lengths share a cache
     outputs: list[list[int]] = [[] for _ in prompts]
-    for start in progress(range(0, len(order), batch_size)):
-        group = order[start:start + batch_size]
-        lengths = [len(prompts[i]) for i in group]
-        cache = Cache(model, lengths, max(lengths) + max_new_tokens, device)
-        ids = torch.tensor([token for i in group for token in prompts[i]], device=device)
-        hidden = model(ids, cache.positions, cache.cu_seqlens, attend=cache.prompt)
-        hidden = hidden[cache.lengths.cumsum(0) - 1]                            # (B, C), each prompt's last
-        running = set(group)
-        for _ in range(max_new_tokens):
-            tokens = F.linear(hidden, model.head_weight).argmax(-1)             # (B,)
-            for i, token in zip(group, tokens.tolist()):
-                if i in running and token in stop:
-                    running.discard(i)
-                elif i in running:
-                    outputs[i].append(token)
-            if not running:
-                break
-            hidden = model(tokens, cache.lengths, None, attend=cache.step)
-            cache.lengths += 1
+    for i, ids, _ in progress(Engine(model).answers(prompts, stop, max_new_tokens, batch_size)):
+        outputs[i] = ids
     return outputs
 
 
@@ -93,3 +56,237 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
         answer["output"] = tokenizer.decode(ids).strip()
         answer["correct"] = answer["output"] == answer["expected"]
     return answers
+
+
+# ---------------------------------------------------------------- one prompt, or a conversation
+
+
+class Text:
+    """Decodes ids as they come, and holds characters back until they are whole."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.decode, self.ids = tokenizer.decode, []
+        self.start = self.shown = 0     # ids[start:shown] are decoded again for the spaces between words
+
+    def add(self, token: int | None) -> str:
+        """What can be shown now that token has come; None: all that there is."""
+        self.ids += [] if token is None else [token]
+        before, text = self.decode(self.ids[self.start:self.shown]), self.decode(self.ids[self.start:])
+        if token is not None and text.endswith("\ufffd"):
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return text[len(before):]
+
+
+def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace, turn: int = 0) -> str:
+    """Prints the answer as it is made, and returns it. Ctrl-C ends an answer of a conversation."""
+    pieces = render(to_messages({"messages": messages}), loaded.template, add_generation_prompt=True)
+    prompt = tokenize(pieces, loaded.tokenizer)[0]
+    text, parts = Text(loaded.tokenizer), []
+
+    def show(token: int | None) -> None:
+        parts.append(text.add(token))
+        print(parts[-1], end="", flush=True)
+
+    try:
+        for _ in engine.answers([prompt], stop_ids(loaded), args.max_new_tokens, 1, sampling(args),
+                                [(turn, 0)], lambda _, token: show(token)):
+            pass
+    except KeyboardInterrupt:
+        if not args.chat:
+            raise
+    show(None)
+    print(flush=True)
+    return "".join(parts)
+
+
+def chat(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace) -> None:
+    with suppress(ImportError):
+        import readline  # noqa: F401  input() then has line editing
+    print("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    start = messages
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return print()
+        if text.strip() == "/quit":
+            return
+        if text.strip() == "/reset":
+            messages = start
+        elif text.strip():
+            asked = [*messages, {"role": "user", "content": text}]
+            try:
+                messages = [*asked, {"role": "assistant",
+                                     "content": reply(loaded, engine, asked, args, len(messages))}]
+            except ValueError as error:     # the template's, or text that is not UTF-8
+                print(f"error: {error}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- a file of records
+
+
+def name_of(line: dict) -> tuple[int, int]:
+    return line["index"], line.get("sample", 0)
+
+
+def read_answers(file: Path, settings: dict) -> dict[tuple[int, int], dict]:
+    """{(record, sample): line} of the file and of those that ranks left beside it; half-written last lines
+    are cut off. ValueError if they were made with other settings, which are in a file of their own."""
+    answers, beside = {}, Path(f"{file}.settings.json")
+    for part in [file, *file.parent.glob(f"{file.name}.rank*")]:
+        raw = part.read_bytes() if part.is_file() else b""
+        whole = raw[:raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            os.truncate(part, len(whole))
+        try:
+            answers.update({name_of(line): line for line in map(json.loads, whole.split(b"\n")[:-1])})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"--output {part}: holds lines that are no answers; name another file") from None
+    made_with = read_json(beside)
+    for name in settings if answers else ():
+        if made_with.get(name) != settings[name]:
+            raise ValueError(f"--output {file}: its answers were made with {name} "
+                             f"{made_with.get(name, 'unknown')}, not {settings[name]}; name another file, "
+                             f"or remove it and {beside.name}")
+    write_json(beside, settings)
+    return answers
+
+
+def write_answers(file: Path, answers: dict[tuple[int, int], dict]) -> None:
+    """All of them, in order, instead of what the ranks appended as they came."""
+    part = Path(f"{file}.part")
+    part.write_text("".join(map(as_line, map(answers.get, sorted(answers)))), encoding="utf-8")
+    part.replace(file)
+    for rest in file.parent.glob(f"{file.name}.rank*"):
+        rest.unlink()
+
+
+def as_line(answer: dict) -> str:
+    return json.dumps(answer, ensure_ascii=False) + "\n"
+
+
+def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list[dict], str | None]], list]:
+    """The records as (messages to answer, the answer there), and the messages' pieces. Answered is the last
+    assistant's message; a record that ends with another has none."""
+    asked, pieces = [], []
+    for messages, line in islice(read_records(args.data), args.limit):
+        answered = messages[-1]["role"] == "assistant"
+        question, expected = (messages[:-1], messages[-1]["content"]) if answered else (messages, None)
+        try:
+            if not question:
+                raise ValueError("an assistant's message alone: there is nothing to answer")
+            pieces.append(render(question, template, add_generation_prompt=True))
+        except ValueError as error:
+            raise ValueError(f"{args.data}:{line}: {error}") from None
+        asked.append((question, expected))
+    return asked, pieces
+
+
+def answer_file(loaded: Loaded, args: Namespace) -> dict:
+    """Writes or prints the answers; returns what to report. The ranks share the work."""
+    file, template = args.output and Path(args.output), loaded.template
+    asked, pieces = read_questions(args, template)
+    prompts = [ids for ids, _ in tokenize_batch(pieces, loaded.tokenizer)]
+    names = ("model", "data", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    old = read_answers(file, {
+        **{name: getattr(args, name) for name in names},
+        "template": sha256(template.source.encode()).hexdigest(),
+        "date": template.date if template.uses_date else "",
+        "weights of": max(f.stat().st_mtime_ns for f in weight_files(resolve_model(args.model)))},
+    ) if file and is_main() else {}
+    for (index, _), answer in old.items():
+        if index < len(asked) and answer["prompt"] != asked[index][0][-1]["content"]:
+            raise ValueError(f"--output {file}: its answer {index} is to another prompt than record {index} "
+                             f"of {args.data}; name another file")
+    todo = gather([(index, sample) for index in range(len(asked)) for sample in range(args.samples)
+                   if (index, sample) not in old] if is_main() else [])
+    mine, new, started = todo[rank()::world_size()], [], time.monotonic()
+    answers = Engine(loaded.model).answers([prompts[index] for index, _ in mine], stop_ids(loaded),
+                                           args.max_new_tokens, args.batch_size, sampling(args), mine)
+    part = f"{file}.rank{rank()}" if rank() else file
+    with open(part, "a", encoding="utf-8") if file else nullcontext() as out:
+        for i, ids, finished in tqdm(answers, total=len(mine), unit="answer", dynamic_ncols=True,
+                                     disable=not (is_main() and sys.stderr.isatty())):
+            (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
+            new.append({"index": index, **({"sample": sample} if args.samples > 1 else {}),
+                        "prompt": question[-1]["content"], "expected": expected,
+                        "output": loaded.tokenizer.decode(ids), "tokens": len(ids), "finished": finished})
+            if file:
+                out.write(as_line(new[-1]))
+                out.flush()
+    new = sorted(gather(new), key=name_of)
+    seconds = time.monotonic() - started
+    if file and is_main():
+        write_answers(file, {**old, **{name_of(answer): answer for answer in new}})
+    elif is_main():
+        print("".join(map(as_line, new)), end="")
+    tokens = sum(answer["tokens"] + answer["finished"] for answer in new)       # with each one's stop
+    return {"model": args.model, "answers": len(asked) * args.samples, "new_answers": len(new),
+            "finished": sum(answer["finished"] for answer in new), "new_tokens": tokens, "seconds": seconds,
+            "new_tokens_per_second": tokens / seconds}
+
+
+# ---------------------------------------------------------------- the program
+
+
+def sampling(args: Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+
+
+def stop_ids(loaded: Loaded) -> set[int]:
+    return {loaded.tokenizer.special[loaded.template.end_of_turn]}
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("generate", __doc__)
+    parser.add_model_flags()
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="records, in any layout that train.py reads")
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_argument("--system", metavar="TEXT", help="system message for --prompt and --chat")
+    parser.add_argument("--limit", type=int, help="only so many records")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers at once")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=1, help="answers to each record")
+    parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
+    args = parser.parse_args(argv)
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 1), ("top_k", 0),
+                        ("seed", 0)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if not (0 <= args.temperature < math.inf):
+        raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if not args.temperature and (args.top_p < 1 or args.top_k or args.samples > 1):
+        raise ValueError("--temperature 0 takes the likeliest token, so --top-p, --top-k and --samples "
+                         "change nothing; give --temperature 1")
+    if args.data and args.system is not None:
+        raise ValueError("--system: with --data the records hold the system messages; leave it out")
+    if not args.data and (args.limit or args.output or args.json or args.samples > 1 or world_size() > 1):
+        raise ValueError("--limit, --samples, --output, --json and torchrun need --data; leave them out")
+    loaded = load(args.model, args, start_ranks(args), cast=True)
+    if args.data:
+        result = answer_file(loaded, args)
+        write_json(args.json, result)
+        if is_main():
+            print(f"{result['new_answers']:,} answers of {result['new_tokens']:,} tokens in "
+                  f"{result['seconds']:.1f} s, {result['new_tokens_per_second']:.0f} tokens/s; "
+                  f"{result['finished']:,} ended by themselves", file=sys.stderr)
+        return
+    messages = [{"role": "system", "content": args.system}] if args.system is not None else []
+    engine = Engine(loaded.model)
+    if args.chat:
+        chat(loaded, engine, messages, args)
+    else:
+        reply(loaded, engine, [*messages, {"role": "user", "content": args.prompt}], args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,321 @@
+"""Generation against transformers on random weights, sampling against a plain implementation of it, and the
+program on a tiny checkpoint folder."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+import eval.engine as engine
+import eval.generate as module
+from data import Tokenizer
+from eval.engine import Cache, Engine, Sampling
+from eval.generate import Text, generate
+from model import load_model
+from test_model import FAMILIES, make_reference
+from tiny import ROOT, WORDS, flags, make_model, make_records
+
+LENGTHS = (5, 30, 1, 12, 21, 12, 3, 40, 2)
+NEVER = {-1}
+
+
+def make_prompts(lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
+    return [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(i)).tolist()
+            for i, n in enumerate(lengths)]
+
+
+@pytest.fixture
+def mine(tmp_path):
+    make_reference("llama2-gqa-tied").save_pretrained(tmp_path / "reference")
+    return load_model(tmp_path / "reference").requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_equals_transformers_in_slots_that_are_refilled_and_alone(name, tmp_path):
+    reference = make_reference(name)
+    reference.save_pretrained(tmp_path)
+    model, prompts = load_model(tmp_path), make_prompts()
+    expected = []
+    for prompt in prompts:
+        made = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=7,
+                                  pad_token_id=7, attention_mask=torch.ones(1, len(prompt)))
+        made = made[0, len(prompt):].tolist()
+        expected.append(made[:made.index(7)] if 7 in made else made)
+    assert len(set(map(tuple, expected))) > 5 and len(set(sum(expected, []))) > 5
+    for batch_size in (1, 4, 64):
+        assert generate(model, prompts, {7}, 20, batch_size) == expected
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied-bias-llama3", "mistral"])
+@pytest.mark.parametrize("way", ["fp32", "bf16", "autocast"])
+def test_a_step_computes_what_the_model_does(name, way, tmp_path):
+    make_reference(name).save_pretrained(tmp_path)
+    model, (prompt, other) = load_model(tmp_path).requires_grad_(False), make_prompts((70, 9))
+    row = torch.tensor(prompt), torch.arange(70), torch.tensor([0, 70], dtype=torch.int32)
+    exact = model(*row)[60:]
+    exact = exact, F.linear(exact, model.head_weight)
+    if way == "bf16":
+        model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
+        ready, cache = Engine(model), Cache(model, 3)
+        ready.fill(cache, [2, 0], [prompt[:60], other])
+        got = torch.stack([ready.step(cache, torch.tensor([5, 0, token]), 61 + i)[2]
+                           for i, token in enumerate(prompt[60:])])
+        expected = model(*row)[60:]
+        logits = ready.head(got), F.linear(expected, model.head_weight)
+    assert cache.lengths.tolist()[0] == 19 and cache.data.dtype == got.dtype == expected.dtype
+    for step, whole, truth in zip(*zip((got, expected), logits), exact):
+        error, own = ((x.float() - truth).norm() / truth.norm() for x in (step, whole))
+        assert error < (1e-5 if way == "fp32" else 2 * own) and own < 0.05
+
+
+def test_refilling_and_batch_size_change_no_answer(mine, monkeypatch):
+    prompts = make_prompts()
+    stop = {generate(mine, [prompts[0]], NEVER, 8, 1)[0][4], *range(0, 97, 9)}      # so that some end early
+    alone = [generate(mine, [prompt], stop, 30, 1)[0] for prompt in prompts]
+    assert len({len(ids) for ids in alone}) > 3
+    for batch_size, row in ((2, 8192), (3, 8192), (9, 8192), (9, 25)):
+        monkeypatch.setattr(engine, "ROW", row)
+        assert generate(mine, prompts, stop, 30, batch_size) == alone
+
+
+def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
+    cache, (long, short) = Cache(mine, 2), make_prompts((150, 10))
+    ready = Engine(mine)
+    with torch.no_grad():
+        ready.fill(cache, [0, 1], [long, short])
+        first, held = cache.data.shape[4], cache.data[:, :, 1, :, :10].clone()
+        cache.fit(20)
+        assert (first, cache.data.shape[4]) == (192, 64) and torch.equal(cache.data[:, :, 1, :, :10], held)
+        ready.step(cache, torch.tensor([3, 4]), 11)     # slot 0 is free: its document no longer fits
+        assert torch.equal(cache.data[:, :, 1, :, :10], held) and cache.data[:, :, 1, :, 10].any()
+        cache.fit(150)
+        assert cache.data.shape[4] == 192 and torch.equal(cache.data[:, :, 1, :, :10], held)
+        assert not cache.data[..., 64:, :].any()
+
+
+def test_a_free_slot_is_refilled_while_others_go_on(mine, monkeypatch):
+    filled, fill = [], Engine.fill
+    monkeypatch.setattr(Engine, "fill", lambda self, cache, slots, *more: filled.append(
+        (len(slots), len(cache.lengths))) or fill(self, cache, slots, *more))
+    stop = {generate(mine, [make_prompts()[4]], NEVER, 8, 1)[0][3]}
+    filled.clear()
+    generate(mine, make_prompts(), stop, 30, 4)
+    assert filled[0] == (4, 4) and len(filled) > 2 and sum(n for n, _ in filled) == len(LENGTHS)
+
+
+def test_stop_and_max_new_tokens_end_an_answer(mine):
+    prompt = make_prompts()[1]
+    free = generate(mine, [prompt], NEVER, 12)[0]
+    assert len(free) == 12 and len(set(free)) > 2
+    stop = free[6]
+    at = free.index(stop)
+    assert list(Engine(mine).answers([prompt], {stop}, 12)) == [(0, free[:at], True)]
+    assert list(Engine(mine).answers([prompt], {stop}, at)) == [(0, free[:at], False)]
+    assert list(Engine(mine).answers([], {stop}, 5)) == []
+
+
+def plain_probabilities(logits, temperature, top_k, top_p):
+    """(V,) -> the distribution that transformers samples from, by its own processors."""
+    processors = transformers.LogitsProcessorList([transformers.TemperatureLogitsWarper(temperature)])
+    if top_k:
+        processors.append(transformers.TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(transformers.TopPLogitsWarper(top_p))
+    return processors(None, logits[None].float())[0].softmax(-1)
+
+
+@pytest.mark.parametrize("vocabulary", [40, 3000])      # 3000: flatter than what is sorted at first
+@pytest.mark.parametrize("temperature, top_k, top_p", [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.3, 7, 1.0),
+                                                       (0.8, 0, 0.7), (3.0, 0, 0.9), (1.5, 12, 0.6)])
+def test_sampling_has_the_distribution_of_transformers(vocabulary, temperature, top_k, top_p):
+    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(1))
+    expected = plain_probabilities(logits, temperature, top_k, top_p)
+    draws = (torch.arange(20000) + 0.5) / 20000     # an even grid: frequencies are probabilities
+    sampling = Sampling(temperature, top_p, top_k)
+    chosen = torch.cat([sampling.choose(logits.expand(len(part), -1), part) for part in draws.split(500)])
+    got = torch.bincount(chosen, minlength=vocabulary) / len(draws)
+    assert not got[expected == 0].any()
+    assert (got - expected).abs().max() <= 1.01 / len(draws) + 1e-5
+    ends = sampling.choose(logits.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert (expected[ends] > 0).all()
+
+
+def test_samples_are_the_prompts_own_whatever_runs_beside_them(mine):
+    prompts, sampling = make_prompts(), Sampling(1.0, 0.9, 20, seed=3)
+    alone = [next(Engine(mine).answers([prompt], NEVER, 15, 1, sampling, [(i, 0)]))[1]
+             for i, prompt in enumerate(prompts)]
+    for batch_size in (2, 9):
+        names = [(i, 0) for i in range(len(prompts))]
+        got = {i: ids for i, ids, _ in Engine(mine).answers(prompts, NEVER, 15, batch_size, sampling, names)}
+        assert [got[i] for i in range(len(prompts))] == alone
+    same = [prompts[0]] * 3
+    different = {i: ids for i, ids, _ in Engine(mine).answers(same, NEVER, 15, 3, sampling,
+                                                              [(0, 0), (0, 1), (1, 0)])}
+    assert different[0] == alone[0] and len(set(map(tuple, different.values()))) == 3
+    reseeded = next(Engine(mine).answers(same[:1], NEVER, 15, 1, Sampling(1.0, 0.9, 20, seed=4), [(0, 0)]))
+    assert reseeded[1] != alone[0]
+
+
+# ---------------------------------------------------------------- the program
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    make_model(folder / "model")
+    make_records(folder / "test.jsonl", 11)
+    return folder
+
+
+def arguments(folder, **more):
+    return flags(**{**dict(model=folder / "model", template="llama3", dtype="fp32", device="cpu",
+                           max_new_tokens=12, batch_size=4), **more})
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
+    out = folder / "out.jsonl"
+    argv = arguments(folder, data=folder / "test.jsonl", output=out, json=folder / "result.json",
+                     temperature=1, seed=5, samples=2)
+    module.main(argv)
+    whole = lines(out)
+    records = lines(folder / "test.jsonl")
+    assert [(a["index"], a["sample"]) for a in whole] == [(i, s) for i in range(11) for s in (0, 1)]
+    assert all(a["expected"] == records[a["index"]]["messages"][-1]["content"]
+               and a["prompt"] == records[a["index"]]["messages"][-2]["content"] for a in whole)
+    assert any(a["finished"] for a in whole) or all(a["tokens"] == 12 for a in whole)
+    assert json.loads((folder / "result.json").read_text())["new_answers"] == 22
+
+    text = out.read_bytes()
+    kept = text.splitlines(keepends=True)[3:9]
+    out.write_bytes(b"".join(kept) + kept[0][:25])      # six whole lines and the start of another
+    made = []
+    answers = Engine.answers
+    monkeypatch.setattr(Engine, "answers",
+                        lambda self, prompts, *a: made.append(len(prompts)) or answers(self, prompts, *a))
+    module.main(argv)
+    assert made == [16] and out.read_bytes() == text
+    module.main(argv)
+    assert made == [16, 0] and out.read_bytes() == text
+    with pytest.raises(ValueError, match="seed 5, not 6"):
+        module.main([*argv, "--seed", "6"])
+    (folder / "out.jsonl.settings.json").unlink()
+    with pytest.raises(ValueError, match="unknown"):
+        module.main(argv)
+    out.write_bytes(text.replace(b'"index"', b'"number"'))
+    with pytest.raises(ValueError, match="no answers"):
+        module.main(argv)
+
+
+def test_lines_are_there_as_answers_end(folder, monkeypatch):
+    out, seen = folder / "live.jsonl", []
+    answers = Engine.answers
+
+    def watched(*given):
+        for answer in answers(*given):
+            yield answer
+            seen.append(len(lines(out)))
+
+    monkeypatch.setattr(Engine, "answers", watched)
+    module.main(arguments(folder, data=folder / "test.jsonl", output=out, limit=5))
+    assert seen == [1, 2, 3, 4, 5] and [answer["index"] for answer in lines(out)] == [0, 1, 2, 3, 4]
+
+
+def test_two_ranks_write_what_one_does(folder):
+    for name, ranks in (("one", 1), ("two", 2)):
+        argv = arguments(folder, data=folder / "test.jsonl", output=folder / f"{name}.jsonl")
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
+        done = subprocess.run([sys.executable, *start, "-m", "eval.generate", *argv], capture_output=True,
+                              text=True, cwd=ROOT, timeout=180)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "two.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes()
+    assert not list(folder.glob("two.jsonl.rank*"))
+
+
+@pytest.mark.parametrize("more, says", [
+    (dict(temperature=-1), "--temperature -1"), (dict(temperature=1, top_p=0), "--top-p 0"),
+    (dict(batch_size=0), "--batch-size 0"), (dict(samples=3), "give --temperature 1"),
+    (dict(prompt="a"), "not allowed with"), (dict(system="a"), "--system"),
+    (dict(data="nowhere.jsonl"), "no such file")])
+def test_wrong_flags_are_named(folder, more, says):
+    with pytest.raises(ValueError, match=says):
+        module.main(arguments(folder, **{"data": folder / "test.jsonl", **more}))
+
+
+def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatch, capsys):
+    asked, typed = [], iter(["red", "", "blue", "/reset", "plum"])
+
+    def type_in(prompt):
+        for text in typed:
+            return text
+        raise EOFError
+
+    reply = module.reply
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr(module, "reply", lambda loaded, engine, messages, *a: asked.append(
+        [m["content"] for m in messages]) or reply(loaded, engine, messages, *a))
+    module.main(flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=5,
+                      chat=True, system="Be brief"))
+    first = asked[1][2]
+    assert asked == [["Be brief", "red"], ["Be brief", "red", first, "blue"], ["Be brief", "plum"]]
+    assert capsys.readouterr().out.startswith(first)
+
+
+def test_ctrl_c_ends_an_answer_but_not_the_conversation(folder, monkeypatch):
+    answers, reply, typed, seen, said = Engine.answers, module.reply, iter(["red", "blue"]), [], []
+
+    def interrupted(self, prompts, stop, most, size, sampling, keys, on_token):
+        def watched(i, token):
+            on_token(i, token)
+            seen.append(token)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+        return answers(self, prompts, NEVER, most, size, sampling, keys, watched)
+
+    def type_in(prompt):
+        for text in typed:
+            return text
+        raise EOFError
+
+    monkeypatch.setattr(Engine, "answers", interrupted)
+    monkeypatch.setattr(module, "reply", lambda *a: said.append(reply(*a)) or said[-1])
+    monkeypatch.setattr("builtins.input", type_in)
+    module.main(flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=5,
+                      chat=True))
+    tokenizer = Tokenizer(folder / "model")
+    assert said == [tokenizer.decode(seen[:2]), tokenizer.decode(seen[2:])] and len(seen) == 7
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral", "gemma", "llama3", "qwen"])
+def test_streamed_characters_are_whole_and_spell_the_answer(name, tmp_path):
+    import tokenizers_for_tests
+    tokenizer = Tokenizer(tokenizers_for_tests.write(name, tmp_path))
+    said = " ".join(WORDS[:4]) + " Où est la gare? 日本語 🙂👍🏽 naïve\n\n  end"
+    ids = tokenizer.first.encode(said, add_special_tokens=False).ids
+    stream = Text(tokenizer)
+    parts = [stream.add(token) for token in ids]
+    assert "".join(parts) + stream.add(None) == tokenizer.decode(ids)
+    assert "日本語 🙂" in "".join(parts) and "\ufffd" not in "".join(parts)
+    assert parts.count("") > 5 and len([part for part in parts if part]) > 10
+    cut = Text(tokenizer)       # an answer that ends within a character
+    bad = ids[:ids.index(next(i for i, part in zip(ids, parts) if part == "")) + 1]
+    assert "".join(cut.add(token) for token in bad) + cut.add(None) == tokenizer.decode(bad)
+
+
+def test_prompt_prints_the_answer(folder, capsys):
+    argv = flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=9,
+                 prompt="red plum")
+    module.main(argv)
+    printed = capsys.readouterr().out
+    record = folder / "single.jsonl"
+    record.write_text(json.dumps({"messages": [{"role": "user", "content": "red plum"}]}) + "\n")
+    module.main(arguments(folder, data=record, max_new_tokens=9, output=folder / "single_out.jsonl"))
+    answer = lines(folder / "single_out.jsonl")[0]
+    assert printed == answer["output"] + "\n" and answer["expected"] is None
