@@ -104,7 +104,7 @@ def write_json(file: str | Path | None, result: dict) -> None:
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """main(argv) as a program: one line for what a user can mend; exit status 1 then."""
+    """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then."""
     status = 0
     try:
         main(sys.argv[1:])
@@ -112,11 +112,15 @@ def run(main: Callable[[list[str]], None]) -> None:
             dist.barrier()
     except KeyboardInterrupt:
         status = 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 1
-    except Exception:
-        traceback.print_exc()
+    except Exception as error:
+        first = is_main()
+        if dist.is_initialized():
+            # whoever comes first has the cause; the others only lost their connection to it
+            first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
+        if first and isinstance(error, (ValueError, OSError)):
+            print(f"error: {error}", file=sys.stderr)
+        elif first:
+            traceback.print_exc()
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,16 +1,36 @@
-"""Held-out NLL of each kind of span: exact sums, whatever the packing and the number of ranks.
+"""Held-out NLL and perplexity of each kind of span, with bootstrap intervals; several checkpoints compared.
 
-Shapes: E examples, K kinds of span.
+    python -m eval.spans --model BASE RUN/final --data test.jsonl other.jsonl --json spans.json
+    torchrun --nproc-per-node 2 -m eval.spans --model ...               the same numbers, on two ranks
+
+Sums are exact: no mean of means, whatever the packing and the number of ranks. Two means are given: over all
+tokens of a kind, and the paper's, over examples of each one's token mean. Intervals are percentiles of means
+over examples drawn anew, with replacement, from those that have the kind. Checkpoints after the first are
+compared with it on the same draws, so that what makes an example hard for both cancels; where they tokenise
+a file differently there is no common token to compare, and the command refuses.
+
+Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 """
-from typing import Callable
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from data import KINDS, Dataset, collate, plan
+from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
+from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
+from eval.common import Parser, is_main, load, rank, run, start_ranks, world_size, write_json
 from loss import nll
-from model import Llama
+from model import Llama, resolve_model
+
+MEANS = ("nll_token_mean", "nll_example_mean")
 
 
 @torch.no_grad()
@@ -47,3 +67,167 @@ def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, dict]:
                          "nll_example_mean": float((mine / tokens).mean()),
                          "tokens": int(tokens.sum()), "examples": int(has.sum())}
     return out
+
+
+# ---------------------------------------------------------------- intervals and differences
+
+
+def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """sums: (M, E) NLL of one kind; counts: (E,) its targets, all above 0.
+    Returns (2, R, M): MEANS of each resample, in nats."""
+    drawn = resampled_sums(np.stack([*sums, *(sums / counts), counts], 1), resamples, seed)
+    checkpoints, examples = sums.shape
+    return np.stack([drawn[:, :checkpoints] / drawn[:, -1:], drawn[:, checkpoints:-1] / examples])
+
+
+def compare(sums: np.ndarray, counts: np.ndarray, resamples: int, confidence: float, seed: int
+            ) -> list[dict[str, dict]]:
+    """sums: (M, E, K), counts: (E, K) -> summary() of each checkpoint, and by kind its perplexities, from the
+    second on X_minus_first for X of MEANS, and X_interval for all of them but the perplexities: [low, high],
+    or None without resamples or with fewer than two examples."""
+    out = [summary(each, counts) for each in sums]
+    for kind, name in enumerate(KINDS):
+        has = counts[:, kind] > 0
+        if not has.any():
+            continue
+        draws = None
+        if resamples and has.sum() > 1:
+            draws = resampled_means(sums[:, has, kind], counts[has, kind], resamples, seed)
+        for m, row in enumerate(each[name] for each in out):
+            for i, mean in enumerate(MEANS):
+                row[mean.replace("nll", "perplexity")] = float(np.exp(row[mean]))
+                row[f"{mean}_interval"] = None if draws is None else interval(draws[i, :, m], confidence)
+                if m:
+                    row[f"{mean}_minus_first"] = row[mean] - out[0][name][mean]
+                    row[f"{mean}_minus_first_interval"] = (
+                        None if draws is None else interval(draws[i, :, m] - draws[i, :, 0], confidence))
+    return out
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("spans", __doc__)
+    parser.add_model_flags(several=True)
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE",
+                        help="held-out records, each file reported on its own")
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
+    parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
+                        help="what to do with longer ones")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096,
+                        help="tokens of one forward pass; changes memory and speed only")
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenised data is kept between runs")
+    parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
+    add_bootstrap_flags(parser)
+    args = parser.parse_args(argv)
+    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
+    return args
+
+
+def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
+    """[checkpoint][file]; one process of each machine tokenises, the others read what it wrote.
+    ValueError if a checkpoint tokenises a file otherwise than the first one does."""
+    data = []
+    ranks_wait = int(os.environ.get("LOCAL_RANK", 0)) != 0
+    if ranks_wait:
+        dist.barrier()
+    for name in args.model:
+        tokenizer = Tokenizer(resolve_model(name))
+        template = load_template(args.template, tokenizer, args.date)
+        data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong, args.cache_dir,
+                                  progress=is_main() and sys.stderr.isatty()) for file in args.data])
+        for file, first, mine in zip(args.data, data[0], data[-1]):
+            if first.key != mine.key and not all(np.array_equal(getattr(first, x), getattr(mine, x))
+                                                 for x in ("offsets", "ids", "kinds")):
+                raise ValueError(f"{file}: {name} tokenises it otherwise than {args.model[0]} does (another "
+                                 "tokenizer or template), so their NLL a token cannot be compared; give "
+                                 "--template if that is the difference, or evaluate each in its own call")
+    if world_size() > 1 and not ranks_wait:
+        dist.barrier()
+    return data
+
+
+def evaluate(name: str, datasets: list[Dataset], args: argparse.Namespace, device: torch.device
+             ) -> list[np.ndarray]:
+    """example_sums of each file, (E, K); the checkpoint is let go of on return."""
+    loaded = load(name, args, device)
+    out = []
+    for file, dataset in zip(args.data, datasets):
+        rows = partial(tqdm, desc=f"{Path(name).name} on {Path(file).name}", leave=False, unit=" rows",
+                       disable=not (is_main() and sys.stderr.isatty()))
+        capacity = max(args.micro_batch_tokens, int(dataset.lengths.max()))
+        with loaded.autocast:
+            out.append(example_sums(loaded.model, dataset, capacity, device, rank(), world_size(), rows))
+    return out
+
+
+def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]], confidence: float) -> None:
+    """One file's results in 79 columns."""
+    def cells(row: dict, end: str = "") -> str:
+        text = ""
+        for mean in MEANS:
+            value, bounds = row[mean + end], row[f"{mean}{end}_interval"]
+            shown = f"[{bounds[0]:.4f}, {bounds[1]:.4f}]" if bounds else "-"
+            factor = np.exp(value)
+            perplexity = f"x {factor:.3f}" if end else f"{factor:.2f}" if factor < 1e5 else f"{factor:.1e}"
+            text += f"{value:>{'+' if end else ''}9.4f} {shown:>18}{perplexity:>9}"
+        return text
+
+    report = dataset.report
+    print(f"\n{file}: {len(dataset):,} examples of {report['records']:,} records; "
+          f"{report['truncated']:,} truncated,\n  {report['dropped_overlong']:,} dropped as too long, "
+          f"{report['dropped_empty']:,} as empty")
+    print(f"{'':5}{'mean over tokens':^37}{'mean over examples':^37}".rstrip())
+    print(f"{'':5}" + 2 * f"{'NLL':>9} {f'{100 * confidence:g}% interval':>18}{'ppl':>9}")
+    for name, row in checkpoints[0].items():
+        print(f"{name}: {row['tokens']:,} tokens in {row['examples']:,} examples")
+        for m, mine in enumerate(each[name] for each in checkpoints):
+            print(f"{m + 1:<5}{cells(mine)}")
+            if m:
+                print(f"{f'{m + 1}-1':<5}{cells(mine, '_minus_first')}")
+
+
+def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
+                   args: argparse.Namespace) -> None:
+    """A line for each checkpoint, file and example: where it stands, and its NLL sums (nats) and targets."""
+    part = Path(f"{file}.part")
+    with open(part, "w", encoding="utf-8") as out:
+        for m, name in enumerate(args.model):
+            for path, dataset, of_file in zip(args.data, data[m], sums[m]):
+                for (_, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
+                                                   dataset.counts.tolist()):
+                    kinds = [k for k in range(len(KINDS)) if counts[k]]
+                    out.write(json.dumps({"model": name, "data": path, "line": line,
+                                          "nll": {KINDS[k]: nats[k] for k in kinds},
+                                          "tokens": {KINDS[k]: counts[k] for k in kinds}}) + "\n")
+    part.replace(file)
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    device = start_ranks(args)
+    data = load_data(args)
+    sums = [evaluate(name, datasets, args, device) for name, datasets in zip(args.model, data)]
+    if not is_main():
+        return
+    print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
+    if len(args.model) > 1:
+        print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
+    for m, name in enumerate(args.model):
+        print(f"  {m + 1}  {name}")
+    rows = []
+    for i, (file, dataset) in enumerate(zip(args.data, data[0])):
+        of_file = compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap,
+                          args.confidence, args.seed)
+        print_table(file, dataset, of_file, args.confidence)
+        rows += [{"data": file, "model": name, "span": kind, **row}
+                 for name, kinds in zip(args.model, of_file) for kind, row in kinds.items()]
+    if args.per_example:
+        write_examples(args.per_example, data, sums, args)
+    flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
+    write_json(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -101,6 +101,17 @@ def run_apart(argv: list[str], ranks: int = 1, check: bool = True) -> subprocess
     return done
 
 
+def run_module(module: str, argv: list[str], ranks: int = 1, check: bool = True
+               ) -> subprocess.CompletedProcess:
+    """python -m MODULE, or torchrun -m MODULE, as a user would start it."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
+    launch = launch if ranks > 1 else []
+    done = subprocess.run([sys.executable, "-m", *launch, module, *argv], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=180)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 

@@ -1,0 +1,50 @@
+"""Bootstrap intervals for ratios of sums over examples, and the flags of the commands that give them.
+
+Shapes: E examples, R resamples, C columns summed at once.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+DRAWS = 2**22   # examples drawn at once: 32 MB a copy, and a few copies
+
+
+def resampled_sums(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """columns: (E, C) -> (R, C): sums over E rows drawn with replacement, the same rows for all columns, so
+    that columns of one call can be divided and subtracted as pairs."""
+    columns = np.asarray(columns, np.float64)
+    examples = len(columns)
+    rng = np.random.default_rng(seed)
+    sums = np.empty((resamples, columns.shape[1]))
+    chunk = max(1, DRAWS // examples)
+    for start in range(0, resamples, chunk):
+        drawn = rng.integers(examples, size=(min(chunk, resamples - start), examples))
+        drawn += np.arange(len(drawn))[:, None] * examples      # a range of numbers for each resample
+        times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        sums[start:start + len(drawn)] = times @ columns
+    return sums
+
+
+def interval(values: np.ndarray, confidence: float) -> list[float]:
+    """values: (R,) -> [low, high]: as many below as above, and the part `confidence` of them between."""
+    return np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2]).tolist()
+
+
+def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals; 0: none")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+
+
+def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
+    """ValueError that names the flag: a number below its least, a file that could not be written."""
+    for name, limit in {"bootstrap": 0, "seed": 0, **least}.items():
+        if getattr(args, name) < limit:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {limit} or more")
+    if not 0 < args.confidence < 1:
+        raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")
+    for name in files:  # now, not when all has been computed
+        file = getattr(args, name)
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
