@@ -17,7 +17,8 @@ skipped, and so are those in which it ends behind token --max-length, since trai
 An answer that has not ended one token behind its target's length is cut there (--max-new-tokens sets another
 limit), so BLEU sees little of what a checkpoint writes beyond. --output keeps every answer as it comes, and
 the same command goes on from there; prompts then share batches otherwise, which may turn a near tie in bf16.
-Intervals: percentiles of the scores of records drawn anew, with replacement.
+Intervals: percentiles of the scores of records drawn anew, with replacement; a draw whose answers are all
+shorter than four words has BLEU 0, so with few and short targets that interval says little.
 """
 import argparse
 import hashlib

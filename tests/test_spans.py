@@ -236,7 +236,11 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
-def test_an_error_on_two_ranks_is_one_line(folder):
-    done = run_module("eval.spans", arguments(folder, max_length=20, overlong="error"), ranks=2, check=False)
+@pytest.mark.parametrize("more, says", [
+    (dict(confidence=1), "--confidence 1.0"),                                               # on every rank
+    (dict(max_length=20, overlong="error"), "more than --max-length 20"),                   # on one
+])
+def test_an_error_on_two_ranks_is_one_line(folder, more, says):
+    done = run_module("eval.spans", arguments(folder, **more), ranks=2, check=False)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1
-    assert "more than --max-length 20" in done.stderr and "Connection closed" not in done.stderr
+    assert says in done.stderr and "Connection closed" not in done.stderr
