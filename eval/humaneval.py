@@ -1,0 +1,192 @@
+"""Python functions written by a checkpoint and tried: HumanEval's pass@k.
+
+    python -m eval.humaneval --model RUN/final --data HumanEval.jsonl.gz --output samples.jsonl --execute
+    python -m eval.humaneval --model RUN/final --data ... --samples 20 --temperature 0.8 --k 1 10 --execute
+
+Without --execute programs are written but not run. With it each runs in eval/sandbox.py, which must be able
+to isolate it. --format chat asks for the function in a code block of the answer; text lets the checkpoint go
+on from the problem's own text, and ends where the function does. --output keeps every sample and its outcome,
+and the same command goes on from there. Under torchrun the ranks share the problems.
+
+pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
+that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.
+"""
+import gzip
+import json
+import math
+import os
+import re
+import secrets
+import sys
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import render, to_messages, tokenize
+from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.engine import Engine, Sampling
+from eval.generate import read_answers, write_answers
+from eval.sandbox import run_python
+
+FIELDS = ("task_id", "prompt", "test", "entry_point")
+ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
+       "```python\n{}\n```")
+# At the start of a line these begin something else than the function that the text is in.
+AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """pass_at_k(4, 1, 2) -> 0.5. ValueError if there are fewer samples than k."""
+    if k > samples:
+        raise ValueError(f"--k {k}: there are only {samples} samples to a problem; raise --samples")
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def read_problems(file: str, limit: int | None) -> list[dict]:
+    """The lines of a .jsonl or .jsonl.gz file with FIELDS; ValueError names file and line."""
+    problems = []
+    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip() or (limit is not None and len(problems) == limit):
+                continue
+            try:
+                problem = json.loads(line)
+                problems.append({name: problem[name] for name in FIELDS})
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file}:{number}: not a problem with {', '.join(FIELDS)} ({error!r})"
+                                 ) from None
+    if not problems:
+        raise ValueError(f"{file}: holds no problem")
+    return problems
+
+
+def program_of(problem: dict, answer: str, chat: bool) -> str:
+    """The function as a program: what stands before it in the problem, and what the checkpoint wrote."""
+    prompt, name = problem["prompt"], problem["entry_point"]
+    if not chat:
+        end = AFTER.search(answer)
+        return prompt.rstrip() + (answer[:end.start()] if end else answer)
+    blocks = re.findall(r"```(?:\w*\n)?(.*?)(?:```|\Z)", answer, re.S) or [answer]
+    code = next((block for block in blocks if f"def {name}" in block), blocks[0])
+    before = prompt[:prompt.rindex(f"def {name}")]      # imports and helpers, which answers tend to leave out
+    return f"{before}\n{code}" if f"def {name}" in code else prompt + code
+
+
+def passes(problem: dict, program: str, seconds: float, megabytes: int) -> tuple[bool, str]:
+    """Whether it comes through the problem's tests to the program's last line, and if not, why."""
+    word = secrets.token_hex(8)     # printed last: leaving early is no success
+    outcome = run_python(f"{program}\n{problem['test']}\ncheck({problem['entry_point']})\nprint({word!r})",
+                         seconds, megabytes)
+    if outcome.status == 0 and outcome.output.rstrip().endswith(word):
+        return True, ""
+    last = outcome.output.strip().splitlines()[-1:]
+    return False, outcome.reason or (last[0][:200] if last else f"exit status {outcome.status}")
+
+
+def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> dict[tuple[int, int], dict]:
+    """{(problem, sample): {"index", "sample", "task_id", "output"}}, made now or found in --output."""
+    chat = args.format == "chat"
+    names = ("model", "data", "format", "dtype", "max_new_tokens", "temperature", "top_p", "seed", "template")
+    old = read_answers(Path(args.output), {name: getattr(args, name) for name in names}) if is_main() else {}
+    todo = gather([(i, s) for i in range(len(problems)) for s in range(args.samples) if (i, s) not in old]
+                  if is_main() else [])[rank()::world_size()]
+    tokenizer, prompts = loaded.tokenizer, []
+    for text in (problems[i]["prompt"] for i, _ in todo):
+        if chat:
+            asked = to_messages({"messages": [{"role": "user", "content": ASK.format(text.strip())}]})
+            prompts.append(tokenize(render(asked, loaded.template, add_generation_prompt=True), tokenizer)[0])
+        else:   # without the line break at its end: an indented line begins with it, as one token
+            start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
+            prompts.append(start + tokenizer.first.encode(text.rstrip(), add_special_tokens=False).ids)
+    stop = {tokenizer.special[token] for token in (loaded.template.end_of_turn, tokenizer.eos_token)
+            if token in tokenizer.special}
+    answers = Engine(loaded.model).answers(prompts, stop, args.max_new_tokens, args.batch_size,
+                                           Sampling(args.temperature, args.top_p, 0, args.seed), todo)
+    new = []
+    for n, ids, _ in tqdm(answers, total=len(todo), unit="sample",
+                          disable=not (is_main() and sys.stderr.isatty())):
+        i, s = todo[n]
+        new.append({"index": i, "sample": s, "task_id": problems[i]["task_id"],
+                    "output": tokenizer.decode(ids)})
+    found = {**old, **{(line["index"], line["sample"]): line for line in gather(new)}}
+    if is_main():
+        write_answers(Path(args.output), found)
+    return found
+
+
+def execute(found: dict[tuple[int, int], dict], problems: list[dict], args: Namespace) -> None:
+    """Adds {"passed", "why"} to the samples that have none, and writes them; on rank 0."""
+    todo = [line for line in found.values() if "passed" not in line]
+
+    def attempt(line: dict) -> tuple[dict, tuple[bool, str]]:
+        problem = problems[line["index"]]
+        program = program_of(problem, line["output"], args.format == "chat")
+        return line, passes(problem, program, args.seconds, args.megabytes)
+
+    try:
+        with ThreadPoolExecutor(args.workers) as pool:
+            for line, (passed, why) in tqdm(pool.map(attempt, todo), total=len(todo), unit="program",
+                                            disable=not sys.stderr.isatty()):
+                line.update(passed=passed, why=why)
+    except RuntimeError as error:
+        raise ValueError(f"--execute: programs cannot be isolated on this system, and none was run: {error}; "
+                         f"{args.output} has them all, to be run on another") from None
+    finally:
+        write_answers(Path(args.output), found)
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser("humaneval", __doc__)
+    parser.add_model_flags()
+    parser.add_argument("--data", required=True, metavar="FILE", help="the problems, .jsonl or .jsonl.gz")
+    parser.add_argument("--limit", type=int, help="only so many problems")
+    parser.add_argument("--format", choices=("chat", "text"), default="chat")
+    parser.add_argument("--samples", type=int, default=1, help="programs to a problem")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=16, help="programs written at once")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL of the samples, to go on from")
+    parser.add_argument("--execute", action="store_true", help="run the programs, isolated")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a program may take")
+    parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
+    args = parser.parse_args(argv)
+    for name in ("limit", "samples", "max_new_tokens", "batch_size", "seconds", "megabytes", "workers"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
+        raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: must be 0 or more, and "
+                         "above 0 and at most 1")
+    if args.samples > 1 and not args.temperature:
+        raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
+    for k in args.k:
+        pass_at_k(args.samples, 0, k)
+    problems = read_problems(args.data, args.limit)
+    found = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
+    found = {key: line for key, line in found.items() if key[0] < len(problems) and key[1] < args.samples}
+    if not is_main():
+        return
+    if not args.execute:
+        print(f"{len(found):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
+        return
+    execute(found, problems, args)
+    right = [sum(found[i, s]["passed"] for s in range(args.samples)) for i in range(len(problems))]
+    result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
+              "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    for k in args.k:
+        values = [pass_at_k(args.samples, n, k) for n in right]
+        mean = sum(values) / len(values)
+        error = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+        result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
+        print(f"pass@{k}: {mean:.1%} (standard error {error:.1%}) of {len(problems)} problems, "
+              f"{args.samples} sample(s) each")
+    write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    run(main)

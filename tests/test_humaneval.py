@@ -1,0 +1,92 @@
+"""pass@k, programs out of answers, and the command from problems to a score, with programs run in the sandbox."""
+import itertools
+import json
+
+import pytest
+
+from eval import humaneval
+from eval.humaneval import pass_at_k, passes, program_of, read_problems
+from eval.sandbox import run_python
+from tiny import setup
+
+try:
+    run_python("pass", 10, 512)
+    CAN = ""
+except RuntimeError as error:
+    CAN = str(error)
+isolated = pytest.mark.skipif(bool(CAN), reason=CAN or "isolated")
+PROBLEM = {"task_id": "t/0", "entry_point": "double", "prompt": 'import math\n\n\ndef double(x):\n    """Twice x."""\n',
+           "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1.5) == -3\n"}
+
+
+@pytest.mark.parametrize("n, right, k", [(4, 1, 2), (5, 0, 3), (5, 5, 1), (6, 2, 3), (3, 1, 3)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_sample(n, right, k):
+    draws = list(itertools.combinations([True] * right + [False] * (n - right), k))
+    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_fewer_samples_than_k_is_an_error():
+    with pytest.raises(ValueError, match="--k 3: there are only 2"):
+        pass_at_k(2, 1, 3)
+
+
+RIGHT = "    return 2 * x\n"
+ANSWERS = {     # name: (answer, chat, whether it passes)
+    "function in a block": ("Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", True, True),
+    "block that is not closed": ("```python\ndef double(x):\n    return 2 * x", True, True),
+    "needs the problem's import": ("```\ndef double(x):\n    return math.prod([2, x])\n```", True, True),
+    "second block is it": ("```python\nx = 1\n```\n```python\ndef double(x):\n    return x + x\n```", True, True),
+    "only the body": (f"```python\n{RIGHT}```", True, True),
+    "no block": ("def double(x):\n    return 2 * x\n", True, True),
+    "wrong": ("```python\ndef double(x):\n    return x\n```", True, False),
+    "prose": ("I cannot.", True, False),
+    "text goes on": ("\n" + RIGHT, False, True),
+    "text goes on with another function": ("\n" + RIGHT + "\n\ndef other():\n    return oops(\n", False, True),
+}
+
+
+@isolated
+@pytest.mark.parametrize("name", ANSWERS)
+def test_programs_out_of_answers(name):
+    answer, chat, expected = ANSWERS[name]
+    assert passes(PROBLEM, program_of(PROBLEM, answer, chat), 10, 512)[0] == expected
+
+
+@isolated
+@pytest.mark.parametrize("body", ["import sys; sys.exit(0)", "import os; os._exit(0)", "while True: pass",
+                                  "import os; os.kill(0, 9)"])
+def test_leaving_early_or_never_is_no_success(body):
+    passed, why = passes(PROBLEM, PROBLEM["prompt"] + f"    {body}\n", 1, 512)
+    assert not passed and why
+
+
+@pytest.mark.parametrize("line", ["{", "{}", "[]"])
+def test_a_wrong_problem_is_named_by_file_and_line(tmp_path, line):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps(PROBLEM) + "\n" + line + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: not a problem"):
+        read_problems(str(file), None)
+
+
+@isolated
+@pytest.mark.parametrize("format", ["chat", "text"])
+def test_from_problems_to_a_score_and_on_from_a_file(tmp_path, monkeypatch, format, capsys):
+    folder = setup(tmp_path)
+    file, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(3)))
+    arguments = ["--model", str(folder / "model"), "--template", "llama3", "--data", str(file), "--output",
+                 str(output), "--max-new-tokens", "4", "--samples", "2", "--temperature", "1", "--format", format,
+                 "--k", "1", "2", "--dtype", "fp32", "--device", "cpu"]
+    humaneval.main(arguments)
+    assert "none was run" in capsys.readouterr().out
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(line["index"], line["sample"]) for line in lines] == [(i, s) for i in range(3) for s in range(2)]
+    # answers that pass where we say so: the command must find them in the file, not write them anew
+    for line, answer in zip(lines, (RIGHT, "", RIGHT, RIGHT, "", "")):
+        line["output"] = "\n" + answer if format == "text" else f"```\ndef double(x):\n{answer or '    pass'}```"
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    humaneval.main([*arguments, "--execute", "--seconds", "5", "--json", str(tmp_path / "result.json")])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["pass@1"] == pytest.approx((0.5 + 1 + 0) / 3) and result["pass@2"] == pytest.approx(2 / 3)
+    assert [json.loads(line)["passed"] for line in output.read_text().splitlines()] == [
+        True, False, True, True, False, False]
