@@ -508,12 +508,12 @@ def main(argv: list[str]) -> int:
                                                          for kind, value in kinds.items()))
         return result, answers
 
+    reserve.release()
     with_answers = bool(config.eval_generate and config.eval_data)
     if eval_sets and first_step == 0:
         evaluate(0, with_answers)
 
     # -- the loop
-    reserve.release()
     stop = Signals()
     epoch_plan: list = []
     say(f"ready to train after {time.monotonic() - started:.1f} s")
@@ -642,10 +642,12 @@ def run(argv: list[str]) -> int:
     try:
         return main(argv)
     except Exception as error:
-        first = is_main()
+        first = True
         if dist.is_initialized():
             # whoever comes first has the cause; the others only lost their connection to it
             first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
+        elif not is_main():
+            time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
         if first and isinstance(error, (ValueError, OSError)):
             print(f"error: {error}", file=sys.stderr)
         elif first:

@@ -3,15 +3,18 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data import TEMPLATES, Template, Tokenizer, load_template
+from machine import share_threads
 from model import Llama, check_vocabulary, load_model, resolve_model
 
 
@@ -30,7 +33,8 @@ class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of ending the program, so that one place prints all errors."""
 
     def __init__(self, module: str, doc: str) -> None:
-        super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0], allow_abbrev=False)
+        super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0],
+                         allow_abbrev=False)
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
@@ -39,7 +43,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
                           help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
         self.add_argument("--template", default="auto",
-                          help=f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
+                          help="chat template: auto (the checkpoint's own), "
+                               f"{', '.join(TEMPLATES)} or FILE.jinja")
         self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
         self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -58,7 +63,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
         model.to(torch.bfloat16)
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
-    return Loaded(name, model, tokenizer, load_template(args.template, tokenizer, args.date), device, autocast)
+    template = load_template(args.template, tokenizer, args.date)
+    return Loaded(name, model, tokenizer, template, device, autocast)
 
 
 def rank() -> int:
@@ -81,8 +87,9 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+    share_threads()
+    if world_size() > 1 and not dist.is_initialized():   # long: one rank may have much to tokenise
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     return device
 
 
@@ -113,10 +120,12 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        first = is_main()
+        first = True
         if dist.is_initialized():
             # whoever comes first has the cause; the others only lost their connection to it
             first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
+        elif not is_main():
+            time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
         if first and isinstance(error, (ValueError, OSError)):
             print(f"error: {error}", file=sys.stderr)
         elif first:
