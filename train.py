@@ -20,7 +20,6 @@ import signal
 import sys
 import textwrap
 import time
-import traceback
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -40,7 +39,7 @@ from eval.generate import answer_records
 from eval.spans import example_sums, summary
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
-from machine import Reserve, keep_freed_memory, peak_memory_mb, share_threads
+from machine import Reserve, keep_freed_memory, peak_memory_mb, report_error, share_threads
 from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
                    resolve_model)
 
@@ -642,16 +641,7 @@ def run(argv: list[str]) -> int:
     try:
         return main(argv)
     except Exception as error:
-        first = True
-        if dist.is_initialized():
-            # whoever comes first has the cause; the others only lost their connection to it
-            first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
-        elif not is_main():
-            time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
-        if first and isinstance(error, (ValueError, OSError)):
-            print(f"error: {error}", file=sys.stderr)
-        elif first:
-            traceback.print_exc()
+        report_error(error)
         sys.stdout.flush()
         sys.stderr.flush()
         if dist.is_initialized():

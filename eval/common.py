@@ -3,8 +3,6 @@ import argparse
 import json
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from data import TEMPLATES, Template, Tokenizer, load_template
-from machine import share_threads
+from machine import report_error, share_threads
 from model import Llama, check_vocabulary, load_model, resolve_model
 
 
@@ -120,16 +118,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         status = 130
     except Exception as error:
-        first = True
-        if dist.is_initialized():
-            # whoever comes first has the cause; the others only lost their connection to it
-            first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
-        elif not is_main():
-            time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
-        if first and isinstance(error, (ValueError, OSError)):
-            print(f"error: {error}", file=sys.stderr)
-        elif first:
-            traceback.print_exc()
+        report_error(error)
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,8 +5,8 @@
 
 Without --execute programs are written but not run. With it each runs in eval/sandbox.py, which must be able
 to isolate it. --format chat asks for the function in a code block of the answer; text lets the checkpoint go
-on from the problem's own text, and ends where the function does. --output keeps every sample and its outcome,
-and the same command goes on from there. Under torchrun the ranks share the problems.
+on from the problem's own text, and ends where the function does. --output keeps the samples, once all
+are written, and their outcomes, and the same command goes on from there. Under torchrun the ranks share the problems.
 
 pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
 that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.

@@ -6,15 +6,9 @@ import pytest
 
 from eval import humaneval
 from eval.humaneval import pass_at_k, passes, program_of, read_problems
-from eval.sandbox import run_python
+from isolation import isolated
 from tiny import setup
 
-try:
-    run_python("pass", 10, 512)
-    CAN = ""
-except RuntimeError as error:
-    CAN = str(error)
-isolated = pytest.mark.skipif(bool(CAN), reason=CAN or "isolated")
 PROBLEM = {"task_id": "t/0", "entry_point": "double", "prompt": 'import math\n\n\ndef double(x):\n    """Twice x."""\n',
            "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1.5) == -3\n"}
 

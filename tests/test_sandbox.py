@@ -7,13 +7,9 @@ import time
 import pytest
 
 from eval.sandbox import run_python
+from isolation import isolated
 
-try:
-    run_python("pass", 10, 512)
-    CAN = ""
-except RuntimeError as error:
-    CAN = str(error)
-pytestmark = pytest.mark.skipif(bool(CAN), reason=CAN or "isolated")
+pytestmark = isolated
 
 
 def run(program: str, seconds: float = 5, megabytes: int = 512):
