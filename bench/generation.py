@@ -1,10 +1,11 @@
 """eval/generate.py beside transformers' generate: the same tokens in fp32, and speed in bf16.
 
-    python -m bench.generation --model DIR --data FILE [--prompts 50] [--batch-size 16] [--max-new-tokens 64]
+    python -m bench.generation --model DIR --data FILE [--prompts 50] [--batch-size 16] [--max-new-tokens 256]
 
 Greedy, with the same prompts and the same stop. Every run is a process of its own. First in fp32, batched and
-one by one: how many answers are equal token by token. Then in bf16, in turn (ours, transformers,
-transformers, ours, ...), because a machine's speed drifts: ratios are between runs of one round.
+one by one: how many answers are equal token by token. Then in bf16, in turn and back, because a machine's speed
+drifts: ratios are between runs of one round. "no guesses" is ours without guessed tokens; how many guesses are right
+depends on the answers: a small model's greedy ones repeat themselves.
 transformers gets prompts of like length together, padded on the left. new tokens/s counts the answers' tokens
 with their stops, over the time from the prompts to the last answer; loading and a short warm-up are outside.
 The last line printed is one JSON object with all of it.
@@ -33,12 +34,14 @@ def run_here(args: argparse.Namespace) -> dict:
     prompts = [tokenize(render(question, template, add_generation_prompt=True), tokenizer)[0]
                for question in questions]
     stop = tokenizer.special[template.end_of_turn]
-    if args.run == "ours":
+    if args.run != "transformers":
+        from eval.engine import LOOKUP
         from eval.generate import generate
         model = load_model(folder).requires_grad_(False).to(dtype)
 
         def answer(some: list[list[int]], tokens: int) -> list[list[int]]:
-            return generate(model, some, {stop}, tokens, args.batch_size)
+            return generate(model, some, {stop}, tokens, args.batch_size,
+                            lookup=LOOKUP if args.run == "ours" else 0)
     else:
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -72,11 +75,11 @@ def main() -> None:
     parser.add_argument("--template", default="auto")
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--only", choices=("equality", "speed"))
-    parser.add_argument("--run", choices=("ours", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", choices=("ours", "no guesses", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,17 +106,19 @@ def main() -> None:
                     [[name, str(count), str(args.prompts)] for name, count in result["equal"].items()],
                     [44, 8, 6])
     if args.only != "equality":
-        speeds: dict[str, list[float]] = {"ours": [], "transformers": []}
+        speeds: dict[str, list[float]] = {"ours": [], "no guesses": [], "transformers": []}
         for i in range(args.rounds):
             for who in list(speeds) if i % 2 == 0 else reversed(speeds):
                 run = apart(who, "bfloat16", args.batch_size)
                 speeds[who].append(run["new_tokens"] / run["seconds"])
-        ratios = [a / b for a, b in zip(*speeds.values())]
-        result.update(new_tokens_per_second=speeds, ratios=ratios, ratio=statistics.median(ratios),
-                      prompt_tokens=run["prompt_tokens"])
+        ratios = {who: [a / b for a, b in zip(speeds[who], speeds["transformers"])]
+                  for who in ("ours", "no guesses")}
+        result.update(new_tokens_per_second=speeds, ratios=ratios, prompt_tokens=run["prompt_tokens"],
+                      ratio={who: statistics.median(values) for who, values in ratios.items()})
         print_table(["bf16, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
                     [[who, *(f"{x:.1f}" for x in values)] for who, values in speeds.items()]
-                    + [["ratio", *(f"{x:.2f}" for x in ratios)]], [24] + [10] * args.rounds)
+                    + [[f"ratio, {who}", *(f"{x:.2f}" for x in values)] for who, values in ratios.items()],
+                    [24] + [10] * args.rounds)
     print(json.dumps(result))
 
 

@@ -3,8 +3,9 @@
     for number, ids, stopped in Engine(model).answers(prompts, stop, max_new_tokens): ...
 
 A fixed number of slots runs at once; when an answer ends, the next prompt takes its slot while the others go
-on. Prompts go through the model as a packed row, as in training. Steps of one token a slot have a way of
-their own (Engine.step): there the weights' way from memory and the number of kernels are what takes time.
+on. Prompts go through the model as a packed row, as in training. In a step every slot computes its last token
+and those that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses up to
+there were right, so answers are the same as token by token (but for rounding); they come faster.
 
 Shapes: B slots, T places in the cache, H query heads, G key/value heads, D head size, C width,
 N packed tokens, V vocabulary.
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Llama, compute_dtype
+from model import Llama, RMSNorm, _rms_norm, compute_dtype
 
+LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts that are run at once, or one prompt more; other free slots wait a step
 
 # ---------------------------------------------------------------- choosing a token
@@ -63,18 +65,70 @@ class Sampling:
         return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
 
 
+# ---------------------------------------------------------------- guessing tokens
+
+
+class Document:
+    """A prompt and its answer so far. Two tokens that stood in it before are followed by the same as then
+    often enough to guess so, and to let one step of the model check several tokens (prompt lookup decoding,
+    Saxena 2023)."""
+
+    def __init__(self, number: int, prompt: list[int], room: int, draws: Tensor):
+        """room: the most tokens of an answer; draws: (room,), what Sampling.choose takes for each."""
+        self.number, self.start, self.room, self.draws = number, len(prompt), room, draws
+        self.ids: list[int] = []
+        self.follows: dict[tuple[int, int], int] = {}   # two tokens -> the place behind their last occurrence
+        self.trust, self.stopped = 2, False
+        for token in prompt:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        if len(self.ids) > 1:
+            self.follows[self.ids[-2], self.ids[-1]] = len(self.ids)
+        self.ids.append(token)
+
+    @property
+    def made(self) -> int:
+        return len(self.ids) - self.start
+
+    @property
+    def ended(self) -> bool:
+        return self.stopped or self.made == self.room
+
+    def guess(self, most: int) -> list[int]:
+        """One token more than were right the last time, at the most; a loop is guessed to go on."""
+        place, guess = self.follows.get(tuple(self.ids[-2:])), []
+        if place:
+            for j in range(place, place + min(most, self.trust, self.room - self.made - 1)):
+                guess.append(self.ids[j] if j < len(self.ids) else guess[j - len(self.ids)])
+        return guess
+
+    def take(self, chosen: list[int], guess: list[int], stop: set[int]) -> None:
+        """chosen: what the model chose behind the last token and behind each guessed one. They count up to
+        the first that was not guessed, which still does."""
+        before = self.made
+        for token, guessed in zip(chosen, [*guess, None]):
+            if token in stop:
+                self.stopped = True
+            else:
+                self.add(token)
+            if self.ended or token != guessed:
+                break
+        if guess:
+            self.trust = max(1, self.made - before)
+
+
 # ---------------------------------------------------------------- steps with a cache
 
 
 class Cache:
-    """Keys and values of the slots' documents, (layers, 2, B, G, T, D) in the dtype to compute in. Values
-    behind a document's end are finite leftovers that nobody looks at."""
+    """Keys and values of the slots' documents, (layers, 2, B, G, T, D) in the dtype to compute in. What is
+    behind a document's end is finite, and nobody looks at it."""
 
     def __init__(self, model: Llama, slots: int):
         config, weight = model.config, model.head_weight
         self.data = torch.zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, 0,
                                 config.head_dim, dtype=compute_dtype(weight), device=weight.device)
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=weight.device)     # (B,)
         self.seen: list[tuple[Tensor, Tensor]] = []     # each layer's keys and values, (B * G, T, D), views
 
     def fit(self, places: int) -> None:
@@ -86,40 +140,53 @@ class Cache:
             self.hold(torch.cat([self.data[..., :wanted, :], more], 4))
 
     def keep(self, slots: list[int]) -> None:
-        kept = torch.tensor(slots, device=self.lengths.device)
-        self.lengths = self.lengths[kept]
-        self.hold(self.data.index_select(2, kept))
+        self.hold(self.data.index_select(2, torch.tensor(slots, device=self.data.device)))
 
     def hold(self, data: Tensor) -> None:
         self.data, self.seen = data, [layer.unbind() for layer in data.flatten(2, 3)]
 
     def rows(self, slots: Tensor, places: Tensor) -> Tensor:
-        """slots, places: (N,). Returns (N * G,): where their keys are in (B * G * T, D)."""
-        heads, size = self.data.shape[3:5]
-        heads = slots[:, None] * heads + torch.arange(heads, device=slots.device)
-        return (heads * size + places[:, None]).flatten()
+        """slots, places: (N,). Returns (N * 2 * G,): where their keys and values are in a layer, seen as
+        (2 * B * G * T, D)."""
+        both, count, heads, size = self.data.shape[1:5]
+        which = torch.arange(both * heads, device=slots.device)                 # (2 * G,)
+        first = which // heads * count * heads + which % heads
+        return ((slots[:, None] * heads + first) * size + places[:, None]).flatten()
 
-    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v: (N, G, D)."""
-        for cached, new in zip(self.seen[layer], (k, v)):
-            cached.view(-1, cached.shape[-1]).index_copy_(0, rows, new.reshape(-1, new.shape[-1]).to(cached))
+    def write(self, layer: int, rows: Tensor, kv: Tensor) -> None:
+        """kv: (N, 2 * G, D), keys and values."""
+        self.data[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.reshape(-1, kv.shape[-1]))
 
 
-def packed(dtype: torch.dtype, *linears: nn.Module) -> Callable[[Tensor], Tensor]:
-    """x (B, in) -> what the linears make of it, side by side. Their weights are cast and put together once;
-    in bf16 on the CPU also laid out as oneDNN's product wants them, which else every call does again: with
-    16 rows all of SmolLM2-135M's products take 10 ms a step then, not 14 (two cores)."""
+def packed(dtype: torch.dtype, *linears: nn.Module) -> Callable[..., Tensor]:
+    """(x (N, in), residual (N, out) or None) -> what the linears make of x, side by side, with the residual
+    added. Their weights are cast and put together once; in bf16 on the CPU also laid out as oneDNN's product
+    wants them, which else every call does again: with 16 rows all of SmolLM2-135M's products take 10 ms a
+    step then, not 14 (two cores)."""
     weight, bias = linears[0].weight, getattr(linears[0], "bias", None)
     if len(linears) > 1:
         weight = torch.cat([linear.weight for linear in linears])
         bias = None if bias is None else torch.cat([linear.bias for linear in linears])
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     ops = torch.ops.mkldnn
-    if (weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    if not (weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
             and ops._is_mkldnn_bf16_supported()):
-        weight = ops._reorder_linear_weight(weight.detach())
-        return lambda x: ops._linear_pointwise(x, weight, bias, "none", [], "")
-    return lambda x: F.linear(x, weight, bias)
+        return lambda x, residual=None: (F.linear(x, weight, bias) if residual is None else
+                                         residual + F.linear(x, weight, bias))
+    weight = ops._reorder_linear_weight(weight.detach())
+
+    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None and residual.dtype == dtype:
+            return ops._linear_pointwise.binary(x, residual, weight, bias, "add")
+        out = ops._linear_pointwise(x, weight, bias, "none", [], "")
+        return out if residual is None else residual + out
+
+    return product
+
+
+def normed(norm: RMSNorm, x: Tensor) -> Tensor:
+    """norm(x) without the way through autograd, which takes longer than a few rows' norm."""
+    return _rms_norm(x, norm.weight, norm.eps)[0]
 
 
 class Engine:
@@ -137,109 +204,117 @@ class Engine:
                                 packed(self.dtype, mlp.down_proj)))
         self.head = packed(self.dtype, model.lm_head or model.model.embed_tokens)
 
-    def fill(self, cache: Cache, slots: list[int], prompts: list[list[int]], longest: int = 0) -> Tensor:
-        """Run the prompts, as one packed row, into the slots. Returns their last hidden states. longest: of
-        the documents that are in other slots."""
-        device, lengths = cache.lengths.device, [len(prompt) for prompt in prompts]
-        cache.fit(max(longest, *lengths))
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        places = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        slots, counts = torch.tensor(slots, device=device), torch.tensor(lengths, device=device)
-        rows = cache.rows(slots.repeat_interleave(counts), places)
-        attend = self.model.attention_over(cu_seqlens, device)
-
-        def attend_and_keep(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.write(layer, rows, k, v)
-            return attend(layer, q, k, v)
-
-        cache.lengths[slots] = counts
-        hidden = self.model(ids, places, cu_seqlens, attend=attend_and_keep)
-        return hidden[counts.cumsum(0) - 1]                                     # (prompts, C)
-
-    def step(self, cache: Cache, tokens: Tensor, longest: int) -> Tensor:
-        """What the model computes for one more token in every slot: ids (B,) -> hidden states (B, C).
-        longest: of the documents in use, with this token; leftovers of others may be longer."""
+    def forward(self, ids: Tensor, places: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """What the model computes, from the packed weights: ids, places (N,) -> hidden states (N, C).
+        attend: (layer, heads (N, H + 2 G, D)) -> (N, H * D); heads are queries, keys and values, in place."""
         config, model = self.model.config, self.model.model
-        queries, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        cache.fit(longest)
-        total = cache.data.shape[4]
-        places = cache.lengths.clamp(max=total - 1)
-        rows = cache.rows(torch.arange(len(tokens), device=tokens.device), places)
-        unseen = torch.arange(total, device=tokens.device) > places[:, None]    # (B, T)
-        mask = torch.where(unseen, -math.inf, 0.0)[:, None, None]               # (B, 1, 1, T), fp32
-        angles = places[:, None, None].float() * self.model.frequencies.to(tokens.device)
-        cos, sin = angles.cos(), angles.sin()                                   # (B, 1, D / 2)
+        size, turned = config.head_dim, config.num_attention_heads + config.num_key_value_heads
+        angles = places[:, None, None].float() * self.model.frequencies.to(ids.device)
+        cos, sin = angles.cos(), angles.sin()                                   # (N, 1, D / 2)
         cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        x = model.embed_tokens(tokens)
+        x = model.embed_tokens(ids)
         for i, (layer, qkv, o, gate_up, down) in enumerate(self.layers):
-            own = layer.self_attn
-            qkv = qkv(layer.input_layernorm(x)).unflatten(-1, (-1, size))       # (B, H + 2 G, D)
-            qk = qkv[:, :queries + keys]
+            heads = qkv(normed(layer.input_layernorm, x)).unflatten(-1, (-1, size))
+            qk, own = heads[:, :turned], layer.self_attn
             if config.qk_norm:
+                queries = config.num_attention_heads
                 qk = torch.cat([own.q_norm(qk[:, :queries]), own.k_norm(qk[:, queries:])], 1)
             qk = qk.float()
-            qk = (qk * cos).addcmul_(qk.roll(size // 2, -1), sin).to(self.dtype)
-            cache.write(i, rows, qk[:, queries:], qkv[:, queries + keys:])
-            q = qk[:, :queries].reshape(-1, queries // keys, size)              # (B * G, H / G, D)
-            k, v = cache.seen[i]                                                # (B * G, T, D)
-            # keys times queries: the other way round the keys would be copied, which takes twice the time
-            scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2).contiguous()   # (B * G, H / G, T)
-            weights = torch.add(mask, scores.unflatten(0, (-1, keys)), alpha=size ** -0.5).softmax(-1)
-            x = x + o(torch.bmm(weights.flatten(0, 1).to(self.dtype), v).view(len(tokens), -1))
-            gate, up = gate_up(layer.post_attention_layernorm(x)).chunk(2, -1)
-            x = x + down(F.silu(gate) * up)
-        cache.lengths += 1
-        return model.norm(x)
+            heads[:, :turned] = (qk * cos).addcmul_(qk.roll(size // 2, -1), sin)
+            x = o(attend(i, heads), x)
+            gate, up = gate_up(normed(layer.post_attention_layernorm, x)).chunk(2, -1)
+            x = down(F.silu(gate).mul_(up), x)
+        return normed(model.norm, x)
+
+    def fill(self, cache: Cache, prompts: dict[int, list[int]], longest: int = 0) -> Tensor:
+        """Run the prompts, {slot: ids}, as one packed row into their slots. Returns their last hidden states,
+        (prompts, C). longest: of the documents that are in other slots."""
+        device, lengths = cache.data.device, [len(prompt) for prompt in prompts.values()]
+        queries, keys = self.model.config.num_attention_heads, self.model.config.num_key_value_heads
+        cache.fit(max(longest, *lengths))
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        ids = torch.tensor([token for prompt in prompts.values() for token in prompt], device=device)
+        places = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        slots = torch.tensor(list(prompts)).repeat_interleave(torch.tensor(lengths)).to(device)
+        rows, over = cache.rows(slots, places), self.model.attention_over(cu_seqlens, device)
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            cache.write(layer, rows, heads[:, queries:])
+            return over(layer, *heads.split([queries, keys, keys], 1)).flatten(1)
+
+        return self.forward(ids, places, attend)[cu_seqlens[1:].to(device) - 1]
+
+    def step(self, cache: Cache, tokens: list[list[int]], starts: list[int]) -> Tensor:
+        """What the model computes for the next tokens of the slots' documents, none, one or more of each,
+        that begin at the places `starts`: hidden states (N, C), slot by slot. They are written to the cache,
+        over whatever is there."""
+        config, device = self.model.config, cache.data.device
+        queries, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        cache.fit(max(start + len(some) for start, some in zip(starts, tokens)))
+        slots, total, most = len(tokens), cache.data.shape[4], max(map(len, tokens))
+        slot, which, ids = torch.tensor([(i, j, token) for i, some in enumerate(tokens)
+                                         for j, token in enumerate(some)], device=device).unbind(1)     # (N,)
+        places = torch.tensor(starts, device=device)[:, None] + torch.arange(most, device=device)  # (B, most)
+        unseen = torch.arange(total, device=device) > places[..., None]         # (B, most, T)
+        mask = torch.where(unseen, -math.inf, 0.0)[:, None, :, None]            # (B, 1, most, 1, T), fp32
+        places, even = places[slot, which], len(ids) == slots * most    # else queries are padded with zeros
+        rows = cache.rows(slot, places)
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            cache.write(layer, rows, heads[:, queries:])
+            q, (k, v) = heads[:, :queries], cache.seen[layer]                   # k, v: (B * G, T, D)
+            if even:
+                q = q.unflatten(0, (slots, most))
+            else:
+                q = q.new_zeros(slots, most, queries, size).index_put_((slot, which), q)
+            q = q.unflatten(2, (keys, -1)).transpose(1, 2)                      # (B, G, most, H / G, D)
+            scores = torch.bmm(q.reshape(len(k), -1, size), k.transpose(1, 2)).view(*q.shape[:-1], total)
+            weights = torch.add(mask, scores, alpha=size ** -0.5).softmax(-1).to(self.dtype)
+            out = torch.bmm(weights.view(len(k), -1, total), v)
+            out = out.view(q.shape).transpose(1, 2)                             # (B, most, G, H / G, D)
+            return (out.flatten(0, 1) if even else out[slot, which]).flatten(1)
+
+        return self.forward(ids, places, attend)
 
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
                 sampling: Sampling = Sampling(), keys: Sequence[tuple[int, ...]] | None = None,
-                on_token: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, list[int], bool]]:
+                on_token: Callable[[int, int], None] | None = None, lookup: int = LOOKUP
+                ) -> Iterator[tuple[int, list[int], bool]]:
         """Yields (number of the prompt, ids up to and without the first of `stop`, whether there was one) as
-        answers end, longest prompts first. keys: names each prompt for Sampling.draws, default its number;
-        on_token(number, id) is called as tokens come."""
-        waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        cache = Cache(self.model, min(batch_size, len(prompts)))
-        device, running = cache.lengths.device, [-1] * len(cache.lengths)       # each slot's prompt; -1: free
-        outputs: list[list[int]] = [[] for _ in prompts]
-        hidden = self.model.head_weight.new_zeros(len(running), self.model.config.hidden_size)
-        draws = torch.zeros(len(running), max_new_tokens if sampling.temperature else 1, device=device)
-        made = torch.zeros_like(cache.lengths)                                  # (B,) tokens of the answers
-        longest = 0                                                             # of those that run on
-        while waiting or max(running, default=-1) >= 0:
-            free = [slot for slot, i in enumerate(running) if i < 0]
+        answers end, short prompts first: documents of like length then run together, and a step computes
+        over the longest one's places for all. keys: names each prompt for Sampling.draws, default its number;
+        on_token(number, id) is called as tokens come; lookup: the most tokens to guess (Document.guess)."""
+        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
+        cache, greedy = Cache(self.model, len(running)), torch.zeros(max_new_tokens)
+        while waiting or any(running):
+            free = [slot for slot, document in enumerate(running) if not document]
             if waiting and free:
-                filled: dict[int, list[int]] = {}
-                while waiting and len(filled) < len(free) and sum(map(len, filled.values())) < ROW:
-                    slot, i = free[len(filled)], waiting.pop()
-                    running[slot], filled[slot] = i, prompts[i]
-                    if sampling.temperature:
-                        draws[slot] = sampling.draws(keys[i] if keys else (i,), max_new_tokens)
-                slots = list(filled)
-                hidden[slots] = self.fill(cache, slots, list(filled.values()), longest).to(hidden)
-                made[slots] = 0
-            elif len(free) * 2 >= len(running):     # nothing waits any more: go on with those that run
-                kept = [slot for slot, i in enumerate(running) if i >= 0]
-                cache.keep(kept)
-                running = [running[slot] for slot in kept]
-                hidden, draws, made = hidden[kept], draws[kept], made[kept]
-            draw = draws.gather(1, made.clamp(max=draws.shape[1] - 1)[:, None])[:, 0]
-            tokens = sampling.choose(self.head(hidden.to(self.dtype)), draw)    # (B,)
-            made += 1
-            longest = 0
-            for slot, (i, token) in enumerate(zip(running, tokens.tolist())):
-                if i < 0:
-                    continue
-                ended = token in stop
-                if not ended:
-                    outputs[i].append(token)
-                    if on_token:
-                        on_token(i, token)
-                if ended or len(outputs[i]) == max_new_tokens:
-                    running[slot] = -1
-                    yield i, outputs[i], ended
-                else:
-                    longest = max(longest, len(prompts[i]) + len(outputs[i]))
-            if longest:
-                hidden = self.step(cache, tokens, longest)
+                new: dict[int, list[int]] = {}
+                while waiting and free and sum(map(len, new.values())) < ROW:
+                    slot, i = free.pop(0), waiting.pop()
+                    draws = (sampling.draws(keys[i] if keys else (i,), max_new_tokens)
+                             if sampling.temperature else greedy)
+                    running[slot], new[slot] = Document(i, prompts[i], max_new_tokens, draws), prompts[i]
+                hidden = self.fill(cache, new, max(len(document.ids) for document in running if document))
+                guesses: dict[int, list[int]] = {slot: [] for slot in new}
+            else:
+                if len(free) * 2 >= len(running):       # nothing waits any more: go on with those that run
+                    cache.keep([slot for slot, document in enumerate(running) if document])
+                    running = [document for document in running if document]
+                guesses = {slot: document.guess(lookup) for slot, document in enumerate(running) if document}
+                hidden = self.step(cache, [[document.ids[-1], *guesses[slot]] if document else []
+                                           for slot, document in enumerate(running)],
+                                   [len(document.ids) - 1 if document else 0 for document in running])
+            draw = torch.cat([running[slot].draws[running[slot].made:][:len(guess) + 1]
+                              for slot, guess in guesses.items()])
+            chosen = iter(sampling.choose(self.head(hidden.to(self.dtype)), draw.to(hidden.device)).tolist())
+            for slot, guess in guesses.items():
+                document, before = running[slot], len(running[slot].ids)
+                document.take([next(chosen) for _ in range(len(guess) + 1)], guess, stop)
+                for token in document.ids[before:] if on_token else ():
+                    on_token(document.number, token)
+                if document.ended:
+                    running[slot] = None
+                    yield document.number, document.ids[document.start:], document.stopped

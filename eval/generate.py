@@ -24,15 +24,15 @@ from tqdm import tqdm
 from data import (Template, Tokenizer, read_json, read_records, render, to_messages, tokenize,
                   tokenize_batch)
 from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
-from eval.engine import Engine, Sampling
+from eval.engine import LOOKUP, Engine, Sampling
 from model import Llama, resolve_model, weight_files
 
 
 def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
-             batch_size: int = 64, progress: Callable = iter) -> list[list[int]]:
+             batch_size: int = 64, progress: Callable = iter, lookup: int = LOOKUP) -> list[list[int]]:
     """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    for i, ids, _ in progress(Engine(model).answers(prompts, stop, max_new_tokens, batch_size)):
+    for i, ids, _ in progress(Engine(model).answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)):
         outputs[i] = ids
     return outputs
 
@@ -90,7 +90,7 @@ def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace,
 
     try:
         for _ in engine.answers([prompt], stop_ids(loaded), args.max_new_tokens, 1, sampling(args),
-                                [(turn, 0)], lambda _, token: show(token)):
+                                [(turn, 0)], lambda _, token: show(token), args.prompt_lookup_num_tokens):
             pass
     except KeyboardInterrupt:
         if not args.chat:
@@ -203,7 +203,8 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
                    if (index, sample) not in old] if is_main() else [])
     mine, new, started = todo[rank()::world_size()], [], time.monotonic()
     answers = Engine(loaded.model).answers([prompts[index] for index, _ in mine], stop_ids(loaded),
-                                           args.max_new_tokens, args.batch_size, sampling(args), mine)
+                                           args.max_new_tokens, args.batch_size, sampling(args), mine,
+                                           lookup=args.prompt_lookup_num_tokens)
     part = f"{file}.rank{rank()}" if rank() else file
     with open(part, "a", encoding="utf-8") if file else nullcontext() as out:
         for i, ids, finished in tqdm(answers, total=len(mine), unit="answer", dynamic_ncols=True,
@@ -253,11 +254,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
     parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest; 0: all")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt-lookup-num-tokens", type=int, default=LOOKUP, metavar="N",
+                        help="the most tokens to guess in a step from what stands before; changes speed only")
     parser.add_argument("--samples", type=int, default=1, help="answers to each record")
     parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
     args = parser.parse_args(argv)
     for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 1), ("top_k", 0),
-                        ("seed", 0)):
+                        ("seed", 0), ("prompt_lookup_num_tokens", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
     if not (0 <= args.temperature < math.inf):

@@ -12,7 +12,7 @@ import transformers
 import eval.engine as engine
 import eval.generate as module
 from data import Tokenizer
-from eval.engine import Cache, Engine, Sampling
+from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
 from test_model import FAMILIES, make_reference
@@ -61,12 +61,15 @@ def test_a_step_computes_what_the_model_does(name, way, tmp_path):
         model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
         ready, cache = Engine(model), Cache(model, 3)
-        ready.fill(cache, [2, 0], [prompt[:60], other])
-        got = torch.stack([ready.step(cache, torch.tensor([5, 0, token]), 61 + i)[2]
-                           for i, token in enumerate(prompt[60:])])
+        ready.fill(cache, {2: prompt[:60], 0: other})
+        got, done = [], 60
+        for count in (1, 3, 1, 4, 1):       # slot 1 is free, and slot 0 has one token or two
+            got.append(ready.step(cache, [[5] * (count % 2 + 1), [], prompt[done:done + count]], [9, 0, done]))
+            got[-1], done = got[-1][-count:], done + count
+        got = torch.cat(got)
         expected = model(*row)[60:]
         logits = ready.head(got), F.linear(expected, model.head_weight)
-    assert cache.lengths.tolist()[0] == 19 and cache.data.dtype == got.dtype == expected.dtype
+    assert done == 70 and cache.data.dtype == got.dtype == expected.dtype
     for step, whole, truth in zip(*zip((got, expected), logits), exact):
         error, own = ((x.float() - truth).norm() / truth.norm() for x in (step, whole))
         assert error < (1e-5 if way == "fp32" else 2 * own) and own < 0.05
@@ -86,11 +89,11 @@ def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
     cache, (long, short) = Cache(mine, 2), make_prompts((150, 10))
     ready = Engine(mine)
     with torch.no_grad():
-        ready.fill(cache, [0, 1], [long, short])
+        ready.fill(cache, {0: long, 1: short})
         first, held = cache.data.shape[4], cache.data[:, :, 1, :, :10].clone()
         cache.fit(20)
         assert (first, cache.data.shape[4]) == (192, 64) and torch.equal(cache.data[:, :, 1, :, :10], held)
-        ready.step(cache, torch.tensor([3, 4]), 11)     # slot 0 is free: its document no longer fits
+        ready.step(cache, [[], [4]], [0, 10])   # slot 0 is free: its document no longer fits
         assert torch.equal(cache.data[:, :, 1, :, :10], held) and cache.data[:, :, 1, :, 10].any()
         cache.fit(150)
         assert cache.data.shape[4] == 192 and torch.equal(cache.data[:, :, 1, :, :10], held)
@@ -99,8 +102,8 @@ def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
 
 def test_a_free_slot_is_refilled_while_others_go_on(mine, monkeypatch):
     filled, fill = [], Engine.fill
-    monkeypatch.setattr(Engine, "fill", lambda self, cache, slots, *more: filled.append(
-        (len(slots), len(cache.lengths))) or fill(self, cache, slots, *more))
+    monkeypatch.setattr(Engine, "fill", lambda self, cache, new, *more: filled.append(
+        (len(new), cache.data.shape[2])) or fill(self, cache, new, *more))
     stop = {generate(mine, [make_prompts()[4]], NEVER, 8, 1)[0][3]}
     filled.clear()
     generate(mine, make_prompts(), stop, 30, 4)
@@ -160,6 +163,49 @@ def test_samples_are_the_prompts_own_whatever_runs_beside_them(mine):
     assert reseeded[1] != alone[0]
 
 
+# ---------------------------------------------------------------- guessed tokens
+
+
+def test_what_follows_two_tokens_is_guessed_by_hand():
+    document = Document(0, [1, 2, 3, 1, 2], 9, torch.zeros(9))
+    assert document.guess(9) == [3, 1]                      # at first no more than two
+    document.take([3, 1, 2], [3, 1], {7})                   # both were right, and 2 came behind them
+    assert document.ids == [1, 2, 3, 1, 2, 3, 1, 2] and document.made == 3
+    assert document.guess(9) == [3, 1, 2] and document.guess(2) == [3, 1] and document.guess(0) == []
+    document.take([3, 9, 2, 5], [3, 1, 2], {7})             # behind 3 came another: the rest does not count
+    assert document.ids[8:] == [3, 9] and document.guess(9) == []
+    document.take([9], [], {7})
+    document.take([9], [], {7})
+    assert document.ids[8:] == [3, 9, 9, 9] and document.guess(9) == [9]    # a loop; room for two more
+    document.take([9, 7], [9], {7})
+    assert document.stopped and document.made == 8
+    full = Document(0, [4, 4, 4], 3, torch.zeros(3))
+    full.take([4, 4, 4], [4, 4], {7})
+    assert full.ended and not full.stopped and full.made == 3
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.2, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("guesses", ["own", "wrong", "right"])
+def test_guesses_change_the_number_of_steps_and_no_answer(mine, monkeypatch, sampling, guesses):
+    prompts = [prompt * 3 for prompt in make_prompts()]
+    steps, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda *args: steps.append(1) or step(*args))
+
+    def answers(lookup: int) -> tuple[list, int]:
+        steps.clear()
+        return sorted(Engine(mine).answers(prompts, {5}, 40, 4, sampling, lookup=lookup)), len(steps)
+
+    expected, plain = answers(0)
+    outputs = [ids for _, ids, _ in expected]
+    made_up = {"wrong": lambda document: [96] * 3, "right": lambda document: outputs[document.number][document.made:]}
+    if guesses != "own":
+        monkeypatch.setattr(Document, "guess", lambda self, most: made_up[guesses](self)[
+            :min(most, self.room - self.made - 1)])
+    got, fewer = answers(3)
+    assert got == expected and len(set(map(tuple, outputs))) == len(prompts)
+    assert fewer == plain if guesses == "wrong" else fewer < 0.4 * plain if guesses == "right" else fewer < plain
+
+
 # ---------------------------------------------------------------- the program
 
 
@@ -199,7 +245,7 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
     made = []
     answers = Engine.answers
     monkeypatch.setattr(Engine, "answers",
-                        lambda self, prompts, *a: made.append(len(prompts)) or answers(self, prompts, *a))
+                        lambda self, prompts, *a, **b: made.append(len(prompts)) or answers(self, prompts, *a, **b))
     module.main(argv)
     assert made == [16] and out.read_bytes() == text
     module.main(argv)
@@ -218,8 +264,8 @@ def test_lines_are_there_as_answers_end(folder, monkeypatch):
     out, seen = folder / "live.jsonl", []
     answers = Engine.answers
 
-    def watched(*given):
-        for answer in answers(*given):
+    def watched(*given, **named):
+        for answer in answers(*given, **named):
             yield answer
             seen.append(len(lines(out)))
 
@@ -271,13 +317,13 @@ def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatc
 def test_ctrl_c_ends_an_answer_but_not_the_conversation(folder, monkeypatch):
     answers, reply, typed, seen, said = Engine.answers, module.reply, iter(["red", "blue"]), [], []
 
-    def interrupted(self, prompts, stop, most, size, sampling, keys, on_token):
+    def interrupted(self, prompts, stop, most, size, sampling, keys, on_token, lookup):
         def watched(i, token):
             on_token(i, token)
             seen.append(token)
             if len(seen) == 2:
                 raise KeyboardInterrupt
-        return answers(self, prompts, NEVER, most, size, sampling, keys, watched)
+        return answers(self, prompts, NEVER, most, size, sampling, keys, watched, lookup)
 
     def type_in(prompt):
         for text in typed:
