@@ -3,9 +3,9 @@
     python -m bench.generation --model DIR --data FILE [--prompts 50] [--batch-size 16] [--max-new-tokens 256]
 
 Greedy, with the same prompts and the same stop. Every run is a process of its own. First in fp32, batched and
-one by one: how many answers are equal token by token. Then in bf16, in turn and back, because a machine's speed
-drifts: ratios are between runs of one round. "no guesses" is ours without guessed tokens; how many guesses are right
-depends on the answers: a small model's greedy ones repeat themselves.
+one by one: how many answers are equal token by token. Then in bf16, in turn and back, because a machine's
+speed drifts: ratios are between runs of one round. "no guesses" is ours without guessed tokens; how many
+guesses are right depends on the answers: a small model's greedy ones repeat themselves.
 transformers gets prompts of like length together, padded on the left. new tokens/s counts the answers' tokens
 with their stops, over the time from the prompts to the last answer; loading and a short warm-up are outside.
 The last line printed is one JSON object with all of it.

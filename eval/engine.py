@@ -4,8 +4,8 @@
 
 A fixed number of slots runs at once; when an answer ends, the next prompt takes its slot while the others go
 on. Prompts go through the model as a packed row, as in training. In a step every slot computes its last token
-and those that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses up to
-there were right, so answers are the same as token by token (but for rounding); they come faster.
+and those that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses
+up to there were right: answers are the same as token by token, but for rounding, and come faster.
 
 Shapes: B slots, T places in the cache, H query heads, G key/value heads, D head size, C width,
 N packed tokens, V vocabulary.

@@ -32,7 +32,8 @@ def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tok
              batch_size: int = 64, progress: Callable = iter, lookup: int = LOOKUP) -> list[list[int]]:
     """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    for i, ids, _ in progress(Engine(model).answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)):
+    answers = Engine(model).answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)
+    for i, ids, _ in progress(answers):
         outputs[i] = ids
     return outputs
 

@@ -64,8 +64,9 @@ def test_a_step_computes_what_the_model_does(name, way, tmp_path):
         ready.fill(cache, {2: prompt[:60], 0: other})
         got, done = [], 60
         for count in (1, 3, 1, 4, 1):       # slot 1 is free, and slot 0 has one token or two
-            got.append(ready.step(cache, [[5] * (count % 2 + 1), [], prompt[done:done + count]], [9, 0, done]))
-            got[-1], done = got[-1][-count:], done + count
+            tokens = [[5] * (count % 2 + 1), [], prompt[done:done + count]]
+            got.append(ready.step(cache, tokens, [9, 0, done])[-count:])
+            done += count
         got = torch.cat(got)
         expected = model(*row)[60:]
         logits = ready.head(got), F.linear(expected, model.head_weight)
@@ -197,13 +198,13 @@ def test_guesses_change_the_number_of_steps_and_no_answer(mine, monkeypatch, sam
 
     expected, plain = answers(0)
     outputs = [ids for _, ids, _ in expected]
-    made_up = {"wrong": lambda document: [96] * 3, "right": lambda document: outputs[document.number][document.made:]}
+    made_up = {"wrong": lambda self: [96] * 3, "right": lambda self: outputs[self.number][self.made:]}
     if guesses != "own":
         monkeypatch.setattr(Document, "guess", lambda self, most: made_up[guesses](self)[
             :min(most, self.room - self.made - 1)])
     got, fewer = answers(3)
     assert got == expected and len(set(map(tuple, outputs))) == len(prompts)
-    assert fewer == plain if guesses == "wrong" else fewer < 0.4 * plain if guesses == "right" else fewer < plain
+    assert {"own": fewer < plain, "wrong": fewer == plain, "right": fewer < 0.4 * plain}[guesses]
 
 
 # ---------------------------------------------------------------- the program
@@ -245,7 +246,8 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
     made = []
     answers = Engine.answers
     monkeypatch.setattr(Engine, "answers",
-                        lambda self, prompts, *a, **b: made.append(len(prompts)) or answers(self, prompts, *a, **b))
+                        lambda self, prompts, *a, **b: made.append(len(prompts)) or answers(
+                            self, prompts, *a, **b))
     module.main(argv)
     assert made == [16] and out.read_bytes() == text
     module.main(argv)
