@@ -3,13 +3,14 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data import TEMPLATES, Template, Tokenizer, load_template
 from machine import report_error, share_threads
@@ -25,6 +26,12 @@ class Loaded:
     template: Template
     device: torch.device
     autocast: torch.autocast
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        special, ends = self.tokenizer.special, (self.template.end_of_turn, self.tokenizer.eos_token)
+        return {special[token] for token in ends if token in special}
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,6 +105,12 @@ def gather(items: list) -> list:
     parts: list = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def progress(items: Iterable, total: int, unit: str) -> Iterable:
+    """items with a bar, where somebody can see it."""
+    return tqdm(items, total=total, unit=unit, dynamic_ncols=True, leave=False,
+                disable=not (is_main() and sys.stderr.isatty()))
 
 
 def write_json(file: str | Path | None, result: dict) -> None:
