@@ -102,8 +102,8 @@ class Answers:
                 raise ValueError
             lines = list({self.key(line): line for line in lines}.values())
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"--output {self.file}: is no output of this command, it holds lines that are no "
-                             "answers; name another file") from None
+            raise ValueError(f"--output {self.file}: is no output of this command, it holds lines that are "
+                             "no answers; name another file") from None
         if begin and not known and not self.header:
             raise ValueError(f"--output {self.file}: was written with unknown settings, there is no "
                              f"{beside.name}; name another file")

@@ -1,5 +1,6 @@
 """What the evaluation commands share: flags of the model, ranks, errors as one line."""
 import argparse
+import gzip
 import json
 import os
 import sys
@@ -70,6 +71,40 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
     template = load_template(args.template, tokenizer, args.date)
     return Loaded(name, model, tokenizer, template, device, autocast)
+
+
+def check_values(args: argparse.Namespace, files: Iterable[str], **least: int) -> None:
+    """ValueError that names the flag: a number below its least, a file that could not be written."""
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {limit} or more")
+    for name in files:  # now, not when all has been computed
+        file = getattr(args, name)
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
+
+
+def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None = None) -> list[dict]:
+    """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
+    line (in a list the number) of one that is not `what`, or has not all `fields`, or says that there is none."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file")
+    objects: list[dict] = []
+    number = 0
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
+            lines = map(json.dumps, json.load(text)) if file.endswith(".json") else text
+            for number, line in enumerate(lines, 1):
+                if line.strip() and len(objects) != limit:
+                    objects.append(json.loads(line))
+                    if missing := [name for name in fields if name not in objects[-1]]:
+                        raise ValueError(f"it has no {', '.join(missing)}")
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        raise ValueError(f"{file}:{number}: not {what} with {', '.join(fields)} ({error})") from None
+    if not objects:
+        raise ValueError(f"{file}: is empty")
+    return objects
 
 
 def rank() -> int:

@@ -17,7 +17,8 @@ from itertools import islice
 
 from data import Template, Tokenizer, read_records, render, to_messages, tokenize, tokenize_batch
 from eval.answers import Answers, as_line, made_with
-from eval.common import Loaded, Parser, is_main, load, progress, run, start_ranks, world_size, write_json
+from eval.common import (Loaded, Parser, check_values, is_main, load, progress, run, start_ranks, world_size,
+                         write_json)
 from eval.engine import Engine, Sampling
 from model import Llama
 
@@ -193,10 +194,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1, help="answers to each record")
     parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
     args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 1), ("top_k", 0),
-                        ("seed", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, samples=1, top_k=0,
+                 seed=0)
     if not (0 <= args.temperature < math.inf):
         raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
     if not 0 < args.top_p <= 1:

@@ -11,8 +11,6 @@ then their outcomes, and the same command goes on from there. Under torchrun the
 pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
 that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.
 """
-import gzip
-import json
 import math
 import os
 import re
@@ -22,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data import render, to_messages, tokenize
 from eval.answers import Answers, made_with
-from eval.common import Loaded, Parser, is_main, load, progress, run, start_ranks, write_json
+from eval.common import (Loaded, Parser, check_values, is_main, load, progress, read_objects, run,
+                         start_ranks, write_json)
 from eval.engine import Engine, Sampling
 from eval.sandbox import run_python
 
@@ -41,21 +40,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def read_problems(file: str, limit: int | None) -> list[dict]:
-    """The lines of a .jsonl or .jsonl.gz file with FIELDS; ValueError names file and line."""
-    problems = []
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or (limit is not None and len(problems) == limit):
-                continue
-            try:
-                problem = json.loads(line)
-                problems.append({name: problem[name] for name in FIELDS})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: not a problem with {', '.join(FIELDS)} ({error!r})"
-                                 ) from None
-    if not problems:
-        raise ValueError(f"{file}: holds no problem")
-    return problems
+    """The problems' FIELDS alone; ValueError names file and line."""
+    problems = read_objects(file, FIELDS, "a problem", limit)
+    return [{name: problem[name] for name in FIELDS} for problem in problems]
 
 
 def program_of(problem: dict, answer: str, chat: bool) -> str:
@@ -148,9 +135,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
     args = parser.parse_args(argv)
-    for name in ("limit", "samples", "max_new_tokens", "batch_size", "seconds", "megabytes", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_values(args, ("output", "json"), limit=1, samples=1, max_new_tokens=1, batch_size=1, seconds=1,
+                 megabytes=1, workers=1)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
         raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: must be 0 or more, and "
                          "above 0 and at most 1")
