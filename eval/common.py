@@ -2,6 +2,7 @@
 import argparse
 import gzip
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -87,7 +88,7 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **least: int) -
 
 def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None = None) -> list[dict]:
     """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
-    line (in a list the number) of one that is not `what`, or has not all `fields`, or says that there is none."""
+    line (in a list the number) of one that is not `what` or lacks one of `fields`, or says it is empty."""
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     objects: list[dict] = []
@@ -146,6 +147,12 @@ def progress(items: Iterable, total: int, unit: str) -> Iterable:
     """items with a bar, where somebody can see it."""
     return tqdm(items, total=total, unit=unit, dynamic_ncols=True, leave=False,
                 disable=not (is_main() and sys.stderr.isatty()))
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
 
 
 def write_json(file: str | Path | None, result: dict) -> None:

@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from data import render, to_messages, tokenize
 from eval.answers import Answers, made_with
-from eval.common import (Loaded, Parser, check_values, is_main, load, progress, read_objects, run,
-                         start_ranks, write_json)
+from eval.common import (Loaded, Parser, check_values, is_main, load, mean_and_error, progress,
+                         read_objects, run, start_ranks, write_json)
 from eval.engine import Engine, Sampling
 from eval.sandbox import run_python
 
@@ -157,9 +157,7 @@ def main(argv: list[str]) -> None:
     result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
               "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for k in args.k:
-        values = [pass_at_k(args.samples, n, k) for n in right]
-        mean = sum(values) / len(values)
-        error = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+        mean, error = mean_and_error([pass_at_k(args.samples, n, k) for n in right])
         result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
         print(f"pass@{k}: {mean:.1%} (standard error {error:.1%}) of {len(problems)} problems, "
               f"{args.samples} sample(s) each")
