@@ -1,4 +1,4 @@
-"""A chat completions server for tests, in a thread: replies what a function says, and remembers the requests."""
+"""A chat completions server for tests, in a thread: replies what a function says, remembers the requests."""
 import json
 import threading
 from collections.abc import Callable

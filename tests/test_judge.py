@@ -94,7 +94,8 @@ def test_prompts_of_a_file_take_the_place_of_ours(tmp_path):
     jobs = make_jobs(question(), ["m1", "m2"], None, read_prompts(str(file)))
     jobs += make_jobs(question(), ["m1", "m2"], ["r1", "r2"], read_prompts(str(file)))
     assert [(job.system, job.user) for job in jobs] == [
-        ("system single-v1", "Q What is red? A m1 {}"), ("system single-v1-multi-turn", "Q What is red? A m1"),
+        ("system single-v1", "Q What is red? A m1 {}"),
+        ("system single-v1-multi-turn", "Q What is red? A m1"),
         ("system pair-v2", "Q What is red? A m1 B r1"), ("system pair-v2", "Q What is red? A r1 B m1"),
         ("system pair-v2-multi-turn", "Q What is red? A m1 B r1"),
         ("system pair-v2-multi-turn", "Q What is red? A r1 B m1")]
