@@ -70,7 +70,8 @@ class ChatModel:
                     raise Refused(why) from None
                 pause = max(pause, retry_after(error.headers.get("Retry-After", "")))
             except (OSError, HTTPException, ValueError, LookupError, TypeError) as error:
-                why = f"no reply ({getattr(error, 'reason', None) or error!r})"
+                reason = getattr(error, "reason", error)
+                why = f"no reply from {self.url} ({type(reason).__name__}: {reason})"
             if tried == TRIES or pause > LONGEST_PAUSE or self.stop.wait(pause):
                 raise Refused(why)
 

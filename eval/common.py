@@ -149,10 +149,12 @@ def progress(items: Iterable, total: int, unit: str) -> Iterable:
                 disable=not (is_main() and sys.stderr.isatty()))
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
+    """The mean of all values and its standard error; values of one group may depend on each other."""
+    count = sum(map(len, groups))
+    mean = sum(map(sum, groups)) / count
+    squares = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
+    return mean, math.sqrt(squares * len(groups) / max(1, len(groups) - 1)) / count
 
 
 def write_json(file: str | Path | None, result: dict) -> None:

@@ -157,7 +157,7 @@ def main(argv: list[str]) -> None:
     result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
               "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for k in args.k:
-        mean, error = mean_and_error([pass_at_k(args.samples, n, k) for n in right])
+        mean, error = mean_and_error([[pass_at_k(args.samples, n, k)] for n in right])
         result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
         print(f"pass@{k}: {mean:.1%} (standard error {error:.1%}) of {len(problems)} problems, "
               f"{args.samples} sample(s) each")

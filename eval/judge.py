@@ -166,34 +166,37 @@ def outcome(model_first: str, reference_first: str) -> float:
 
 
 def values_of(verdicts: dict[Job, str | float | None], categories: dict[int, str], pairs: bool
-              ) -> dict[tuple[str, int], list[float]]:
-    """{(category, turn): grades, or outcomes of the pairs that were judged in both orders}."""
-    values, orders = defaultdict(list), defaultdict(dict)
+              ) -> dict[tuple[str, int, int], float]:
+    """{(category, question, turn): grade, or outcome of the pairs that were judged in both orders}."""
+    values, orders = {}, defaultdict(dict)
     for job, verdict in verdicts.items():
         if verdict is not None and job.order:
             orders[job.question, job.turn][job.order] = verdict
         elif verdict is not None and not pairs:
-            values[categories[job.question], job.turn].append(verdict)
+            values[categories[job.question], job.question, job.turn] = verdict
     for (question, turn), both in orders.items() if pairs else ():
         if len(both) == 2:
-            values[categories[question], turn].append(outcome(both["model"], both["reference"]))
+            values[categories[question], question, turn] = outcome(both["model"], both["reference"])
     return values
 
 
-def summary(values: dict[tuple[str, int], list[float]], name: str) -> dict:
-    """The mean as NAME, its standard error and count, means by turn where there are two, and by category."""
+def summary(values: dict[tuple[str, int, int], float], name: str) -> dict:
+    """The mean as NAME, its standard error, for which a question's turns are one draw, and the count; means by
+    turn where there are two, and by category."""
     def mean(category: str | None = None, turn: int | None = None) -> float | None:
-        some = [value for key, part in values.items() for value in part
-                if category in (None, key[0]) and turn in (None, key[1])]
-        return mean_and_error(some)[0] if some else None
+        some = [value for (its_category, _, its_turn), value in values.items()
+                if category in (None, its_category) and turn in (None, its_turn)]
+        return sum(some) / len(some) if some else None
 
-    every = sum(values.values(), [])
-    total, error = mean_and_error(every) if every else (None, None)
-    turns = sorted({turn for _, turn in values})
+    by_question = defaultdict(list)
+    for (_, question, _), value in values.items():
+        by_question[question].append(value)
+    total, error = mean_and_error(list(by_question.values())) if values else (None, None)
+    turns = sorted({turn for *_, turn in values})
     turns = turns if len(turns) > 1 else []
     categories = {category: {**{f"turn_{turn}": mean(category, turn) for turn in turns},
-                             "mean": mean(category)} for category, _ in values}
-    return {name: total, f"{name}_standard_error": error, f"{name}_count": len(every),
+                             "mean": mean(category)} for category, *_ in values}
+    return {name: total, f"{name}_standard_error": error, f"{name}_count": len(values),
             **{f"{name}_turn_{turn}": mean(turn=turn) for turn in turns}, f"{name}_by_category": categories}
 
 

@@ -30,6 +30,10 @@ class ChatServer:
                 self.end_headers()
                 self.wfile.write(body.encode())
 
+            def do_GET(self) -> None:
+                outer.requests.append((self.path, dict(self.headers), {}))
+                self.send_error(404)
+
             def log_message(self, *_: object) -> None:
                 pass
 

@@ -142,7 +142,7 @@ def test_equal_answers_are_asked_for_once_and_are_a_tie(serve, tmp_path):
     jobs = make_jobs(question(), ["same", "same too"], ["same", "same too"], read_prompts(None))
     verdicts, _ = ask(jobs, tmp_path / "v")
     assert len(server.requests) == 2 and len(verdicts) == 4
-    assert list(values_of(verdicts, {1: "stem"}, pairs=True).values()) == [[50.0], [50.0]]
+    assert list(values_of(verdicts, {1: "stem"}, pairs=True).values()) == [50.0, 50.0]
 
 
 @pytest.mark.parametrize("model_first, reference_first, expected", [
@@ -158,7 +158,7 @@ def test_a_pair_is_won_in_both_orders_or_not_at_all(serve, tmp_path, model_first
 
     serve(say)
     verdicts, _ = ask(make_jobs(asked, ["mine"], ["theirs"], read_prompts(None)), tmp_path / "v")
-    assert values_of(verdicts, {1: "stem"}, pairs=True) == {("stem", 1): [expected]}
+    assert values_of(verdicts, {1: "stem"}, pairs=True) == {("stem", 1, 1): expected}
 
 
 def test_a_reply_without_a_verdict_is_asked_for_once_more_and_never_guessed(serve, tmp_path):
@@ -238,9 +238,10 @@ def test_a_server_that_is_not_there_is_given_up_soon(serve, tmp_path):
 
 def test_the_key_is_not_sent_to_another_address(serve, tmp_path):
     other = serve(lambda payload, before: "[[5]]")
-    serve(lambda payload, before: (307, {"Location": f"{other.url}/chat/completions"}, ""))
-    _, refused = ask(grade_jobs(1), tmp_path / "v")
-    assert "HTTP 307" in list(refused.values())[0] and not other.requests
+    for status in (302, 307):
+        serve(lambda payload, before: (status, {"Location": f"{other.url}/chat/completions"}, ""))
+        _, refused = ask(grade_jobs(1), tmp_path / "v")
+        assert f"HTTP {status}" in list(refused.values())[0] and not other.requests
 
 
 def test_an_interruption_loses_no_verdict_that_was_given(serve, tmp_path, monkeypatch):
@@ -280,13 +281,15 @@ def test_a_server_without_a_key_is_sent_none(serve, tmp_path, monkeypatch):
 
 
 def test_summary_by_hand():
-    got = summary({("math", 1): [2.0, 4.0], ("math", 2): [6.0], ("stem", 1): [8.0]}, "score")
-    error = (((2 - 5) ** 2 + 1 + 1 + 9) / 3 / 4) ** 0.5
+    values = {("math", 7, 1): 2.0, ("math", 7, 2): 6.0, ("math", 8, 1): 4.0, ("stem", 9, 1): 8.0}
+    got = summary(values, "score")
+    # three questions are three draws; the turns of the first stand by each other
+    error = ((((2 - 5) + (6 - 5)) ** 2 + (4 - 5) ** 2 + (8 - 5) ** 2) * 3 / 2) ** 0.5 / 4
     assert got.pop("score_standard_error") == pytest.approx(error)
     assert got == {"score": 5.0, "score_count": 4, "score_turn_1": pytest.approx(14 / 3), "score_turn_2": 6.0,
                    "score_by_category": {"math": {"turn_1": 3.0, "turn_2": 6.0, "mean": 4.0},
                                          "stem": {"turn_1": 8.0, "turn_2": None, "mean": 8.0}}}
-    one = summary({("koala", 1): [100.0, 50.0]}, "win_rate")
+    one = summary({("koala", 1, 1): 100.0, ("koala", 2, 1): 50.0}, "win_rate")
     assert one == {"win_rate": 75.0, "win_rate_standard_error": 25.0, "win_rate_count": 2,
                    "win_rate_by_category": {"koala": {"mean": 75.0}}}
     assert summary({}, "score")["score"] is None

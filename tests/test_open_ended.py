@@ -206,7 +206,9 @@ def test_mt_bench_grades_by_category_and_turn_and_pairs(folder, tmp_path, server
         "math": {"turn_1": 8.5, "turn_2": 3, "mean": 5.75}}
     assert (result["score_turn_1"], result["score_turn_2"], result["score"]) == (6.5, 3, 4.75)
     assert result["verdicts"] == 10 and "win_rate" not in result
-    assert sum("right too 0" in text_of(payload) for _, _, payload in server.requests) == 1
+    told = [text_of(payload) for _, _, payload in server.requests]
+    assert ["right 0" in text for text in told].count(True) == 2
+    assert not any("right 1" in text for text in told)
     open_ended.main([*argv, "--reference", str(folder / "theirs.jsonl")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(server.requests) == 10 + 20 and result["score"] == 4.75
