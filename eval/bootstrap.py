@@ -3,9 +3,10 @@
 Shapes: E examples, R resamples, C columns summed at once.
 """
 import argparse
-from pathlib import Path
 
 import numpy as np
+
+from eval.common import check_values
 
 DRAWS = 2**22   # examples drawn at once: 32 MB a copy, and a few copies
 
@@ -38,13 +39,7 @@ def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
-    """ValueError that names the flag: a number below its least, a file that could not be written."""
-    for name, limit in {"bootstrap": 0, "seed": 0, **least}.items():
-        if getattr(args, name) < limit:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {limit} or more")
+    """common.check_values for these flags too."""
+    check_values(args, files, bootstrap=0, seed=0, **least)
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")
-    for name in files:  # now, not when all has been computed
-        file = getattr(args, name)
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")

@@ -1,15 +1,18 @@
 """What the evaluation commands share: flags of the model, ranks, errors as one line."""
 import argparse
+import gzip
 import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from data import TEMPLATES, Template, Tokenizer, load_template
 from machine import report_error, share_threads
@@ -25,6 +28,12 @@ class Loaded:
     template: Template
     device: torch.device
     autocast: torch.autocast
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        special, ends = self.tokenizer.special, (self.template.end_of_turn, self.tokenizer.eos_token)
+        return {special[token] for token in ends if token in special}
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +74,40 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 
+def check_values(args: argparse.Namespace, files: Iterable[str], **least: int) -> None:
+    """ValueError that names the flag: a number below its least, a file that could not be written."""
+    for name, limit in least.items():
+        value = getattr(args, name)
+        if value is not None and value < limit:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {limit} or more")
+    for name in files:  # now, not when all has been computed
+        file = getattr(args, name)
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
+
+
+def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None = None) -> list[dict]:
+    """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
+    line (in a list the number) of one that is not `what` or lacks one of `fields`, or says it is empty."""
+    if not Path(file).is_file():
+        raise ValueError(f"{file}: no such file")
+    objects: list[dict] = []
+    number = 0
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
+            lines = map(json.dumps, json.load(text)) if file.endswith(".json") else text
+            for number, line in enumerate(lines, 1):
+                if line.strip() and len(objects) != limit:
+                    objects.append(json.loads(line))
+                    if missing := [name for name in fields if name not in objects[-1]]:
+                        raise ValueError(f"it has no {', '.join(missing)}")
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        raise ValueError(f"{file}:{number}: not {what} with {', '.join(fields)} ({error})") from None
+    if not objects:
+        raise ValueError(f"{file}: is empty")
+    return objects
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
@@ -98,6 +141,20 @@ def gather(items: list) -> list:
     parts: list = [None] * world_size()
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def progress(items: Iterable, total: int, unit: str) -> Iterable:
+    """items with a bar, where somebody can see it."""
+    return tqdm(items, total=total, unit=unit, dynamic_ncols=True, leave=False,
+                disable=not (is_main() and sys.stderr.isatty()))
+
+
+def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
+    """The mean of all values and its standard error; values of one group may depend on each other."""
+    count = sum(map(len, groups))
+    mean = sum(map(sum, groups)) / count
+    squares = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
+    return mean, math.sqrt(squares * len(groups) / max(1, len(groups) - 1)) / count
 
 
 def write_json(file: str | Path | None, result: dict) -> None:

@@ -7,25 +7,20 @@
 --output is appended to as answers come, and a rerun of the same command goes on where it ended. Under
 torchrun the ranks share the records. How tokens are made is in engine.py.
 """
-import json
 import math
-import os
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from hashlib import sha256
+from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 
-from tqdm import tqdm
-
-from data import (Template, Tokenizer, read_json, read_records, render, to_messages, tokenize,
-                  tokenize_batch)
-from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
+from data import Template, Tokenizer, read_records, render, to_messages, tokenize, tokenize_batch
+from eval.answers import Answers, as_line, made_with
+from eval.common import (Loaded, Parser, check_values, is_main, load, progress, run, start_ranks, world_size,
+                         write_json)
 from eval.engine import LOOKUP, Engine, Sampling
-from model import Llama, resolve_model, weight_files
+from model import Llama
 
 
 def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
@@ -90,7 +85,7 @@ def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace,
         print(parts[-1], end="", flush=True)
 
     try:
-        for _ in engine.answers([prompt], stop_ids(loaded), args.max_new_tokens, 1, sampling(args),
+        for _ in engine.answers([prompt], loaded.stop_ids, args.max_new_tokens, 1, sampling(args),
                                 [(turn, 0)], lambda _, token: show(token), args.prompt_lookup_num_tokens):
             pass
     except KeyboardInterrupt:
@@ -131,42 +126,6 @@ def name_of(line: dict) -> tuple[int, int]:
     return line["index"], line.get("sample", 0)
 
 
-def read_answers(file: Path, settings: dict) -> dict[tuple[int, int], dict]:
-    """{(record, sample): line} of the file and of those that ranks left beside it; half-written last lines
-    are cut off. ValueError if they were made with other settings, which are in a file of their own."""
-    answers, beside = {}, Path(f"{file}.settings.json")
-    for part in [file, *file.parent.glob(f"{file.name}.rank*")]:
-        raw = part.read_bytes() if part.is_file() else b""
-        whole = raw[:raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            os.truncate(part, len(whole))
-        try:
-            answers.update({name_of(line): line for line in map(json.loads, whole.split(b"\n")[:-1])})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f"--output {part}: holds lines that are no answers; name another file") from None
-    made_with = read_json(beside)
-    for name in settings if answers else ():
-        if made_with.get(name) != settings[name]:
-            raise ValueError(f"--output {file}: its answers were made with {name} "
-                             f"{made_with.get(name, 'unknown')}, not {settings[name]}; name another file, "
-                             f"or remove it and {beside.name}")
-    write_json(beside, settings)
-    return answers
-
-
-def write_answers(file: Path, answers: dict[tuple[int, int], dict]) -> None:
-    """All of them, in order, instead of what the ranks appended as they came."""
-    part = Path(f"{file}.part")
-    part.write_text("".join(map(as_line, map(answers.get, sorted(answers)))), encoding="utf-8")
-    part.replace(file)
-    for rest in file.parent.glob(f"{file.name}.rank*"):
-        rest.unlink()
-
-
-def as_line(answer: dict) -> str:
-    return json.dumps(answer, ensure_ascii=False) + "\n"
-
-
 def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list[dict], str | None]], list]:
     """The records as (messages to answer, the answer there), and the messages' pieces. Answered is the last
     assistant's message; a record that ends with another has none."""
@@ -186,42 +145,25 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
 
 def answer_file(loaded: Loaded, args: Namespace) -> dict:
     """Writes or prints the answers; returns what to report. The ranks share the work."""
-    file, template = args.output and Path(args.output), loaded.template
+    template = loaded.template
     asked, pieces = read_questions(args, template)
     prompts = [ids for ids, _ in tokenize_batch(pieces, loaded.tokenizer)]
     names = ("model", "data", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    old = read_answers(file, {
-        **{name: getattr(args, name) for name in names},
-        "template": sha256(template.source.encode()).hexdigest(),
-        "date": template.date if template.uses_date else "",
-        "weights of": max(f.stat().st_mtime_ns for f in weight_files(resolve_model(args.model)))},
-    ) if file and is_main() else {}
-    for (index, _), answer in old.items():
-        if index < len(asked) and answer["prompt"] != asked[index][0][-1]["content"]:
-            raise ValueError(f"--output {file}: its answer {index} is to another prompt than record {index} "
-                             f"of {args.data}; name another file")
-    todo = gather([(index, sample) for index in range(len(asked)) for sample in range(args.samples)
-                   if (index, sample) not in old] if is_main() else [])
-    mine, new, started = todo[rank()::world_size()], [], time.monotonic()
-    answers = Engine(loaded.model).answers([prompts[index] for index, _ in mine], stop_ids(loaded),
-                                           args.max_new_tokens, args.batch_size, sampling(args), mine,
-                                           lookup=args.prompt_lookup_num_tokens)
-    part = f"{file}.rank{rank()}" if rank() else file
-    with open(part, "a", encoding="utf-8") if file else nullcontext() as out:
-        for i, ids, finished in tqdm(answers, total=len(mine), unit="answer", dynamic_ncols=True,
-                                     disable=not (is_main() and sys.stderr.isatty())):
-            (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
-            new.append({"index": index, **({"sample": sample} if args.samples > 1 else {}),
-                        "prompt": question[-1]["content"], "expected": expected,
-                        "output": loaded.tokenizer.decode(ids), "tokens": len(ids), "finished": finished})
-            if file:
-                out.write(as_line(new[-1]))
-                out.flush()
-    new = sorted(gather(new), key=name_of)
+    settings = made_with(args, names, template, args.data) if args.output else {}
+    answers = Answers(args.output, name_of, settings)
+    mine = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
+    started = time.monotonic()
+    made = Engine(loaded.model).answers([prompts[index] for index, _ in mine], loaded.stop_ids,
+                                        args.max_new_tokens, args.batch_size, sampling(args), mine,
+                                        lookup=args.prompt_lookup_num_tokens)
+    for i, ids, finished in progress(made, len(mine), "answer"):
+        (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
+        answers.add({"index": index, **({"sample": sample} if args.samples > 1 else {}),
+                     "prompt": question[-1]["content"], "expected": expected,
+                     "output": loaded.tokenizer.decode(ids), "tokens": len(ids), "finished": finished})
+    new = answers.merge()
     seconds = time.monotonic() - started
-    if file and is_main():
-        write_answers(file, {**old, **{name_of(answer): answer for answer in new}})
-    elif is_main():
+    if is_main() and not args.output:
         print("".join(map(as_line, new)), end="")
     tokens = sum(answer["tokens"] + answer["finished"] for answer in new)       # with each one's stop
     return {"model": args.model, "answers": len(asked) * args.samples, "new_answers": len(new),
@@ -234,10 +176,6 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
 
 def sampling(args: Namespace) -> Sampling:
     return Sampling(args.temperature, args.top_p, args.top_k, args.seed)
-
-
-def stop_ids(loaded: Loaded) -> set[int]:
-    return {loaded.tokenizer.special[loaded.template.end_of_turn]}
 
 
 def main(argv: list[str]) -> None:
@@ -260,10 +198,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--samples", type=int, default=1, help="answers to each record")
     parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
     args = parser.parse_args(argv)
-    for name, least in (("limit", 1), ("batch_size", 1), ("max_new_tokens", 1), ("samples", 1), ("top_k", 0),
-                        ("seed", 0), ("prompt_lookup_num_tokens", 0)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, samples=1, top_k=0,
+                 seed=0, prompt_lookup_num_tokens=0)
     if not (0 <= args.temperature < math.inf):
         raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
     if not 0 < args.top_p <= 1:

@@ -5,29 +5,24 @@
 
 Without --execute programs are written but not run. With it each runs in eval/sandbox.py, which must be able
 to isolate it. --format chat asks for the function in a code block of the answer; text lets the checkpoint go
-on from the problem's own text, and ends where the function does. --output keeps the samples, once all
-are written, and their outcomes, and the same command goes on from there. Under torchrun the ranks share the problems.
+on from the problem's own text, and ends where the function does. --output keeps the samples as they come,
+then their outcomes, and the same command goes on from there. Under torchrun the ranks share the problems.
 
 pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
 that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.
 """
-import gzip
-import json
 import math
 import os
 import re
 import secrets
-import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-from tqdm import tqdm
 
 from data import render, to_messages, tokenize
-from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.answers import Answers, made_with
+from eval.common import (Loaded, Parser, check_values, is_main, load, mean_and_error, progress,
+                         read_objects, run, start_ranks, write_json)
 from eval.engine import Engine, Sampling
-from eval.generate import read_answers, write_answers
 from eval.sandbox import run_python
 
 FIELDS = ("task_id", "prompt", "test", "entry_point")
@@ -45,21 +40,9 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def read_problems(file: str, limit: int | None) -> list[dict]:
-    """The lines of a .jsonl or .jsonl.gz file with FIELDS; ValueError names file and line."""
-    problems = []
-    with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip() or (limit is not None and len(problems) == limit):
-                continue
-            try:
-                problem = json.loads(line)
-                problems.append({name: problem[name] for name in FIELDS})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}:{number}: not a problem with {', '.join(FIELDS)} ({error!r})"
-                                 ) from None
-    if not problems:
-        raise ValueError(f"{file}: holds no problem")
-    return problems
+    """The problems' FIELDS alone; ValueError names file and line."""
+    problems = read_objects(file, FIELDS, "a problem", limit)
+    return [{name: problem[name] for name in FIELDS} for problem in problems]
 
 
 def program_of(problem: dict, answer: str, chat: bool) -> str:
@@ -85,13 +68,16 @@ def passes(problem: dict, program: str, seconds: float, megabytes: int) -> tuple
     return False, outcome.reason or (last[0][:200] if last else f"exit status {outcome.status}")
 
 
-def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> dict[tuple[int, int], dict]:
-    """{(problem, sample): {"index", "sample", "task_id", "output"}}, made now or found in --output."""
+def name_of(line: dict) -> tuple[int, int]:
+    return line["index"], line["sample"]
+
+
+def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
+    """Lines of {"index", "sample", "task_id", "output"}, made now or found in --output."""
     chat = args.format == "chat"
-    names = ("model", "data", "format", "dtype", "max_new_tokens", "temperature", "top_p", "seed", "template")
-    old = read_answers(Path(args.output), {name: getattr(args, name) for name in names}) if is_main() else {}
-    todo = gather([(i, s) for i in range(len(problems)) for s in range(args.samples) if (i, s) not in old]
-                  if is_main() else [])[rank()::world_size()]
+    names = ("model", "data", "format", "dtype", "max_new_tokens", "temperature", "top_p", "seed")
+    answers = Answers(args.output, name_of, made_with(args, names, loaded.template, args.data))
+    todo = answers.missing((i, s) for i in range(len(problems)) for s in range(args.samples))
     tokenizer, prompts = loaded.tokenizer, []
     for text in (problems[i]["prompt"] for i, _ in todo):
         if chat:
@@ -100,25 +86,19 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> dict[tuple[
         else:   # without the line break at its end: an indented line begins with it, as one token
             start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
             prompts.append(start + tokenizer.first.encode(text.rstrip(), add_special_tokens=False).ids)
-    stop = {tokenizer.special[token] for token in (loaded.template.end_of_turn, tokenizer.eos_token)
-            if token in tokenizer.special}
-    answers = Engine(loaded.model).answers(prompts, stop, args.max_new_tokens, args.batch_size,
-                                           Sampling(args.temperature, args.top_p, 0, args.seed), todo)
-    new = []
-    for n, ids, _ in tqdm(answers, total=len(todo), unit="sample",
-                          disable=not (is_main() and sys.stderr.isatty())):
+    made = Engine(loaded.model).answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                        Sampling(args.temperature, args.top_p, 0, args.seed), todo)
+    for n, ids, _ in progress(made, len(todo), "sample"):
         i, s = todo[n]
-        new.append({"index": i, "sample": s, "task_id": problems[i]["task_id"],
-                    "output": tokenizer.decode(ids)})
-    found = {**old, **{(line["index"], line["sample"]): line for line in gather(new)}}
-    if is_main():
-        write_answers(Path(args.output), found)
-    return found
+        answers.add({"index": i, "sample": s, "task_id": problems[i]["task_id"],
+                     "output": tokenizer.decode(ids)})
+    answers.merge()
+    return answers
 
 
-def execute(found: dict[tuple[int, int], dict], problems: list[dict], args: Namespace) -> None:
-    """Adds {"passed", "why"} to the samples that have none, and writes them; on rank 0."""
-    todo = [line for line in found.values() if "passed" not in line]
+def execute(answers: Answers, found: list[dict], problems: list[dict], args: Namespace) -> None:
+    """Adds {"passed", "why"} to the samples of `found` that have none, and writes them; on rank 0."""
+    todo = [line for line in found if "passed" not in line]
 
     def attempt(line: dict) -> tuple[dict, tuple[bool, str]]:
         problem = problems[line["index"]]
@@ -127,14 +107,13 @@ def execute(found: dict[tuple[int, int], dict], problems: list[dict], args: Name
 
     try:
         with ThreadPoolExecutor(args.workers) as pool:
-            for line, (passed, why) in tqdm(pool.map(attempt, todo), total=len(todo), unit="program",
-                                            disable=not sys.stderr.isatty()):
+            for line, (passed, why) in progress(pool.map(attempt, todo), len(todo), "program"):
                 line.update(passed=passed, why=why)
     except RuntimeError as error:
         raise ValueError(f"--execute: programs cannot be isolated on this system, and none was run: {error}; "
                          f"{args.output} has them all, to be run on another") from None
     finally:
-        write_answers(Path(args.output), found)
+        answers.write()
 
 
 def main(argv: list[str]) -> None:
@@ -156,9 +135,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
     args = parser.parse_args(argv)
-    for name in ("limit", "samples", "max_new_tokens", "batch_size", "seconds", "megabytes", "workers"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_values(args, ("output", "json"), limit=1, samples=1, max_new_tokens=1, batch_size=1, seconds=1,
+                 megabytes=1, workers=1)
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
         raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: must be 0 or more, and "
                          "above 0 and at most 1")
@@ -167,21 +145,19 @@ def main(argv: list[str]) -> None:
     for k in args.k:
         pass_at_k(args.samples, 0, k)
     problems = read_problems(args.data, args.limit)
-    found = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
-    found = {key: line for key, line in found.items() if key[0] < len(problems) and key[1] < args.samples}
+    answers = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
+    found = {(i, s): answers.lines[i, s] for i in range(len(problems)) for s in range(args.samples)}
     if not is_main():
         return
     if not args.execute:
         print(f"{len(found):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
         return
-    execute(found, problems, args)
+    execute(answers, list(found.values()), problems, args)
     right = [sum(found[i, s]["passed"] for s in range(args.samples)) for i in range(len(problems))]
     result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
               "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for k in args.k:
-        values = [pass_at_k(args.samples, n, k) for n in right]
-        mean = sum(values) / len(values)
-        error = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1) / len(values))
+        mean, error = mean_and_error([[pass_at_k(args.samples, n, k)] for n in right])
         result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
         print(f"pass@{k}: {mean:.1%} (standard error {error:.1%}) of {len(problems)} problems, "
               f"{args.samples} sample(s) each")

@@ -23,17 +23,14 @@ shorter than four words has BLEU 0, so with few and short targets that interval 
 import argparse
 import hashlib
 import json
-import os
-import sys
-from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from checkpoint import model_fingerprint
 from data import COMPLETION, Template, Tokenizer, load_template, read_records, render, tokenize
+from eval.answers import Answers
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Loaded, Parser, gather, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.common import Loaded, Parser, is_main, load, progress, run, start_ranks, write_json
 from eval.generate import generate
 from model import resolve_model
 
@@ -104,58 +101,30 @@ def shared_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-def continue_file(file: str | None, settings: dict) -> dict[tuple, dict]:
-    """Answers that --output has, by (model, data, line); begins the file, or cuts a half-written last line.
-    ValueError if the file is something else, or was written with other settings."""
-    start = b'{"settings": '
-    path = Path(file) if file else None
-    raw = path.read_bytes() if path and path.is_file() else b""
-    if raw[:len(start)] != start[:len(raw)]:
-        raise ValueError(f"--output {file}: is no output of this command; give another file")
-    whole = raw[:raw.rfind(b"\n") + 1]
-    first, *rest = [json.loads(line) for line in whole.splitlines()] or [{"settings": settings}]
-    if differ := [f"{name} was {first['settings'].get(name)}, is {value}" for name, value in settings.items()
-                  if first["settings"].get(name) != value]:
-        raise ValueError(f"--output {file}: was written with other settings ({'; '.join(differ)}); "
-                         "give another file")
-    if path and not whole:
-        path.write_text(json.dumps(first) + "\n", encoding="utf-8")
-    elif raw != whole:
-        os.truncate(path, len(whole))
-    return {(row["model"], row["data"], row["line"]): row for row in rest}
+def name_of(row: dict) -> tuple[str, str, int]:
+    return row["model"], row["data"], row["line"]
 
 
-def answer(loaded: Loaded, records: list[dict], done: dict[tuple, dict], args: argparse.Namespace
-           ) -> list[dict]:
-    """The records' rows in order: answered now, and written by rank 0, unless `done` has them."""
-    todo = [r for r in records if (loaded.name, r["data"], r["line"]) not in done]
-    todo.sort(key=lambda r: (len(r["target"]), len(r["prompt"])))   # like lengths end together
-    tokenizer = loaded.tokenizer
-    stop = {tokenizer.special[token] for token in (loaded.template.end_of_turn, tokenizer.eos_token)
-            if token in tokenizer.special}
-    bar = tqdm(total=len(todo), desc=Path(loaded.name).name, unit=" records", leave=False,
-               disable=not (is_main() and sys.stderr.isatty()))
-    for start in range(0, len(todo), args.batch_size * world_size()):
-        at = start + args.batch_size * rank()
-        mine, rows = todo[at:at + args.batch_size], []
-        limits = [args.max_new_tokens or len(r["target"]) + 1 for r in mine]
-        outputs = generate(loaded.model, [r["prompt"] for r in mine], stop, max(limits),
-                           batch_size=args.batch_size) if mine else []
-        for r, limit, ids in zip(mine, limits, outputs):
-            output = tokenizer.decode(ids[:limit]).strip()
-            ended = len(ids) < limit
-            rows.append({"model": loaded.name, "data": r["data"], "line": r["line"], "output": output,
-                         "target": r["text"], "exact": ended and output == r["text"],
-                         "shared_tokens": shared_prefix(ids[:limit], r["target"]),
-                         "target_tokens": len(r["target"])})
-        rows = gather(rows)
-        done.update({(row["model"], row["data"], row["line"]): row for row in rows})
-        if args.output and is_main():
-            with open(args.output, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        bar.update(len(rows))
-    bar.close()
-    return [done[loaded.name, r["data"], r["line"]] for r in records]
+def answer(loaded: Loaded, records: list[dict], answers: Answers, args: argparse.Namespace) -> list[dict]:
+    """The records' rows in order: answered now, unless `answers` has them."""
+    wanted = {(loaded.name, r["data"], r["line"]): r for r in records}
+    todo = sorted(wanted, key=lambda name: (len(wanted[name]["target"]), len(wanted[name]["prompt"])))
+    todo = [wanted[name] for name in answers.missing(todo)]     # sorted: like lengths end together
+    with progress(None, len(todo), "record") as bar:
+        for start in range(0, len(todo), args.batch_size):
+            some = todo[start:start + args.batch_size]
+            limits = [args.max_new_tokens or len(r["target"]) + 1 for r in some]
+            outputs = generate(loaded.model, [r["prompt"] for r in some], loaded.stop_ids, max(limits),
+                               batch_size=args.batch_size)
+            for r, limit, ids in zip(some, limits, outputs):
+                output = loaded.tokenizer.decode(ids[:limit]).strip()
+                answers.add({"model": loaded.name, "data": r["data"], "line": r["line"], "output": output,
+                             "target": r["text"], "exact": len(ids) < limit and output == r["text"],
+                             "shared_tokens": shared_prefix(ids[:limit], r["target"]),
+                             "target_tokens": len(r["target"])})
+            bar.update(len(some))
+    answers.merge()
+    return [answers.lines[name] for name in wanted]
 
 
 def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dict:
@@ -194,10 +163,10 @@ def main(argv: list[str]) -> None:
         targets.append(read_targets(args, tokenizer, load_template(args.template, tokenizer, args.date)))
         asked = hashlib.sha256(json.dumps(targets[-1][0]).encode()).hexdigest()[:32]
         settings[name] = {"weights": model_fingerprint(folder), "records": asked}
-    done = gather([continue_file(args.output, settings)] if is_main() else [])[0]
+    answers = Answers(args.output, name_of, settings, header=True)
     results = []
     for name, (records, skipped) in zip(args.model, targets):
-        rows = answer(load(name, args, device, cast=True), records, done, args)
+        rows = answer(load(name, args, device, cast=True), records, answers, args)
         if not is_main():
             continue
         result = {"model": name, **score(rows, args.bootstrap, args.confidence, args.seed), **skipped}

@@ -252,7 +252,7 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
     assert made == [16] and out.read_bytes() == text
     module.main(argv)
     assert made == [16, 0] and out.read_bytes() == text
-    with pytest.raises(ValueError, match="seed 5, not 6"):
+    with pytest.raises(ValueError, match="seed was 5, is 6"):
         module.main([*argv, "--seed", "6"])
     (folder / "out.jsonl.settings.json").unlink()
     with pytest.raises(ValueError, match="unknown"):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from eval import humaneval
+from eval.engine import Engine
 from eval.humaneval import pass_at_k, passes, program_of, read_problems
 from isolation import isolated
 from tiny import setup
@@ -62,16 +63,47 @@ def test_a_wrong_problem_is_named_by_file_and_line(tmp_path, line):
         read_problems(str(file), None)
 
 
+def arguments(folder, output, format):
+    """Of a run on three problems, two samples each."""
+    file = folder / "p.jsonl"
+    file.write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(3)))
+    return ["--model", str(folder / "model"), "--template", "llama3", "--data", str(file), "--output",
+            str(output), "--max-new-tokens", "4", "--samples", "2", "--temperature", "1", "--format", format,
+            "--k", "1", "2", "--dtype", "fp32", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("format", ["chat", "text"])
+def test_a_run_that_is_interrupted_makes_only_what_is_missing(tmp_path, monkeypatch, format):
+    folder, whole, cut = setup(tmp_path), tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    humaneval.main(arguments(folder, whole, format))
+    original, made = Engine.answers, []
+
+    def interrupted(self, prompts, *given):
+        made.append(len(prompts))
+        for number, answer in enumerate(original(self, prompts, *given)):
+            if number == 4 and len(made) == 1:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(Engine, "answers", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        humaneval.main(arguments(folder, cut, format))
+    assert len(cut.read_text().splitlines()) == 4
+    humaneval.main(arguments(folder, cut, format))
+    assert made == [6, 2] and cut.read_bytes() == whole.read_bytes()
+    assert len({line["output"] for line in map(json.loads, cut.read_text().splitlines())}) > 3
+    argv = arguments(folder, cut, format)
+    (tmp_path / "p.jsonl").write_text((tmp_path / "p.jsonl").read_text().replace("Twice", "Two times"))
+    with pytest.raises(ValueError, match="contents of the data was"):
+        humaneval.main(argv)
+
+
 @isolated
 @pytest.mark.parametrize("format", ["chat", "text"])
 def test_from_problems_to_a_score_and_on_from_a_file(tmp_path, monkeypatch, format, capsys):
-    folder = setup(tmp_path)
-    file, output = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
-    file.write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(3)))
-    arguments = ["--model", str(folder / "model"), "--template", "llama3", "--data", str(file), "--output",
-                 str(output), "--max-new-tokens", "4", "--samples", "2", "--temperature", "1", "--format", format,
-                 "--k", "1", "2", "--dtype", "fp32", "--device", "cpu"]
-    humaneval.main(arguments)
+    output = tmp_path / "out.jsonl"
+    argv = arguments(setup(tmp_path), output, format)
+    humaneval.main(argv)
     assert "none was run" in capsys.readouterr().out
     lines = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(line["index"], line["sample"]) for line in lines] == [(i, s) for i in range(3) for s in range(2)]
@@ -79,7 +111,7 @@ def test_from_problems_to_a_score_and_on_from_a_file(tmp_path, monkeypatch, form
     for line, answer in zip(lines, (RIGHT, "", RIGHT, RIGHT, "", "")):
         line["output"] = "\n" + answer if format == "text" else f"```\ndef double(x):\n{answer or '    pass'}```"
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    humaneval.main([*arguments, "--execute", "--seconds", "5", "--json", str(tmp_path / "result.json")])
+    humaneval.main([*argv, "--execute", "--seconds", "5", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["pass@1"] == pytest.approx((0.5 + 1 + 0) / 3) and result["pass@2"] == pytest.approx(2 / 3)
     assert [json.loads(line)["passed"] for line in output.read_text().splitlines()] == [

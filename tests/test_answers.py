@@ -1,0 +1,100 @@
+"""The file of answers: what is written when, what is found after an end at any place, what is refused."""
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import answers as module
+from eval.answers import Answers
+
+SETTINGS = {"seed": 1, "data": ["a"]}
+
+
+def name_of(line: dict) -> tuple[int]:
+    return (line["n"],)
+
+
+def open_file(file: Path, header: bool = False, **more: object) -> Answers:
+    return Answers(file, name_of, {**SETTINGS, **more}, header)
+
+
+def numbers(file: Path) -> list[int | None]:
+    return [json.loads(line).get("n") for line in file.read_bytes().splitlines()]
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_lines_are_there_at_once_and_in_order_when_merged(tmp_path, header):
+    file, first = tmp_path / "x.jsonl", [None] * header
+    answers = open_file(file, header)
+    assert answers.missing([(3,), (1,), (2,)]) == [(3,), (1,), (2,)]
+    for n in (3, 1):
+        answers.add({"n": n, "text": "é\u2028\n"})
+    assert numbers(file) == [*first, 3, 1] and "é" in file.read_text()
+    again = open_file(file, header)
+    assert again.missing([(3,), (1,), (2,)]) == [(2,)]
+    again.add({"n": 2})
+    assert [line["n"] for line in again.merge()] == [2] and again.merge() == []
+    assert numbers(file) == [*first, 1, 2, 3] and again.lines[3,]["text"] == "é\u2028\n"
+    again.add({"n": 0})     # into the file that merge has put in place
+    assert numbers(file) == [*first, 1, 2, 3, 0]
+    assert (tmp_path / "x.jsonl.settings.json").exists() != header
+
+
+@pytest.mark.parametrize("header", [False, True])
+def test_an_end_at_any_byte_loses_the_unfinished_line_only(tmp_path, header):
+    file = tmp_path / "x.jsonl"
+    answers = open_file(file, header)
+    for n in range(3):
+        answers.add({"n": n})
+    text = file.read_bytes()
+    for end in range(len(text)):
+        file.write_bytes(text[:end])
+        again, kept = open_file(file, header), max(0, text[:end].count(b"\n") - header)
+        assert sorted(again.lines) == [(n,) for n in range(kept)]
+        for key in again.missing([(0,), (1,), (2,)]):
+            again.add({"n": key[0]})
+        assert file.read_bytes() == text
+
+
+def test_what_more_ranks_left_is_found_by_fewer(tmp_path, monkeypatch):
+    file = tmp_path / "[x].jsonl"       # no pattern
+    for rank, ns in enumerate(((4,), (2, 1), (3,))):
+        monkeypatch.setattr(module, "rank", lambda: rank)
+        monkeypatch.setattr(module, "world_size", lambda: 3)
+        monkeypatch.setattr(module, "is_main", lambda: rank == 0)
+        answers = open_file(file)
+        for n in ns:
+            answers.add({"n": n})
+    with open(f"{file}.rank2", "a") as part:
+        part.write('{"n": 9')
+    assert numbers(file) == [4] and numbers(Path(f"{file}.rank1")) == [2, 1]
+    monkeypatch.undo()
+    answers = open_file(file)
+    assert answers.missing([(n,) for n in range(6)]) == [(0,), (5,)]
+    assert not Path(f"{file}.rank2").read_text().endswith("9")
+    answers.merge()
+    assert numbers(file) == [1, 2, 3, 4] and not list(tmp_path.glob("*.rank*"))
+
+
+def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
+    file = tmp_path / "x.jsonl"
+    open_file(file).add({"n": 1})
+    file.write_text(file.read_text() + '{"n"')
+    text, beside = file.read_text(), Path(f"{file}.settings.json")
+    with pytest.raises(ValueError, match=r"other settings \(seed was 1, is 2; top was None, is 3\)"):
+        open_file(file, seed=2, top=3)
+    assert file.read_text() == text and json.loads(beside.read_text()) == SETTINGS
+    beside.unlink()
+    with pytest.raises(ValueError, match="unknown settings, there is no x.jsonl.settings.json"):
+        open_file(file)
+    assert file.read_text() == text
+    assert Answers(None, name_of, {}).missing([(1,)]) == [(1,)]
+
+
+@pytest.mark.parametrize("header", [False, True])
+@pytest.mark.parametrize("text", ["notes", "notes\n", "[]\n", '{"n": 1}\n{"m": 2}\n'])
+def test_a_file_of_another_kind_is_left_alone(tmp_path, text, header):
+    (tmp_path / "x").write_text(text)
+    with pytest.raises(ValueError, match="is no output of this command|unknown settings"):
+        open_file(tmp_path / "x", header)
+    assert (tmp_path / "x").read_text() == text

@@ -1,0 +1,295 @@
+"""Verdicts: how they are read, asked for, kept, and summed up, against a server of our own."""
+import json
+import time
+from email.utils import formatdate
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from chat_server import ChatServer, refusal, text_of
+from eval import chat_completions
+from eval.judge import (Job, judge_all, make_jobs, outcome, prompt_name, read_prompts, summary, values_of,
+                        verdict_of)
+
+KEY = "sk-very-secret"
+NAMES = ["single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn", "pair-v2",
+         "pair-v2-multi-turn", "pair-math-v1", "pair-math-v1-multi-turn"]
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """say -> a server that the environment names."""
+    servers = []
+
+    def start(say) -> ChatServer:
+        servers.append(ChatServer(say))
+        monkeypatch.setenv("OPENAI_BASE_URL", servers[-1].url)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        return servers[-1]
+
+    monkeypatch.setattr(chat_completions, "PAUSE", 0.01)
+    yield start
+    for server in servers:
+        server.close()
+
+
+def question(**more: object) -> dict:
+    return {"id": 1, "turns": ["What is red?", "And blue?"], "category": "stem", "reference": None, **more}
+
+
+def grade_jobs(count: int) -> list[Job]:
+    one = {"turns": ["What?"], "category": "x", "reference": None}
+    return [job for n in range(count) for job in make_jobs({"id": n, **one}, [f"answer {n}"], None,
+                                                           read_prompts(None))]
+
+
+def ask(jobs: list[Job], file: Path, name: str = "gpt", workers: int = 4) -> tuple[dict, dict]:
+    return judge_all(name, jobs, str(file), workers)
+
+
+@pytest.mark.parametrize("reply, pair, verdict", [
+    ("A is right.\n\n[[A]]", True, "A"), ("My verdict: [[B]]\n \n", True, "B"), ("[[C]]", True, "C"),
+    ("[[A]] said it\n[[B]]", True, "B"), ("[[A]] or [[B]]", True, None), ("[[D]]", True, None),
+    ("[[A]]\nI hope that helps.", True, None), ("[A]", True, None), ("A", True, None), ("", True, None),
+    ("[[7]]", True, None), ("Rating: [[7]]", False, 7.0), ("[[ 7 ]]", False, None), ("[[7.5]].", False, 7.5),
+    ("[[10]]", False, 10.0), ("[[11]]", False, None), ("[[0]]", False, None), ("[[-3]]", False, None),
+    ("[[1, 2]]", False, None), ("[[A]]", False, None), ("[[nan]]", False, None), ("Rating: 7", False, None)])
+def test_a_verdict_stands_once_in_the_last_line(reply, pair, verdict):
+    assert verdict_of(reply, pair) == verdict
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_prompts_show_all_that_is_judged_and_both_orders_are_swapped(checked):
+    asked = question(reference=["first solution", "second solution"] if checked else None)
+    mine, theirs, prompts = ["plum one", "plum two"], ["pear one", "pear two"], read_prompts(None)
+    grades = make_jobs(asked, mine, None, prompts)
+    pairs = make_jobs(asked, mine, theirs, prompts)
+    assert [(job.turn, job.order) for job in grades + pairs] == [
+        (1, ""), (2, ""), (1, "model"), (1, "reference"), (2, "model"), (2, "reference")]
+    assert [job.prompt for job in grades + pairs[::2]] == [
+        name for name in NAMES if ("math" in name) == checked]
+    for job in grades + pairs:
+        second, text = job.turn == 2, job.system + job.user
+        assert "What is red?" in text and ("And blue?" in text) == second
+        assert ("first solution" in text) == checked and ("second solution" in text) == (checked and second)
+        assert "plum one" in text and ("plum two" in text) == second
+        pair = job.order != ""
+        assert ("pear one" in text) == pair and ("pear two" in text) == (second and pair)
+        assert ("[[A]]" in text) == pair
+    for first, other in zip(pairs[::2], pairs[1::2]):
+        assert first.user != other.user and first.system == other.system
+        assert first.user.replace("plum", "*").replace("pear", "plum").replace("*", "pear") == other.user
+        assert " of A >>>\nplum one" in first.user and " of B >>>\npear one" in first.user
+
+
+def test_prompts_of_a_file_take_the_place_of_ours(tmp_path):
+    file = tmp_path / "judge_prompts.jsonl"
+    texts = ["Q {question} A {answer} {{}}", "Q {question_1} A {answer_1}"] * 2
+    texts += ["Q {question} A {answer_a} B {answer_b}", "Q {question_1} A {answer_a_1} B {answer_b_1}"] * 2
+    lines = [{"name": name, "type": "x", "system_prompt": f"system {name}", "prompt_template": text}
+             for name, text in zip(NAMES, texts)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    jobs = make_jobs(question(), ["m1", "m2"], None, read_prompts(str(file)))
+    jobs += make_jobs(question(), ["m1", "m2"], ["r1", "r2"], read_prompts(str(file)))
+    assert [(job.system, job.user) for job in jobs] == [
+        ("system single-v1", "Q What is red? A m1 {}"),
+        ("system single-v1-multi-turn", "Q What is red? A m1"),
+        ("system pair-v2", "Q What is red? A m1 B r1"), ("system pair-v2", "Q What is red? A r1 B m1"),
+        ("system pair-v2-multi-turn", "Q What is red? A m1 B r1"),
+        ("system pair-v2-multi-turn", "Q What is red? A r1 B m1")]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    with pytest.raises(ValueError, match="has no prompt called single-v1$"):
+        read_prompts(str(file))
+    lines[0]["prompt_template"] = "{color}"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="single-v1 asks for what is not there: KeyError.'color'"):
+        make_jobs(question(), ["m1", "m2"], None, read_prompts(str(file)))
+
+
+def test_fastchats_names_of_the_prompts():
+    assert [prompt_name(*kind) for kind in product((False, True), repeat=3)] == NAMES
+
+
+def test_requests_are_as_the_address_wants_them_and_verdicts_are_kept(serve, tmp_path):
+    server = serve(lambda payload, before: f"Fine.\n[[{4 + int('answer 2' in text_of(payload))}]]")
+    verdicts, refused = ask(grade_jobs(3), tmp_path / "v")
+    assert [verdicts[job] for job in grade_jobs(3)] == [4.0, 4.0, 5.0] and not refused
+    path, headers, payload = server.requests[0]
+    assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
+    assert payload["model"] == "gpt" and payload["temperature"] == 0
+    assert [message["role"] for message in payload["messages"]] == ["system", "user"]
+    lines = [json.loads(line) for line in (tmp_path / "v").read_text().splitlines()]
+    assert {(line["judge"], line["question"], line["turn"], line["order"], line["prompt"], line["verdict"])
+            for line in lines} == {("gpt", n, 1, "", "single-v1", 4.0 + (n == 2)) for n in range(3)}
+    assert KEY not in "".join(file.read_text() for file in tmp_path.iterdir())
+
+
+def test_nothing_is_asked_twice_but_of_another_judge_or_with_another_prompt(serve, tmp_path):
+    server = serve(lambda payload, before: "[[3]]")
+    for jobs, name, requests in ((grade_jobs(3), "a", 3), (grade_jobs(3), "a", 3), (grade_jobs(4), "a", 4),
+                                 (grade_jobs(3), "b", 7), (grade_jobs(4), "a", 7)):
+        verdicts, _ = ask(jobs, tmp_path / "v", name)
+        assert len(server.requests) == requests and len(verdicts) == len(jobs)
+    changed = [Job(**{**vars(job), "system": "Be strict."}) for job in grade_jobs(3)]
+    ask(changed, tmp_path / "v", "a")
+    assert len(server.requests) == 10
+
+
+def test_equal_answers_are_asked_for_once_and_are_a_tie(serve, tmp_path):
+    server = serve(lambda payload, before: "[[A]]")
+    jobs = make_jobs(question(), ["same", "same too"], ["same", "same too"], read_prompts(None))
+    verdicts, _ = ask(jobs, tmp_path / "v")
+    assert len(server.requests) == 2 and len(verdicts) == 4
+    assert list(values_of(verdicts, {1: "stem"}, pairs=True).values()) == [50.0, 50.0]
+
+
+@pytest.mark.parametrize("model_first, reference_first, expected", [
+    ("A", "B", 100), ("B", "A", 0), ("A", "A", 50), ("B", "B", 50), ("C", "C", 50), ("A", "C", 50),
+    ("C", "A", 50), ("C", "B", 50), ("B", "C", 50)])
+def test_a_pair_is_won_in_both_orders_or_not_at_all(serve, tmp_path, model_first, reference_first, expected):
+    assert outcome(model_first, reference_first) == expected
+    asked = question(turns=["What?"])
+
+    def say(payload: dict, before: int) -> str:
+        text = text_of(payload)
+        return f"[[{model_first if text.index('mine') < text.index('theirs') else reference_first}]]"
+
+    serve(say)
+    verdicts, _ = ask(make_jobs(asked, ["mine"], ["theirs"], read_prompts(None)), tmp_path / "v")
+    assert values_of(verdicts, {1: "stem"}, pairs=True) == {("stem", 1, 1): expected}
+
+
+def test_a_reply_without_a_verdict_is_asked_for_once_more_and_never_guessed(serve, tmp_path):
+    server = serve(lambda payload, before: "[[6]]" if "answer 0" in text_of(payload) and before
+                   else "I would say 7 of 10.")
+    verdicts, refused = ask(grade_jobs(2), tmp_path / "v")
+    assert list(verdicts.values()) == [6.0, None] and not refused and len(server.requests) == 4
+    assert summary(values_of(verdicts, {0: "x", 1: "x"}, False), "score")["score"] == 6.0
+    assert ask(grade_jobs(2), tmp_path / "v")[0] == verdicts and len(server.requests) == 4
+    assert "I would say 7" in (tmp_path / "v").read_text()
+    pair = make_jobs(question(turns=["What?"]), ["mine"], ["theirs"], read_prompts(None))
+    assert values_of({pair[0]: "A", pair[1]: None}, {1: "stem"}, pairs=True) == {}
+
+
+@pytest.mark.parametrize("status", [429, 500, 503, 408])
+def test_what_is_refused_for_the_moment_is_tried_again(serve, tmp_path, status):
+    server = serve(lambda payload, before: refusal(status, "later") if before < 3 else "[[9]]")
+    verdicts, refused = ask(grade_jobs(1), tmp_path / "v")
+    assert list(verdicts.values()) == [9.0] and not refused and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("body", ["", "{", "[]", '{"choices": []}', '{"choices": [{"message": 3}]}'])
+def test_a_body_that_is_no_reply_is_tried_again(serve, tmp_path, body):
+    serve(lambda payload, before: (200, {}, body) if not before else "[[2]]")
+    assert list(ask(grade_jobs(1), tmp_path / "v")[0].values()) == [2.0]
+
+
+def test_pauses_double_or_are_what_retry_after_says(serve, tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(chat_completions, "PAUSE", 1.0)
+    stop = SimpleNamespace(wait=pauses.append)      # not stopped
+    for headers in ({}, {"Retry-After": "7"}, {"Retry-After": "0.5"}, {"Retry-After": "soon"},
+                    {"Retry-After": formatdate(time.time() + 100, usegmt=True)}):
+        serve(lambda payload, before: (429, headers, "") if before < 2 else "[[1]]")
+        model = chat_completions.ChatModel("gpt")
+        model.stop = stop
+        assert model.ask([{"role": "user", "content": "x"}]) == "[[1]]"
+    assert pauses[:8] == [1, 2, 7, 7, 1, 2, 1, 2] and all(98 < pause <= 100 for pause in pauses[8:])
+    serve(lambda payload, before: refusal(503, "closed for today", **{"Retry-After": "86400"}))
+    with pytest.raises(chat_completions.Refused, match="HTTP 503: closed for today"):
+        chat_completions.ChatModel("gpt").ask([])
+    assert len(pauses) == 10
+
+
+def test_what_fails_for_good_is_named_and_asked_for_by_the_next_run_alone(serve, tmp_path):
+    broken = True
+    server = serve(lambda payload, before: refusal(503, "down") if broken and "answer 1" in text_of(payload)
+                   else refusal(400, "too long") if broken and "answer 3" in text_of(payload) else "[[5]]")
+    verdicts, refused = ask(grade_jobs(5), tmp_path / "v", workers=1)
+    assert {str(job): why for job, why in refused.items()} == {
+        "question 1, turn 1": "HTTP 503: down", "question 3, turn 1": "HTTP 400: too long"}
+    assert len(verdicts) == 3 and len(server.requests) == 3 + chat_completions.TRIES + 1
+    broken, server.requests[:] = False, []
+    verdicts, refused = ask(grade_jobs(5), tmp_path / "v")
+    assert len(verdicts) == 5 and not refused and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("status, names", [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"),
+                                           (404, "OPENAI_BASE_URL")])
+def test_a_wrong_key_or_address_is_one_line_without_the_key(serve, tmp_path, status, names):
+    server = serve(lambda payload, before: "[[5]]" if "answer 2" not in text_of(payload)
+                   else refusal(status, f"no {KEY}\nhere"))
+    with pytest.raises(ValueError) as caught:
+        ask(grade_jobs(40), tmp_path / "v", workers=1)
+    assert f"says HTTP {status}: no *** here; check {names}" in str(caught.value)
+    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    kept = len((tmp_path / "v").read_text().splitlines())
+    assert 2 <= kept < 40 and len(server.requests) == kept + 1      # what was paid for is there
+
+
+def test_a_server_that_is_not_there_is_given_up_soon(serve, tmp_path):
+    serve(lambda payload, before: "").close()
+    verdicts, refused = ask(grade_jobs(40), tmp_path / "v", workers=2)
+    assert not verdicts and len(refused) == 40
+    assert "Connection refused" in refused[grade_jobs(1)[0]] and list(refused.values())[-1] == "not asked"
+
+
+def test_the_key_is_not_sent_to_another_address(serve, tmp_path):
+    other = serve(lambda payload, before: "[[5]]")
+    for status in (302, 307):
+        serve(lambda payload, before: (status, {"Location": f"{other.url}/chat/completions"}, ""))
+        _, refused = ask(grade_jobs(1), tmp_path / "v")
+        assert f"HTTP {status}" in list(refused.values())[0] and not other.requests
+
+
+def test_an_interruption_loses_no_verdict_that_was_given(serve, tmp_path, monkeypatch):
+    server = serve(lambda payload, before: "[[5]]")
+
+    def interrupted(items, total, unit):
+        for number, item in enumerate(items):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield item
+
+    monkeypatch.setattr(chat_completions, "progress", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask(grade_jobs(30), tmp_path / "v", workers=2)
+    kept = len((tmp_path / "v").read_text().splitlines())
+    assert 5 <= kept == len(server.requests) < 30
+    monkeypatch.undo()
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    assert len(ask(grade_jobs(30), tmp_path / "v")[0]) == 30 and len(server.requests) == 30
+
+
+def test_without_an_address_or_with_a_wrong_one(monkeypatch):
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="--judge gpt: set OPENAI_API_KEY"):
+        chat_completions.ChatModel("gpt")
+    monkeypatch.setenv("OPENAI_BASE_URL", "file:///etc")
+    with pytest.raises(ValueError, match="OPENAI_BASE_URL file:///etc: must begin with http"):
+        chat_completions.ChatModel("gpt")
+
+
+def test_a_server_without_a_key_is_sent_none(serve, tmp_path, monkeypatch):
+    server = serve(lambda payload, before: "[[5]]")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    ask(grade_jobs(1), tmp_path / "v")
+    assert "Authorization" not in server.requests[0][1]
+
+
+def test_summary_by_hand():
+    values = {("math", 7, 1): 2.0, ("math", 7, 2): 6.0, ("math", 8, 1): 4.0, ("stem", 9, 1): 8.0}
+    got = summary(values, "score")
+    # three questions are three draws; the turns of the first stand by each other
+    error = ((((2 - 5) + (6 - 5)) ** 2 + (4 - 5) ** 2 + (8 - 5) ** 2) * 3 / 2) ** 0.5 / 4
+    assert got.pop("score_standard_error") == pytest.approx(error)
+    assert got == {"score": 5.0, "score_count": 4, "score_turn_1": pytest.approx(14 / 3), "score_turn_2": 6.0,
+                   "score_by_category": {"math": {"turn_1": 3.0, "turn_2": 6.0, "mean": 4.0},
+                                         "stem": {"turn_1": 8.0, "turn_2": None, "mean": 8.0}}}
+    one = summary({("koala", 1, 1): 100.0, ("koala", 2, 1): 50.0}, "win_rate")
+    assert one == {"win_rate": 75.0, "win_rate_standard_error": 25.0, "win_rate_count": 2,
+                   "win_rate_by_category": {"koala": {"mean": 75.0}}}
+    assert summary({}, "score")["score"] is None
