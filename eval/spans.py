@@ -146,15 +146,15 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
     return data
 
 
-def check_tokens(args: argparse.Namespace, data: list[list[Dataset]]) -> None:
-    """ValueError if a checkpoint tokenises a file otherwise than the first one does."""
-    for name, datasets in zip(args.model, data):
-        for file, first, mine in zip(args.data, data[0], datasets):
-            if first.key != mine.key and not all(np.array_equal(getattr(first, x), getattr(mine, x))
-                                                 for x in ("offsets", "ids", "kinds")):
-                raise ValueError(f"{file}: {name} tokenises it otherwise than {args.model[0]} does (another "
-                                 "tokenizer or template), so their NLL a token cannot be compared; give "
-                                 "--template if that is the difference, or evaluate each in its own call")
+def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset], other: list[Dataset]
+                 ) -> None:
+    """ValueError if of two checkpoints, by name, the other tokenises a file otherwise than the first one."""
+    for file, theirs, mine in zip(files, first, other):
+        if theirs.key != mine.key and not all(np.array_equal(getattr(theirs, x), getattr(mine, x))
+                                              for x in ("offsets", "ids", "kinds")):
+            raise ValueError(f"{file}: {names[1]} tokenises it otherwise than {names[0]} does (another "
+                             "tokenizer or template), so their NLL a token cannot be compared; give "
+                             "--template if that is the difference, or evaluate each in its own call")
 
 
 def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
@@ -222,7 +222,8 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     device = start_ranks(args)
     data = load_data(args)
-    check_tokens(args, data)
+    for name, datasets in zip(args.model, data):
+        check_tokens(args.data, (args.model[0], name), data[0], datasets)
     # each checkpoint is let go of before the next
     sums = [evaluate(load(name, args, device), datasets, args) for name, datasets in zip(args.model, data)]
     if not is_main():
