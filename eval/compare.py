@@ -98,7 +98,8 @@ def main(argv: list[str]) -> None:
     if not is_main():
         return
     settings = configuration(runs)
-    tables = [training(runs), *last_evaluations(runs), *make_tables(runs, results, notes)]
+    tables = [training(runs), last_evaluations(runs), *make_tables(runs, results, notes)]
+    tables = [table for table in tables if table.rows]
     write_text(args.output, make_page(runs, settings, tables, examples, seen, notes))
     for run in runs:
         print(f"{run.letter}  {shorten(str(run.folder), 76)}")

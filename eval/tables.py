@@ -121,8 +121,9 @@ def training(runs: list[Run]) -> Table:
                 values[f"NLL, {kind}"] = sum(known) / len(known)
         for name, value in values.items():
             rows.setdefault(name, Row(name, {})).cells[run.letter] = Cell(value)
-    add_differences(runs, [row for name, row in rows.items() if name.startswith("NLL")])
-    return Table("training", list(rows.values()),
+    losses = [rows.pop(f"NLL, {kind}") for kind in SPANS if f"NLL, {kind}" in rows]
+    add_differences(runs, losses)
+    return Table("training", [*rows.values(), *losses],
                  "NLL in nats a token: mean of those steps of the last epoch in which the span was looked at")
 
 
@@ -132,7 +133,7 @@ def series(lines: list[dict], name: str, against: str = "step") -> list[tuple[fl
             if line.get(name) is not None and math.isfinite(line[name])]
 
 
-def last_evaluations(runs: list[Run]) -> list[Table]:
+def last_evaluations(runs: list[Run]) -> Table:
     """What the last line of each eval.jsonl says: NLL by file and span, exact matches."""
     nll, answers = {}, Row("exact match, %", {})
     for run in (run for run in runs if run.evaluations):
@@ -145,8 +146,8 @@ def last_evaluations(runs: list[Run]) -> list[Table]:
             answers.cells[run.letter] = Cell(100 * last["exact_match"])
     rows = [*nll.values(), *([answers] if answers.cells else [])]
     add_differences(runs, rows)
-    return [Table("held out, when training ended", rows,
-                  "NLL in nats a token, mean over tokens; from the last line of eval.jsonl")] if rows else []
+    return Table("held out, when training ended", rows,
+                 "NLL in nats a token, mean over tokens; from the last line of eval.jsonl")
 
 
 def add_differences(runs: list[Run], rows: list[Row]) -> None:
