@@ -4,7 +4,7 @@ Every number is taken, whatever the command; known are only the forms in which t
 
     {"results": [{"model", "data", "span", "nll_token_mean", ...}, ...]}            eval.spans
     {"results": [{"model", "bleu", "bleu_interval", ...}, ...]}                     eval.memorization
-    {"results": {task: {"acc,none", "acc_stderr,none", ...}}, "model"}              lm-evaluation-harness
+    {"results": {task: {"acc,none", "acc_stderr,none", ...}}, "config", "paper"}    eval.harness
     {"model", "pass@1", "pass@1_standard_error", ...}                               all others
 
 and names by which a table gets a title.
@@ -64,18 +64,15 @@ def parts_of(result: dict, file: Path, runs: list[Run]) -> list[Part]:
     letters = {place.resolve(): run.letter for run in runs for place in (run.folder, run.folder / "final")}
 
     def letter(of: dict) -> str | None:
-        model = of.get("model") or of.get("model_name")
+        settings = of.get("config") if isinstance(of.get("config"), dict) else {}
+        arguments = settings.get("model_args") if isinstance(settings.get("model_args"), dict) else {}
+        model = of.get("model") or arguments.get("pretrained")      # the harness's name of it
         return letters.get(Path(model).expanduser().resolve()) if isinstance(model, str) else None
 
     rows = result.get("results")
     if isinstance(rows, dict):
-        cells = {}
-        for task, values in rows.items():
-            for name, cell in scores(values).items():
-                metric, _, filtered = name.partition(",")
-                cells[f"{task} {metric}" + (f" ({filtered})" if filtered not in ("", "none") else "")] = cell
         mine = letter(result)
-        return [Part(mine, "tasks of lm-evaluation-harness", file, cells)] if mine else []
+        return [Part(mine, "tasks of lm-evaluation-harness", file, harness_scores(result))] if mine else []
     if not isinstance(rows, list):
         rows, result = [result], {}
     flags = {f"--{name.replace('_', '-')}": cell for name, cell in scores(result).items()}
@@ -88,6 +85,20 @@ def parts_of(result: dict, file: Path, runs: list[Run]) -> list[Part]:
 def title_of(cells: dict[str, Cell]) -> str:
     """Of a result that is known by the beginning of one of its names; else ""."""
     return next((title for start, title in TITLES.items() for name in cells if name.startswith(start)), "")
+
+
+def harness_scores(result: dict) -> dict[str, Cell]:
+    """Of each task; and where the paper's suite was run, the means over its categories."""
+    cells = {}
+    for task, values in result["results"].items():
+        for name, cell in scores(values).items():
+            metric, _, filtered = name.partition(",")
+            cells[f"{task} {metric}" + (f" ({filtered})" if filtered not in ("", "none") else "")] = cell
+    if paper := result.get("paper"):
+        for category, means in {**paper["categories"], "all categories": paper}.items():
+            cells.update({f"{category}: {name}": cell for name, cell in scores(means).items()
+                          if name.startswith("mean_")})
+    return cells
 
 
 def span_parts(rows: list[dict], settings: dict[str, Cell], file: Path,

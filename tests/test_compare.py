@@ -138,6 +138,7 @@ def drawn(svg: str) -> dict[str, list[tuple[float, float]]]:
     def axis(style: str, name: str):
         marks = sorted((float(mark.get(name)), float(mark.text)) for mark in root.iter("text")
                        if mark.get("class") == style)
+        assert [n for _, n in marks] == sorted((n for _, n in marks), reverse=name == "y")     # up is more
         (a, u), (b, v) = marks[0], marks[-1]
         if log and name == "y":
             return lambda at: u * (v / u) ** ((at - a) / (b - a))
@@ -186,14 +187,13 @@ def test_panel_places_points_of_any_range(points):
 
 
 def test_long_runs_are_thinned_but_not_changed():
-    points = [(step, 2 + step % 7) for step in range(1, 10_002)]
-    svg = re.search("<svg.*</svg>", panel("x", [Line(0, "A", points, True)])).group()
-    line = next(x for x in ElementTree.fromstring(svg).iter("polyline") if "raw" in x.get("class"))
-    got = drawn(svg)["run0 raw"]
-    assert 300 < len(got) <= 402 and len(line.get("points").split()) == len(got)
-    for x, y in got:
-        assert y == pytest.approx(2 + round(x) % 7, abs=0.1) or abs(x - round(x)) > 0.01    # between two steps
-    assert got[-1][0] == pytest.approx(10_001, rel=1e-3)
+    points = [(step, 2 + step % 7) for step in range(1, 1001)]
+    lines = drawn(re.search("<svg.*</svg>", panel("x", [Line(0, "A", points, True)])).group())
+    for style, of in (("run0 raw", dict(points)), ("run0", dict(smoothed(points)))):
+        assert 300 < len(lines[style]) <= 401
+        for x, y in lines[style]:
+            assert x == pytest.approx(round(x), abs=0.06) and y == pytest.approx(of[round(x)], abs=0.01)
+        assert (round(lines[style][0][0]), round(lines[style][-1][0])) == (1, 1000)
 
 
 def test_smoothing_is_the_weighted_mean_of_what_came_before():
@@ -243,6 +243,24 @@ def test_token_nll_and_answers_equal_transformers(folder):
                                max_new_tokens=7, eos_token_id=stop, pad_token_id=stop)[0, prompt.shape[1]:].tolist()
         assert one.cut == (stop not in made)
         assert one.answer == loaded.tokenizer.decode(made[:made.index(stop)] if stop in made else made)
+
+
+def test_what_is_answered_is_all_before_a_last_answer(tmp_path):
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    records = [[user, assistant, user, assistant], [user, assistant, user], [assistant], [user]]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": record}) + "\n" for record in records))
+    some = examples.read_examples(tmp_path / "x.jsonl", 3)
+    assert [(example.question, example.expected) for example in some] == [
+        ([user, assistant, user], "b"), ([user, assistant, user], None), ([], "b")]
+    assert [example.where for example in some] == [f"{tmp_path}/x.jsonl:{line}" for line in (1, 2, 3)]
+
+
+def test_records_without_a_question_or_an_answer_are_shown(runs, folder):
+    user, assistant = {"role": "user", "content": "sea"}, {"role": "assistant", "content": "a plum"}
+    (runs / "x.jsonl").write_text("".join(json.dumps({"messages": [each]}) + "\n" for each in (user, assistant)))
+    page, _ = compared(runs, folder, prompts=runs / "x.jsonl")
+    assert page.count("there is nothing to answer") == 2 and page.count("<h4>expected</h4>") == 1
+    assert page.count('<div class="spans">') == 2
 
 
 def test_page_shows_each_token_with_both_values_in_the_colour_of_their_difference(runs, folder):
@@ -361,6 +379,7 @@ def write(file: Path, result: object) -> Path:
 def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch):
     monkeypatch.chdir(runs)
     (runs / "link").symlink_to(runs / "im")
+    (runs / "all").symlink_to(runs)
     bleu = {"records": 9, "bleu": 14.5, "bleu_interval": [9.5, 20.0], "signature": "x|y"}
     write(runs / "it" / "eval" / "memorization.json", {"data": ["train.jsonl"], "limit": 0, "results": [
         {"model": "it/final", **bleu}, {"model": str(runs / "link"), **bleu, "bleu": 11.5},
@@ -369,11 +388,13 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
                                              "pass@1": 0.25, "pass@1_standard_error": 0.1})
     write(runs / "a.json", {"model": "im/final", "problems": 3, "temperature": 0.2, "pass@1": 0.5,
                             "pass@1_standard_error": 0.2})
-    write(runs / "h.json", {"model": "im", "config": {"seed": 1}, "results": {
+    write(runs / "h.json", {"config": {"model": "spantune", "model_args": {"pretrained": "im"}}, "results": {
         "arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.05},
-        "gsm": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"}}})
+        "gsm": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"}}, "paper": {
+            "tasks": {"arc": {"value": 0.5}}, "mean_as_in_paper": 0.375, "mean_accuracies": None,
+            "categories": {"maths": {"mean_as_in_paper": 0.25, "tasks": 1}}}})
     write(runs / "w.json", {"model": "it", "name": "it", "win_rate": 12.5, "win_rate_standard_error": 1.5})
-    page, result = compared(runs, folder, results=[runs / f"{name}.json" for name in "ahw"])
+    page, result = compared(runs / "all", folder, results=[runs / f"{name}.json" for name in "ahw"])
     rows = result["rows"]
     assert result["notes"] == []
     assert values(rows["memorisation of training targets", "bleu"]) == {"A": 14.5, "B": 11.5}
@@ -384,6 +405,8 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
     assert rows["tasks of lm-evaluation-harness", "arc acc"]["runs"] == {"B": {"value": 0.5, "error": 0.05}}
     assert rows["tasks of lm-evaluation-harness", "gsm exact_match (strict-match)"]["runs"] == {
         "B": {"value": 0.25}}
+    assert {label: values(row) for (title, label), row in rows.items() if "mean_" in label} == {
+        "maths: mean_as_in_paper": {"B": 0.25}, "all categories: mean_as_in_paper": {"B": 0.375}}
     assert rows["open-ended answers", "win_rate"]["runs"] == {"A": {"value": 12.5, "error": 1.5}}
     captions = {table["title"]: table["caption"] for table in result["tables"]}
     assert captions["HumanEval"] == "problems 3; temperature 0.2"
@@ -496,8 +519,6 @@ def test_two_runs_fit_in_80_columns_and_the_json_has_the_numbers(runs, folder, c
     shutil.copytree(runs / "it", deep)
     config = json.loads((deep / "run_config.json").read_text())
     (deep / "run_config.json").write_text(json.dumps({**config, "model": "/far/away" * 20}))
-    write(deep / "eval" / "h.json", {"model": str(deep), "results": {"a_very_long_name_of_a_task" * 2: {
-        "acc,none": 0.123456, "acc_stderr,none": 0.01}}})
     shutil.rmtree(runs / "it")
     deep.rename(runs / "it")
     write(runs / "it" / "eval" / "h.json", {"model": str(runs / "it"), "results": {
