@@ -28,7 +28,7 @@ from eval.common import Parser, is_main, load, run, start_ranks, write_json
 from eval.examples import Example, Seen, look, read_examples
 from eval.page import make_page
 from eval.results import make_tables, parts_of, read_results
-from eval.tables import (Run, Table, as_json, configuration, last_evaluations, print_table, read_run, shorten,
+from eval.tables import (Run, as_json, configuration, last_evaluations, print_table, read_run, shorten,
                          training)
 
 
@@ -69,9 +69,10 @@ def ask_checkpoints(runs: list[Run], examples: list[Example], args: argparse.Nam
         loaded = load(name, args, device)
         try:
             spans.check_tokens(args.data, (args.model[0], name), data[0], datasets)
-            sums[name] = spans.evaluate(loaded, datasets, args)
         except ValueError as error:
             notes.append(f"{run.letter} is left out of the NLL on --data. {error}")
+        else:
+            sums[name] = spans.evaluate(loaded, datasets, args)
         if examples:
             seen[run.letter] = look(loaded, examples, args)
         del loaded      # before the next one

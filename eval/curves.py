@@ -3,6 +3,7 @@
 A run's lines have the class run0, run1, ...; what is drawn with the text's colour follows light and dark.
 """
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
@@ -97,7 +98,7 @@ def panel(title: str, lines: list[Line]) -> str:
             f'aria-label="{name}">{"".join(parts)}</svg></figure>')
 
 
-def polyline(style: str, places: object) -> str:
+def polyline(style: str, places: Iterable[tuple[float, float]]) -> str:
     return f'<polyline class="{style}" points="{" ".join(f"{x:.2f},{y:.2f}" for x, y in places)}"/>'
 
 

@@ -233,4 +233,5 @@ def legend(first: str) -> str:
     higher = "".join(swatch("worse", "+", level, *bounds) for level, bounds in levels)
     return (f'<p class="legend">NLL less that of {first}, nats: {lower}<span>within {EDGES[0]:g}</span>'
             f'{higher}</p><p class="faint">Blue: lower, the later run finds the token likelier. A token\'s '
-            "title has both values. \u21b5 line break, \u2423 space, \u21e5 tab, \u25cc part of a character.</p>")
+            "title has both values. \u21b5 line break, \u2423 space, \u21e5 tab, \u25cc part of a character."
+            "</p>")

@@ -30,7 +30,7 @@ class Run:
 class Cell(NamedTuple):
     value: float | str
     interval: list[float] | None = None     # [low, high]
-    error: float | None = None              # standard error
+    error: float | None = None              # standard error of value
 
 
 @dataclass
@@ -77,7 +77,7 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
 
 
 def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The JSON objects of a .jsonl file; a run that was killed, or writes just now, cuts the last one short."""
+    """The JSON objects of a .jsonl file; the last may be cut short, by a run that was killed or writes now."""
     lines, broken = [], 0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

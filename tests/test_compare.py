@@ -1,4 +1,4 @@
-"""Runs compared: what the page and the tables say against the runs' own files, transformers and eval.spans."""
+"""Runs compared: what page and tables say against the runs' own files, transformers and eval.spans."""
 import json
 import re
 import shutil
@@ -31,7 +31,8 @@ def folder(tmp_path_factory) -> Path:
                           {"role": "assistant", "content": "hello <i>world"}]}
     (folder / "test.jsonl").write_text(json.dumps(first) + "\n" + (folder / "rest.jsonl").read_text())
     for loss in ("it", "im"):
-        run_here(arguments(folder, loss, loss=loss, eval_data=folder / "test.jsonl", eval_every=3, log_every=4))
+        run_here(arguments(folder, loss, loss=loss, eval_data=folder / "test.jsonl", eval_every=3,
+                           log_every=4))
     return folder
 
 
@@ -176,13 +177,14 @@ def test_curves_are_the_files_numbers(runs, folder):
 @pytest.mark.parametrize("points", [[(1, 20.0), (50, 0.5), (90, 0.004)], [(0, 3.0), (7, 2.5)], [(4, 0.0)],
                                     [(0, -1.0), (10, 1.0), (20, 1.0)]])
 def test_panel_places_points_of_any_range(points):
-    root = ElementTree.fromstring(re.search("<svg.*</svg>", panel("x", [Line(0, "A", points, False)])).group())
+    svg = re.search("<svg.*</svg>", panel("x", [Line(0, "A", points, False)])).group()
+    root = ElementTree.fromstring(svg)
     assert [mark.get("class") for mark in root.iter("text")].count("y") >= 2
     for mark in root.iter():
         for name, limit in (("cx", 280), ("cy", 190), ("x", 280), ("y", 190)):
             assert 0 <= float(mark.get(name, 0)) <= limit
     if len(points) > 2:
-        for point, wanted in zip(drawn(ElementTree.tostring(root, encoding="unicode"))["run0"], points):
+        for point, wanted in zip(drawn(svg)["run0"], points):
             assert point == pytest.approx(wanted, rel=0.01, abs=0.05)
 
 
@@ -228,7 +230,8 @@ def test_token_nll_and_answers_equal_transformers(folder):
     some = examples.read_examples(folder / "test.jsonl", 6)
     seen = examples.look(loaded, some, Namespace(max_length=60, max_new_tokens=7))
     stop = loaded.tokenizer.special[loaded.template.end_of_turn]
-    assert len(seen) == 6 and any(len(one.ids) == 60 for one in seen) and any(len(one.ids) < 60 for one in seen)
+    lengths = [len(one.ids) for one in seen]
+    assert len(seen) == 6 and max(lengths) == 60 > min(lengths)
     for example, one in zip(some, seen):
         ids, kinds = tokenize(render(example.messages, loaded.template), loaded.tokenizer)
         assert (one.ids, one.kinds) == (ids[:60], kinds[:60])
@@ -240,7 +243,8 @@ def test_token_nll_and_answers_equal_transformers(folder):
         prompt = torch.tensor([tokenize(render(example.question, loaded.template, add_generation_prompt=True),
                                         loaded.tokenizer)[0]])
         made = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,
-                               max_new_tokens=7, eos_token_id=stop, pad_token_id=stop)[0, prompt.shape[1]:].tolist()
+                               max_new_tokens=7, eos_token_id=stop, pad_token_id=stop)
+        made = made[0, prompt.shape[1]:].tolist()
         assert one.cut == (stop not in made)
         assert one.answer == loaded.tokenizer.decode(made[:made.index(stop)] if stop in made else made)
 
@@ -257,7 +261,8 @@ def test_what_is_answered_is_all_before_a_last_answer(tmp_path):
 
 def test_records_without_a_question_or_an_answer_are_shown(runs, folder):
     user, assistant = {"role": "user", "content": "sea"}, {"role": "assistant", "content": "a plum"}
-    (runs / "x.jsonl").write_text("".join(json.dumps({"messages": [each]}) + "\n" for each in (user, assistant)))
+    lines = [json.dumps({"messages": [message]}) + "\n" for message in (user, assistant)]
+    (runs / "x.jsonl").write_text("".join(lines))
     page, _ = compared(runs, folder, prompts=runs / "x.jsonl")
     assert page.count("there is nothing to answer") == 2 and page.count("<h4>expected</h4>") == 1
     assert page.count('<div class="spans">') == 2
@@ -410,7 +415,8 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
     assert rows["open-ended answers", "win_rate"]["runs"] == {"A": {"value": 12.5, "error": 1.5}}
     captions = {table["title"]: table["caption"] for table in result["tables"]}
     assert captions["HumanEval"] == "problems 3; temperature 0.2"
-    assert captions["memorisation of training targets"] == "records 9; signature x|y; --data train.jsonl; --limit 0"
+    assert captions["memorisation of training targets"] == (
+        "records 9; signature x|y; --data train.jsonl; --limit 0")
     assert not any("99.5" in str(values(row)) for row in rows.values()) and "99.5" not in page
 
 
@@ -434,9 +440,9 @@ def test_two_results_of_one_command_are_told_apart_by_their_files(runs, folder):
 
 def test_unknown_results_are_tables_of_their_numbers(runs, folder):
     for name in ("it", "im"):
-        write(runs / name / "eval" / "mine.json", {"model": str(runs / name), "good": 0.5, "parts": {"x": 2},
-                                                   "list": [1, {}], "none": None, "yes": True, "nan": float("nan"),
-                                                   "huge": float("inf")})
+        write(runs / name / "eval" / "mine.json", {
+            "model": str(runs / name), "good": 0.5, "parts": {"x": 2}, "list": [1, {}], "none": None,
+            "yes": True, "nan": float("nan"), "huge": float("inf")})
     page, result = compared(runs, folder)
     assert {label: values(row)["B"] for (title, label), row in result["rows"].items()
             if title == "mine" and label != "nan"} == {"good": 0.5, "parts x": 2, "huge": float("inf")}
@@ -453,7 +459,8 @@ def test_files_that_fit_no_run_are_named(runs, folder):
     assert [note.split(":")[0] for note in result["notes"]] == [str(other), str(rows), str(plain),
                                                                str(runs / "broken.json")]
     assert all(note in Page(page).text for note in result["notes"])
-    assert {title for title, _ in result["rows"]} == {"configuration", "training", "held out, when training ended"}
+    assert {title for title, _ in result["rows"]} == {"configuration", "training",
+                                                      "held out, when training ended"}
 
 
 # ---------------------------------------------------------------- the page and the terminal
@@ -541,8 +548,9 @@ def test_two_runs_fit_in_80_columns_and_the_json_has_the_numbers(runs, folder, c
 
 
 def test_numbers_have_four_digits():
-    assert [text(x) for x in (0.30512, 2.0, 15.567, 100.04, 1234.5, 12345, 0.0, -9.801, float("nan"), "x")] == [
-        "0.3051", "2", "15.57", "100.0", "1,234", "12,345", "0", "-9.801", "nan", "x"]
+    numbers = (0.30512, 2.0, 15.567, 100.04, 1234.5, 12345, 0.0, -9.801, float("nan"), "x")
+    assert [text(x) for x in numbers] == ["0.3051", "2", "15.57", "100.0", "1,234", "12,345", "0", "-9.801",
+                                          "nan", "x"]
     assert cell_text(Cell(0.5, [0.25, 1.0]), "+") == "+0.500 [0.250, 1]"
     assert cell_text(Cell(-0.5, None, 0.125)) == "-0.5000 \u00b1 0.125" and cell_text(None) == "-"
 
