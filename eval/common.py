@@ -49,6 +49,9 @@ class Parser(argparse.ArgumentParser):
     def add_model_flags(self, several: bool = False) -> None:
         self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
                           help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
+        self.add_common_flags()
+
+    def add_common_flags(self) -> None:
         self.add_argument("--template", default="auto",
                           help="chat template: auto (the checkpoint's own), "
                                f"{', '.join(TEMPLATES)} or FILE.jinja")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Parser, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.common import Loaded, Parser, is_main, load, rank, run, start_ranks, world_size, write_json
 from loss import nll
 from model import Llama, resolve_model
 
@@ -112,22 +112,26 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_model_flags(several=True)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE",
                         help="held-out records, each file reported on its own")
+    add_data_flags(parser)
+    parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
+    args = parser.parse_args(argv)
+    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
+    return args
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Those that load_data, evaluate and compare need beside --data."""
     parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
                         help="what to do with longer ones")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096,
                         help="tokens of one forward pass; changes memory and speed only")
     parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenised data is kept between runs")
-    parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
     add_bootstrap_flags(parser)
-    args = parser.parse_args(argv)
-    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
-    return args
 
 
 def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
-    """[checkpoint][file]; one process of each machine tokenises, the others read what it wrote.
-    ValueError if a checkpoint tokenises a file otherwise than the first one does."""
+    """[checkpoint][file]; one process of each machine tokenises, the others read what it wrote."""
     data = []
     ranks_wait = int(os.environ.get("LOCAL_RANK", 0)) != 0
     if ranks_wait:
@@ -137,28 +141,32 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
         template = load_template(args.template, tokenizer, args.date)
         data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong, args.cache_dir,
                                   progress=is_main() and sys.stderr.isatty()) for file in args.data])
-        for file, first, mine in zip(args.data, data[0], data[-1]):
-            if first.key != mine.key and not all(np.array_equal(getattr(first, x), getattr(mine, x))
-                                                 for x in ("offsets", "ids", "kinds")):
-                raise ValueError(f"{file}: {name} tokenises it otherwise than {args.model[0]} does (another "
-                                 "tokenizer or template), so their NLL a token cannot be compared; give "
-                                 "--template if that is the difference, or evaluate each in its own call")
     if world_size() > 1 and not ranks_wait:
         dist.barrier()
     return data
 
 
-def evaluate(name: str, datasets: list[Dataset], args: argparse.Namespace, device: torch.device
-             ) -> list[np.ndarray]:
-    """example_sums of each file, (E, K); the checkpoint is let go of on return."""
-    loaded = load(name, args, device)
+def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset], other: list[Dataset]
+                 ) -> None:
+    """ValueError if of two checkpoints, by name, the other tokenises a file otherwise than the first one."""
+    for file, theirs, mine in zip(files, first, other):
+        if theirs.key != mine.key and not all(np.array_equal(getattr(theirs, x), getattr(mine, x))
+                                              for x in ("offsets", "ids", "kinds")):
+            raise ValueError(f"{file}: {names[1]} tokenises it otherwise than {names[0]} does (another "
+                             "tokenizer or template), so their NLL a token cannot be compared; give "
+                             "--template if that is the difference, or evaluate each in its own call")
+
+
+def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
+    """example_sums of each file, (E, K)."""
     out = []
     for file, dataset in zip(args.data, datasets):
-        rows = partial(tqdm, desc=f"{Path(name).name} on {Path(file).name}", leave=False, unit=" rows",
+        rows = partial(tqdm, desc=f"{Path(loaded.name).name} on {Path(file).name}", leave=False, unit=" rows",
                        disable=not (is_main() and sys.stderr.isatty()))
         capacity = max(args.micro_batch_tokens, int(dataset.lengths.max()))
         with loaded.autocast:
-            out.append(example_sums(loaded.model, dataset, capacity, device, rank(), world_size(), rows))
+            out.append(example_sums(loaded.model, dataset, capacity, loaded.device, rank(), world_size(),
+                                    rows))
     return out
 
 
@@ -188,6 +196,12 @@ def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]],
                 print(f"{f'{m + 1}-1':<5}{cells(mine, '_minus_first')}")
 
 
+def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]]) -> list[dict]:
+    """One file's results as --json has them, of compare()'s."""
+    return [{"data": file, "model": name, "span": kind, **row}
+            for name, kinds in zip(names, checkpoints) for kind, row in kinds.items()]
+
+
 def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
                    args: argparse.Namespace) -> None:
     """A line for each checkpoint, file and example: where it stands, and its NLL sums (nats) and targets."""
@@ -208,7 +222,10 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     device = start_ranks(args)
     data = load_data(args)
-    sums = [evaluate(name, datasets, args, device) for name, datasets in zip(args.model, data)]
+    for name, datasets in zip(args.model, data):
+        check_tokens(args.data, (args.model[0], name), data[0], datasets)
+    # each checkpoint is let go of before the next
+    sums = [evaluate(load(name, args, device), datasets, args) for name, datasets in zip(args.model, data)]
     if not is_main():
         return
     print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
@@ -221,8 +238,7 @@ def main(argv: list[str]) -> None:
         of_file = compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap,
                           args.confidence, args.seed)
         print_table(file, dataset, of_file, args.confidence)
-        rows += [{"data": file, "model": name, "span": kind, **row}
-                 for name, kinds in zip(args.model, of_file) for kind, row in kinds.items()]
+        rows += result_rows(file, args.model, of_file)
     if args.per_example:
         write_examples(args.per_example, data, sums, args)
     flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
