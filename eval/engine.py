@@ -195,10 +195,12 @@ class Engine:
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
                 sampling: Sampling = Sampling(), keys: Sequence[tuple[int, ...]] | None = None,
-                on_token: Callable[[int, int], None] | None = None) -> Iterator[tuple[int, list[int], bool]]:
+                on_token: Callable[[int, int], None] | None = None,
+                done: Callable[[int, list[int]], bool] | None = None
+                ) -> Iterator[tuple[int, list[int], bool]]:
         """Yields (number of the prompt, ids up to and without the first of `stop`, whether there was one) as
         answers end, longest prompts first. keys: names each prompt for Sampling.draws, default its number;
-        on_token(number, id) is called as tokens come."""
+        on_token(number, id) is called as tokens come; done(number, ids) then says whether to end here too."""
         waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         cache = Cache(self.model, min(batch_size, len(prompts)))
         device, running = cache.lengths.device, [-1] * len(cache.lengths)       # each slot's prompt; -1: free
@@ -236,7 +238,7 @@ class Engine:
                     outputs[i].append(token)
                     if on_token:
                         on_token(i, token)
-                if ended or len(outputs[i]) == max_new_tokens:
+                if ended or len(outputs[i]) == max_new_tokens or (done and done(i, outputs[i])):
                     running[slot] = -1
                     yield i, outputs[i], ended
                 else:
