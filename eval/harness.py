@@ -72,7 +72,7 @@ def check_documents(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     documents = 0
     try:
-        for number, line in enumerate(text.splitlines() if file.suffix == ".jsonl" else [text], 1):
+        for number, line in enumerate(text.split("\n") if file.suffix == ".jsonl" else [text], 1):
             read = json.loads(line) if line.strip() else []
             read = [read] if isinstance(read, dict) else read
             if not all(isinstance(document, dict) for document in read):
@@ -105,13 +105,16 @@ def local_dataset(task: str, files: dict[str | None, Path], shots: int | None, c
     return {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}, **left_out}
 
 
-def load_suite(manager: object) -> tuple[list, dict[str, list[str]], dict[str, str]]:
-    """The paper's tasks that can be loaded here, on all ranks; the subtasks of those that are tags; and why
-    each of the others cannot."""
-    loaded, members, why_not = {}, {}, {}
+def suite_members(manager: object) -> dict[str, list[str]]:
+    """The paper's tasks -> the subtasks of those that are tags of the harness, the others themselves."""
+    return {entry.task: sorted(manager.task_index[entry.task].tags) if entry.task in manager.all_tags
+            else [entry.task] for entry in paper_suite.ENTRIES}
+
+
+def load_suite(manager: object, members: dict[str, list[str]]) -> tuple[list, dict[str, str]]:
+    """The paper's tasks that can be loaded here, on all ranks; and why each of the others cannot."""
+    loaded, why_not = {}, {}
     for entry in paper_suite.ENTRIES:
-        tags = sorted(manager.task_index[entry.task].tags) if entry.task in manager.all_tags else []
-        members[entry.task] = tags or [entry.task]
         try:
             for task in members[entry.task]:
                 if entry.shots is not None:
@@ -125,7 +128,7 @@ def load_suite(manager: object) -> tuple[list, dict[str, list[str]], dict[str, s
     if len(why_not) == len(paper_suite.ENTRIES):
         raise ValueError("--tasks paper: none of its tasks can be loaded; for one, "
                          "{}: {}".format(*next(iter(why_not.items()))))
-    return [task for name, tasks in loaded.items() if name not in why_not for task in tasks], members, why_not
+    return [task for name, tasks in loaded.items() if name not in why_not for task in tasks], why_not
 
 
 # ---------------------------------------------------------------- the harness's own command
@@ -153,12 +156,15 @@ def run_harness(settings: argparse.Namespace, model: object, local: dict[str, di
     def evaluate(**asked: object) -> dict | None:
         nonlocal results, members, why_not
         manager = asked["task_manager"]
+        members = suite_members(manager) if suite else {}
+        shots = {task: entry.shots for entry in paper_suite.ENTRIES for task in members.get(entry.task, ())}
         for task, files in local.items():
             if task not in manager.all_subtasks:
                 raise ValueError(f"--local {task}: the harness has no task of that name (lm-eval ls tasks)")
-            change_task(manager, task, partial(local_dataset, task, files, asked["num_fewshot"]))
+            change_task(manager, task, partial(local_dataset, task, files,
+                                               shots.get(task, asked["num_fewshot"])))
         if suite:
-            tasks, members, why_not = load_suite(manager)
+            tasks, why_not = load_suite(manager, members)
             asked["tasks"] = [*tasks, *(name for name in asked["tasks"] if name not in
                                         {entry.task for entry in paper_suite.ENTRIES})]
         if asked["use_cache"]:

@@ -42,20 +42,20 @@ ELSEWHERE = {"HumanEval": "run by eval.humaneval, with --samples 20 at --tempera
 HUMANEVAL_IN = "maths and code"
 
 
-def score(entry: Entry, results: dict, members: list[str]) -> tuple[float, float] | None:
+def score(entry: Entry, results: dict, members: list[str]) -> tuple[float, float | None] | None:
     """(value, standard error) from the harness's results, weighted by documents over the members of a tag;
-    error rates as fractions, like the others. None if any is missing; NaN for an error that the harness gives
-    none of."""
+    error rates as fractions, like the others. None if any is missing; the error is None where the
+    harness gives none."""
     metric, _, name = entry.metric.partition(",")
     rows = [results["results"].get(task, {}) for task in members]
     if not all(entry.metric in row for row in rows):
         return None
     sizes = [results.get("n-samples", {}).get(task, {}).get("effective", 1) for task in members]
     values, errors = ([row.get(key) for row in rows] for key in (entry.metric, f"{metric}_stderr,{name}"))
-    errors = [error if isinstance(error, (int, float)) else math.nan for error in errors]
+    known = all(isinstance(error, (int, float)) for error in errors)
     scale = (100 if entry.error_rate else 1) * sum(sizes)
     return (sum(size * value for size, value in zip(sizes, values)) / scale,
-            math.sqrt(sum((size * error) ** 2 for size, error in zip(sizes, errors))) / scale)
+            math.sqrt(sum((size * error) ** 2 for size, error in zip(sizes, errors))) / scale if known else None)
 
 
 def summary(results: dict, members: dict[str, list[str]], why_not: dict[str, str]) -> dict:
@@ -88,7 +88,7 @@ def mean(values: list[float]) -> float | None:
 def table(found: dict) -> str:
     """A summary() in lines of at most 80 columns, in percent."""
     def percent(value: float | None) -> str:
-        return f"{'-' if value is None or math.isnan(value) else f'{100 * value:.2f}':>8}"
+        return f"{'-' if value is None else f'{100 * value:.2f}':>8}"
 
     lines = [f"{'task':<28} {'metric':<25}{'%':>8}{'stderr':>8}"]
     for task, row in found["tasks"].items():
