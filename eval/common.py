@@ -25,7 +25,7 @@ class Loaded:
     name: str               # as the user gave it
     model: Llama
     tokenizer: Tokenizer
-    template: Template
+    template: Template | None       # none was asked for
     device: torch.device
     autocast: torch.autocast
 
@@ -73,7 +73,7 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
         model.to(torch.bfloat16)
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
-    template = load_template(args.template, tokenizer, args.date)
+    template = load_template(args.template, tokenizer, args.date) if args.template else None
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 

@@ -78,7 +78,7 @@ class Document:
         self.number, self.start, self.room, self.draws = number, len(prompt), room, draws
         self.ids: list[int] = []
         self.follows: dict[tuple[int, int], int] = {}   # two tokens -> the place behind their last occurrence
-        self.trust, self.stopped = 2, False
+        self.trust, self.stopped, self.ended = 2, False, False
         for token in prompt:
             self.add(token)
 
@@ -91,10 +91,6 @@ class Document:
     def made(self) -> int:
         return len(self.ids) - self.start
 
-    @property
-    def ended(self) -> bool:
-        return self.stopped or self.made == self.room
-
     def guess(self, most: int) -> list[int]:
         """One token more than were right the last time, at the most; a loop is guessed to go on."""
         place, guess = self.follows.get(tuple(self.ids[-2:])), []
@@ -103,15 +99,18 @@ class Document:
                 guess.append(self.ids[j] if j < len(self.ids) else guess[j - len(self.ids)])
         return guess
 
-    def take(self, chosen: list[int], guess: list[int], stop: set[int]) -> None:
+    def take(self, chosen: list[int], guess: list[int], stop: set[int],
+             done: Callable[[int, list[int]], bool] | None = None) -> None:
         """chosen: what the model chose behind the last token and behind each guessed one. They count up to
-        the first that was not guessed, which still does."""
+        the first that was not guessed, which still does. stop, done: as Engine.answers takes them."""
         before = self.made
         for token, guessed in zip(chosen, [*guess, None]):
             if token in stop:
                 self.stopped = True
             else:
                 self.add(token)
+            self.ended = self.stopped or self.made == self.room or bool(
+                done and done(self.number, self.ids[self.start:]))
             if self.ended or token != guessed:
                 break
         if guess:
@@ -279,12 +278,14 @@ class Engine:
     @torch.no_grad()
     def answers(self, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
                 sampling: Sampling = Sampling(), keys: Sequence[tuple[int, ...]] | None = None,
-                on_token: Callable[[int, int], None] | None = None, lookup: int = LOOKUP
+                on_token: Callable[[int, int], None] | None = None,
+                done: Callable[[int, list[int]], bool] | None = None, lookup: int = LOOKUP
                 ) -> Iterator[tuple[int, list[int], bool]]:
         """Yields (number of the prompt, ids up to and without the first of `stop`, whether there was one) as
         answers end, short prompts first: documents of like length then run together, and a step computes
         over the longest one's places for all. keys: names each prompt for Sampling.draws, default its number;
-        on_token(number, id) is called as tokens come; lookup: the most tokens to guess (Document.guess)."""
+        on_token(number, id) is called as tokens come; done(number, ids) says behind each whether to end there
+        too; lookup: the most tokens to guess (Document.guess)."""
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
         cache, greedy = Cache(self.model, len(running)), torch.zeros(max_new_tokens)
@@ -312,7 +313,7 @@ class Engine:
             chosen = iter(sampling.choose(self.head(hidden.to(self.dtype)), draw.to(hidden.device)).tolist())
             for slot, guess in guesses.items():
                 document, before = running[slot], len(running[slot].ids)
-                document.take([next(chosen) for _ in range(len(guess) + 1)], guess, stop)
+                document.take([next(chosen) for _ in range(len(guess) + 1)], guess, stop, done)
                 for token in document.ids[before:] if on_token else ():
                     on_token(document.number, token)
                 if document.ended:

@@ -86,7 +86,8 @@ def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace,
 
     try:
         for _ in engine.answers([prompt], loaded.stop_ids, args.max_new_tokens, 1, sampling(args),
-                                [(turn, 0)], lambda _, token: show(token), args.prompt_lookup_num_tokens):
+                                [(turn, 0)], lambda _, token: show(token),
+                                lookup=args.prompt_lookup_num_tokens):
             pass
     except KeyboardInterrupt:
         if not args.chat:

@@ -319,13 +319,13 @@ def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatc
 def test_ctrl_c_ends_an_answer_but_not_the_conversation(folder, monkeypatch):
     answers, reply, typed, seen, said = Engine.answers, module.reply, iter(["red", "blue"]), [], []
 
-    def interrupted(self, prompts, stop, most, size, sampling, keys, on_token, lookup):
+    def interrupted(self, prompts, stop, most, size, sampling, keys, on_token, **named):
         def watched(i, token):
             on_token(i, token)
             seen.append(token)
             if len(seen) == 2:
                 raise KeyboardInterrupt
-        return answers(self, prompts, NEVER, most, size, sampling, keys, watched, lookup)
+        return answers(self, prompts, NEVER, most, size, sampling, keys, watched, **named)
 
     def type_in(prompt):
         for text in typed:

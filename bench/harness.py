@@ -1,0 +1,148 @@
+"""eval/harness.py beside lm-evaluation-harness's own `hf` model: the same numbers in fp32, and speed.
+
+    python -m bench.harness --model DIR --data FILE [--questions 24] [--batch-size 4] [--dtype fp32 bf16]
+
+The task is multiple choice with long contexts, made from records with short answers: as many instructions
+with their answers as make --context tokens, the last one to be answered; its choices are its own answer and
+three other questions'. Every run is a process of its own, ours and hf in turn (ours, hf, hf, ours, ...),
+because a machine's speed drifts: ratios are between runs of one round. hf runs --batch-size inputs at once,
+ours rows of --micro-batch-tokens. Seconds are those of the model's answer to all requests, tokenisation with
+them; loading and building the requests are outside. Differences are between the first round's
+log-likelihoods, in nats. --prefix gives all questions so many tokens of text in common, as examples before a
+question would be. The last line printed is one JSON object with all of it.
+"""
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from bench.common import cores, hardware, json_child, print_table
+
+TASK = """task: long_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}\\nAnswer:"
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def make_task(args: argparse.Namespace, folder: Path) -> int:
+    """Writes the task and its questions; returns the tokens of their contexts."""
+    from data import Tokenizer, read_records
+    from model import resolve_model
+    encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""
+    for messages, _ in read_records(args.data):
+        text, answer = text + messages[-2]["content"], messages[-1]["content"].strip()
+        size = len(encode(text).ids)
+        if size < args.context or not answer:
+            text += f"\nAnswer: {answer}\n\n"
+            continue
+        chosen.append((text, answer))
+        total, text = total + size, ""
+        if len(chosen) == args.questions:
+            break
+    else:
+        raise ValueError(f"--questions {args.questions}: {args.data} makes only {len(chosen)} of "
+                         f"{args.context} tokens")
+    words = " ".join(question for question, _ in chosen).split()
+    prefix = encode(" ".join(words)).ids[:args.prefix]
+    prefix = Tokenizer(resolve_model(args.model)).decode(prefix) + "\n\n" if prefix else ""
+    rng, answers = random.Random(0), sorted({answer for _, answer in chosen})
+    with open(folder / "questions.jsonl", "w", encoding="utf-8") as out:
+        for question, answer in chosen:
+            choices = rng.sample([other for other in answers if other != answer], 3) + [answer]
+            rng.shuffle(choices)
+            out.write(json.dumps({"question": prefix + question, "choices": choices,
+                                  "label": choices.index(answer)}) + "\n")
+    (folder / "task.yaml").write_text(TASK.format(file=folder / "questions.jsonl"))
+    return total + args.questions * args.prefix
+
+
+def run_here(args: argparse.Namespace) -> dict:
+    """One run, in the child: {"seconds", "accuracy", "values": a log-likelihood for each choice}."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+    dtype = args.dtype[0]
+    if args.run == "ours":
+        from eval.harness_model import HarnessModel
+        model = HarnessModel(args.model, dtype=dtype, device="cpu",
+                             micro_batch_tokens=args.micro_batch_tokens)
+    else:
+        from lm_eval.models.huggingface import HFLM
+        model = HFLM(args.model, device="cpu", dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype],
+                     batch_size=args.batch_size)
+    answer, seconds = model.loglikelihood, []
+
+    def timed(requests: list) -> list:
+        answer(requests[:4])    # a short warm-up
+        started = time.perf_counter()
+        found = answer(requests)
+        seconds.append(time.perf_counter() - started)
+        return found
+
+    model.loglikelihood = timed
+    results = simple_evaluate(model=model, tasks=["long_choice"], bootstrap_iters=0,
+                              task_manager=TaskManager(include_path=args.task, include_defaults=False))
+    return {"seconds": seconds[0], "accuracy": results["results"]["long_choice"]["acc,none"],
+            "values": [value for sample in results["samples"]["long_choice"]
+                       for ((value, _),) in sample["resps"]]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="records with long instructions and short answers")
+    parser.add_argument("--questions", type=int, default=24)
+    parser.add_argument("--context", type=int, default=500)
+    parser.add_argument("--prefix", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--run", choices=("ours", "hf"), help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        Path(args.result).write_text(json.dumps(run_here(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = make_task(args, Path(folder))
+        result: dict = {"questions": args.questions, "context_tokens": tokens, "batch_size": args.batch_size,
+                        **hardware("transformers", "lm_eval")}
+
+        def apart(who: str, dtype: str) -> dict:
+            return json_child(["-m", "bench.harness", "--run", who, "--dtype", dtype, "--task", folder,
+                               "--model", args.model, "--data", args.data,
+                               "--batch-size", str(args.batch_size),
+                               "--micro-batch-tokens", str(args.micro_batch_tokens)], args.threads)
+
+        for dtype in args.dtype:
+            runs: dict[str, list[dict]] = {"ours": [], "hf": []}
+            for i in range(args.rounds):
+                for who in list(runs) if i % 2 == 0 else reversed(runs):
+                    runs[who].append(apart(who, dtype))
+            ratios = [hf["seconds"] / ours["seconds"] for ours, hf in zip(*runs.values())]
+            worst = max(abs(a - b) for a, b in zip(*(runs[who][0]["values"] for who in runs)))
+            result[dtype] = {"seconds": {who: [run["seconds"] for run in runs[who]] for who in runs},
+                             "ratios": ratios, "ratio": statistics.median(ratios),
+                             "largest_difference": worst,
+                             "accuracy": {who: runs[who][0]["accuracy"] for who in runs}}
+            print_table([f"{dtype}, seconds", *(f"round {i + 1}" for i in range(args.rounds)), "accuracy"],
+                        [[who, *(f"{run['seconds']:.1f}" for run in some), f"{some[0]['accuracy']:.3f}"]
+                         for who, some in runs.items()] + [["ratio", *(f"{x:.2f}" for x in ratios), ""]],
+                        [24] + [10] * (args.rounds + 1))
+            print(f"largest difference of a log-likelihood: {worst:.1e} nats\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
