@@ -1,16 +1,14 @@
 """A few records seen closely: a checkpoint's own answers, and its NLL of every token of what stands there."""
-import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
-from tqdm import tqdm
 
 from data import Tokenizer, read_records, render, tokenize
-from eval.common import Loaded, gather, is_main, rank, world_size
-from eval.generate import Text, generate, stop_ids
+from eval.common import Loaded, gather, progress, rank, world_size
+from eval.generate import Text, generate
 from loss import nll
 
 
@@ -79,11 +77,10 @@ def look(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Seen]
         ids, kinds = ids[:args.max_length], kinds[:args.max_length]
         seen.append(Seen(None, False, ids, kinds, token_texts(loaded.tokenizer, ids),
                          token_nll(loaded, ids) if len(ids) > 1 else []))
-    progress = partial(tqdm, total=len(prompts), desc=f"answers of {loaded.name}", leave=False,
-                       disable=not (is_main() and sys.stderr.isatty()))
+    bar = partial(progress, total=len(prompts), unit="answer")
     with loaded.autocast:
-        outputs = dict(zip(prompts, generate(loaded.model, list(prompts.values()), stop_ids(loaded),
-                                             args.max_new_tokens, progress=progress))) if prompts else {}
+        outputs = dict(zip(prompts, generate(loaded.model, list(prompts.values()), loaded.stop_ids,
+                                             args.max_new_tokens, progress=bar))) if prompts else {}
     for i, one in zip(mine, seen):
         if i in outputs:
             one.answer, one.cut = loaded.tokenizer.decode(outputs[i]), len(outputs[i]) == args.max_new_tokens
