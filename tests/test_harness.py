@@ -402,6 +402,12 @@ def test_wrong_flags_are_named(folder, more, says):
         harness.main(arguments(folder, **more))
 
 
+def test_without_the_harness_one_line_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
+    with pytest.raises(ValueError, match="pip install -r requirements-eval.txt"):
+        harness.main(arguments(folder))
+
+
 def test_bad_local_files_are_named_with_their_line(tmp_path, folder):
     for text, says in (('{"a": 1}\n{"a"\n', "bad.jsonl:2"), ("[1, 2]", "not a JSON object"),
                        ("\n", "no document")):
