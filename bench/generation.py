@@ -25,7 +25,9 @@ def run_here(args: argparse.Namespace) -> dict:
     import torch
 
     from data import Tokenizer, load_template, read_records, render, tokenize
+    from machine import keep_freed_memory
     from model import load_model, resolve_model
+    keep_freed_memory()     # of both
     folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
     tokenizer = Tokenizer(folder)
     template = load_template(args.template, tokenizer)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import TEMPLATES, Template, Tokenizer, load_template
-from machine import report_error, share_threads
+from machine import keep_freed_memory, report_error, share_threads
 from model import Llama, check_vocabulary, load_model, resolve_model
 
 
@@ -127,6 +127,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
     """The device of this rank; under torchrun all ranks meet first. ValueError if there is no CUDA."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
+    keep_freed_memory()
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
