@@ -44,6 +44,8 @@ class ChatModel:
         if not base and not self.key:
             raise ValueError(f"--judge {name}: set OPENAI_API_KEY, or OPENAI_BASE_URL for a server that "
                              "needs no key")
+        if not (self.key.isascii() and self.key.isprintable() and " " not in self.key):
+            raise ValueError("OPENAI_API_KEY: holds a space, a line break or another character of no key")
         if base and not base.startswith(("http://", "https://")):
             raise ValueError(f"OPENAI_BASE_URL {base}: must begin with http:// or https://")
         self.name, self.stop = name, threading.Event()
@@ -83,8 +85,8 @@ class ChatModel:
             text = json.loads(text)["error"]["message"]
         except (OSError, HTTPException, ValueError, LookupError, TypeError):
             pass    # not as OpenAI's servers say it: the text as it is
-        text = " ".join(str(text).split())[:300]
-        return text.replace(self.key, "***") if self.key else text
+        text = str(text).replace(self.key, "***") if self.key else str(text)
+        return " ".join(text.split())[:300]
 
 
 def retry_after(value: str) -> float:

@@ -181,7 +181,7 @@ def values_of(verdicts: dict[Job, str | float | None], categories: dict[int, str
 
 
 def summary(values: dict[tuple[str, int, int], float], name: str) -> dict:
-    """The mean as NAME, its standard error, for which a question's turns are one draw, and the count; means by
+    """The mean as NAME, its standard error, to which a question's turns are one draw, the count; means by
     turn where there are two, and by category."""
     def mean(category: str | None = None, turn: int | None = None) -> float | None:
         some = [value for (its_category, _, its_turn), value in values.items()

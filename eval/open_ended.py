@@ -46,6 +46,8 @@ def read_questions(args: Namespace) -> list[dict]:
     """[{"id", "turns": [text], "category", "temperature", "reference": correct answers or None}]."""
     if args.benchmark == "alpaca":
         lines = read_objects(args.questions, ("instruction",), "a question", args.limit)
+        if wrong := [i for i, line in enumerate(lines) if not isinstance(line["instruction"], str)]:
+            raise ValueError(f"{args.questions}: the instruction of question {wrong[0]} is no text")
         return [{"id": i, "turns": [line["instruction"]], "category": line.get("dataset", ""),
                  "temperature": 0.0, "reference": None} for i, line in enumerate(lines)]
     questions = []
@@ -142,7 +144,11 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
         if not args.reference:
             return None
         lines = read_objects(args.reference, ("question_id", "choices"), "an answer")
-        found = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+        try:
+            found = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
+        except (LookupError, TypeError):
+            raise ValueError(f"--reference {args.reference}: an answer must have choices, the first of which "
+                             "has turns") from None
         wanted = {question["id"]: question["id"] for question in questions}
     else:
         file = args.reference or args.questions

@@ -220,11 +220,11 @@ def test_what_fails_for_good_is_named_and_asked_for_by_the_next_run_alone(serve,
                                            (404, "OPENAI_BASE_URL")])
 def test_a_wrong_key_or_address_is_one_line_without_the_key(serve, tmp_path, status, names):
     server = serve(lambda payload, before: "[[5]]" if "answer 2" not in text_of(payload)
-                   else refusal(status, f"no {KEY}\nhere"))
+                   else refusal(status, f"no {KEY}\nhere {'x' * 276}{KEY}"))
     with pytest.raises(ValueError) as caught:
         ask(grade_jobs(40), tmp_path / "v", workers=1)
-    assert f"says HTTP {status}: no *** here; check {names}" in str(caught.value)
-    assert "\n" not in str(caught.value) and KEY not in str(caught.value)
+    assert f"says HTTP {status}: no *** here xxx" in str(caught.value) and names in str(caught.value)
+    assert "\n" not in str(caught.value) and KEY[:8] not in str(caught.value)   # nor a part, where it is cut
     kept = len((tmp_path / "v").read_text().splitlines())
     assert 2 <= kept < 40 and len(server.requests) == kept + 1      # what was paid for is there
 
@@ -271,6 +271,11 @@ def test_without_an_address_or_with_a_wrong_one(monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "file:///etc")
     with pytest.raises(ValueError, match="OPENAI_BASE_URL file:///etc: must begin with http"):
         chat_completions.ChatModel("gpt")
+    for key in (KEY + "\n", "a" + KEY + " b", KEY + "…"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(ValueError, match="OPENAI_API_KEY: holds") as caught:
+            chat_completions.ChatModel("gpt")
+        assert KEY not in str(caught.value)
 
 
 def test_a_server_without_a_key_is_sent_none(serve, tmp_path, monkeypatch):
