@@ -8,8 +8,7 @@ three other questions'. Every run is a process of its own, ours and hf in turn (
 because a machine's speed drifts: ratios are between runs of one round. hf runs --batch-size inputs at once,
 ours rows of --micro-batch-tokens. Seconds are those of the model's answer to all requests, tokenisation with
 them; loading and building the requests are outside. Differences are between the first round's
-log-likelihoods, in nats. --prefix gives all questions so many tokens of text in common, as examples before a
-question would be. The last line printed is one JSON object with all of it.
+log-likelihoods, in nats. The last line printed is one JSON object with all of it.
 """
 import argparse
 import json
@@ -51,18 +50,18 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
     else:
         raise ValueError(f"--questions {args.questions}: {args.data} makes only {len(chosen)} of "
                          f"{args.context} tokens")
-    words = " ".join(question for question, _ in chosen).split()
-    prefix = encode(" ".join(words)).ids[:args.prefix]
-    prefix = Tokenizer(resolve_model(args.model)).decode(prefix) + "\n\n" if prefix else ""
     rng, answers = random.Random(0), sorted({answer for _, answer in chosen})
+    if len(answers) < 4:
+        raise ValueError(f"--questions {args.questions}: they have {len(answers)} different answers and 4 are "
+                         "needed to choose from; give more")
     with open(folder / "questions.jsonl", "w", encoding="utf-8") as out:
         for question, answer in chosen:
             choices = rng.sample([other for other in answers if other != answer], 3) + [answer]
             rng.shuffle(choices)
-            out.write(json.dumps({"question": prefix + question, "choices": choices,
+            out.write(json.dumps({"question": question, "choices": choices,
                                   "label": choices.index(answer)}) + "\n")
     (folder / "task.yaml").write_text(TASK.format(file=folder / "questions.jsonl"))
-    return total + args.questions * args.prefix
+    return total
 
 
 def run_here(args: argparse.Namespace) -> dict:
@@ -101,7 +100,6 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="records with long instructions and short answers")
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--context", type=int, default=500)
-    parser.add_argument("--prefix", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
