@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(shapes: int = 256) -> None:
     """Tell glibc to keep what is freed instead of handing it back: a step frees and takes gigabytes, and
-    every page taken anew costs a fault. And oneDNN to remember fewer shapes: what it remembers stands in the
-    way of large blocks."""
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    every page taken anew costs a fault. And oneDNN how many shapes of products to remember (its default is
+    1024): what it remembers stands in the way of large blocks, and what it forgets it compiles again."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes))
     with contextlib.suppress(OSError, AttributeError):  # another libc
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_MAX, M_TRIM_THRESHOLD (none), M_TOP_PAD

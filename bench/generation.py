@@ -25,9 +25,7 @@ def run_here(args: argparse.Namespace) -> dict:
     import torch
 
     from data import Tokenizer, load_template, read_records, render, tokenize
-    from machine import keep_freed_memory
     from model import load_model, resolve_model
-    keep_freed_memory()     # of both
     folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
     tokenizer = Tokenizer(folder)
     template = load_template(args.template, tokenizer)
@@ -39,6 +37,8 @@ def run_here(args: argparse.Namespace) -> dict:
     if args.run != "transformers":
         from eval.engine import LOOKUP
         from eval.generate import generate
+        from machine import keep_freed_memory
+        keep_freed_memory(shapes=1024)      # as eval.generate does
         model = load_model(folder).requires_grad_(False).to(dtype)
 
         def answer(some: list[list[int]], tokens: int) -> list[list[int]]:

@@ -127,7 +127,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
     """The device of this rank; under torchrun all ranks meet first. ValueError if there is no CUDA."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
-    keep_freed_memory()
+    keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
     cuda = args.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
