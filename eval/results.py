@@ -17,7 +17,8 @@ from pathlib import Path
 
 from eval.tables import SPANS, Cell, Row, Run, Table, add_differences, words
 
-TITLES = {"bleu": "memorisation of training targets", "pass@": "HumanEval", "win_rate": "open-ended answers"}
+TITLES = {"bleu": "memorisation of training targets", "pass@": "HumanEval"}
+BENCHMARKS = {"alpaca": "answers to AlpacaEval", "mt-bench": "answers to MT-Bench"}     # of eval.open_ended
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}
 SETTINGS = ("temperature", "top_p")
 ENDS = ("_interval", "_standard_error", "_stderr")  # of the names that stand beside a score's own
@@ -39,10 +40,11 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> list[Pa
     for file in given:
         if not Path(file).is_file():
             raise ValueError(f"--results {file}: no such file")
-    files = [file for run in runs for file in sorted((run.folder / "eval").glob("*.json"))
-             if not file.name.endswith(".settings.json")]       # those belong to files of answers
+    files = [file for run in runs for file in sorted((run.folder / "eval").glob("*.json"))]
     parts = []
     for file in {file.resolve(): file for file in [*files, *map(Path, given)]}.values():
+        if file.name.endswith(".settings.json"):    # belongs to a file of answers
+            continue
         try:
             found = parts_of(json.loads(file.read_text(encoding="utf-8")), file, runs)
         except ValueError as error:
@@ -83,7 +85,9 @@ def parts_of(result: dict, file: Path, runs: list[Run]) -> list[Part]:
 
 
 def title_of(cells: dict[str, Cell]) -> str:
-    """Of a result that is known by the beginning of one of its names; else ""."""
+    """Of a result that is known by its benchmark or the beginning of one of its names; else ""."""
+    if "benchmark" in cells:
+        return BENCHMARKS.get(cells["benchmark"].value, "")
     return next((title for start, title in TITLES.items() for name in cells if name.startswith(start)), "")
 
 
@@ -126,7 +130,7 @@ def scores(values: dict) -> dict[str, Cell]:
     for name, value in values.items():
         score, comma, filtered = name.partition(",")
         beside = [values.get(score + end + comma + filtered) for end in ENDS]
-        if name in ("model", "name", "alias") or score.endswith(ENDS) or isinstance(value, bool):
+        if name in ("model", "name", "alias", "output") or score.endswith(ENDS) or isinstance(value, bool):
             continue
         if isinstance(value, dict):
             cells.update({f"{name} {inner}": cell for inner, cell in scores(value).items()})

@@ -398,8 +398,14 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
         "gsm": {"exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": "N/A"}}, "paper": {
             "tasks": {"arc": {"value": 0.5}}, "mean_as_in_paper": 0.375, "mean_accuracies": None,
             "categories": {"maths": {"mean_as_in_paper": 0.25, "tasks": 1}}}})
-    write(runs / "w.json", {"model": "it", "name": "it", "win_rate": 12.5, "win_rate_standard_error": 1.5})
-    page, result = compared(runs / "all", folder, results=[runs / f"{name}.json" for name in "ahw"])
+    for name, mean in (("w", 7.5), ("v", 9.5)):     # not alike: tables are the benchmarks'
+        write(runs / f"{name}.json", {
+            "model": "it" if name == "w" else "im", "name": name, "benchmark": "alpaca",
+            "output": f"{name}.json",
+            "mean_tokens": mean, **({"win_rate": 12.5, "win_rate_standard_error": 1.5} if name == "w" else {})})
+    write(runs / "s.settings.json", {"model": "it", "seed": 3})
+    files = [runs / f"{name}.json" for name in ("a", "h", "w", "v", "s.settings")]
+    page, result = compared(runs / "all", folder, results=files)
     rows = result["rows"]
     assert result["notes"] == []
     assert values(rows["memorisation of training targets", "bleu"]) == {"A": 14.5, "B": 11.5}
@@ -410,9 +416,11 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
     assert rows["tasks of lm-evaluation-harness", "arc acc"]["runs"] == {"B": {"value": 0.5, "error": 0.05}}
     assert rows["tasks of lm-evaluation-harness", "gsm exact_match (strict-match)"]["runs"] == {
         "B": {"value": 0.25}}
-    assert {label: values(row) for (title, label), row in rows.items() if "mean_" in label} == {
+    assert {label: values(row) for (title, label), row in rows.items() if ": mean_" in label} == {
         "maths: mean_as_in_paper": {"B": 0.25}, "all categories: mean_as_in_paper": {"B": 0.375}}
-    assert rows["open-ended answers", "win_rate"]["runs"] == {"A": {"value": 12.5, "error": 1.5}}
+    assert rows["answers to AlpacaEval", "win_rate"]["runs"] == {"A": {"value": 12.5, "error": 1.5}}
+    assert values(rows["answers to AlpacaEval", "mean_tokens"]) == {"A": 7.5, "B": 9.5}
+    assert not any(label in ("output", "seed") for _, label in rows)
     captions = {table["title"]: table["caption"] for table in result["tables"]}
     assert captions["HumanEval"] == "problems 3; temperature 0.2"
     assert captions["memorisation of training targets"] == (
