@@ -18,13 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from data import Template, Tokenizer, read_json
 from model import DTYPES, Llama, save_model, weight_files
-from shard import checksum, fill, is_main, write_tensors
+from shard import checksum, fill, is_main, stored_tensors, write_tensors
 
-AVERAGES = ("exp_avg", "exp_avg_sq")    # AdamW's, of a parameter's shape; beside them the number of its steps
+AVERAGES = ("exp_avg", "exp_avg_sq")    # AdamW's of a parameter; it counts its steps too, as we do
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -70,7 +69,7 @@ def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torc
     part = _new_part(folder)
     sums = save_model(model, part, torch.float32)
     moments = {f"{key}.{name}": optimizer.state[parameter][key]
-               for name, parameter in model.named_parameters() for key in (*AVERAGES, "step")}
+               for name, parameter in model.named_parameters() for key in AVERAGES}
     sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", moments)
     if is_main():
         state = {**state, "step": step, "crc32": sums}
@@ -139,18 +138,16 @@ def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path
 def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit; of a
     sharded model this rank's rows. ValueError if a tensor is missing."""
-    wanted = dict(model.named_parameters())
+    weights, moments = stored_tensors(weight_files(folder)), stored_tensors([Path(folder) / "optimizer.safetensors"])
+    steps = float(read_state(folder)["step"])
     for name, parameter in model.named_parameters():
-        state = {key: torch.empty_like(parameter) for key in AVERAGES}
-        state["step"] = torch.empty((), device=parameter.device)
-        optimizer.state[parameter] = state
-        wanted.update({f"{key}.{name}": value for key, value in state.items()})
-    for file in [*weight_files(folder), Path(folder) / "optimizer.safetensors"]:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():
-                fill(wanted.pop(name), opened.get_slice(name))
-    if wanted:
-        raise ValueError(f"{folder}: misses {', '.join(sorted(wanted)[:3])}")
+        averages = {key: torch.empty_like(parameter) for key in AVERAGES}
+        for x, where, stored in ((parameter, weights, name),
+                                 *((value, moments, f"{key}.{name}") for key, value in averages.items())):
+            if stored not in where or where[stored].shape != list(x.shape):
+                raise ValueError(f"{folder}: {stored} is missing, or not of the model's shape")
+            fill(x, where[stored].file, stored)
+        optimizer.state[parameter] = {**averages, "step": torch.tensor(steps, device=parameter.device)}
 
 
 def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Template, dtype: str) -> Path:

@@ -24,11 +24,10 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shard import DTYPE_NAMES, fill, is_main, write_tensors
+from shard import DTYPE_NAMES, Stored, fill, is_main, stored_tensors, write_tensors
 
 # (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D);
 # generation brings its own, with a key/value cache
@@ -686,32 +685,23 @@ def weight_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, tuple[Path, torch.dtype]]:
-    """Where each parameter of Llama(config) is, and in what dtype, from the files' headers alone.
+def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
+    """Where each parameter of Llama(config) is in a checkpoint folder, from the files' headers alone.
     ValueError lists tensors that are missing, surplus or of another shape."""
     with torch.device("meta"):
         wanted = {name: list(parameter.shape) for name, parameter in Llama(config).named_parameters()}
-    found: dict[str, tuple[Path, torch.dtype]] = {}
+    # old files carry RoPE's table, some a second copy of a tied head
+    found = {name: stored for name, stored in stored_tensors(weight_files(folder)).items()
+             if not name.endswith("rotary_emb.inv_freq")
+             and not (name == "lm_head.weight" and config.tie_word_embeddings)}
     problems: list[str] = []
-    for file in weight_files(folder):
-        try:
-            tensors = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-        with tensors:
-            for name in tensors.keys():
-                if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue  # old files carry RoPE's table, some a second copy of a tied head
-                stored = tensors.get_slice(name)
-                shape, dtype = stored.get_shape(), stored.get_dtype()
-                if name not in wanted or name in found:
-                    problems.append(f"surplus {name}")
-                elif shape != wanted[name]:
-                    problems.append(f"{name} is {shape}, should be {wanted[name]}")
-                elif dtype not in DTYPE_NAMES:
-                    problems.append(f"{name} is {dtype}")
-                found[name] = file, DTYPE_NAMES.get(dtype)
+    for name, stored in found.items():
+        if name not in wanted:
+            problems.append(f"surplus {name}")
+        elif stored.shape != wanted[name]:
+            problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
+        elif stored.dtype not in DTYPE_NAMES:
+            problems.append(f"{name} is {stored.dtype}")
     problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
@@ -733,12 +723,9 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     if divide:
         divide(model)
     model.to_empty(device=device)
-    model.source_dtype = stored["model.embed_tokens.weight"][1]
-    parameters = dict(model.named_parameters())
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in (name for name in parameters if stored[name][0] == file):
-                fill(parameters[name], tensors.get_slice(name))
+    model.source_dtype = DTYPE_NAMES[stored["model.embed_tokens.weight"].dtype]
+    for name, parameter in model.named_parameters():
+        fill(parameter, stored[name].file, name)
     return model
 
 

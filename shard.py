@@ -1,7 +1,7 @@
 """A model in parts, one a rank: FSDP2 for training, and tensors in and out of files a piece at a time.
 
     shard(model, torch.bfloat16)            # on every rank, before the model has any weights
-    fill(parameter, opened.get_slice(name))                 # this rank's rows of a stored tensor
+    fill(parameter, "model.safetensors", name)              # this rank's rows of a stored tensor
     write_tensors("model.safetensors", dict(model.named_parameters()))
 
 Each rank keeps an equal share of the rows of every parameter, of its gradient and of AdamW's averages, in fp32.
@@ -18,10 +18,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -113,21 +114,19 @@ def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
-def fill(x: Tensor, stored: object) -> None:
-    """Read this rank's rows from a safetensors slice of the whole tensor, and convert them to x's dtype."""
-    if not x.dim():
-        part(x).copy_(stored[...])
-        return
+def fill(x: Tensor, file: str | Path, name: str) -> None:
+    """Read this rank's rows of a tensor in a safetensors file, and convert them to x's dtype."""
+    mine = part(x)
     start, end = rows_of(x, rank())
-    for a, b in _slices(x, start, end):
-        part(x)[a - start:b - start].copy_(stored[a:b])
+    for a, b in _slices(mine, start, end):
+        with safe_open(file, framework="pt") as opened:     # anew: what is read of it stays mapped till it is closed
+            stored = opened.get_slice(name)
+            mine[a - start:b - start] = stored[a:b]
 
 
 def pieces(x: Tensor) -> Iterator[Tensor]:
     """On rank 0 all rows of x in order, on the CPU, a piece at a time; on the others nothing. Of a sharded
     tensor every rank must ask: the others send their rows."""
-    if not x.dim():
-        x = x[None]
     mine = part(x)
     owners = x.device_mesh.size() if isinstance(x, DTensor) else 1
     for owner in range(owners):
@@ -146,6 +145,27 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
 
 
 # ---------------------------------------------------------------- files
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+    file: Path
+    shape: list[int]
+    dtype: str          # safetensors' name
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """What files hold, by name, from their headers. ValueError for one that cannot be read."""
+    found: dict[str, Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    stored = opened.get_slice(name)
+                    found[name] = Stored(file, stored.get_shape(), stored.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    return found
 
 
 def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> int:
