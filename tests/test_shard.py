@@ -5,16 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tiny import arguments, difference, metrics, run_here, run_many, setup, weights
 
 # Micro-batches of 200 tokens: two or more a step on two ranks. On four some have none in a step.
 RUNS = {
-    "im": dict(neftune_alpha=5, kl_weight=0.1, micro_batch_tokens=200),
+    "im": dict(neftune_alpha=5, kl_weight=0.1, micro_batch_tokens=200, save_every=3, keep_checkpoints=9),
     "it": dict(loss="it", normalize="example", recompute=True, micro_batch_tokens=200),
     "untied": dict(normalize="span", recompute=True, kl_weight=0.1, micro_batch_tokens=120),
     "empty": dict(loss="it", batch_size=2, max_steps=21, lr=1e-3),
 }
+MODES = {"ddp": {}, "shard": dict(shard=True)}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,10 @@ def flags_of(folder: Path, name: str, out: str, **more: object) -> list[str]:
     return arguments(home, folder / out, eval_data=folder / "train.jsonl", **RUNS[name], **more)
 
 
+def resumed(folder: Path, start: str, out: str, **more: object) -> list[str]:
+    return flags_of(folder, "im", out, resume=folder / start / "checkpoints" / "step-00000003", **more)
+
+
 @pytest.fixture(scope="module")
 def alone(folder) -> dict[str, Path]:
     """Every run on one rank, which test_train.py compares with a plain loop in transformers."""
@@ -37,21 +43,70 @@ def alone(folder) -> dict[str, Path]:
     return {name: folder / f"alone-{name}" for name in RUNS}
 
 
+@pytest.fixture(scope="module")
+def on_ranks(folder, alone) -> None:
+    """FOLDER/MODE-RANKS-NAME, every run in both modes on 2 and on 4 ranks; and FOLDER/START-to-MODE-RANKS, "im"
+    resumed after its third step from the checkpoint of another."""
+    for ranks, starts in ((2, ("ddp-2-im", "shard-2-im", "alone-im")),
+                          (4, ("ddp-4-im", "shard-4-im", "ddp-2-im", "shard-2-im"))):
+        run_many(folder, [
+            *(flags_of(folder, name, f"{mode}-{ranks}-{name}", **more)
+              for name in RUNS for mode, more in MODES.items()),
+            *(resumed(folder, start, f"{start}-to-{mode}-{ranks}", **more)
+              for start in starts for mode, more in MODES.items())], ranks)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_sharding_does_not_change_the_trajectory(folder, alone, ranks):
-    run_many(folder, [flags_of(folder, name, f"{mode}-{ranks}-{name}", shard=True) if mode == "shard" else
-                      flags_of(folder, name, f"{mode}-{ranks}-{name}")
-                      for name in RUNS for mode in ("ddp", "shard")], ranks)
-    for name, one in alone.items():
-        ddp, sharded = (folder / f"{mode}-{ranks}-{name}" for mode in ("ddp", "shard"))
-        start = weights(folder / ("untied/model" if name == "untied" else "model"))
-        assert ("lm_head.weight" in start) == (name == "untied")
-        for other in (ddp, one):
-            moved = difference(start, weights(other / "final"))
-            assert difference(weights(sharded / "final"), weights(other / "final")) < 1e-5 < 0.01 < moved
-            for key in ("loss", "grad_norm", "tokens", "trained_tokens", "nll_completion"):
-                np.testing.assert_allclose([r[key] for r in metrics(sharded)],
-                                           [r[key] for r in metrics(other)], rtol=1e-4)
-            for mine, theirs in zip(*(map(json.loads, open(f / "eval.jsonl")) for f in (sharded, other))):
-                for kind, value in theirs["data"]["train"].items():
-                    assert mine["data"]["train"][kind] == pytest.approx(value, rel=1e-5)
+@pytest.mark.parametrize("name", RUNS)
+def test_sharding_does_not_change_the_trajectory(folder, alone, on_ranks, name, ranks):
+    start = weights(folder / ("untied/model" if name == "untied" else "model"))
+    assert ("lm_head.weight" in start) == (name == "untied")
+    ddp, sharded = (folder / f"{mode}-{ranks}-{name}" for mode in MODES)
+    for other in (ddp, alone[name]):
+        moved = difference(start, weights(other / "final"))
+        assert difference(weights(sharded / "final"), weights(other / "final")) < 1e-5 < 0.01 < moved
+        for key in ("loss", "grad_norm", "tokens", "trained_tokens", "nll_completion"):
+            np.testing.assert_allclose([r[key] for r in metrics(sharded)], [r[key] for r in metrics(other)],
+                                       rtol=1e-4)
+        for mine, theirs in zip(*(map(json.loads, open(f / "eval.jsonl")) for f in (sharded, other))):
+            for kind, value in theirs["data"]["train"].items():
+                assert mine["data"]["train"][kind] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("start, to", [(a, f"{mode}-{n}") for n, starts in (
+    (2, ("alone-im", "ddp-2-im", "shard-2-im")), (4, ("ddp-2-im", "shard-2-im"))) for a in starts for mode in MODES
+    if not a.startswith(f"{mode}-{n}")])
+def test_any_checkpoint_resumes_on_any_ranks_in_any_mode(folder, on_ranks, alone, start, to):
+    out = folder / f"{start}-to-{to}"
+    assert difference(weights(out / "final"), weights(alone["im"] / "final")) < 1e-5
+    after = metrics(alone["im"])[3:]
+    assert [r["step"] for r in metrics(out)] == [r["step"] for r in after] != []
+    for key in ("loss", "kl", "grad_norm", "tokens", "lr"):
+        np.testing.assert_allclose([r[key] for r in metrics(out)], [r[key] for r in after], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", ["ddp-4-im", "shard-2-im", "shard-4-im"])
+def test_one_rank_resumes_what_many_saved(folder, on_ranks, alone, start):
+    assert run_here(resumed(folder, start, f"{start}-to-one")) == 0
+    assert difference(weights(folder / f"{start}-to-one" / "final"), weights(alone["im"] / "final")) < 1e-5
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_resumed_in_the_same_mode_on_as_many_ranks_it_ends_bit_for_bit_the_same(folder, on_ranks, mode, ranks):
+    whole, out = folder / f"{mode}-{ranks}-im", folder / f"{mode}-{ranks}-im-to-{mode}-{ranks}"
+    expected = weights(whole / "final")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out / "final").items())
+    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(whole)[3:]]
+
+
+def test_files_of_a_sharded_run_are_those_of_any_other(folder, on_ranks, alone):
+    """Names, shapes, dtypes, order: the headers are equal, and so transformers reads them."""
+    for name in ("final/model.safetensors", "checkpoints/step-00000003/model.safetensors",
+                 "checkpoints/step-00000003/optimizer.safetensors"):
+        headers = set()
+        for run in ("alone-im", "ddp-2-im", "shard-2-im", "shard-4-im"):
+            with open(folder / run / name, "rb") as file:
+                headers.add(file.read(int.from_bytes(file.read(8), "little")))
+            assert set(load_file(folder / run / name))
+        assert len(headers) == 1
