@@ -4,10 +4,10 @@
     OUTPUT/final/                       what transformers, vLLM and train.py itself load
 
 Every folder is written beside its place, flushed to disk and renamed, so it is there whole or not at all.
-state.json has the CRC-32 of every file, so that what a disk spoils later is not trained on. A checkpoint is the
-same whatever the number of ranks, with and without --shard, and any resumes from any: rank 0 writes whole
-tensors a piece at a time, and each rank reads its rows of them. There is no random state to save: the order of
-examples and NEFTune's noise are functions of (seed, step). Nothing is pickled.
+state.json has the CRC-32 of every file, so that what a disk spoils later is not trained on. A checkpoint is
+the same whatever the number of ranks, with and without --shard, and any resumes from any: rank 0 writes whole
+tensors a piece at a time, and each rank reads its rows of them. There is no random state to save: the order
+of examples and NEFTune's noise are functions of (seed, step). Nothing is pickled.
 """
 import hashlib
 import json
@@ -64,7 +64,8 @@ def _new_part(folder: Path) -> Path:
 def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torch.optim.Optimizer,
                     state: dict, keep: int) -> Path:
     """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete what is older than the newest
-    `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes. Returns the folder."""
+    `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes.
+    Returns the folder."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
     part = _new_part(folder)
     sums = save_model(model, part, torch.float32)
@@ -73,7 +74,8 @@ def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torc
     sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", moments)
     if is_main():
         state = {**state, "step": step, "crc32": sums}
-        (part / "state.json").write_text(json.dumps({**state, "state_crc32": _state_checksum(state)}, indent=2))
+        state["state_crc32"] = _state_checksum(state)
+        (part / "state.json").write_text(json.dumps(state, indent=2))
         shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
         _commit(part, folder)
         for old in [p for p in find_checkpoints(output) if p.name <= folder.name][:-keep]:
@@ -103,7 +105,7 @@ def read_state(folder: str | Path) -> dict:
         if state.pop("state_crc32") != _state_checksum(state):
             raise ValueError("state.json: is not what was written")
         return state
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint of this trainer ({error})") from None
 
 
@@ -120,8 +122,8 @@ def check_files(folder: str | Path) -> None:
 
 
 def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that is as it was written; None if it never wrote one. Names, by say, the
-    damaged ones that are newer. ValueError if all are damaged."""
+    """The newest checkpoint of a run that is as it was written; None if it never wrote one. Names, by say,
+    the damaged ones that are newer. ValueError if all are damaged."""
     found = find_checkpoints(output)
     for folder in reversed(found):
         try:
@@ -130,15 +132,16 @@ def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path
         except ValueError as error:
             say(f"warning: {error}; looking for a checkpoint before it")
     if found:
-        raise ValueError(f"--output-dir {output}: none of its {len(found)} checkpoint(s) is whole; restore one, or "
-                         "give --overwrite to start anew")
+        raise ValueError(f"--output-dir {output}: none of its {len(found)} checkpoint(s) is whole; restore "
+                         "one, or give --overwrite to start anew")
     return None
 
 
 def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit; of a
     sharded model this rank's rows. ValueError if a tensor is missing."""
-    weights, moments = stored_tensors(weight_files(folder)), stored_tensors([Path(folder) / "optimizer.safetensors"])
+    weights = stored_tensors(weight_files(folder))
+    moments = stored_tensors([Path(folder) / "optimizer.safetensors"])
     steps = float(read_state(folder)["step"])
     for name, parameter in model.named_parameters():
         averages = {key: torch.empty_like(parameter) for key in AVERAGES}

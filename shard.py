@@ -4,11 +4,11 @@
     fill(parameter, "model.safetensors", name)              # this rank's rows of a stored tensor
     write_tensors("model.safetensors", dict(model.named_parameters()))
 
-Each rank keeps an equal share of the rows of every parameter, of its gradient and of AdamW's averages, in fp32.
-A layer's rows are gathered when the layer is about to run, and let go of after; its gradient is added up over
-the ranks, each keeping its rows, as soon as the layer's backward pass is done. What differs from the usual way:
-files do not know of parts. A row is a run of bytes, so a file of a sharded model is that of a whole one, read
-and written by rows, and no rank ever holds more of the whole than one layer and a piece.
+Each rank keeps an equal share of the rows of every parameter, of its gradient and of AdamW's averages, in
+fp32. A layer's rows are gathered when the layer is about to run, and let go of after; its gradient is added
+up over the ranks, each keeping its rows, as soon as the layer's backward pass is done. What differs from the
+usual way: files do not know of parts. A row is a run of bytes, so a file of a sharded model is that of a
+whole one, read and written by rows.
 
 Functions take whole tensors too, as those of one rank or of DDP are.
 """
@@ -81,8 +81,8 @@ def whole(x: Tensor) -> Tensor:
 
 
 def in_step(model: "Llama", rows: Iterator) -> Iterator:
-    """Ranks must run a sharded model equally often, but evaluation leaves a rank's empty rows out: run it on no
-    tokens for these. rows: this rank's, arrays of examples, as many as every rank has."""
+    """Ranks must run a sharded model equally often, but evaluation leaves a rank's empty rows out: run it on
+    no tokens for these. rows: this rank's, arrays of examples, as many as every rank has."""
     for row in rows:
         if is_sharded(model) and not len(row):
             none = torch.zeros(0, dtype=torch.int64, device=model.head_weight.device)
@@ -99,8 +99,8 @@ def part(x: Tensor) -> Tensor:
 
 
 def rows_of(x: Tensor, owner: int) -> tuple[int, int]:
-    """The first and the last row but one that a rank has: equal shares, the last ones may be smaller or empty.
-    10 rows on 4 ranks: (0, 3), (3, 6), (6, 9), (9, 10)."""
+    """The first row that a rank has, and the first after its own. Shares are equal, the last may be smaller
+    or empty, as FSDP2 makes them: of 10 rows 4 ranks have (0, 3), (3, 6), (6, 9), (9, 10)."""
     rows = x.shape[0]
     if not isinstance(x, DTensor):
         return 0, rows
@@ -119,7 +119,7 @@ def fill(x: Tensor, file: str | Path, name: str) -> None:
     mine = part(x)
     start, end = rows_of(x, rank())
     for a, b in _slices(mine, start, end):
-        with safe_open(file, framework="pt") as opened:     # anew: what is read of it stays mapped till it is closed
+        with safe_open(file, framework="pt") as opened:     # anew: what was read stays mapped until it closes
             stored = opened.get_slice(name)
             mine[a - start:b - start] = stored[a:b]
 
@@ -195,7 +195,7 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 
 
 def checksum(file: str | Path) -> int:
-    """CRC-32 of a file: tells any cut and any few flipped bits, though no forgery, as fast as a disk reads."""
+    """CRC-32 of a file, read as write_tensors() wrote it: tells cut files and flipped bits, not forgery."""
     crc = 0
     with open(file, "rb") as opened:
         while data := opened.read(2**24):

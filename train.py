@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import estimate
 from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset,
                   load_template, plan)
 from data import steps_per_epoch as count_steps
@@ -98,6 +99,8 @@ class Config:
     shard: bool = flag(False, "under torchrun: each rank holds a part of parameters, gradients and averages")
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the decoder layers")
+    dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory",
+                        nargs="?", const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS")
     # output
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR")
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start anew")
@@ -121,7 +124,7 @@ EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "t
 # These change where a run's results go, how fast it is or what it shows, but not the weights that come out.
 FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
         "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "shard",
-        "recompute", "compile", "cache_dir"}
+        "recompute", "compile", "dry_run", "cache_dir"}
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -178,7 +181,7 @@ def validate(config: Config) -> None:
         raise ValueError("--train-data is missing: give one or more files of records")
     for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"):
         need(name, getattr(config, name) >= 1, "1 or more")
-    for name in ("max_steps", "save_every", "eval_every", "eval_generate", "seed"):
+    for name in ("max_steps", "dry_run", "save_every", "eval_every", "eval_generate", "seed"):
         need(name, getattr(config, name) >= 0, "0 or more")
     for name in ("neftune_alpha", "kl_weight", "weight_decay", "clip_grad_norm"):
         need(name, 0 <= getattr(config, name) < math.inf, "a finite number, 0 or more")
@@ -415,8 +418,8 @@ def main(argv: list[str]) -> int:
     folder = resolve_model(config.model)
     model_config = read_config(folder)
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
-    owners = world_size if sharded else 1   # of a parameter
-    reserve = Reserve(0 if use_cuda else 8 * parameter_count(model_config) // owners        # AdamW's averages
+    averages = 8 * parameter_count(model_config) // (world_size if sharded else 1)      # AdamW's, bytes
+    reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
     check_vocabulary(model_config, tokenizer.vocab_size)
@@ -454,6 +457,11 @@ def main(argv: list[str]) -> int:
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
         f"{len(train_set) - len(usable):,} left out with nothing to train on under --loss {config.loss}")
 
+    if config.dry_run:
+        say(estimate.forecast(config, folder, compute, use_cuda, lengths, train_set.counts[usable],
+                              weights != 0))
+        return finish(0)
+
     # -- model
     divide = partial(shard, device=device, dtype=compute) if sharded else None
     raw_model = load_model(folder, device, divide)
@@ -487,7 +495,7 @@ def main(argv: list[str]) -> int:
     if world_size > 1 and not sharded:
         model = DistributedDataParallel(raw_model, device_ids=[device] if use_cuda else None,
                                         gradient_as_bucket_view=True)
-        wait_to_sync = model.no_sync    # sharded, whole gradients of earlier micro-batches would have to be kept
+        wait_to_sync = model.no_sync    # a sharded model would have to keep whole gradients meanwhile
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
@@ -574,7 +582,7 @@ def main(argv: list[str]) -> int:
                     if look:  # the spans that carry no weight: no gradient
                         values = nll(hidden.detach()[rest], raw_model.head_weight, batch.targets[rest])
                         sums += sums_by_kind(values, batch.kinds[rest])
-                (loss * world_size).backward()  # gradients are averaged over ranks, the loss is a sum over them
+                (loss * world_size).backward()  # gradients are averaged over ranks, the loss is their sum
 
         # -- the one place where the host waits for the device
         stats = torch.cat([torch.stack([objective, divergence]).double(), sums,
@@ -582,8 +590,8 @@ def main(argv: list[str]) -> int:
         if world_size > 1:
             dist.all_reduce(stats)
         release(reference)
-        norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf))
-        *values, grad_norm = torch.cat([stats, norm.double()[None]]).tolist()
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
+        *values, grad_norm = torch.cat([stats, whole(norm).double()[None]]).tolist()
         loss_value, kl_value, nll_sums, signals = values[0], values[1], values[2:-1], values[-1]
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm) and math.isfinite(kl_value)):
             raise ValueError(f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: the run stops "

@@ -1,4 +1,4 @@
-"""Memory and speed of --shard beside DDP: what a rank holds, and its peaks while loading, training and saving.
+"""Memory and speed of --shard beside DDP: what a rank holds, its peaks while loading, training and saving.
 
     python -m bench.sharding --model DIR [--ranks 2] [--micro-batches 4] [--tokens 1024]
 
@@ -6,11 +6,11 @@
   shard       as train.py --shard: a gradient is added up over the ranks after every micro-batch
   shard late  after the step's last micro-batch only, gradients kept whole until then
 
-Each in processes of its own, as train.py does it but for data: random tokens in documents of 256, two thirds of
-them trained on. state: parameters, gradients and AdamW's averages of rank 0, counted. load, steps, save (of a
-checkpoint) and resume (from it, in the same process): rank 0's peak of resident memory up to then, less what
-it had before the model, so a figure that is not larger than the one before it means no new peak. All in GB. The
-last line printed is one JSON object.
+Each in processes of its own, as train.py does it but for data: random tokens in documents of 256, two thirds
+of them trained on. state: parameters, gradients and AdamW's averages of rank 0, counted. load, steps, save
+(of a checkpoint) and resume (from it, in the same process): rank 0's peak of resident memory up to then, less
+what it had before the model, so a figure that is not larger than the one before it means no new peak. All in
+GB. The last line printed is one JSON object.
 """
 import argparse
 import json
@@ -66,7 +66,8 @@ def point(args: argparse.Namespace) -> None:
     make = torch.Generator().manual_seed(rank)
     ids = torch.randint(raw.config.vocab_size, (n + 1,), generator=make)
     ids, targets = ids[:-1], ids[1:]
-    positions, cu_seqlens = torch.arange(256).repeat(documents), torch.arange(0, n + 1, 256, dtype=torch.int32)
+    positions = torch.arange(256).repeat(documents)
+    cu_seqlens = torch.arange(0, n + 1, 256, dtype=torch.int32)
     rows = (torch.rand(n, generator=make) < 2 / 3).nonzero().squeeze(1)
     scale = torch.full((len(rows),), 1.0 / len(rows) / args.micro_batches)
     seconds = []
@@ -128,7 +129,8 @@ def main() -> None:
     if args.mode:
         return point(args)
     machine = hardware()
-    print(f"{machine['cpu']}, {args.ranks} ranks, {args.threads} threads, torch {machine['versions'].get('torch')}")
+    print(f"{machine['cpu']}, {args.ranks} ranks, {args.threads} threads, torch "
+          f"{machine['versions'].get('torch')}")
     widths = [12, 7, 10, 9, 9, 9, 9, 9, 9]
     print_table(["mode", "round", "state GB", *PHASES, "step s", "save s"], [], widths)
     runs = []
@@ -136,10 +138,10 @@ def main() -> None:
         for number in range(args.rounds):
             for mode in MODES:
                 run = json_child(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                                  str(args.ranks), "-m", "bench.sharding", "--mode", mode, "--model", args.model,
-                                  "--micro-batches", str(args.micro_batches), "--tokens", str(args.tokens),
-                                  "--dtype", args.dtype, "--steps", str(args.steps), "--warmup",
-                                  str(args.warmup), "--folder", folder,
+                                  str(args.ranks), "-m", "bench.sharding", "--mode", mode, "--model",
+                                  args.model, "--micro-batches", str(args.micro_batches), "--tokens",
+                                  str(args.tokens), "--dtype", args.dtype, "--steps", str(args.steps),
+                                  "--warmup", str(args.warmup), "--folder", folder,
                                   *(["--recompute"] if args.recompute else [])],
                                  max(1, args.threads // args.ranks))
                 shown = [run["state_gb"], *(run["peak_gb"][phase] for phase in PHASES), run["step_seconds"],

@@ -1,6 +1,6 @@
-"""Several runs of train.py in the same ranks, one after the other: starting the ranks takes longer than a run.
+"""Several runs of train.py in the same ranks, one after another: starting the ranks takes longer than a run.
 
-    torchrun --nproc-per-node 2 tests/many_runs.py RUNS.json        [[flag, ...], ...]; tiny.run_many() does it
+    torchrun --nproc-per-node 2 tests/many_runs.py RUNS.json       [[flag, ...], ...]; tiny.run_many() does it
 
 A run of several ranks ends by os._exit(), which is kept from ending the process.
 """
@@ -12,7 +12,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import shard  # noqa: E402
 import train  # noqa: E402
+
+shard.PIECE = 256   # bytes, so that tiny tensors too are read, sent and written in several pieces
 
 
 class Ended(BaseException):
