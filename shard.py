@@ -110,7 +110,7 @@ def rows_of(x: Tensor, owner: int) -> tuple[int, int]:
 
 def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows start to end of x in pieces of PIECE bytes, or of a row."""
-    step = max(1, PIECE // max(1, x[:1].numel() * x.itemsize))
+    step = max(1, PIECE // (x.itemsize * x.shape[1:].numel()))
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
@@ -118,7 +118,7 @@ def fill(x: Tensor, file: str | Path, name: str) -> None:
     """Read this rank's rows of a tensor in a safetensors file, and convert them to x's dtype."""
     mine = part(x)
     start, end = rows_of(x, rank())
-    for a, b in _slices(mine, start, end):
+    for a, b in _slices(x, start, end):
         with safe_open(file, framework="pt") as opened:     # anew: what was read stays mapped until it closes
             stored = opened.get_slice(name)
             mine[a - start:b - start] = stored[a:b]
@@ -127,20 +127,18 @@ def fill(x: Tensor, file: str | Path, name: str) -> None:
 def pieces(x: Tensor) -> Iterator[Tensor]:
     """On rank 0 all rows of x in order, on the CPU, a piece at a time; on the others nothing. Of a sharded
     tensor every rank must ask: the others send their rows."""
-    mine = part(x)
+    mine, start = part(x), rows_of(x, rank())[0]
     owners = x.device_mesh.size() if isinstance(x, DTensor) else 1
     for owner in range(owners):
-        start, end = rows_of(x, owner)
-        for a, b in _slices(mine, start, end):
+        for a, b in _slices(x, *rows_of(x, owner)):
             if owner == rank():
                 piece = mine[a - start:b - start].contiguous()
-            elif is_main():
-                piece = mine.new_empty(b - a, *mine.shape[1:])
-            if owner and owner == rank():
-                dist.send(piece, 0)
-            elif is_main():
                 if owner:
-                    dist.recv(piece, owner)
+                    dist.send(piece, 0)
+            elif is_main():
+                piece = mine.new_empty(b - a, *x.shape[1:])
+                dist.recv(piece, owner)
+            if is_main():
                 yield piece.cpu()
 
 

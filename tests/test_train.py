@@ -299,6 +299,18 @@ def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+def test_what_was_just_saved_is_kept_beside_later_checkpoints(folder, monkeypatch):
+    """A run set back by --resume to an earlier step of its own folder."""
+    saved = folder / "back" / "checkpoints"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        run_here(arguments(folder, "back", save_every=3, keep_checkpoints=9))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "back", resume=saved / "step-00000003", keep_checkpoints=1))
+    assert sorted(p.name for p in saved.iterdir()) == [f"step-{n:08d}" for n in (5, 6, 7)]
+
+
 def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     def refused(says: str, out: str, **more: object) -> None:
         before = sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
