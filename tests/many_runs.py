@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shard  # noqa: E402
 import train  # noqa: E402
 
-shard.PIECE = 256   # bytes, so that tiny tensors too are read, sent and written in several pieces
+shard.PIECE = 2048  # bytes, so that tiny tensors too are read, sent and written in several pieces
 
 
 class Ended(BaseException):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import (ROOT, arguments, difference, metrics, run_here, run_many, run_script, setup,
+from tiny import (ROOT, arguments, difference, make_records, metrics, run_here, run_many, run_script, setup,
                   weights)
 
 # Micro-batches of 200 tokens: two or more a step on two ranks. On four some have none in a step.
@@ -25,12 +25,14 @@ MODES = {"ddp": {}, "shard": dict(shard=True)}
 def folder(tmp_path_factory) -> Path:
     folder = setup(tmp_path_factory.mktemp("shard"))
     setup(folder / "untied", tie=False)
+    make_records(folder / "one.jsonl", 1)   # evaluating on it leaves all ranks but one without a row
     return folder
 
 
 def flags_of(folder: Path, name: str, out: str, **more: object) -> list[str]:
     home = folder / "untied" if name == "untied" else folder
-    return arguments(home, folder / out, eval_data=folder / "train.jsonl", **RUNS[name], **more)
+    return arguments(home, folder / out, eval_data=[folder / "train.jsonl", folder / "one.jsonl"],
+                     **RUNS[name], **more)
 
 
 def resumed(folder: Path, start: str, out: str, **more: object) -> list[str]:
@@ -71,8 +73,10 @@ def test_sharding_does_not_change_the_trajectory(folder, alone, on_ranks, name, 
             np.testing.assert_allclose([r[key] for r in metrics(sharded)], [r[key] for r in metrics(other)],
                                        rtol=1e-4)
         for mine, theirs in zip(*(map(json.loads, open(f / "eval.jsonl")) for f in (sharded, other))):
-            for kind, value in theirs["data"]["train"].items():
-                assert mine["data"]["train"][kind] == pytest.approx(value, rel=1e-5)
+            assert mine["data"].keys() == theirs["data"].keys() == {"train", "one"}
+            for data, kinds in theirs["data"].items():
+                for kind, value in kinds.items():
+                    assert mine["data"][data][kind] == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("start, to", [

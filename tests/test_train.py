@@ -485,13 +485,17 @@ def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
     again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9", "--no-overwrite"])
     assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
     embedded = train.parse_args([])
-    assert Path(embedded.model).is_dir() and embedded.loss == "im"
+    assert Path(embedded.model).is_dir() and embedded.loss == "im" and embedded.eval_generate == 1000
+    assert train.parse_args(["--shard"]).eval_generate == 0
+    assert [train.parse_args(argv).dry_run for argv in ([], ["--dry-run"], ["--dry-run", "8"])] == [0, 1, 8]
     for argv, says in ((["--lr", "0"], "--lr 0.0: must be"), (["--batch-size", "0"], "--batch-size 0"),
                        (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
-                       (["--max-length", "1"], "--max-length 1")):
+                       (["--max-length", "1"], "--max-length 1"), (["--dry-run", "-1"], "--dry-run -1"),
+                       (["--shard", "--compile"], "--compile"),
+                       (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(argv)
 
