@@ -4,21 +4,26 @@
     OUTPUT/final/                       what transformers, vLLM and train.py itself load
 
 Every folder is written beside its place, flushed to disk and renamed, so it is there whole or not at all.
-There is no random state to save: the order of examples and NEFTune's noise are functions of (seed, step).
-Nothing is pickled.
+state.json has the CRC-32 of every file, so that what a disk spoils later is not trained on. A checkpoint is
+the same whatever the number of ranks, with and without --shard, and any resumes from any: rank 0 writes whole
+tensors a piece at a time, and each rank reads its rows of them. There is no random state to save: the order
+of examples and NEFTune's noise are functions of (seed, step). Nothing is pickled.
 """
 import hashlib
 import json
 import os
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data import Template, Tokenizer, read_json
 from model import DTYPES, Llama, save_model, weight_files
+from shard import checksum, fill, is_main, stored_tensors, write_tensors
+
+AVERAGES = ("exp_avg", "exp_avg_sq")    # AdamW's of a parameter; it counts its steps too, as we do
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -50,28 +55,36 @@ def _commit(part: Path, folder: Path) -> None:
 
 def _new_part(folder: Path) -> Path:
     part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
-    part.mkdir(parents=True)
+    if is_main():
+        shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
+        part.mkdir(parents=True)
     return part
 
 
 def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torch.optim.Optimizer,
                     state: dict, keep: int) -> Path:
-    """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete all but the newest `keep`.
-    state: JSON-able, given back by load_checkpoint. Returns the folder."""
+    """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete what is older than the newest
+    `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes.
+    Returns the folder."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
-    if not folder.exists():
-        part = _new_part(folder)
-        save_model(model, part, torch.float32)
-        moments = {f"{key}.{name}": value.detach().cpu().contiguous()
-                   for name, parameter in model.named_parameters()
-                   for key, value in optimizer.state[parameter].items()}
-        save_file(moments, part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps({**state, "step": step}, indent=2))
+    part = _new_part(folder)
+    sums = save_model(model, part, torch.float32)
+    moments = {f"{key}.{name}": optimizer.state[parameter][key]
+               for name, parameter in model.named_parameters() for key in AVERAGES}
+    sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", moments)
+    if is_main():
+        state = {**state, "step": step, "crc32": sums}
+        state["state_crc32"] = _state_checksum(state)
+        (part / "state.json").write_text(json.dumps(state, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
         _commit(part, folder)
-    for old in find_checkpoints(output)[:-keep]:
-        shutil.rmtree(old)
+        for old in [p for p in find_checkpoints(output) if p.name <= folder.name][:-keep]:
+            shutil.rmtree(old)
     return folder
+
+
+def _state_checksum(state: dict) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 def find_checkpoints(output: str | Path) -> list[Path]:
@@ -86,47 +99,68 @@ def unfinished_checkpoints(output: str | Path) -> list[Path]:
 
 
 def read_state(folder: str | Path) -> dict:
-    """state.json of a checkpoint; ValueError if the folder is none."""
+    """state.json of a checkpoint; ValueError if the folder is none, or the file is not as it was written."""
     try:
-        return json.loads((Path(folder) / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--resume {folder}: not a checkpoint of this trainer ({error})") from None
+        state = json.loads((Path(folder) / "state.json").read_text())
+        if state.pop("state_crc32") != _state_checksum(state):
+            raise ValueError("state.json: is not what was written")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint of this trainer ({error})") from None
+
+
+def check_files(folder: str | Path) -> None:
+    """Read all of a checkpoint. ValueError names the file that is not as it was written."""
+    for name, crc in read_state(folder)["crc32"].items():
+        file = Path(folder) / name
+        try:
+            same = checksum(file) == crc
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        if not same:
+            raise ValueError(f"{file}: is damaged, its checksum is not the one in state.json")
+
+
+def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; None if it never wrote one. Names, by say,
+    the damaged ones that are newer. ValueError if all are damaged."""
+    found = find_checkpoints(output)
+    for folder in reversed(found):
+        try:
+            check_files(folder)
+            return folder
+        except ValueError as error:
+            say(f"warning: {error}; looking for a checkpoint before it")
+    if found:
+        raise ValueError(f"--output-dir {output}: none of its {len(found)} checkpoint(s) is whole; restore "
+                         "one, or give --overwrite to start anew")
+    return None
 
 
 def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit.
-    ValueError if a tensor is missing."""
-    weights: dict[str, torch.Tensor] = {}
-    moments: dict[str, dict[str, torch.Tensor]] = {}    # by parameter, then exp_avg, exp_avg_sq, step
-    optimizer_file = Path(folder) / "optimizer.safetensors"
-    for file in [*weight_files(folder), optimizer_file]:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():
-                    if file == optimizer_file:
-                        key, _, parameter = name.partition(".")
-                        moments.setdefault(parameter, {})[key] = opened.get_tensor(name)
-                    else:
-                        weights[name] = opened.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: cannot be read ({error}); delete {folder} to resume from the "
-                             "checkpoint before it") from None
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name not in weights or name not in moments:
-                raise ValueError(f"{folder}: the tensor {name} or its optimizer state is missing")
-            parameter.copy_(weights[name])
-            # clone: a mapped tensor would keep the file open and change with it
-            optimizer.state[parameter] = {key: value.to(parameter.device, copy=True)
-                                          for key, value in moments[name].items()}
+    """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit; of a
+    sharded model this rank's rows. ValueError if a tensor is missing."""
+    weights = stored_tensors(weight_files(folder))
+    moments = stored_tensors([Path(folder) / "optimizer.safetensors"])
+    steps = float(read_state(folder)["step"])
+    for name, parameter in model.named_parameters():
+        averages = {key: torch.empty_like(parameter) for key in AVERAGES}
+        for x, where, stored in ((parameter, weights, name),
+                                 *((value, moments, f"{key}.{name}") for key, value in averages.items())):
+            if stored not in where or where[stored].shape != list(x.shape):
+                raise ValueError(f"{folder}: {stored} is missing, or not of the model's shape")
+            fill(x, where[stored].file, stored)
+        optimizer.state[parameter] = {**averages, "step": torch.tensor(steps, device=parameter.device)}
 
 
 def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Template, dtype: str) -> Path:
     """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained; dtype: source,
-    fp32 or bf16. Returns the folder."""
+    fp32 or bf16. Every rank calls, rank 0 writes. Returns the folder."""
     folder = Path(output) / "final"
     part = _new_part(folder)
     save_model(model, part, None if dtype == "source" else DTYPES[dtype])
+    if not is_main():
+        return folder
     source = tokenizer.folder
     shutil.copyfile(source / "tokenizer.json", part / "tokenizer.json")
     for name in ("special_tokens_map.json", "added_tokens.json"):

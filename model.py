@@ -24,10 +24,10 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from shard import DTYPE_NAMES, Stored, fill, is_main, stored_tensors, write_tensors
 
 # (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D);
 # generation brings its own, with a key/value cache
@@ -685,54 +685,55 @@ def weight_files(folder: str | Path) -> list[Path]:
     return files
 
 
-def load_model(folder: str | Path, device: torch.device | str = "cpu") -> Llama:
-    """Build the model that config.json describes and fill it with the folder's weights, as fp32 parameters.
-
-    Tensors are read one by one from the mapped files, so memory stays near one copy. ValueError lists tensors
-    that are missing, surplus or of another shape.
-    """
-    config = read_config(folder)
+def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
+    """Where each parameter of Llama(config) is in a checkpoint folder, from the files' headers alone.
+    ValueError lists tensors that are missing, surplus or of another shape."""
     with torch.device("meta"):
-        model = Llama(config)
-    wanted = dict(model.named_parameters())
+        wanted = {name: list(parameter.shape) for name, parameter in Llama(config).named_parameters()}
+    # old files carry RoPE's table, some a second copy of a tied head
+    found = {name: stored for name, stored in stored_tensors(weight_files(folder)).items()
+             if not name.endswith("rotary_emb.inv_freq")
+             and not (name == "lm_head.weight" and config.tie_word_embeddings)}
     problems: list[str] = []
-    for file in weight_files(folder):
-        try:
-            tensors = safe_open(file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
-        with tensors:
-            for name in tensors.keys():
-                if name.endswith("rotary_emb.inv_freq") or (
-                        name == "lm_head.weight" and config.tie_word_embeddings):
-                    continue  # old files carry RoPE's table, some a second copy of a tied head
-                if name not in wanted:
-                    problems.append(f"surplus {name}")
-                    continue
-                parameter = wanted.pop(name)
-                tensor = tensors.get_tensor(name)
-                if tensor.shape != parameter.shape:
-                    problems.append(f"{name} is {list(tensor.shape)}, should be {list(parameter.shape)}")
-                elif tensor.dtype not in DTYPES.values():
-                    problems.append(f"{name} is {tensor.dtype}")
-                elif not problems:
-                    owner, _, leaf = name.rpartition(".")
-                    # copy: a mapped fp32 tensor would change with the file
-                    value = tensor.to(device, torch.float32, copy=True)
-                    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-                    if name == "model.embed_tokens.weight":
-                        model.source_dtype = tensor.dtype
-    problems += [f"missing {name}" for name in wanted]
+    for name, stored in found.items():
+        if name not in wanted:
+            problems.append(f"surplus {name}")
+        elif stored.shape != wanted[name]:
+            problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
+        elif stored.dtype not in DTYPE_NAMES:
+            problems.append(f"{name} is {stored.dtype}")
+    problems += [f"missing {name}" for name in wanted if name not in found]
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ValueError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(shown))
+    return found
+
+
+def load_model(folder: str | Path, device: torch.device | str = "cpu",
+               divide: Callable[["Llama"], None] | None = None) -> Llama:
+    """Build the model that config.json describes and fill it with the folder's weights, as fp32 parameters.
+
+    divide: shard.shard, to be given the model before it has weights; each rank then reads its rows only. They
+    are read a piece at a time, so memory stays near what the parameters need. ValueError as stored_weights().
+    """
+    config = read_config(folder)
+    stored = stored_weights(folder, config)
+    with torch.device("meta"):
+        model = Llama(config)
+    if divide:
+        divide(model)
+    model.to_empty(device=device)
+    model.source_dtype = DTYPE_NAMES[stored["model.embed_tokens.weight"].dtype]
+    for name, parameter in model.named_parameters():
+        fill(parameter, stored[name].file, name)
     return model
 
 
 def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = None,
-               shard_bytes: int = SHARD_BYTES) -> None:
+               shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
     """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the
-    file, default what the weights were loaded from; shard_bytes: the most that one file holds."""
+    file, default what the weights were loaded from; shard_bytes: the most that one file holds. Every rank
+    calls, rank 0 writes; there, returns the CRC-32 of each weight file."""
     folder, dtype = Path(folder), dtype or model.source_dtype
     shards: list[list[str]] = [[]]
     total = used = 0
@@ -746,10 +747,10 @@ def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = Non
         used, total = used + size, total + size
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(names, shards):
-        save_file({name: tensors[name].detach().to("cpu", dtype).contiguous() for name in shard},
-                  folder / file, {"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors makes files that nobody else can read
+    sums = {file: write_tensors(folder / file, {name: tensors[name] for name in shard}, dtype)
+            for file, shard in zip(names, shards)}
+    if not is_main():
+        return {}
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         (folder / "model.safetensors.index.json").write_text(
@@ -757,3 +758,4 @@ def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = Non
     raw = {**model.config.raw, "dtype": str(dtype).removeprefix("torch.")}
     raw.pop("torch_dtype", None)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    return sums

@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoint
+import estimate
 from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset,
                   load_template, plan)
 from data import steps_per_epoch as count_steps
@@ -42,6 +43,7 @@ from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise
 from machine import Reserve, keep_freed_memory, peak_memory_mb, report_error, share_threads
 from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
                    resolve_model)
+from shard import in_step, is_main, rank, release, shard, whole
 
 # ---------------------------------------------------------------- configuration
 
@@ -94,8 +96,11 @@ class Config:
     dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything",
                       choices=("bf16", "fp32"))
     device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
+    shard: bool = flag(False, "under torchrun: each rank holds a part of parameters, gradients and averages")
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the decoder layers")
+    dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory",
+                        nargs="?", const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS")
     # output
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR")
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start anew")
@@ -118,8 +123,8 @@ EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "t
                 beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
 # These change where a run's results go, how fast it is or what it shows, but not the weights that come out.
 FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
-        "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "recompute",
-        "compile", "cache_dir"}
+        "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "shard",
+        "recompute", "compile", "dry_run", "cache_dir"}
 
 
 def parse_args(argv: list[str]) -> Config:
@@ -158,7 +163,8 @@ def parse_args(argv: list[str]) -> Config:
     if not name:
         if "train_data" in given:
             raise ValueError("--train-data is given but no --model: name the checkpoint folder to train")
-        name, given = "quickstart", {**EMBEDDED, "overwrite": "output_dir" not in given, **given}
+        answers = {"eval_generate": 0} if given.get("shard") else {}
+        name, given = "quickstart", {**EMBEDDED, "overwrite": "output_dir" not in given, **answers, **given}
     config = Config(**given)
     config.output_dir = config.output_dir or str(Path("runs") / f"{name}-{config.loss}")
     validate(config)
@@ -175,7 +181,7 @@ def validate(config: Config) -> None:
         raise ValueError("--train-data is missing: give one or more files of records")
     for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"):
         need(name, getattr(config, name) >= 1, "1 or more")
-    for name in ("max_steps", "save_every", "eval_every", "eval_generate", "seed"):
+    for name in ("max_steps", "dry_run", "save_every", "eval_every", "eval_generate", "seed"):
         need(name, getattr(config, name) >= 0, "0 or more")
     for name in ("neftune_alpha", "kl_weight", "weight_decay", "clip_grad_norm"):
         need(name, 0 <= getattr(config, name) < math.inf, "a finite number, 0 or more")
@@ -183,6 +189,9 @@ def validate(config: Config) -> None:
         need(name, 0 < getattr(config, name) < math.inf, "a finite number above 0")
     for name in ("beta1", "beta2", "warmup_ratio"):
         need(name, 0 <= getattr(config, name) < 1, "from 0 to below 1")
+    need("compile", not (config.shard and config.compile), "off with --shard")
+    need("eval_generate", not (config.shard and config.eval_generate),
+         "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
     need("max_length", config.max_length >= 2, "2 or more")
     need("device", config.device != "cuda" or torch.cuda.is_available(),
          "cpu here: PyTorch finds no CUDA device")
@@ -227,14 +236,6 @@ class Signals:
         if not self.number and "WORLD_SIZE" not in os.environ:
             say(f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint")
         self.number = self.number or number
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def is_main() -> bool:
-    return rank() == 0
 
 
 def say(text: str = "") -> None:
@@ -285,12 +286,13 @@ def claim_folder(config: Config, identity: dict, model_folder: Path) -> Path | N
         for part in checkpoint.unfinished_checkpoints(out):
             say(f"{part.name} was not written to its end and is ignored")
             shutil.rmtree(part)
-        found = checkpoint.find_checkpoints(out)
-        resume = found[-1] if found else None
+        resume = checkpoint.newest_whole(out, say)
         if resume is None:
             say(f"{out}: interrupted before its first checkpoint; starting again")
             keep_lines(out / "metrics.jsonl", 0)
             keep_lines(out / "eval.jsonl", -1)
+    elif resume is not None:
+        checkpoint.check_files(resume)
     if resume is not None:
         state = checkpoint.read_state(resume)
         check_identity(state["identity"], identity, f"--resume {resume}",
@@ -408,12 +410,16 @@ def main(argv: list[str]) -> int:
     compute = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
     say(describe(config))
+    sharded = config.shard and world_size > 1
+    if config.shard and not sharded:
+        say("warning: --shard does nothing on one rank")
 
     # -- data: one process of each machine tokenises, the others read what it wrote
     folder = resolve_model(config.model)
     model_config = read_config(folder)
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
-    reserve = Reserve(0 if use_cuda else 8 * parameter_count(model_config)      # AdamW's averages
+    averages = 8 * parameter_count(model_config) // (world_size if sharded else 1)      # AdamW's, bytes
+    reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
     check_vocabulary(model_config, tokenizer.vocab_size)
@@ -451,10 +457,16 @@ def main(argv: list[str]) -> int:
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
         f"{len(train_set) - len(usable):,} left out with nothing to train on under --loss {config.loss}")
 
+    if config.dry_run:
+        say(estimate.forecast(config, folder, compute, use_cuda, lengths, train_set.counts[usable],
+                              weights != 0))
+        return finish(0)
+
     # -- model
-    raw_model = load_model(folder, device)
+    divide = partial(shard, device=device, dtype=compute) if sharded else None
+    raw_model = load_model(folder, device, divide)
     raw_model.recompute = config.recompute
-    reference = load_model(folder, device).requires_grad_(False) if config.kl_weight else None
+    reference = load_model(folder, device, divide).requires_grad_(False) if config.kl_weight else None
     for each in filter(None, (raw_model, reference)):
         if warning := each.choose_attention(compute):
             say(f"warning: {warning}")
@@ -479,8 +491,11 @@ def main(argv: list[str]) -> int:
     if config.compile:
         for layer in raw_model.model.layers:
             layer.compile(dynamic=True)
-    model = raw_model if world_size == 1 else DistributedDataParallel(
-        raw_model, device_ids=[device] if use_cuda else None, gradient_as_bucket_view=True)
+    model, wait_to_sync = raw_model, contextlib.nullcontext
+    if world_size > 1 and not sharded:
+        model = DistributedDataParallel(raw_model, device_ids=[device] if use_cuda else None,
+                                        gradient_as_bucket_view=True)
+        wait_to_sync = model.no_sync    # a sharded model would have to keep whole gradients meanwhile
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
@@ -493,11 +508,13 @@ def main(argv: list[str]) -> int:
                 capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
                 rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
                                disable=not (is_main() and sys.stderr.isatty()))
-                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size, rows)
+                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size,
+                                    lambda mine: in_step(raw_model, rows(mine)))
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
                 answers = answer_records(raw_model, tokenizer, template, config.eval_data,
                                          config.eval_generate)
+        release(raw_model)
         if answers:
             result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
         if is_main():
@@ -546,7 +563,7 @@ def main(argv: list[str]) -> int:
                 noise = neftune_noise(batch, model_config.hidden_size, config.neftune_alpha, config.seed,
                                       step)
             last = i + 1 == len(micro_batches[rank()])
-            with contextlib.nullcontext() if last or world_size == 1 else model.no_sync():
+            with contextlib.nullcontext() if last else wait_to_sync():
                 with autocast:
                     hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)     # (N, C)
                     rows = batch.rows
@@ -565,15 +582,16 @@ def main(argv: list[str]) -> int:
                     if look:  # the spans that carry no weight: no gradient
                         values = nll(hidden.detach()[rest], raw_model.head_weight, batch.targets[rest])
                         sums += sums_by_kind(values, batch.kinds[rest])
-                (loss * world_size).backward()  # DDP averages over ranks, the loss is a sum over them
+                (loss * world_size).backward()  # gradients are averaged over ranks, the loss is their sum
 
         # -- the one place where the host waits for the device
         stats = torch.cat([torch.stack([objective, divergence]).double(), sums,
                            torch.tensor([float(stop.number)], dtype=torch.float64, device=device)])
         if world_size > 1:
             dist.all_reduce(stats)
+        release(reference)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
-        *values, grad_norm = torch.cat([stats, norm.double()[None]]).tolist()
+        *values, grad_norm = torch.cat([stats, whole(norm).double()[None]]).tolist()
         loss_value, kl_value, nll_sums, signals = values[0], values[1], values[2:-1], values[-1]
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm) and math.isfinite(kl_value)):
             raise ValueError(f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: the run stops "
@@ -613,9 +631,8 @@ def main(argv: list[str]) -> int:
             evaluate(step, answers_too=False)
         interrupted = signals > 0 and step < total_steps
         if interrupted or (config.save_every and step % config.save_every == 0 and step < total_steps):
-            if is_main():
-                checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
-                                           config.keep_checkpoints)
+            checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
+                                       config.keep_checkpoints)
         if interrupted:
             bar.close()
             say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
@@ -629,8 +646,8 @@ def main(argv: list[str]) -> int:
             before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
             print_change(before, after)
             show_answers(answers)
+    checkpoint.export(out, raw_model, tokenizer, template, config.save_dtype)
     if is_main():
-        checkpoint.export(out, raw_model, tokenizer, template, config.save_dtype)
         say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
             f"{time.monotonic() - started:.0f} s in all")
     return finish(0)

@@ -12,11 +12,15 @@ import pytest
 import torch
 import transformers
 
+import checkpoint
 import data
+import estimate
 import train
 from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_dataset, load_template, plan
 from loss import span_weights
-from tiny import arguments, command, difference, flags, metrics, run_apart, run_here, setup, weights
+from model import ModelConfig, activation_bytes
+from tiny import (arguments, command, difference, flags, make_model, metrics, run_apart, run_here, setup,
+                  weights)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +182,11 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder, whole_r
     metrics run ahead of the checkpoint."""
     argv = arguments(folder, "killed", **SCHEDULED, save_every=2)
     code = ("import os, signal, sys, checkpoint\n"
-            "def save_file(tensors, path, *a):\n"
+            "def write_tensors(path, *a):\n"
             "    if 'step-00000004' in str(path) and 'optimizer' in str(path):\n"
             "        open(path, 'wb').write(b'half'); os.kill(os.getpid(), signal.SIGKILL)\n"
-            "    real(tensors, path, *a)\n"
-            "real, checkpoint.save_file = checkpoint.save_file, save_file\n"
+            "    return real(path, *a)\n"
+            "real, checkpoint.write_tensors = checkpoint.write_tensors, write_tensors\n"
             "import train; sys.exit(train.run(sys.argv[1:]))\n")
     plain = command(argv)
     done = subprocess.run([plain[0], "-c", code, *plain[2:]], cwd=Path(train.__file__).parent,
@@ -198,6 +202,59 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder, whole_r
     whole = weights(whole_run / "final")
     assert all(torch.equal(tensor, whole[name])
                for name, tensor in weights(folder / "killed" / "final").items())
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "bit-flipped weights": lambda folder: flip_a_bit(folder / "model.safetensors"),
+    "bit-flipped averages": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
+    "short averages": lambda folder: os.truncate(folder / "optimizer.safetensors", 5000),
+    "lost weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "lost state": lambda folder: (folder / "state.json").unlink(),
+    "another step": lambda folder: (folder / "state.json").write_text(
+        (folder / "state.json").read_text().replace('"step": 6', '"step": 7')),
+    "empty state": lambda folder: (folder / "state.json").write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+        folder, whole_run, damage, monkeypatch, capsys):
+    out = folder / f"damaged-{damage}".replace(" ", "-")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        run_here(arguments(folder, out, **SCHEDULED, save_every=3))
+    newest = out / "checkpoints" / "step-00000006"
+    assert (newest / "state.json").read_text().count('"step": 6') == 1
+    DAMAGE[damage](newest)
+    capsys.readouterr()
+    with pytest.raises(ValueError, match="step-00000006"):
+        run_here(arguments(folder, folder / "elsewhere", **SCHEDULED, resume=newest))
+    assert not (folder / "elsewhere").exists()
+    assert run_here(arguments(folder, out, **SCHEDULED, save_every=3)) == 0
+    printed = capsys.readouterr().out
+    assert "warning: " in printed and "step-00000006" in printed and "resuming after step 3" in printed
+    whole = weights(whole_run / "final")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out / "final").items())
+    assert [r["step"] for r in metrics(out)] == list(range(1, 9))
+    checkpoint.check_files(newest)      # written anew on the way
+
+
+def test_no_whole_checkpoint_stops_the_run(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        run_here(arguments(folder, "all-damaged", save_every=2))
+    for saved in (folder / "all-damaged" / "checkpoints").iterdir():
+        flip_a_bit(saved / "optimizer.safetensors")
+    before = (folder / "all-damaged" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="none of its 2 checkpoint.s. is whole.*--overwrite"):
+        run_here(arguments(folder, "all-damaged", save_every=2))
+    assert (folder / "all-damaged" / "metrics.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -236,10 +293,22 @@ def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 5)
         run_here(arguments(folder, "branch", save_every=3, keep_checkpoints=9))
-    checkpoint = folder / "branch" / "checkpoints" / "step-00000003"
-    run_here(arguments(folder, "branched", resume=checkpoint))
+    saved = folder / "branch" / "checkpoints" / "step-00000003"
+    run_here(arguments(folder, "branched", resume=saved))
     a, b = weights(folder / "straight" / "final"), weights(folder / "branched" / "final")
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_was_just_saved_is_kept_beside_later_checkpoints(folder, monkeypatch):
+    """A run set back by --resume to an earlier step of its own folder."""
+    saved = folder / "back" / "checkpoints"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        run_here(arguments(folder, "back", save_every=3, keep_checkpoints=9))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "back", resume=saved / "step-00000003", keep_checkpoints=1))
+    assert sorted(p.name for p in saved.iterdir()) == [f"step-{n:08d}" for n in (5, 6, 7)]
 
 
 def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
@@ -269,6 +338,72 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     # These change no weight: it goes on.
     run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))
     assert (folder / "half" / "final").is_dir()
+
+
+# ---------------------------------------------------------------- --dry-run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_dry_run_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsys):
+    """Against the micro-batches that a run collates; nothing is loaded, no folder is made."""
+    argv = arguments(folder, f"dry-{ranks}", micro_batch_tokens=250, max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "load_model", None)
+        assert run_here([*argv, "--dry-run", str(ranks)]) == 0
+    assert not (folder / f"dry-{ranks}").exists()
+    printed = capsys.readouterr().out
+    batches = []
+    original = train.collate
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "collate", lambda *a: batches.append(original(*a)) or batches[-1])
+        if ranks == 1:
+            run_here(argv)
+        else:   # what each of two ranks would collate
+            patch.setattr(train, "plan", lambda *a: [
+                [sum(([*rank] for rank in step), [])] for step in plan(*a[:-1], world_size=ranks)])
+            run_here(argv)
+    tokens, trained = [len(b.ids) for b in batches], [len(b.rows) for b in batches]
+    assert len(batches) > 4 and len(set(tokens)) > 1
+    for text in ("4 steps, 4 an epoch", f"on {ranks} rank(s): {len(batches)} micro-batches",
+                 f"{sum(tokens) / 250 / len(tokens):.1%} of 250 tokens used",
+                 f"the largest has {max(tokens)} tokens", f"at most {max(trained)} targets with weight, "
+                 f"{max(a - b for a, b in zip(tokens, trained))} without"):
+        assert text in printed, text
+    assert ("--shard" in printed.split("peak memory")[1]) == (ranks == 2)
+
+
+def test_a_dry_runs_memory_adds_up_by_hand():
+    """A Llama of 2 layers of 7,200 parameters, 100 x 30 embeddings and a norm of 30, tied; 1,000 tokens."""
+    config = ModelConfig.from_dict(dict(
+        model_type="llama", vocab_size=100, hidden_size=30, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=3, head_dim=10, tie_word_embeddings=True))
+    layer, count = 4 * 30 * 30 + 3 * 30 * 40 + 2 * 30, 2 * 7260 + 3030
+    packed = {"largest": 1000, "trained": 600, "other": 400}
+    plain, ddp, shard, again = (
+        estimate.memory(config, packed, torch.bfloat16, ranks, shard, recompute, False)
+        for ranks, shard, recompute in (
+            (1, False, False), (2, False, False), (2, True, False), (2, True, True)))
+    assert layer == 7260 and plain == ddp
+    assert [plain[k] for k in ("parameters", "gradients", "AdamW's averages", "reference model")] == [
+        4 * count, 4 * count, 8 * count, 0]
+    assert [shard[k] for k in ("parameters", "gradients", "AdamW's averages")] == [
+        2 * count, 2 * count, 4 * count]
+    assert plain["weights gathered or cast"] == 2 * 2 * (7260 - 1200)          # bf16 copies, but of down_proj
+    assert shard["weights gathered or cast"] == 4 * 3030 + 7260 * (3 * 2 + 2 * 4)
+    # the head's gradient and copy; the largest of the logits: of the loss 600, of a look at the others 400
+    assert plain["head: gradient, copy, logits"] == (4 + 2) * 3000 + max(60_000 * (2 + 3 * 4), 40_000 * 10)
+    kept = "activations of 1,000 tokens"
+    assert shard[kept] == plain[kept] == activation_bytes(config, 1000, torch.bfloat16, False) > again[kept]
+    kl = estimate.memory(config, packed, torch.bfloat16, 2, True, False, True)
+    assert kl["reference model"] == 2 * count and kl["weights gathered or cast"] == 8 * 3030 + 7260 * 14
+
+
+def test_a_dry_run_refuses_weights_that_do_not_fit(folder):
+    make_model(folder / "misfit" / "model", tie=False)
+    config = folder / "misfit" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ValueError, match="missing model.layers.2"):
+        run_here(arguments(folder, "dry-misfit", model=folder / "misfit" / "model", dry_run=True))
 
 
 # ---------------------------------------------------------------- objectives and options
@@ -350,13 +485,17 @@ def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
     again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9", "--no-overwrite"])
     assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
     embedded = train.parse_args([])
-    assert Path(embedded.model).is_dir() and embedded.loss == "im"
+    assert Path(embedded.model).is_dir() and embedded.loss == "im" and embedded.eval_generate == 1000
+    assert train.parse_args(["--shard"]).eval_generate == 0
+    assert [train.parse_args(argv).dry_run for argv in ([], ["--dry-run"], ["--dry-run", "8"])] == [0, 1, 8]
     for argv, says in ((["--lr", "0"], "--lr 0.0: must be"), (["--batch-size", "0"], "--batch-size 0"),
                        (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
-                       (["--max-length", "1"], "--max-length 1")):
+                       (["--max-length", "1"], "--max-length 1"), (["--dry-run", "-1"], "--dry-run -1"),
+                       (["--shard", "--compile"], "--compile"),
+                       (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(argv)
 

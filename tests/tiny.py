@@ -101,6 +101,23 @@ def run_apart(argv: list[str], ranks: int = 1, check: bool = True) -> subprocess
     return done
 
 
+def run_script(script: str, argument: Path, ranks: int) -> str:
+    """torchrun tests/SCRIPT ARGUMENT; returns what was printed."""
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
+            str(ROOT / "tests" / script), str(argument)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=180,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run_many(folder: Path, runs: list[list[str]], ranks: int) -> str:
+    """Runs of train.py one after the other in the same ranks (many_runs.py)."""
+    file = folder / "runs.json"
+    file.write_text(json.dumps(runs))
+    return run_script("many_runs.py", file, ranks)
+
+
 def run_module(module: str, argv: list[str], ranks: int = 1, check: bool = True
                ) -> subprocess.CompletedProcess:
     """python -m MODULE, or torchrun -m MODULE, as a user would start it."""

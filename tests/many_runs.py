@@ -1,0 +1,49 @@
+"""Several runs of train.py in the same ranks, one after another: starting the ranks takes longer than a run.
+
+    torchrun --nproc-per-node 2 tests/many_runs.py RUNS.json       [[flag, ...], ...]; tiny.run_many() does it
+
+A run of several ranks ends by os._exit(), which is kept from ending the process.
+"""
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import shard  # noqa: E402
+import train  # noqa: E402
+
+shard.PIECE = 2048  # bytes, so that tiny tensors too are read, sent and written in several pieces
+
+
+class Ended(BaseException):
+    """os._exit() was called."""
+
+
+def end(status: int) -> None:
+    raise Ended(status)
+
+
+def main(file: str) -> None:
+    for argv in json.loads(Path(file).read_text()):
+        os._exit, exit_now = end, os._exit
+        try:
+            train.main(argv)
+        except Ended:
+            dist.init_process_group = lambda *a, **k: None      # the ranks have met
+        finally:
+            os._exit = exit_now
+    dist.barrier()
+
+
+try:
+    main(sys.argv[1])
+    status = 0
+except Exception as error:
+    train.report_error(error)
+    status = 1
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
