@@ -80,16 +80,6 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def in_step(model: "Llama", rows: Iterator) -> Iterator:
-    """Ranks must run a sharded model equally often, but evaluation leaves a rank's empty rows out: run it on
-    no tokens for these. rows: this rank's, arrays of examples, as many as every rank has."""
-    for row in rows:
-        if is_sharded(model) and not len(row):
-            none = torch.zeros(0, dtype=torch.int64, device=model.head_weight.device)
-            model(none, none, torch.zeros(1, dtype=torch.int32))
-        yield row
-
-
 # ---------------------------------------------------------------- rows
 
 

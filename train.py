@@ -43,7 +43,7 @@ from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise
 from machine import Reserve, keep_freed_memory, peak_memory_mb, report_error, share_threads
 from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
                    resolve_model)
-from shard import in_step, is_main, rank, release, shard, whole
+from shard import is_main, rank, release, shard, whole
 
 # ---------------------------------------------------------------- configuration
 
@@ -508,8 +508,7 @@ def main(argv: list[str]) -> int:
                 capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
                 rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
                                disable=not (is_main() and sys.stderr.isatty()))
-                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size,
-                                    lambda mine: in_step(raw_model, rows(mine)))
+                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size, rows)
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
                 answers = answer_records(raw_model, tokenizer, template, config.eval_data,
