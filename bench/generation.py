@@ -35,15 +35,15 @@ def run_here(args: argparse.Namespace) -> dict:
                for question in questions]
     stop = tokenizer.special[template.end_of_turn]
     if args.run != "transformers":
-        from eval.engine import LOOKUP
-        from eval.generate import generate
+        from eval.engine import LOOKUP, Engine
         from machine import keep_freed_memory
         keep_freed_memory(shapes=1024)      # as eval.generate does
-        model = load_model(folder).requires_grad_(False).to(dtype)
+        engine = Engine(load_model(folder).requires_grad_(False).to(dtype))
 
         def answer(some: list[list[int]], tokens: int) -> list[list[int]]:
-            return generate(model, some, {stop}, tokens, args.batch_size,
-                            lookup=LOOKUP if args.run == "ours" else 0)
+            made = engine.answers(some, {stop}, tokens, args.batch_size,
+                                  lookup=LOOKUP if args.run == "ours" else 0)
+            return [ids for _, ids, _ in sorted(made)]
     else:
         from transformers import AutoModelForCausalLM
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
