@@ -15,9 +15,10 @@ torchrun --max-restarts 3, with DDP and --shard. The causes take turns, at momen
 
 The same command is then given until training is finished. identical: the bytes of final/model.safetensors are
 those of an undisturbed run of the same mode and ranks, and metrics.jsonl and eval.jsonl have its losses, each
-step once; else what differs. lost: not finished by --attempts commands. hung: a command took --timeout seconds.
-faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own.
-Each run has a folder and a token cache of its own. The last line printed is one JSON object. Linux only.
+step once; else what differs. lost: not finished by --attempts commands. hung: a command took --timeout
+seconds. faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own, those
+with it in which gloo did not find its peers. Each run has a folder and a token cache of its own. The last
+line printed is one JSON object. Linux only.
 """
 import argparse
 import contextlib
