@@ -197,7 +197,7 @@ def soak(args: argparse.Namespace) -> None:
     machine, rng = hardware(), random.Random(args.seed)
     modes = [(mode, ranks) for ranks in args.ranks for mode in ("ddp", "shard") if ranks > 1 or mode == "ddp"]
     undisturbed: dict[tuple[str, int], dict] = {}
-    runs, widths = [], [11, 6, 7, 8, 10, 10, 9, 19]
+    runs, widths = [], [11, 6, 6, 7, 9, 9, 8, 24]
     print(f"{machine['cpu']}, torch {machine['versions'].get('torch')}")
     print_table(["cause", "mode", "ranks", "faults", "commands", "restarts", "seconds", "ends"], [], widths)
     for i in range(args.runs):
