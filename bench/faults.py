@@ -1,0 +1,237 @@
+"""Soak: small trainings that are killed, stopped, spoiled and starved of disk must end in the same bits.
+
+    python -m bench.faults [--runs 12] [--seed 0] [--ranks 1 2] [--folder DIR]
+
+Trains the embedded default's model for a few steps in fp32 with a checkpoint every second step, under
+torchrun --max-restarts 3, with DDP and --shard. The causes take turns, at moments drawn from --seed:
+
+  kill        once to three times a rank is killed (SIGKILL) at any moment from its start on
+  kill write  the same, while a checkpoint, the token cache or final/ is being written
+  terminate   the whole job is asked to stop (SIGTERM)
+  flip        the whole job is killed, and one bit of a file of the newest of its checkpoints is flipped
+  truncate    ... or the file is cut short
+  disk full   the disk of output and token cache fills up, until the job has given up; on a small tmpfs,
+              left out where mounting one is not allowed
+
+The same command is then given until training is finished. identical: the bytes of final/model.safetensors are
+those of an undisturbed run of the same mode and ranks, and metrics.jsonl and eval.jsonl have its losses, each
+step once; else what differs. lost: not finished by --attempts commands. hung: a command took --timeout
+seconds. faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own, those
+with it in which gloo did not find its peers. Each run has a folder and a token cache of its own. The last
+line printed is one JSON object. Linux only.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.common import REPOSITORY, hardware, print_table
+
+CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "disk full")
+QUICKSTART = REPOSITORY / "quickstart"
+DISK = 80 * 2**20       # bytes of the small disk: three checkpoints of 14 MB, final/, token cache
+
+
+class Job:
+    """A command of torchrun on train.py that writes to HOME and appends what it prints to HOME.log."""
+
+    def __init__(self, args: argparse.Namespace, home: Path, mode: str, ranks: int) -> None:
+        self.home, self.log = home, Path(f"{home}.log")
+        command = f"""-m torch.distributed.run --standalone --max-restarts 3 --nproc-per-node {ranks} train.py
+            --max-length 256 --batch-size 8 --micro-batch-tokens 512 --max-steps {args.steps} --save-every 2
+            --eval-every 5 --lr 1e-3 --dtype fp32 --save-dtype fp32 --device cpu"""
+        paths = {"model": QUICKSTART / "model", "train-data": args.folder / "train.jsonl",
+                 "eval-data": args.folder / "test.jsonl", "output-dir": home / "out",
+                 "cache-dir": home / "cache"}
+        words = [sys.executable, *command.split(), *(["--shard"] if mode == "shard" else []),
+                 *(str(word) for name, path in paths.items() for word in (f"--{name}", path))]
+        with open(self.log, "a") as log:    # LOGLEVEL: torchrun's, so that it says when it restarts
+            self.process = subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, env={
+                **os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"})
+
+    def ranks(self) -> list[int]:
+        """Process ids of the ranks that live now."""
+        found = []
+        with contextlib.suppress(OSError):      # one ended while we looked
+            for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
+                found += [int(pid) for pid in file.read_text().split()
+                          if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return found
+
+    def wait_until(self, ready: Callable[[], bool]) -> bool:
+        """False if the job ends first."""
+        while self.process.poll() is None:
+            if ready():
+                return True
+            time.sleep(0.002)
+        return False
+
+    def kill(self) -> None:
+        """All of it: the launcher first, so that it starts no rank anew."""
+        ranks = self.ranks()
+        self.process.kill()
+        self.process.wait()
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait_for_end(self, timeout: float) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout)
+        self.hung = self.process.poll() is None
+
+
+def checkpoints(home: Path) -> list[Path]:
+    return sorted(p for p in home.glob("out/checkpoints/step-*") if p.suffix != ".part")
+
+
+def writing(home: Path) -> bool:
+    return any(any(home.glob(pattern)) for pattern in ("*/*.part", "out/checkpoints/*.part"))
+
+
+def strike(job: Job, cause: str, rng: random.Random, steps: int) -> int:
+    """Do what `cause` says to a running job of so many steps; returns how often it was done, 0 if it was over
+    before. A moment is a step, since a machine's speed drifts; a fifth of them lie in the start."""
+    def lines() -> int:
+        file = job.home / "out/metrics.jsonl"
+        return file.read_bytes().count(b"\n") if file.exists() else 0
+
+    def wait(ready: Callable[[], object]) -> bool:
+        """For any moment, then until ready; False if the job ended meanwhile."""
+        step = rng.randrange(-steps // 4, steps)
+        later = rng.uniform(0, 0.2 if step > lines() else 4)    # seconds; 4: of starting
+        if not (job.wait_until(lambda: lines() >= step) and job.wait_until(job.ranks)):
+            return False
+        moment = time.monotonic() + later
+        return job.wait_until(lambda: time.monotonic() >= moment) and job.wait_until(ready)
+
+    done = 0
+    if cause.startswith("kill"):
+        for _ in range(rng.randint(1, 3)):
+            if wait(job.ranks if cause == "kill" else lambda: writing(job.home)):
+                time.sleep(rng.uniform(0, 0.03) if cause == "kill write" else 0)
+                for pid in rng.sample(ranks := sorted(job.ranks()), min(1, len(ranks))):
+                    os.kill(pid, signal.SIGKILL)
+                    done += 1
+    elif cause == "terminate" and (done := int(wait(job.ranks))):
+        job.process.terminate()
+    elif cause == "disk full" and (done := int(wait(job.ranks))):
+        with open(job.home / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+            while ballast.write(bytes(4096)):   # until there is no space left
+                continue
+    # A job whose only checkpoint is damaged is refused, as it should be: so the second must be there.
+    elif cause in ("flip", "truncate") and (done := int(wait(lambda: len(checkpoints(job.home)) > 1))):
+        job.kill()
+        damage(rng.choice(sorted(checkpoints(job.home)[-1].iterdir())), cause, rng)
+    return done
+
+
+def damage(file: Path, cause: str, rng: random.Random) -> None:
+    data = bytearray(file.read_bytes())
+    place = rng.randrange(len(data))
+    if cause == "flip":
+        data[place] ^= 1 << rng.randrange(8)
+    file.write_bytes(data if cause == "flip" else data[:place])
+
+
+def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float = 0) -> dict:
+    """Train until finished, disturbed by the cause: {"faults": how often, "seconds", "commands", "restarts",
+    "weights": a hash, "log": what the .jsonl files say of steps}, the last two None if lost."""
+    home, began, faults = args.folder / name, time.monotonic(), 0
+    for attempt in range(args.attempts):
+        job = Job(args, home, mode, ranks)
+        try:
+            if attempt == 0:
+                faults = strike(job, cause, random.Random(seed), args.steps)
+            job.wait_for_end(args.timeout)
+        finally:
+            job.kill()
+        (home / "ballast").unlink(missing_ok=True)
+        if job.hung or (home / "out/final").is_dir():
+            break
+    result = {"faults": faults, "seconds": time.monotonic() - began, "commands": attempt + 1,
+              "hung": job.hung, "weights": None, "log": None,
+              "restarts": job.log.read_text(errors="replace").count("will restart worker group")}
+    if not job.hung and (home / "out/final").is_dir():
+        result["weights"] = hashlib.sha256((home / "out/final/model.safetensors").read_bytes()).hexdigest()
+        lines = [[json.loads(line) for line in (home / "out" / file).read_text().splitlines()]
+                 for file in ("metrics.jsonl", "eval.jsonl")]
+        result["log"] = [[(line["step"], line["loss"]) for line in lines[0]], lines[1]]
+    return result
+
+
+def disturbed(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float,
+              undisturbed: dict) -> dict | None:
+    """train() with how it "ends"; None if the cause cannot be had here."""
+    home = args.folder / name
+    home.mkdir()
+    if cause == "disk full" and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", home],
+                                               capture_output=True).returncode:
+        return None
+    try:
+        run = train(args, name, cause, mode, ranks, seed)
+    finally:
+        if cause == "disk full":
+            subprocess.run(["umount", home], check=True)
+    differ = [what for what in ("weights", "log") if run[what] != undisturbed[what]]
+    run["ends"] = " and ".join(differ) + " differ" if differ else "identical"
+    if run["weights"] is None:
+        run["ends"] = "hung" if run["hung"] else "lost"
+    del run["log"]
+    return {"cause": cause, "mode": mode, "ranks": ranks, **run}
+
+
+def soak(args: argparse.Namespace) -> None:
+    for name, count in (("train", 60), ("test", 12)):
+        lines = (QUICKSTART / f"{name}.jsonl").read_text().splitlines(keepends=True)
+        (args.folder / f"{name}.jsonl").write_text("".join(lines[:count]))
+    machine, rng = hardware(), random.Random(args.seed)
+    modes = [(mode, ranks) for ranks in args.ranks for mode in ("ddp", "shard") if ranks > 1 or mode == "ddp"]
+    undisturbed: dict[tuple[str, int], dict] = {}
+    runs, widths = [], [11, 6, 6, 7, 9, 9, 8, 24]
+    print(f"{machine['cpu']}, torch {machine['versions'].get('torch')}")
+    print_table(["cause", "mode", "ranks", "faults", "commands", "restarts", "seconds", "ends"], [], widths)
+    for i in range(args.runs):
+        cause, key, seed = args.causes[i % len(args.causes)], rng.choice(modes), rng.random()
+        if key not in undisturbed:
+            undisturbed[key] = train(args, "-".join(map(str, key)), "none", *key)
+            if undisturbed[key]["weights"] is None:
+                raise RuntimeError(f"undisturbed, it does not finish: {args.folder}/{key[0]}-{key[1]}.log")
+        if (run := disturbed(args, f"run-{i:03d}", cause, *key, seed, undisturbed[key])) is None:
+            print(f"{cause:<{widths[0]}} left out: mounting a tmpfs is not allowed here")
+            continue
+        runs.append(run)
+        print_table([cause, key[0], str(key[1]), str(run["faults"]), str(run["commands"]),
+                     str(run["restarts"]), f"{run['seconds']:.0f}", run["ends"]], [], widths)
+    print(json.dumps({"hardware": machine, "seed": args.seed, "steps": args.steps, "runs": runs}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--runs", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--causes", nargs="+", choices=CAUSES, default=list(CAUSES))
+    parser.add_argument("--attempts", type=int, default=5, help="commands after which a run counts as lost")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds after which a command hangs")
+    parser.add_argument("--folder", type=Path, help="an empty one, to keep the runs in")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # unmount, end what runs
+    with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
+        args.folder = (args.folder or Path(temporary)).resolve()
+        args.folder.mkdir(parents=True, exist_ok=True)
+        soak(args)
+
+
+if __name__ == "__main__":
+    main()
