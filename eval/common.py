@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data import TEMPLATES, Template, Tokenizer, load_template
 from machine import keep_freed_memory, report_error, share_threads
 from model import Llama, check_vocabulary, load_model, resolve_model
+from shard import is_main, rank  # noqa: F401  rank: for those who import from here
 
 
 @dataclass
@@ -111,16 +112,8 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
     return objects
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def is_main() -> bool:
-    return rank() == 0
 
 
 def start_ranks(args: argparse.Namespace) -> torch.device:
