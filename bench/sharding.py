@@ -51,7 +51,7 @@ def point(args: argparse.Namespace) -> None:
 
     keep_freed_memory()
     dist.init_process_group("gloo")
-    world, rank = dist.get_world_size(), dist.get_rank()
+    rank = dist.get_rank()
     dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
     before, peaks = peak_bytes(), {}
 

@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import write_text
 from data import TEMPLATES, Template, Tokenizer, load_template
+from eval.engine import Engine
 from machine import keep_freed_memory, report_error, share_threads
 from model import Llama, check_vocabulary, load_model, resolve_model
 from shard import is_main, rank  # noqa: F401  rank: for those who import from here
@@ -29,6 +32,11 @@ class Loaded:
     template: Template | None       # none was asked for
     device: torch.device
     autocast: torch.autocast
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made once: it lays out the weights anew, and keeps them."""
+        return Engine(self.model)
 
     @property
     def stop_ids(self) -> set[int]:
@@ -140,10 +148,14 @@ def gather(items: list) -> list:
     return [item for part in parts for item in part]
 
 
+def shows_progress() -> bool:
+    return is_main() and sys.stderr.isatty()
+
+
 def progress(items: Iterable, total: int, unit: str) -> Iterable:
     """items with a bar, where somebody can see it."""
     return tqdm(items, total=total, unit=unit, dynamic_ncols=True, leave=False,
-                disable=not (is_main() and sys.stderr.isatty()))
+                disable=not shows_progress())
 
 
 def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
@@ -157,9 +169,7 @@ def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
 def write_json(file: str | Path | None, result: dict) -> None:
     """On rank 0, if a file was asked for; by renaming, so that no reader sees half of it."""
     if file and is_main():
-        part = Path(f"{file}.part")
-        part.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(file)
+        write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

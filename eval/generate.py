@@ -74,7 +74,7 @@ class Text:
         return text[len(before):]
 
 
-def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace, turn: int = 0) -> str:
+def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) -> str:
     """Prints the answer as it is made, and returns it. Ctrl-C ends an answer of a conversation."""
     pieces = render(to_messages({"messages": messages}), loaded.template, add_generation_prompt=True)
     prompt = tokenize(pieces, loaded.tokenizer)[0]
@@ -85,9 +85,9 @@ def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace,
         print(parts[-1], end="", flush=True)
 
     try:
-        for _ in engine.answers([prompt], loaded.stop_ids, args.max_new_tokens, 1, sampling(args),
-                                [(turn, 0)], lambda _, token: show(token),
-                                lookup=args.prompt_lookup_num_tokens):
+        for _ in loaded.engine.answers([prompt], loaded.stop_ids, args.max_new_tokens, 1, sampling(args),
+                                       [(turn, 0)], lambda _, token: show(token),
+                                       lookup=args.prompt_lookup_num_tokens):
             pass
     except KeyboardInterrupt:
         if not args.chat:
@@ -97,7 +97,7 @@ def reply(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace,
     return "".join(parts)
 
 
-def chat(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace) -> None:
+def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401  input() then has line editing
     print("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
@@ -115,7 +115,7 @@ def chat(loaded: Loaded, engine: Engine, messages: list[dict], args: Namespace) 
             asked = [*messages, {"role": "user", "content": text}]
             try:
                 messages = [*asked, {"role": "assistant",
-                                     "content": reply(loaded, engine, asked, args, len(messages))}]
+                                     "content": reply(loaded, asked, args, len(messages))}]
             except ValueError as error:     # the template's, or text that is not UTF-8
                 print(f"error: {error}", file=sys.stderr)
 
@@ -154,9 +154,8 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
     answers = Answers(args.output, name_of, settings)
     mine = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
     started = time.monotonic()
-    made = Engine(loaded.model).answers([prompts[index] for index, _ in mine], loaded.stop_ids,
-                                        args.max_new_tokens, args.batch_size, sampling(args), mine,
-                                        lookup=args.prompt_lookup_num_tokens)
+    made = loaded.engine.answers([prompts[index] for index, _ in mine], loaded.stop_ids, args.max_new_tokens,
+                                 args.batch_size, sampling(args), mine, lookup=args.prompt_lookup_num_tokens)
     for i, ids, finished in progress(made, len(mine), "answer"):
         (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
         answers.add({"index": index, **({"sample": sample} if args.samples > 1 else {}),
@@ -222,11 +221,10 @@ def main(argv: list[str]) -> None:
                   f"{result['finished']:,} ended by themselves", file=sys.stderr)
         return
     messages = [{"role": "system", "content": args.system}] if args.system is not None else []
-    engine = Engine(loaded.model)
     if args.chat:
-        chat(loaded, engine, messages, args)
+        chat(loaded, messages, args)
     else:
-        reply(loaded, engine, [*messages, {"role": "user", "content": args.prompt}], args)
+        reply(loaded, [*messages, {"role": "user", "content": args.prompt}], args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ own `until` string, not when all of a batch have come to theirs.
 """
 import json
 import logging
-import sys
 from argparse import Namespace
 from collections import defaultdict
 from functools import cached_property
@@ -27,8 +26,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import read_json
-from eval.common import gather, is_main, load, rank, start_ranks, world_size
-from eval.engine import Engine, Sampling
+from eval.common import gather, load, rank, shows_progress, start_ranks, world_size
+from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
 from model import weight_files
 
@@ -133,10 +132,6 @@ class HarnessModel(TemplateLM):
     # ------------------------------------------------ generation
 
     @cached_property
-    def engine(self) -> Engine:
-        return Engine(self.model)
-
-    @cached_property
     def stop_ids(self) -> set[int]:
         """What generation_config.json, else config.json, ends an answer with; and the tokenizer's
         eos_token."""
@@ -210,8 +205,8 @@ class HarnessModel(TemplateLM):
             return any(stop in text for stop in until)
 
         keys = [(crc32(context.encode()), repeat) for context, repeat in asked]
-        for n, ids, _ in self.engine.answers(prompts, self.stop_ids, tokens, self.batch_size, sampling, keys,
-                                             done=done):
+        for n, ids, _ in self.loaded.engine.answers(prompts, self.stop_ids, tokens, self.batch_size, sampling,
+                                                    keys, done=done):
             yield n, postprocess_generated_text(self.words.decode(ids), until, None)
 
     # ------------------------------------------------ chat templates
@@ -278,7 +273,3 @@ class HarnessModel(TemplateLM):
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
-
-
-def shows_progress() -> bool:
-    return is_main() and sys.stderr.isatty()

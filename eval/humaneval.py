@@ -22,7 +22,7 @@ from data import render, to_messages, tokenize
 from eval.answers import Answers, made_with
 from eval.common import (Loaded, Parser, check_values, is_main, load, mean_and_error, progress,
                          read_objects, run, start_ranks, write_json)
-from eval.engine import Engine, Sampling
+from eval.engine import Sampling
 from eval.sandbox import run_python
 
 FIELDS = ("task_id", "prompt", "test", "entry_point")
@@ -86,8 +86,8 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
         else:   # without the line break at its end: an indented line begins with it, as one token
             start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
             prompts.append(start + tokenizer.first.encode(text.rstrip(), add_special_tokens=False).ids)
-    made = Engine(loaded.model).answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
-                                        Sampling(args.temperature, args.top_p, 0, args.seed), todo)
+    made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                 Sampling(args.temperature, args.top_p, 0, args.seed), todo)
     for n, ids, _ in progress(made, len(todo), "sample"):
         i, s = todo[n]
         answers.add({"index": i, "sample": s, "task_id": problems[i]["task_id"],

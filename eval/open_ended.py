@@ -27,12 +27,13 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import write_text
 from data import Tokenizer, load_template, render, tokenize
 from eval.answers import Answers, as_line, made_with
 from eval.chat_completions import ChatModel
 from eval.common import (Loaded, Parser, check_values, is_main, load, progress, read_objects, run,
                          start_ranks, write_json)
-from eval.engine import Engine, Sampling
+from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
 from model import resolve_model
 
@@ -97,8 +98,8 @@ def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], asked: dict[tuple[i
     for temperature in sorted({asked[key]["temperature"] for key in keys}):
         some = [key for key in keys if asked[key]["temperature"] == temperature]
         prompts = [prompt_of(loaded, asked[key], key[1], answers, args) for key in some]
-        made = Engine(loaded.model).answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
-                                            Sampling(temperature, seed=args.seed), some)
+        made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                     Sampling(temperature, seed=args.seed), some)
         for i, ids, finished in made:
             yield {"question": some[i][0], "turn": some[i][1], "output": loaded.tokenizer.decode(ids).strip(),
                    "tokens": len(ids), "finished": finished, "time": time.time()}
@@ -236,9 +237,7 @@ def main(argv: list[str]) -> None:
               "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if is_main():
         as_text = alpaca_outputs if args.benchmark == "alpaca" else fastchat_answers
-        part = Path(f"{args.output}.part")
-        part.write_text(as_text(questions, answers, args.name), encoding="utf-8")
-        part.replace(args.output)
+        write_text(args.output, as_text(questions, answers, args.name))
         print(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
               f"{result['mean_tokens']:.0f} tokens\non average; {result['finished']:,} ended within "
               f"--max-new-tokens {args.max_new_tokens}", flush=True)

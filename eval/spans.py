@@ -14,7 +14,6 @@ Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,8 @@ from tqdm import tqdm
 
 from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Loaded, Parser, is_main, load, rank, run, start_ranks, world_size, write_json
+from eval.common import (Loaded, Parser, is_main, load, rank, run, shows_progress, start_ranks, world_size,
+                         write_json)
 from loss import nll
 from model import Llama, resolve_model
 
@@ -138,7 +138,7 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
         tokenizer = Tokenizer(resolve_model(name))
         template = load_template(args.template, tokenizer, args.date)
         data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong, args.cache_dir,
-                                  progress=is_main() and sys.stderr.isatty()) for file in args.data])
+                                  progress=shows_progress()) for file in args.data])
     if world_size() > 1 and not ranks_wait:
         dist.barrier()
     return data
@@ -160,7 +160,7 @@ def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) 
     out = []
     for file, dataset in zip(args.data, datasets):
         rows = partial(tqdm, desc=f"{Path(loaded.name).name} on {Path(file).name}", leave=False, unit=" rows",
-                       disable=not (is_main() and sys.stderr.isatty()))
+                       disable=not shows_progress())
         capacity = max(args.micro_batch_tokens, int(dataset.lengths.max()))
         with loaded.autocast:
             out.append(example_sums(loaded.model, dataset, capacity, loaded.device, rank(), world_size(),

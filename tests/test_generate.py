@@ -307,8 +307,8 @@ def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatc
 
     reply = module.reply
     monkeypatch.setattr("builtins.input", type_in)
-    monkeypatch.setattr(module, "reply", lambda loaded, engine, messages, *a: asked.append(
-        [m["content"] for m in messages]) or reply(loaded, engine, messages, *a))
+    monkeypatch.setattr(module, "reply", lambda loaded, messages, *a: asked.append(
+        [m["content"] for m in messages]) or reply(loaded, messages, *a))
     module.main(flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=5,
                       chat=True, system="Be brief"))
     first = asked[1][2]

@@ -13,13 +13,11 @@ import torch
 import transformers
 
 import checkpoint
-import data
 import estimate
 import train
 from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_dataset, load_template, plan
-from loss import span_weights
 from model import ModelConfig, activation_bytes
-from tiny import (arguments, command, difference, flags, make_model, metrics, run_apart, run_here, setup,
+from tiny import (arguments, command, difference, make_model, metrics, run_apart, run_here, setup,
                   weights)
 
 
