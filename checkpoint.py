@@ -9,56 +9,43 @@ the same whatever the number of ranks, with and without --shard, and any resumes
 tensors a piece at a time, and each rank reads its rows of them. There is no random state to save: the order
 of examples and NEFTune's noise are functions of (seed, step). Nothing is pickled.
 """
+import contextlib
 import hashlib
 import json
-import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from data import Template, Tokenizer, read_json
+from files import checksum, commit, writing
 from model import DTYPES, Llama, save_model, weight_files
-from shard import checksum, fill, is_main, stored_tensors, write_tensors
+from ranks import from_all, from_main, is_main
+from shard import fill, stored_tensors, write_tensors
 
 AVERAGES = ("exp_avg", "exp_avg_sq")    # AdamW's of a parameter; it counts its steps too, as we do
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all."""
-    part = Path(f"{path}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _commit(part: Path, folder: Path) -> None:
-    """Make the folder `part` appear under its name, only once all that is in it is on the disk."""
-    for file in part.iterdir():
-        _sync(file)
-    _sync(part)
-    os.rename(part, folder)
-    _sync(folder.parent)
-
-
-def _new_part(folder: Path) -> Path:
+@contextlib.contextmanager
+def _making(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is deleted.
+    On other ranks than 0 it is only a name."""
     part = folder.with_name(f"{folder.name}.part")
-    if is_main():
-        shutil.rmtree(part, ignore_errors=True)  # of a writer that was killed
-        part.mkdir(parents=True)
-    return part
+    if not is_main():
+        yield part
+        return
+    try:
+        with writing(part):
+            shutil.rmtree(part, ignore_errors=True)     # of a writer that was killed
+            part.mkdir(parents=True)
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
+            commit(part, folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torch.optim.Optimizer,
@@ -67,17 +54,16 @@ def save_checkpoint(output: str | Path, step: int, model: Llama, optimizer: torc
     `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes.
     Returns the folder."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
-    part = _new_part(folder)
-    sums = save_model(model, part, torch.float32)
-    moments = {f"{key}.{name}": optimizer.state[parameter][key]
-               for name, parameter in model.named_parameters() for key in AVERAGES}
-    sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", moments)
+    with _making(folder) as part:
+        sums = save_model(model, part, torch.float32)
+        moments = {f"{key}.{name}": optimizer.state[parameter][key]
+                   for name, parameter in model.named_parameters() for key in AVERAGES}
+        sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", moments)
+        if is_main():
+            state = {**state, "step": step, "crc32": sums}
+            state["state_crc32"] = _state_checksum(state)
+            (part / "state.json").write_text(json.dumps(state, indent=2))
     if is_main():
-        state = {**state, "step": step, "crc32": sums}
-        state["state_crc32"] = _state_checksum(state)
-        (part / "state.json").write_text(json.dumps(state, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
-        _commit(part, folder)
         for old in [p for p in find_checkpoints(output) if p.name <= folder.name][:-keep]:
             shutil.rmtree(old)
     return folder
@@ -137,38 +123,53 @@ def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path
     return None
 
 
-def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit; of a
-    sharded model this rank's rows. ValueError if a tensor is missing."""
-    weights = stored_tensors(weight_files(folder))
-    moments = stored_tensors([Path(folder) / "optimizer.safetensors"])
-    steps = float(read_state(folder)["step"])
+    sharded model this rank's rows. Every rank calls; those that do not see rank 0's folder are sent theirs.
+    Returns how many steps it stands for. ValueError if a tensor is missing."""
+    def contents() -> tuple:
+        return (stored_tensors(weight_files(folder)),
+                stored_tensors([Path(folder) / "optimizer.safetensors"]), read_state(folder))
+
+    weights, moments, state = from_main(contents() if is_main() else None)
+    try:
+        mine = state if is_main() else read_state(folder)
+    except ValueError:      # this machine has no such folder
+        mine = None
+    everywhere = all(from_all(mine == state))
+    steps = float(state["step"])
     for name, parameter in model.named_parameters():
         averages = {key: torch.empty_like(parameter) for key in AVERAGES}
         for x, where, stored in ((parameter, weights, name),
                                  *((value, moments, f"{key}.{name}") for key, value in averages.items())):
             if stored not in where or where[stored].shape != list(x.shape):
                 raise ValueError(f"{folder}: {stored} is missing, or not of the model's shape")
-            fill(x, where[stored].file, stored)
+            fill(x, where[stored].file, stored, everywhere)
         optimizer.state[parameter] = {**averages, "step": torch.tensor(steps, device=parameter.device)}
+    return state["step"]
 
 
 def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Template, dtype: str) -> Path:
     """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained; dtype: source,
     fp32 or bf16. Every rank calls, rank 0 writes. Returns the folder."""
     folder = Path(output) / "final"
-    part = _new_part(folder)
-    save_model(model, part, None if dtype == "source" else DTYPES[dtype])
-    if not is_main():
-        return folder
+    with _making(folder) as part:
+        save_model(model, part, None if dtype == "source" else DTYPES[dtype])
+        if is_main():
+            _write_tokenizer(part, model, tokenizer, template)
+    return folder
+
+
+def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer, template: Template) -> None:
+    """All that stands beside the weights: tokenizer, template, and where an answer ends."""
     source = tokenizer.folder
-    shutil.copyfile(source / "tokenizer.json", part / "tokenizer.json")
+    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
     for name in ("special_tokens_map.json", "added_tokens.json"):
         if (source / name).is_file():
-            shutil.copyfile(source / name, part / name)
+            shutil.copyfile(source / name, folder / name)
     config = read_json(source / "tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
     config["chat_template"] = template.source
-    (part / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     # Serving stops at eos_token_id: it must name the token that was trained to end a turn.
     generation = read_json(source / "generation_config.json")
     stops = generation.get("eos_token_id", model.config.raw.get("eos_token_id"))
@@ -178,10 +179,7 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
     generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     if tokenizer.bos_token in tokenizer.special:
         generation.setdefault("bos_token_id", tokenizer.special[tokenizer.bos_token])
-    (part / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    _commit(part, folder)
-    return folder
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
 
 def model_fingerprint(folder: str | Path) -> str:

@@ -15,11 +15,13 @@ Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 import argparse
 import gzip
 import hashlib
+import io
 import heapq
 import json
 import os
 import re
 import shutil
+import socket
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -34,6 +36,8 @@ import jinja2.sandbox
 import numpy as np
 import tokenizers
 import torch
+
+from files import checksum, commit, delete_left, writing
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
@@ -582,21 +586,26 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
 
     max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. Returns a
     Dataset; ValueError for bad records. Written beside its place and renamed, so a killed writer leaves
-    nothing behind that another run would read.
+    nothing behind that another run would read; what is damaged later is made anew.
     """
     files = [str(file) for file in files]
     key = hashlib.sha256(json.dumps([
-        "1", [_file_hash(file) for file in files], _file_hash(tokenizer.folder / "tokenizer.json"),
+        "2", [_file_hash(file) for file in files], _file_hash(tokenizer.folder / "tokenizer.json"),
         tokenizer.named_tokens, template.source, template.date if template.uses_date else None,
         max_length, overlong,
     ]).encode()).hexdigest()[:32]
     folder = Path(cache_dir).expanduser() / key
+    if folder.is_dir() and (name := _damaged(folder)):
+        print(f"warning: {folder / name}: is damaged; tokenizing anew", file=sys.stderr)
+        shutil.rmtree(folder, ignore_errors=True)
     if not folder.is_dir():
-        part = folder.with_name(f"{key}.{os.getpid()}.part")
-        part.mkdir(parents=True, exist_ok=True)
+        delete_left(folder.parent.glob(f"{key}.*.part"))
+        part = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
         try:
-            _write_cache(part, files, tokenizer, template, max_length, overlong, progress)
-            os.rename(part, folder)
+            with writing(part):
+                part.mkdir(parents=True, exist_ok=True)
+                _write_cache(part, files, tokenizer, template, max_length, overlong, progress)
+                commit(part, folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same bytes
                 raise
@@ -611,6 +620,16 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
     return Dataset(files, flat("ids.bin", np.int32), flat("kinds.bin", np.uint8), offsets,
                    np.load(folder / "origins.npy", mmap_mode="r"),
                    np.load(folder / "counts.npy", mmap_mode="r"), meta, key)
+
+
+def _damaged(folder: Path) -> str | None:
+    """A file of a token cache that is not as it was written, if there is one."""
+    try:
+        sums = json.loads((folder / "crc32.json").read_text())
+        return next((name for name, crc in sums.items()
+                     if not (folder / name).is_file() or checksum(folder / name) != crc), None)
+    except (ValueError, OSError):
+        return "crc32.json"
 
 
 def _file_hash(path: str | Path) -> str:
@@ -667,10 +686,14 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
         raise ValueError(f"{', '.join(files)}: no example left of {report['records']} records "
                          f"({report['dropped_overlong']} longer than --max-length {max_length}, "
                          f"{report['dropped_empty']} empty)")
-    np.save(folder / "offsets.npy", np.asarray(offsets, np.int64))
-    np.save(folder / "origins.npy", np.asarray(origins, np.int32))
-    np.save(folder / "counts.npy", np.asarray(counts, np.int32))
+    for name, values, dtype in (("offsets", offsets, np.int64), ("origins", origins, np.int32),
+                                ("counts", counts, np.int32)):
+        array = io.BytesIO()    # np.save into a file does not say when the disk is full
+        np.save(array, np.asarray(values, dtype))
+        (folder / f"{name}.npy").write_bytes(array.getvalue())
     (folder / "report.json").write_text(json.dumps(report))
+    sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    (folder / "crc32.json").write_text(json.dumps(sums))
 
 
 def _with_progress(records: Iterable, progress: bool, name: str) -> Iterable:

@@ -1,5 +1,4 @@
-"""What the machine is asked for before and while training: how the allocator behaves, memory, threads; and
-what a process says when it fails.
+"""What the machine is asked for before and while training: how the allocator behaves, memory, threads.
 
 Nothing here changes a result. Allocator and memory are about CPUs under Linux with glibc, and do nothing
 elsewhere. bench.memory measures what they are worth.
@@ -11,12 +10,9 @@ import re
 import resource
 import sys
 import threading
-import time
-import traceback
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 
 def keep_freed_memory(shapes: int = 256) -> None:
@@ -82,18 +78,3 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
-
-
-def report_error(error: Exception) -> None:
-    """Of an error that ends this process: one line for what a user can mend, else the traceback; from one rank,
-    the others just end. To be called where the error was caught."""
-    first = True
-    if dist.is_initialized():
-        # whoever comes first has the cause; the others only lost their connection to it
-        first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
-    elif int(os.environ.get("RANK", 0)):
-        time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
-    if first and isinstance(error, (ValueError, OSError)):
-        print(f"error: {error}", file=sys.stderr)
-    elif first:
-        traceback.print_exc()

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from shard import DTYPE_NAMES, Stored, fill, is_main, stored_tensors, write_tensors
+from ranks import is_main
+from shard import DTYPE_NAMES, Stored, fill, stored_tensors, write_tensors
 
 # (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D);
 # generation brings its own, with a key/value cache

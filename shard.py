@@ -13,7 +13,6 @@ whole one, read and written by rows.
 Functions take whole tensors too, as those of one rank or of DDP are.
 """
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -28,19 +27,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ranks import is_main, rank
+
 if TYPE_CHECKING:
     from model import Llama
 
 PIECE = 2**26       # bytes read, sent or written at once
 DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # safetensors' names
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def is_main() -> bool:
-    return rank() == 0
 
 
 # ---------------------------------------------------------------- training
@@ -104,14 +97,30 @@ def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
-def fill(x: Tensor, file: str | Path, name: str) -> None:
-    """Read this rank's rows of a tensor in a safetensors file, and convert them to x's dtype."""
-    mine = part(x)
-    start, end = rows_of(x, rank())
-    for a, b in _slices(x, start, end):
+def fill(x: Tensor, file: str | Path, name: str, everywhere: bool = True) -> None:
+    """Read this rank's rows of a tensor in a safetensors file, and convert them to x's dtype. everywhere:
+    whether every rank sees the file; else every rank must ask, and rank 0 reads all and sends them their rows."""
+    def read(a: int, b: int) -> Tensor:
         with safe_open(file, framework="pt") as opened:     # anew: what was read stays mapped until it closes
-            stored = opened.get_slice(name)
-            mine[a - start:b - start] = stored[a:b]
+            return opened.get_slice(name)[a:b].to(mine)
+
+    mine, divided = part(x), isinstance(x, DTensor)
+    first = rows_of(x, rank())[0]
+    if everywhere:
+        for a, b in _slices(x, *rows_of(x, rank())):
+            mine[a - first:b - first] = read(a, b)
+        return
+    for owner in range(x.device_mesh.size() if divided else 1):
+        for a, b in _slices(x, *rows_of(x, owner)):
+            piece = read(a, b) if is_main() else mine.new_empty(b - a, *x.shape[1:])
+            if not divided:
+                dist.broadcast(piece, 0)
+            elif owner and is_main():
+                dist.send(piece, owner)
+            elif owner and rank() == owner:
+                dist.recv(piece, 0)
+            if not divided or rank() == owner:
+                mine[a - first:b - first] = piece
 
 
 def pieces(x: Tensor) -> Iterator[Tensor]:
@@ -179,13 +188,4 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
         for x in tensors.values():
             for piece in pieces(x):
                 write(piece.to(dtype or x.dtype).view(torch.uint8).numpy().data)
-    return crc
-
-
-def checksum(file: str | Path) -> int:
-    """CRC-32 of a file, read as write_tensors() wrote it: tells cut files and flipped bits, not forgery."""
-    crc = 0
-    with open(file, "rb") as opened:
-        while data := opened.read(2**24):
-            crc = zlib.crc32(data, crc)
     return crc

@@ -15,13 +15,12 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import textwrap
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date
 from functools import partial
 from pathlib import Path
 
@@ -38,12 +37,15 @@ from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collat
 from data import steps_per_epoch as count_steps
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
+from folder import append_line, check_ranks, claim, saved_date
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
-from machine import Reserve, keep_freed_memory, peak_memory_mb, report_error, share_threads
+from machine import Reserve, keep_freed_memory, peak_memory_mb
 from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
                    resolve_model)
-from shard import is_main, rank, release, shard, whole
+from ranks import (from_all, from_main, is_main, join_ranks, local_rank, rank, report_error, wait,
+                   world_size)
+from shard import release, shard, whole
 
 # ---------------------------------------------------------------- configuration
 
@@ -222,6 +224,18 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
                              fused=True)
 
 
+def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
+    """Of a process's gradients DDP adds up the first in buckets of its own order, later ones in the order in
+    which the first became ready; and the order decides how sums over three ranks and more are rounded. So let a
+    pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted."""
+    hidden = model(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(2, device=device),
+                   torch.tensor([0, 2], dtype=torch.int32))
+    loss, _ = weighted_nll(hidden, model.module.head_weight, torch.zeros(2, dtype=torch.int64, device=device),
+                           torch.zeros(2, device=device))
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
 class Signals:
     """SIGTERM and Ctrl-C ask for a stop; the loop looks between steps,
     so the step in hand is finished and saved."""
@@ -245,83 +259,6 @@ def say(text: str = "") -> None:
         sys.stdout.flush()
 
 
-def keep_lines(path: Path, last_step: int) -> None:
-    """Cut a .jsonl file back to the lines up to last_step, so that a resumed run writes each step once."""
-    if path.is_file():
-        lines = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
-                if json.loads(line)["step"] <= last_step:
-                    lines.append(line + "\n")
-        checkpoint.write_text(path, "".join(lines))
-
-
-def append_line(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def claim_folder(config: Config, identity: dict, model_folder: Path) -> Path | None:
-    """Make OUTPUT this run's, and return the checkpoint to resume from, if any. identity: what must be the
-    same to go on: the configuration that matters, data and model. ValueError where going on or writing
-    would be wrong."""
-    out = Path(config.output_dir)
-    ours = [out / name for name in ("run_config.json", "identity.json", "metrics.jsonl", "eval.jsonl",
-                                    "checkpoints", "final")]
-    if Path(model_folder).resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    resume = None if config.resume in ("auto", "never") else Path(config.resume)
-    if resume is None and config.overwrite:
-        for path in ours:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif resume is None and out.is_dir() and any(out.iterdir()):
-        fix = "give another --output-dir, or --overwrite to start anew"
-        if not (out / "identity.json").is_file():
-            raise ValueError(f"--output-dir {out}: is not empty and holds no run of this trainer; {fix}")
-        if (out / "final").is_dir():
-            raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
-        if config.resume == "never":
-            raise ValueError(f"--output-dir {out}: holds an interrupted run and --resume is never; {fix}")
-        check_identity(json.loads((out / "identity.json").read_text()), identity, f"--output-dir {out}", fix)
-        for part in checkpoint.unfinished_checkpoints(out):
-            say(f"{part.name} was not written to its end and is ignored")
-            shutil.rmtree(part)
-        resume = checkpoint.newest_whole(out, say)
-        if resume is None:
-            say(f"{out}: interrupted before its first checkpoint; starting again")
-            keep_lines(out / "metrics.jsonl", 0)
-            keep_lines(out / "eval.jsonl", -1)
-    elif resume is not None:
-        checkpoint.check_files(resume)
-    if resume is not None:
-        state = checkpoint.read_state(resume)
-        check_identity(state["identity"], identity, f"--resume {resume}",
-                       "give the flags it was started with")
-        keep_lines(out / "metrics.jsonl", state["step"])
-        keep_lines(out / "eval.jsonl", state["step"])
-        say(f"resuming after step {state['step']} from {resume}")
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "identity.json", json.dumps(identity, indent=2))
-    checkpoint.write_text(out / "run_config.json", json.dumps(dataclasses.asdict(config), indent=2))
-    return resume
-
-
-def check_identity(old: dict, new: dict, where: str, fix: str) -> None:
-    differ = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in sorted({*old, *new})
-              if old.get(name) != new.get(name)]
-    if differ:
-        raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")
-
-
-def saved_date(config: Config) -> str:
-    """The date that a run in the same folder was started with,
-    so that one resumed tomorrow trains on the same text."""
-    file = Path(config.output_dir) / "run_config.json"
-    if config.resume == "never" or config.overwrite or not file.is_file():
-        return ""
-    return json.loads(file.read_text()).get("date", "")
-
-
 def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
     """Which records have a target whose NLL is not finite;
     seen: this rank's micro-batches with their rows' NLL."""
@@ -329,11 +266,7 @@ def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
     for batch, values in seen:
         bad = batch.documents[batch.rows][~values.isfinite()].unique().tolist()
         places += [dataset.where(batch.examples[document]) for document in bad]
-    gathered = [places]
-    if dist.is_initialized():
-        gathered = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, places)
-    places = sorted(sum(gathered, []))
+    places = sorted(sum(from_all(places), []))
     if not places:
         return "Every record's loss is finite, so the gradient overflowed: lower --lr, or try --dtype fp32."
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
@@ -382,26 +315,14 @@ def main(argv: list[str]) -> int:
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
-    share_threads()
-
-    # -- ranks and device
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    use_cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    if world_size > 1:  # long, because rank 0 may have to tokenise a large data set first
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(hours=2))
-
-    def wait() -> None:
-        if world_size > 1:
-            dist.barrier()
+    device, sharded = join_ranks(config.device), config.shard and world_size() > 1
+    use_cuda = device.type == "cuda"
 
     def finish(status: int) -> int:
         """End all ranks together, without tearing gloo down: its destructor holds Python's lock while it
         waits for a thread that may need the lock to forget this barrier. Seen with PyTorch 2.13."""
         wait()
-        if world_size > 1:
+        if world_size() > 1:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -410,7 +331,6 @@ def main(argv: list[str]) -> int:
     compute = torch.bfloat16 if config.dtype == "bf16" else torch.float32
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
     say(describe(config))
-    sharded = config.shard and world_size > 1
     if config.shard and not sharded:
         say("warning: --shard does nothing on one rank")
 
@@ -418,12 +338,14 @@ def main(argv: list[str]) -> int:
     folder = resolve_model(config.model)
     model_config = read_config(folder)
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
-    averages = 8 * parameter_count(model_config) // (world_size if sharded else 1)      # AdamW's, bytes
+    averages = 8 * parameter_count(model_config) // (world_size() if sharded else 1)      # AdamW's, bytes
     reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
     check_vocabulary(model_config, tokenizer.vocab_size)
-    config.date = config.date or saved_date(config)
+    out = Path(config.output_dir)
+    config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
+                            or date.today().isoformat())
     template = load_template(config.template, tokenizer, config.date)
     config.date = template.date
 
@@ -431,10 +353,10 @@ def main(argv: list[str]) -> int:
         return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
                             progress=is_main() and sys.stderr.isatty())
 
-    if local_rank != 0:
+    if local_rank():
         wait()
     train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
-    if local_rank == 0:
+    if not local_rank():
         wait()
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
@@ -462,6 +384,11 @@ def main(argv: list[str]) -> int:
                               weights != 0))
         return finish(0)
 
+    identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
+    identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key,
+                    template=template.source)
+    check_ranks(out, {**identity, "eval_data": [each.key for each in eval_sets], "torch": torch.__version__})
+
     # -- model
     divide = partial(shard, device=device, dtype=compute) if sharded else None
     raw_model = load_model(folder, device, divide)
@@ -472,31 +399,26 @@ def main(argv: list[str]) -> int:
             say(f"warning: {warning}")
 
     # -- the folder, and where to go on; only now that all that can be wrong with the input was found
-    identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key,
-                    template=template.source)
-    claimed: list = [None]
-    if is_main():
-        claimed = [claim_folder(config, identity, folder)]
-    if world_size > 1:
-        dist.broadcast_object_list(claimed)
-    resume, out = claimed[0], Path(config.output_dir)
+    begin = from_main(claim(out, identity, dataclasses.asdict(config), config.resume, config.overwrite, folder,
+                            say) if is_main() else None)
+    if begin.finished:
+        say(f"{out}/final was finished before")
+        return finish(0)
 
     # -- optimizer
     optimizer = make_optimizer(raw_model, config)
-    first_step = 0
-    if resume:
-        checkpoint.load_checkpoint(resume, raw_model, optimizer)
-        first_step = checkpoint.read_state(resume)["step"]
+    first_step = checkpoint.load_checkpoint(begin.resume, raw_model, optimizer) if begin.resume else 0
     if config.compile:
         for layer in raw_model.model.layers:
             layer.compile(dynamic=True)
     model, wait_to_sync = raw_model, contextlib.nullcontext
-    if world_size > 1 and not sharded:
+    if world_size() > 1 and not sharded:
         model = DistributedDataParallel(raw_model, device_ids=[device] if use_cuda else None,
                                         gradient_as_bucket_view=True)
         wait_to_sync = model.no_sync    # a sharded model would have to keep whole gradients meanwhile
-    say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size} rank(s), "
+        with autocast:
+            settle_buckets(model, device)
+    say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size()} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
     def evaluate(step: int, answers_too: bool) -> tuple[dict, list[dict]]:
@@ -508,7 +430,7 @@ def main(argv: list[str]) -> int:
                 capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
                 rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
                                disable=not (is_main() and sys.stderr.isatty()))
-                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size, rows)
+                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size(), rows)
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
                 answers = answer_records(raw_model, tokenizer, template, config.eval_data,
@@ -540,7 +462,7 @@ def main(argv: list[str]) -> int:
         epoch, index = divmod(step, per_epoch)
         if index == 0 or not epoch_plan:
             epoch_plan = plan(lengths, config.seed, epoch, config.batch_size, config.micro_batch_tokens,
-                              world_size)
+                              world_size())
         micro_batches = epoch_plan[index]                       # [rank][micro-batch] -> indices into `usable`
         counts = train_set.counts[usable[np.concatenate([m for r in micro_batches for m in r])]]
         table = coefficients(counts, weights, config.normalize)  # (examples of the step, K)
@@ -581,12 +503,12 @@ def main(argv: list[str]) -> int:
                     if look:  # the spans that carry no weight: no gradient
                         values = nll(hidden.detach()[rest], raw_model.head_weight, batch.targets[rest])
                         sums += sums_by_kind(values, batch.kinds[rest])
-                (loss * world_size).backward()  # gradients are averaged over ranks, the loss is their sum
+                (loss * world_size()).backward()  # gradients are averaged over ranks, the loss is their sum
 
         # -- the one place where the host waits for the device
         stats = torch.cat([torch.stack([objective, divergence]).double(), sums,
                            torch.tensor([float(stop.number)], dtype=torch.float64, device=device)])
-        if world_size > 1:
+        if world_size() > 1:
             dist.all_reduce(stats)
         release(reference)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)

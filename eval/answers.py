@@ -18,8 +18,9 @@ from pathlib import Path
 
 from checkpoint import model_fingerprint
 from data import Template, read_json
-from eval.common import gather, is_main, rank, world_size, write_json
+from eval.common import gather, write_json
 from model import resolve_model
+from ranks import is_main, rank, world_size
 
 FIRST = b'{"settings": '    # how a file begins that holds its settings itself
 

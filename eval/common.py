@@ -7,20 +7,18 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import write_text
 from data import TEMPLATES, Template, Tokenizer, load_template
 from eval.engine import Engine
-from machine import keep_freed_memory, report_error, share_threads
+from files import write_text
+from machine import keep_freed_memory
 from model import Llama, check_vocabulary, load_model, resolve_model
-from shard import is_main, rank  # noqa: F401  rank: for those who import from here
+from ranks import from_all, is_main, join_ranks, report_error, wait
 
 
 @dataclass
@@ -120,32 +118,15 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
     return objects
 
 
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def start_ranks(args: argparse.Namespace) -> torch.device:
     """The device of this rank; under torchrun all ranks meet first. ValueError if there is no CUDA."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
     keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    share_threads()
-    if world_size() > 1 and not dist.is_initialized():   # long: one rank may have much to tokenise
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=2))
-    return device
+    return join_ranks(args.device)
 
 
 def gather(items: list) -> list:
     """The ranks' lists one after the other, on every rank."""
-    if world_size() == 1:
-        return items
-    parts: list = [None] * world_size()
-    dist.all_gather_object(parts, items)
-    return [item for part in parts for item in part]
+    return [item for part in from_all(items) for item in part]
 
 
 def shows_progress() -> bool:
@@ -177,8 +158,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     status = 0
     try:
         main(sys.argv[1:])
-        if dist.is_initialized():
-            dist.barrier()
+        wait()
     except KeyboardInterrupt:
         status = 130
     except Exception as error:

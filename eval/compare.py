@@ -20,16 +20,17 @@ from string import ascii_uppercase
 import numpy as np
 import torch
 
-from checkpoint import write_text
 from data import Dataset
 from eval import spans
 from eval.bootstrap import check_flags
-from eval.common import Parser, is_main, load, run, start_ranks, write_json
+from eval.common import Parser, load, run, start_ranks, write_json
 from eval.examples import Example, Seen, look, read_examples
 from eval.page import make_page
 from eval.results import make_tables, parts_of, read_results
 from eval.tables import (Run, as_json, configuration, last_evaluations, print_table, read_run, shorten,
                          training)
+from files import write_text
+from ranks import is_main
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -7,9 +7,10 @@ from itertools import islice
 import torch
 
 from data import Tokenizer, read_records, render, tokenize
-from eval.common import Loaded, gather, progress, rank, world_size
+from eval.common import Loaded, gather, progress
 from eval.generate import Text, generate
 from loss import nll
+from ranks import rank, world_size
 
 
 @dataclass

@@ -26,7 +26,8 @@ from functools import partial
 from pathlib import Path
 
 from eval import paper_suite, squad
-from eval.common import Parser, gather, is_main, run, world_size, write_json
+from eval.common import Parser, gather, run, write_json
+from ranks import is_main, world_size
 
 MISSING = "needs lm-evaluation-harness: pip install -r requirements-eval.txt"
 

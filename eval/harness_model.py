@@ -26,10 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import read_json
-from eval.common import gather, load, rank, shows_progress, start_ranks, world_size
+from eval.common import gather, load, shows_progress, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
 from model import weight_files
+from ranks import rank, world_size
 
 log = logging.getLogger("lm_eval.spantune")
 ANSWERS = 16            # generated at once, where --batch_size does not say

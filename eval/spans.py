@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import (Loaded, Parser, is_main, load, rank, run, shows_progress, start_ranks, world_size,
-                         write_json)
+from eval.common import Loaded, Parser, load, run, shows_progress, start_ranks, write_json
 from loss import nll
 from model import Llama, resolve_model
+from ranks import is_main, rank, world_size
 
 MEANS = ("nll_token_mean", "nll_example_mean")
 

@@ -1,0 +1,97 @@
+"""Files that a kill or a full disk leaves whole or absent, that tell when they were damaged, and that one run owns.
+
+What is written goes beside its place first, is flushed to the disk and renamed. Checksums are CRC-32: they
+tell cut files and flipped bits, not forgery.
+"""
+import contextlib
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+_held: dict[Path, TextIO] = {}      # closing one of these files would give up its lock
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """An error of the system in here names the file, which those of write() and fsync() do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Replace a file by one with this text, whole or not at all."""
+    part = Path(f"{path}.part")
+    with writing(path):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with writing(path):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def commit(part: Path, folder: Path) -> None:
+    """Make the folder `part` appear under its name, only once all that is in it is on the disk."""
+    for file in part.iterdir():
+        sync(file)
+    sync(part)
+    os.rename(part, folder)
+    sync(folder.parent)
+
+
+def checksum(file: str | Path) -> int:
+    """CRC-32 of a file."""
+    crc = 0
+    with open(file, "rb") as opened:
+        while data := opened.read(2**24):
+            crc = zlib.crc32(data, crc)
+    return crc
+
+
+def delete_left(parts: Iterable[Path], after: float = 3600) -> None:
+    """Delete folders in which nothing was written for so many seconds: their writers were killed."""
+    for part in parts:
+        with contextlib.suppress(OSError):      # another process deletes it too
+            if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > after:
+                shutil.rmtree(part)
+
+
+def lock(path: Path, owner: str) -> bool:
+    """Take a lock file for as long as this process lives, and write in it who has it. The system lets go of it
+    when the process ends, however it ends: a file that was left behind locks nothing. False where the file
+    system knows no locks. ValueError with the owner if another process has it."""
+    path = path.resolve()
+    if path in _held:
+        return True
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # NFS knows it too, unlike flock
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        raise ValueError(f"another process is writing there ({file.read() or 'that just started'})") from None
+    except (ImportError, OSError):
+        return False
+    _held[path] = file
+    with writing(path):
+        file.truncate(0)
+        file.write(owner)
+        file.flush()
+    return True
