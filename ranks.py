@@ -118,8 +118,7 @@ def message(error: Exception) -> str | None:
     text = str(error)
     if isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
         return (f"rank {rank()} lost another one, which said nothing: it was killed, or its machine or network "
-                "failed. What torchrun prints has its exit code; the same command goes on from the last "
-                "checkpoint")
+                "failed. torchrun prints its exit code; the same command goes on from what was saved")
     return None
 
 

@@ -10,15 +10,16 @@ torchrun --max-restarts 3, with DDP and --shard. The causes take turns, at momen
   terminate   the whole job is asked to stop (SIGTERM)
   flip        the whole job is killed, and one bit of a file of the newest of its checkpoints is flipped
   truncate    ... or the file is cut short
+  flip cache  ... or a bit of a file of the token cache is flipped
   disk full   the disk of output and token cache fills up, until the job has given up; on a small tmpfs,
               left out where mounting one is not allowed
 
 The same command is then given until training is finished. identical: the bytes of final/model.safetensors are
 those of an undisturbed run of the same mode and ranks, and metrics.jsonl and eval.jsonl have its losses, each
 step once; else what differs. lost: not finished by --attempts commands. hung: a command took --timeout
-seconds. faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own, those
-with it in which gloo did not find its peers. Each run has a folder and a token cache of its own. The last
-line printed is one JSON object. Linux only.
+seconds. faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own. Each run
+has a folder and a token cache of its own. The last two lines printed are a summary and one JSON object. Linux
+only.
 """
 import argparse
 import contextlib
@@ -31,12 +32,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from bench.common import REPOSITORY, hardware, print_table
 
-CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "disk full")
+CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "flip cache", "disk full")
 QUICKSTART = REPOSITORY / "quickstart"
 DISK = 80 * 2**20       # bytes of the small disk: three checkpoints of 14 MB, final/, token cache
 
@@ -129,18 +131,20 @@ def strike(job: Job, cause: str, rng: random.Random, steps: int) -> int:
             while ballast.write(bytes(4096)):   # until there is no space left
                 continue
     # A job whose only checkpoint is damaged is refused, as it should be: so the second must be there.
-    elif cause in ("flip", "truncate") and (done := int(wait(lambda: len(checkpoints(job.home)) > 1))):
+    elif cause in ("flip", "truncate", "flip cache") and (
+            done := int(wait(lambda: len(checkpoints(job.home)) > 1))):
         job.kill()
-        damage(rng.choice(sorted(checkpoints(job.home)[-1].iterdir())), cause, rng)
+        files = job.home.glob("cache/*/*") if cause == "flip cache" else checkpoints(job.home)[-1].iterdir()
+        damage(rng.choice(sorted(files)), cause, rng)
     return done
 
 
 def damage(file: Path, cause: str, rng: random.Random) -> None:
     data = bytearray(file.read_bytes())
     place = rng.randrange(len(data))
-    if cause == "flip":
+    if cause != "truncate":
         data[place] ^= 1 << rng.randrange(8)
-    file.write_bytes(data if cause == "flip" else data[:place])
+    file.write_bytes(data if cause != "truncate" else data[:place])
 
 
 def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float = 0) -> dict:
@@ -212,6 +216,10 @@ def soak(args: argparse.Namespace) -> None:
         runs.append(run)
         print_table([cause, key[0], str(key[1]), str(run["faults"]), str(run["commands"]),
                      str(run["restarts"]), f"{run['seconds']:.0f}", run["ends"]], [], widths)
+    ends = Counter(run["ends"] for run in runs)
+    print(f"{len(runs)} runs, {sum(run['faults'] for run in runs)} faults, "
+          f"{sum(run['restarts'] for run in runs)} restarts: "
+          + ", ".join(f"{count} {end}" for end, count in ends.most_common()))
     print(json.dumps({"hardware": machine, "seed": args.seed, "steps": args.steps, "runs": runs}))
 
 
