@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/many_runs.py RUNS.json       [[flag, ...], ...]; tiny.run_many() does it
 
-A run of several ranks ends by os._exit(), which is kept from ending the process.
+A run of several ranks ends by os._exit(), which is kept from ending the process. Each rank has a folder of its
+own to work in, RUNS.json.RANK, for relative paths.
 """
 import json
 import os
@@ -15,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import shard  # noqa: E402
 import train  # noqa: E402
 
-shard.PIECE = 2048  # bytes, so that tiny tensors too are read, sent and written in several pieces
+# Bytes, so that tiny tensors too are read, sent and written in several pieces, and added up in two buckets.
+shard.PIECE = dist._DEFAULT_FIRST_BUCKET_BYTES = 2048
 
 
 class Ended(BaseException):
@@ -27,7 +29,10 @@ def end(status: int) -> None:
 
 
 def main(file: str) -> None:
-    for argv in json.loads(Path(file).read_text()):
+    runs, own = json.loads(Path(file).read_text()), Path(f"{file}.{os.environ['RANK']}")
+    own.mkdir(exist_ok=True)
+    os.chdir(own)
+    for argv in runs:
         os._exit, exit_now = end, os._exit
         try:
             train.main(argv)

@@ -57,7 +57,12 @@ def on_ranks(folder, alone) -> None:
             *(flags_of(folder, name, f"{mode}-{ranks}-{name}", **more)
               for name in RUNS for mode, more in MODES.items()),
             *(resumed(folder, start, f"{start}-to-{mode}-{ranks}", **more)
-              for start in starts for mode, more in MODES.items())], ranks)
+              for start in starts for mode, more in MODES.items()),
+            # Only rank 0 has the folders of the last two: relative, and every rank works elsewhere.
+            *(run for mode, more in MODES.items() for run in (
+                flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}"}),
+                flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}-resumed"},
+                         resume=f"own-{mode}/checkpoints/step-00000003")))], ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -106,6 +111,16 @@ def test_resumed_in_the_same_mode_on_as_many_ranks_it_ends_in_the_same_bits(fold
     expected = weights(whole / "final")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out / "final").items())
     assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(whole)[3:]]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_that_do_not_see_the_checkpoint_are_sent_their_rows(folder, on_ranks, mode, ranks):
+    homes = [folder / f"runs-{ranks}.json.{rank}" for rank in range(ranks)]
+    assert [(home / f"own-{mode}").exists() for home in homes] == [True] + [False] * (ranks - 1)
+    expected = weights(folder / f"{mode}-{ranks}-im" / "final")
+    resumed = weights(homes[0] / f"own-{mode}-resumed" / "final")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())
 
 
 def test_files_of_a_sharded_run_are_those_of_any_other(folder, on_ranks, alone):

@@ -113,7 +113,7 @@ def run_script(script: str, argument: Path, ranks: int) -> str:
 
 def run_many(folder: Path, runs: list[list[str]], ranks: int) -> str:
     """Runs of train.py one after the other in the same ranks (many_runs.py)."""
-    file = folder / "runs.json"
+    file = folder / f"runs-{ranks}.json"
     file.write_text(json.dumps(runs))
     return run_script("many_runs.py", file, ranks)
 

@@ -1,0 +1,290 @@
+"""What a run survives, and what it refuses: kills, full disks, damaged files, two runs in one folder, machines
+that differ. Damaged checkpoints and signals are in test_train.py, resuming in other modes in test_shard.py."""
+import builtins
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import files
+import folder as run_folder
+import ranks
+import train
+from tiny import ROOT, arguments, command, metrics, run_here, run_many, setup, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return setup(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder) -> Path:
+    assert run_here(arguments(folder, "undisturbed", save_every=2)) == 0
+    return folder / "undisturbed"
+
+
+def same_ending(out: Path, other: Path) -> bool:
+    """Weights bit for bit, and every step once with the same loss."""
+    mine, theirs = weights(out / "final"), weights(other / "final")
+    return (all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+            and [(r["step"], r["loss"]) for r in metrics(out)] == [(r["step"], r["loss"])
+                                                                   for r in metrics(other)])
+
+
+# ---------------------------------------------------------------- kills
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL and torchrun")
+@pytest.mark.parametrize("mode, places", [
+    ([], ["token cache", "backward", "checkpoint", "the end"]),
+    (["--shard"], ["forward", "all-reduce", "checkpoint", "final"])])
+def test_ranks_killed_at_any_place_end_like_those_that_were_not(folder, mode, places):
+    """One command: torchrun starts the ranks again each time, and they go on though --overwrite is given."""
+    name = "killed" + "".join(mode)
+    argv = [*arguments(folder, f"{name}-not", save_every=2), *mode]
+    run_many(folder, [argv], 2)
+    (folder / f"{name}-marks").mkdir()
+    for place in places:
+        (folder / f"{name}-marks" / place).touch()
+    argv = [*arguments(folder, name, save_every=2, cache_dir=folder / f"{name}-cache"), "--overwrite", *mode]
+    start = command(argv, 2)
+    script = start.index(str(ROOT / "train.py"))
+    start[script:script + 1] = [str(ROOT / "tests" / "killed_ranks.py"), str(folder / f"{name}-marks")]
+    start[start.index("--standalone")] = "--max-restarts=4"
+    done = subprocess.run([*start[:3], "--standalone", *start[3:]], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list((folder / f"{name}-marks").iterdir())
+    assert same_ending(folder / name, folder / f"{name}-not")
+    assert done.stdout.count("started again by torchrun") == len(set(places) - {"token cache"})
+    assert ("final was finished before" in done.stdout) == ("the end" in places)
+    assert "Traceback" not in done.stderr and "lost another one" in done.stderr
+
+
+# ---------------------------------------------------------------- full disks
+
+
+class FullDisk:
+    """open() for some files, which then cannot be written to."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.full = name, True
+
+    def __call__(self, path: object, mode: str = "r", **more: object):
+        full = self.full and self.name in str(path) and mode[0] in "wa"
+        return builtins.open("/dev/full" if full else path, mode, **more)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("module, name", [
+    ("shard", "step-00000004.part/optimizer"), ("shard", "final.part/model"), ("folder", "metrics.jsonl"),
+    ("data", "kinds.bin"), ("files", "identity.json")])
+def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
+        folder, undisturbed, module, name, monkeypatch, capsys):
+    disk = FullDisk(name)
+    monkeypatch.setattr(sys.modules[module], "open", disk, raising=False)
+    out = folder / f"full-{module}-{len(name)}"
+    argv = arguments(folder, out, save_every=2, cache_dir=f"{out}-cache")
+    with pytest.raises(OSError) as error:
+        run_here(argv)
+    assert error.value.errno == errno.ENOSPC
+    line = ranks.message(error.value)
+    where = name.split("/")[0].split(".")[0] if module != "data" else "-cache"
+    assert where in line and "No space left on device; make room there and give the same command again" in line
+    assert not list(out.glob("**/*.part/*")), "takes the room of what comes next"
+    for saved in checkpoint.find_checkpoints(out):
+        checkpoint.check_files(saved)
+    disk.full = False
+    assert run_here(argv) == 0
+    assert ("resuming after step" in capsys.readouterr().out) == (module == "shard")
+    assert same_ending(out, undisturbed)
+
+
+# ---------------------------------------------------------------- token caches
+
+
+def test_a_damaged_token_cache_is_made_anew(folder, undisturbed, capsys):
+    cache = folder / "damaged-cache"
+    argv = dict(cache_dir=cache, max_steps=1, overwrite=True)
+    run_here(arguments(folder, "cached", **argv))
+    (made,) = cache.iterdir()
+    whole = {file.name: file.read_bytes() for file in made.iterdir()}
+    assert set(whole) == {"ids.bin", "kinds.bin", "offsets.npy", "origins.npy", "counts.npy", "report.json",
+                          "crc32.json"}
+    for name, spoil in [*((name, lambda x: x[:-1] + bytes([x[-1] ^ 1])) for name in whole),
+                        ("ids.bin", lambda x: x[:9]), ("crc32.json", lambda x: b"")]:
+        (made / name).write_bytes(spoil(whole[name]))
+        capsys.readouterr()
+        run_here(arguments(folder, "cached", **argv))
+        assert "is damaged; tokenizing anew" in capsys.readouterr().err
+        assert {file.name: file.read_bytes() for file in made.iterdir()} == whole
+    capsys.readouterr()
+    run_here(arguments(folder, "cached", **argv))
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_what_killed_tokenizers_left_is_deleted_and_what_others_write_is_not(folder):
+    cache = folder / "left-cache"
+    argv = arguments(folder, "left", cache_dir=cache, max_steps=1, overwrite=True)
+    run_here(argv)
+    (made,) = cache.iterdir()
+    old, new = (cache / f"{made.name}.elsewhere.{pid}.part" for pid in (1, 2))
+    for part in (old, new):
+        part.mkdir()
+        (part / "ids.bin").write_bytes(b"half")
+    for path in (old / "ids.bin", old):
+        os.utime(path, (time.time() - 7200,) * 2)
+    os.truncate(made / "ids.bin", 3)
+    run_here(argv)
+    assert sorted(cache.iterdir()) == sorted([made, new])
+
+
+# ---------------------------------------------------------------- one folder, one run
+
+
+HOLD = """import sys, time; from pathlib import Path; import files
+files.lock(Path(sys.argv[1]), "host a, process 1"); print("locked", flush=True); time.sleep(100)"""
+
+
+@pytest.fixture
+def holder(folder):
+    """Another process that has locked FOLDER/held."""
+    (folder / "held").mkdir(exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder / "held" / ".lock")], cwd=ROOT,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_runs_cannot_have_one_folder_and_a_lock_that_was_left_behind_locks_nothing(folder, holder):
+    (folder / "held" / "checkpoints").mkdir(exist_ok=True)
+    argv = arguments(folder, "held", overwrite=True, max_steps=1)
+    with pytest.raises(ValueError, match=r"--output-dir .*held: another process is writing there \(host a, process"
+                                         r" 1\); wait for its end, or give another folder"):
+        run_here(argv)
+    assert sorted(path.name for path in (folder / "held").iterdir()) == [".lock", "checkpoints"]
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (folder / "held" / ".lock").read_text() == "host a, process 1"
+    assert run_here(argv) == 0
+
+
+def test_a_file_system_without_locks_is_named(folder, monkeypatch, capsys):
+    import fcntl
+
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    assert run_here(arguments(folder, "lockless", max_steps=1)) == 0
+    assert "lockless/.lock cannot be locked here" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- started again by torchrun
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    """The run ends by an error when it logs its step `at`."""
+    original = train.append_line
+
+    def append(path: Path, record: dict) -> None:
+        if record["step"] == at and path.name == "metrics.jsonl":
+            raise Interrupted
+        original(path, record)
+    monkeypatch.setattr(train, "append_line", append)
+
+
+@pytest.mark.parametrize("more", [dict(overwrite=True), dict(resume="never"), dict(resume="CHECKPOINT"), {}])
+def test_a_restart_by_torchrun_goes_on_and_another_launch_does_as_it_is_told(
+        folder, undisturbed, more, monkeypatch, capsys):
+    if more.get("resume") == "CHECKPOINT":
+        more = dict(resume=undisturbed / "checkpoints" / "step-00000004")
+    out = folder / f"again-{'-'.join(more)}-{len(str(more))}"
+    argv = arguments(folder, out, save_every=2, **more)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    for step in (6, 8):
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            interrupt(patch, step)
+            run_here(argv)
+    assert run_here(argv) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("started again by torchrun") == 2
+    assert all(torch.equal(tensor, weights(undisturbed / "final")[name])
+               for name, tensor in weights(out / "final").items())
+    before = (out / "final" / "model.safetensors").stat().st_mtime_ns
+    assert run_here(argv) == 0      # killed after it was done
+    assert "final was finished before" in capsys.readouterr().out
+    assert (out / "final" / "model.safetensors").stat().st_mtime_ns == before
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "second")
+    if more.get("overwrite"):
+        assert run_here(argv) == 0
+        assert "resuming" not in capsys.readouterr().out
+    elif "resume" not in more or more["resume"] == "never":
+        with pytest.raises(ValueError, match="holds a finished run"):
+            run_here(argv)
+
+
+# ---------------------------------------------------------------- several machines
+
+
+def test_machines_that_differ_stop_before_anything_is_written(folder, monkeypatch):
+    def told(*others: tuple) -> None:
+        monkeypatch.setattr(run_folder, "from_all", lambda mine: [mine, *others])
+        run_folder.check_ranks(folder / "together", mine)
+
+    mine = {"train_data": "aa", "model": "bb", "torch": "2.13"}
+    told(("b", mine, ""), ("c", mine, ""))
+    with pytest.raises(ValueError, match=r"rank 2 on c and rank 0 on .* differ in train_data \(ee, not aa\): give"):
+        told(("b", mine, ""), ("c", {**mine, "train_data": "ee"}, ""))
+    with pytest.raises(ValueError, match="step-00000004 is on b .rank 1., but not on .* and would start anew; copy"):
+        told(("b", mine, "step-00000004"))
+    assert not (folder / "together").exists()
+
+
+def test_ranks_with_other_data_end_with_one_line_and_no_folder(folder):
+    """Through torchrun: rank 1 reads a file with a record less."""
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "fewer.jsonl").write_text("".join(lines[1:]))
+    script = folder / "differ.py"
+    script.write_text("import os, sys, train\n"
+                      "argv = sys.argv[1:]\n"
+                      "if os.environ['RANK'] == '1':\n"
+                      "    argv[argv.index('--train-data') + 1] = argv.pop()\n"
+                      "else:\n"
+                      "    argv.pop()\n"
+                      "sys.exit(train.run(argv))\n")
+    start = command([*arguments(folder, "differ"), str(folder / "fewer.jsonl")], ranks=2)
+    start[start.index(str(ROOT / "train.py"))] = str(script)
+    done = subprocess.run(start, capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and done.stderr.count("error: rank 1 on ") == 1
+    assert "differ in train_data" in done.stderr and not (folder / "differ").exists()
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_errors_of_the_system_name_their_file():
+    with pytest.raises(OSError) as error, files.writing("runs/a"):
+        raise OSError(errno.EIO, "Input/output error")
+    assert ranks.message(error.value) == "runs/a: Input/output error"
+    with pytest.raises(FileNotFoundError) as error, files.writing("runs/a"):
+        open("no/such/file")
+    assert ranks.message(error.value) == "no/such/file: No such file or directory"
+    assert ranks.message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")).startswith(
+        "rank 0 lost another one")
+    assert ranks.message(RuntimeError("shape mismatch")) is None
+    assert ranks.message(ValueError("--lr 0")) == "--lr 0"
