@@ -1,7 +1,9 @@
 """What a run would take, without loading the model: steps, packing and memory of a rank. train.py --dry-run.
 
-The memory is counted from shapes, for the moment that needs most: the largest micro-batch's loss is computed,
-and all that its backward pass will want is there. What the allocator wastes is not in it.
+The memory is counted from shapes, for the moment of the largest micro-batch that needs most: its loss is
+computed, and all that its backward pass will want is there; that pass is in the first layer that it comes
+to; or it is at the embeddings, where gradients as large as they are added up. What the allocator wastes is
+not in it.
 """
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,9 +36,9 @@ def packing(lengths: np.ndarray, counts: np.ndarray, trained: np.ndarray, seed: 
 
 
 def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, ranks: int, shard: bool,
-           recompute: bool, reference: bool) -> dict[str, float]:
-    """Bytes of a rank by purpose. packed: packing(); dtype: to compute in; reference: whether there is a
-    second model for KL."""
+           recompute: bool, reference: bool, cuda: bool = False) -> dict[str, float]:
+    """Bytes of a rank by purpose, at the moment that needs most. packed: packing(); dtype: to compute in;
+    reference: whether there is a second model for KL; cuda: the loss is computed in larger blocks there."""
     with torch.device("meta"):
         model = Llama(config)
     count, layers = sum(p.numel() for p in model.parameters()), config.num_hidden_layers
@@ -44,28 +46,38 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
                    for part in (model.model.layers[0], model.model.layers[0].mlp.down_proj))
     outer, head = count - layer * layers, config.vocab_size * config.hidden_size    # outer: not in the layers
     size, cast = dtype.itemsize, dtype.itemsize if dtype != torch.float32 else 0    # cast: a copy in dtype
-    mine = count / (ranks if shard else 1)
+    mine, tokens = count / (ranks if shard else 1), packed["largest"]
 
-    if shard:   # a layer as it comes and as it is used, its gradient made and sent; all that is outer
-        gathered = layer * (3 * size + 2 * 4) + 4 * outer * (1 + reference)
+    if shard:   # all that is outer; a layer as it comes and as it is used, its gradient made and sent
+        held, working = 4 * outer * (1 + reference), layer * (3 * size + 2 * 4)
     else:       # autograd keeps the copies that a layer computes with, but for down_proj's
-        gathered = cast * (layer - down) * (1 if recompute else layers)
-    tokens = packed["largest"]
-    activations = activation_bytes(config, tokens, dtype, recompute)
-    if recompute:   # of the layer that is being recomputed
-        activations += activation_bytes(config, tokens, dtype, False) // layers
+        copies = cast * (layer - down)
+        held, working = (0, copies) if recompute else (copies * layers, 0)
+        working += (2 * 4 + cast) * down    # gradients of the two largest before they are added up
+    kept = activation_bytes(config, tokens, dtype, recompute)
+    # of the layer whose backward pass it is: what is recomputed; SwiGLU's product and ways back to it
+    again = activation_bytes(config, tokens, dtype, False) // layers if recompute else 0
+    again += 4 * size * config.intermediate_size * tokens
+    at_end = 2 if shard or config.tie_word_embeddings else 1    # gradients as large as the head
 
-    def logits(rows: int) -> int:
-        return min(rows * config.vocab_size, CHUNK_LOGITS)
+    def logits(rows: int) -> tuple[int, int]:   # of a chunk, and of the two that are there when one follows
+        chunks = -(-rows * config.vocab_size // CHUNK_LOGITS)
+        chunk = -(-rows // max(1, chunks)) * config.vocab_size
+        return chunk, min(chunks, 2) * chunk
 
-    chunk, looked = logits(packed["trained"]), logits(packed["other"])
-    at_once = [size * chunk + 3 * 4 * min(chunk, CACHED_LOGITS),    # the loss: logits, then their gradient
+    (chunk, pair), (looked, _) = logits(packed["trained"]), logits(packed["other"])
+    exact = 0 if not cast else 4 * (pair if cuda else min(pair, 2 * CACHED_LOGITS))
+    at_once = [size * pair + exact,                                 # the loss: logits, then their gradient
                (size + 2 * 4) * looked,                             # a look at other spans' NLL, in fp32
                reference * ((2 * size + 8 * 4) * chunk + 4 * head)]     # KL: log p, log q, p, and ways back
-    return {"parameters": 4 * mine, "gradients": 4 * mine, "AdamW's averages": 8 * mine,
-            "reference model": 4 * mine * reference, "weights gathered or cast": gathered,
-            f"activations of {tokens:,} tokens": activations,
-            "head: gradient, copy, logits": (4 + cast) * head + max(at_once)}
+    moments = [(held, kept, (4 + cast) * head + max(at_once)), (held + working, kept + again, 4 * head),
+               (held, 4 * config.hidden_size * tokens, 4 * head * at_end)]
+    gathered, activations, at_head = max(moments, key=sum)
+    buckets = 4 * mine * (ranks > 1 and not shard)  # beside the gradients that are made under no_sync()
+    return {"parameters": 4 * mine, "gradients": 4 * mine, "DDP's buckets": buckets,
+            "AdamW's averages": 8 * mine, "reference model": 4 * mine * reference,
+            "weights gathered or cast": gathered,
+            f"activations of {tokens:,} tokens": activations, "head: gradient, copy, logits": at_head}
 
 
 def table(columns: list[tuple[str, dict[str, float]]], program: float) -> str:
@@ -87,7 +99,7 @@ def forecast(config: "Config", folder: Path, dtype: torch.dtype, use_cuda: bool,
     stored = {DTYPE_NAMES[tensor.dtype] for tensor in stored_weights(folder, model_config).values()}
     packed = packing(lengths, counts, trained, config.seed, config.batch_size, capacity, ranks)
     columns = [("+recompute" if recompute else "--shard" if shard else "DDP" if ranks > 1 else "plain",
-                memory(model_config, packed, dtype, ranks, shard, recompute, config.kl_weight > 0))
+                memory(model_config, packed, dtype, ranks, shard, recompute, config.kl_weight > 0, use_cuda))
                for shard in ((False, True) if ranks > 1 else (False,)) for recompute in (False, True)]
     program = 0 if use_cuda else peak_memory_mb(torch.device("cpu")) * 2**20    # with the tokenizer
     return (f"model: {parameter_count(model_config):,} parameters, stored as "

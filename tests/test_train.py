@@ -13,10 +13,8 @@ import torch
 import transformers
 
 import checkpoint
-import estimate
 import train
 from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_dataset, load_template, plan
-from model import ModelConfig, activation_bytes
 from tiny import (arguments, command, difference, make_model, metrics, run_apart, run_here, setup,
                   weights)
 
@@ -368,32 +366,6 @@ def test_a_dry_run_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsy
                  f"{max(a - b for a, b in zip(tokens, trained))} without"):
         assert text in printed, text
     assert ("--shard" in printed.split("peak memory")[1]) == (ranks == 2)
-
-
-def test_a_dry_runs_memory_adds_up_by_hand():
-    """A Llama of 2 layers of 7,200 parameters, 100 x 30 embeddings and a norm of 30, tied; 1,000 tokens."""
-    config = ModelConfig.from_dict(dict(
-        model_type="llama", vocab_size=100, hidden_size=30, intermediate_size=40, num_hidden_layers=2,
-        num_attention_heads=3, num_key_value_heads=3, head_dim=10, tie_word_embeddings=True))
-    layer, count = 4 * 30 * 30 + 3 * 30 * 40 + 2 * 30, 2 * 7260 + 3030
-    packed = {"largest": 1000, "trained": 600, "other": 400}
-    plain, ddp, shard, again = (
-        estimate.memory(config, packed, torch.bfloat16, ranks, shard, recompute, False)
-        for ranks, shard, recompute in (
-            (1, False, False), (2, False, False), (2, True, False), (2, True, True)))
-    assert layer == 7260 and plain == ddp
-    assert [plain[k] for k in ("parameters", "gradients", "AdamW's averages", "reference model")] == [
-        4 * count, 4 * count, 8 * count, 0]
-    assert [shard[k] for k in ("parameters", "gradients", "AdamW's averages")] == [
-        2 * count, 2 * count, 4 * count]
-    assert plain["weights gathered or cast"] == 2 * 2 * (7260 - 1200)          # bf16 copies, but of down_proj
-    assert shard["weights gathered or cast"] == 4 * 3030 + 7260 * (3 * 2 + 2 * 4)
-    # the head's gradient and copy; the largest of the logits: of the loss 600, of a look at the others 400
-    assert plain["head: gradient, copy, logits"] == (4 + 2) * 3000 + max(60_000 * (2 + 3 * 4), 40_000 * 10)
-    kept = "activations of 1,000 tokens"
-    assert shard[kept] == plain[kept] == activation_bytes(config, 1000, torch.bfloat16, False) > again[kept]
-    kl = estimate.memory(config, packed, torch.bfloat16, 2, True, False, True)
-    assert kl["reference model"] == 2 * count and kl["weights gathered or cast"] == 8 * 3030 + 7260 * 14
 
 
 def test_a_dry_run_refuses_weights_that_do_not_fit(folder):
