@@ -73,10 +73,8 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     moments = [(held, kept, (4 + cast) * head + max(at_once)), (held + working, kept + again, 4 * head),
                (held, 4 * config.hidden_size * tokens, 4 * head * at_end)]
     gathered, activations, at_head = max(moments, key=sum)
-    buckets = 4 * mine * (ranks > 1 and not shard)  # beside the gradients that are made under no_sync()
-    return {"parameters": 4 * mine, "gradients": 4 * mine, "DDP's buckets": buckets,
-            "AdamW's averages": 8 * mine, "reference model": 4 * mine * reference,
-            "weights gathered or cast": gathered,
+    return {"parameters": 4 * mine, "gradients": 4 * mine, "AdamW's averages": 8 * mine,
+            "reference model": 4 * mine * reference, "weights gathered or cast": gathered,
             f"activations of {tokens:,} tokens": activations, "head: gradient, copy, logits": at_head}
 
 

@@ -227,13 +227,14 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
 def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
     """Of a process's gradients DDP adds up the first in buckets of its own order, later ones in the order in
     which the first became ready; and the order decides how sums over three ranks and more are rounded. So let a
-    pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted."""
-    hidden = model(torch.zeros(2, dtype=torch.int64, device=device), torch.arange(2, device=device),
-                   torch.tensor([0, 2], dtype=torch.int32))
-    loss, _ = weighted_nll(hidden, model.module.head_weight, torch.zeros(2, dtype=torch.int64, device=device),
-                           torch.zeros(2, device=device))
-    loss.backward()
-    model.zero_grad(set_to_none=True)
+    pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted. A
+    second one makes the gradients views of those buckets, where micro-batches add theirs up in place."""
+    ids = torch.zeros(2, dtype=torch.int64, device=device)
+    for _ in range(2):
+        hidden = model(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))
+        loss, _ = weighted_nll(hidden, model.module.head_weight, ids, torch.zeros(2, device=device))
+        loss.backward()
+        model.zero_grad(set_to_none=False)
 
 
 class Signals:
@@ -521,7 +522,8 @@ def main(argv: list[str]) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        # DDP's gradients stay views of its buckets: new ones, made under no_sync(), would be beside them.
+        optimizer.zero_grad(set_to_none=model is raw_model)
         step += 1
 
         # -- what came of it

@@ -53,7 +53,7 @@ def rows(name: str, tokens: int) -> list[list[str]]:
     for mode, (shard, recompute) in MODES.items():
         sums = [gigabytes(config, n, shard, recompute, tokens) for n in GPUS]
         shown = [f"{gb:.1f}" if gb < 100 else f"{gb:.0f}" for gb in sums]
-        out.append([f"  {mode}", *(shown if shard else shown[:2] + ["="] * (len(GPUS) - 2)),
+        out.append([f"  {mode}", *(shown if shard else shown[:1] + ["="] * (len(GPUS) - 1)),
                     *(fewest(sums, card) for card in CARDS)])
     return out
 

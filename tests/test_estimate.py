@@ -24,9 +24,9 @@ def test_a_dry_runs_memory_adds_up_by_hand():
     assert layer == 7260
     assert [plain[k] for k in ("parameters", "gradients", "AdamW's averages", "reference model")] == [
         4 * count, 4 * count, 8 * count, 0]
-    assert ddp == {**plain, "DDP's buckets": 4 * count} and plain["DDP's buckets"] == 0
-    assert [shard[k] for k in ("parameters", "gradients", "DDP's buckets", "AdamW's averages")] == [
-        2 * count, 2 * count, 0, 4 * count]
+    assert ddp == plain
+    assert [shard[k] for k in ("parameters", "gradients", "AdamW's averages")] == [
+        2 * count, 2 * count, 4 * count]
     # When the loss is computed: bf16 copies, but of down_proj; head's gradient and copy; the larger of the
     # logits of the loss, 600 rows in bf16 and fp32, and of a look at the other 400, once more in fp32.
     kept, logits = "activations of 1,000 tokens", max(60_000 * (2 + 4), 40_000 * 10)
@@ -98,7 +98,7 @@ def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
                                     "num_key_value_heads": 2, "tie_word_embeddings": True})
     packed = {"largest": 600, "trained": 600, "other": 0}
     parts = estimate.memory(config, packed, dtype, 1, False, recompute, False)
-    state = {"parameters", "gradients", "DDP's buckets", "AdamW's averages", "reference model"}
+    state = {"parameters", "gradients", "AdamW's averages", "reference model"}
     estimated = sum(size for name, size in parts.items() if name not in state)
     assert estimated / peak_of_a_step(config, 600, dtype, recompute) == pytest.approx(1.0, abs=0.1)
 
