@@ -30,8 +30,8 @@ AVERAGES = ("exp_avg", "exp_avg_sq")    # AdamW's of a parameter; it counts its 
 
 @contextlib.contextmanager
 def _making(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is deleted.
-    On other ranks than 0 it is only a name."""
+    """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is
+    deleted. On other ranks than 0 it is only a name."""
     part = folder.with_name(f"{folder.name}.part")
     if not is_main():
         yield part

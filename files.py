@@ -1,4 +1,4 @@
-"""Files that a kill or a full disk leaves whole or absent, that tell when they were damaged, and that one run owns.
+"""Files that a kill or a full disk leaves whole or absent, that tell damage, and that one process owns.
 
 What is written goes beside its place first, is flushed to the disk and renamed. Checksums are CRC-32: they
 tell cut files and flipped bits, not forgery.
@@ -74,9 +74,9 @@ def delete_left(parts: Iterable[Path], after: float = 3600) -> None:
 
 
 def lock(path: Path, owner: str) -> bool:
-    """Take a lock file for as long as this process lives, and write in it who has it. The system lets go of it
-    when the process ends, however it ends: a file that was left behind locks nothing. False where the file
-    system knows no locks. ValueError with the owner if another process has it."""
+    """Take a lock file for as long as this process lives, and write in it who has it. The system lets go of
+    it when the process ends, however it ends: a file that was left behind locks nothing. False where the
+    file system knows no locks. ValueError with the owner if another process has it."""
     path = path.resolve()
     if path in _held:
         return True

@@ -52,7 +52,7 @@ def keep_lines(path: Path, last_step: int) -> None:
 
 
 def launch() -> str:
-    """The same for a process and for those that torchrun starts in its place; host and process for a reader."""
+    """The same for a process and for those that torchrun starts in its place; it tells a reader where."""
     return f"host {socket.gethostname()}, process {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
@@ -70,20 +70,21 @@ def check_identity(old: dict, new: dict, where: str, fix: str) -> None:
         raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")
 
 
-def check_ranks(out: Path, identity: dict) -> None:
-    """All ranks call: ValueError on all if they were not given the same, as where machines have unlike copies of
-    the data; or if another machine than rank 0's has this run's checkpoints."""
-    known = find_checkpoints(out)
+def check_ranks(out: Path, identity: dict, going_on: bool) -> None:
+    """All ranks call: ValueError on all if they were not given the same, as where machines have unlike copies
+    of the data; or if the run would go on from its newest checkpoint, which rank 0 does not see."""
+    known = find_checkpoints(out) if going_on else []
     everyone = from_all((socket.gethostname(), identity, known[-1].name if known else ""))
     host, first, newest = everyone[0]
     for rank, (other, theirs, saved) in enumerate(everyone):
-        if differ := [name for name in first if first[name] != theirs.get(name)]:
-            raise ValueError(f"rank {rank} on {other} and rank 0 on {host} differ in "
-                             + ", ".join(f"{name} ({theirs.get(name)}, not {first[name]})" for name in differ)
-                             + ": give every machine the same files, flags and versions")
+        if differ := [f"{name} ({theirs.get(name)}, not {first[name]})" for name in first
+                      if first[name] != theirs.get(name)]:
+            raise ValueError(f"rank {rank} on {other} and rank 0 on {host} differ in {', '.join(differ)}: "
+                             "give every machine the same files, flags and versions")
         if saved > newest:
-            raise ValueError(f"--output-dir {out}: {saved} is on {other} (rank {rank}), but not on {host}, where "
-                             "rank 0 is and would start anew; copy it there, or use a folder that all machines see")
+            raise ValueError(f"--output-dir {out}: {saved} is on {other} (rank {rank}), but not on {host}, "
+                             "where rank 0 is and would start anew; copy it there, or use a folder that all "
+                             "machines see")
 
 
 def saved_date(out: Path, anew: bool) -> str:
@@ -105,6 +106,7 @@ def claim(out: Path, identity: dict, settings: dict, resume: str, overwrite: boo
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
     if started_again(out):
         say("started again by torchrun")
+        # The lock was taken when the run began: an older final/ is another run's.
         if (final := out / "final").is_dir() and final.stat().st_mtime >= (out / ".lock").stat().st_mtime:
             return Start(finished=True)
         overwrite, resume = False, "auto" if resume == "never" or find_checkpoints(out) else resume

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, how they meet, what they tell each other, and who reports an error.
+"""The processes of a run: who this one is, how they meet, what they tell each other, who reports an error.
 
 One process without torchrun is rank 0 of 1, for all functions here.
 """
@@ -37,8 +37,8 @@ def local_rank() -> int:
 
 
 def join_ranks(device: str) -> torch.device:
-    """The device of this rank, which has its share of the machine's cores then; under torchrun all ranks meet.
-    device: auto, cpu or cuda. ValueError if there is no CUDA."""
+    """The device of this rank, which has its share of the machine's cores then; under torchrun all ranks
+    meet. device: auto, cpu or cuda. ValueError if there is no CUDA."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -117,14 +117,15 @@ def message(error: Exception) -> str | None:
         return str(error)
     text = str(error)
     if isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
-        return (f"rank {rank()} lost another one, which said nothing: it was killed, or its machine or network "
-                "failed. torchrun prints its exit code; the same command goes on from what was saved")
+        return (f"rank {rank()} lost another one, which said nothing: it was killed, or its machine or "
+                f"network failed ({text.splitlines()[0][:150]}). torchrun prints its exit code; the same "
+                "command goes on from what was saved")
     return None
 
 
 def report_error(error: Exception) -> None:
-    """Of an error that ends this process: one line, else the traceback; from one rank, the others just end. To
-    be called where the error was caught."""
+    """Of an error that ends this process: one line, else the traceback; from one rank, the others just end.
+    To be called where the error was caught."""
     first = True
     if dist.is_initialized():
         # whoever comes first has the cause; the others only lost their connection to it

@@ -99,7 +99,7 @@ def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
 
 def fill(x: Tensor, file: str | Path, name: str, everywhere: bool = True) -> None:
     """Read this rank's rows of a tensor in a safetensors file, and convert them to x's dtype. everywhere:
-    whether every rank sees the file; else every rank must ask, and rank 0 reads all and sends them their rows."""
+    whether every rank sees the file; else every rank must ask, and rank 0 reads all and sends their rows."""
     def read(a: int, b: int) -> Tensor:
         with safe_open(file, framework="pt") as opened:     # anew: what was read stays mapped until it closes
             return opened.get_slice(name)[a:b].to(mine)

@@ -226,9 +226,9 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
 
 def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
     """Of a process's gradients DDP adds up the first in buckets of its own order, later ones in the order in
-    which the first became ready; and the order decides how sums over three ranks and more are rounded. So let a
-    pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted. A
-    second one makes the gradients views of those buckets, where micro-batches add theirs up in place."""
+    which the first became ready; and the order decides how sums over three ranks and more are rounded. So let
+    a pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted.
+    A second one makes the gradients views of those buckets, where micro-batches add theirs up in place."""
     ids = torch.zeros(2, dtype=torch.int64, device=device)
     for _ in range(2):
         hidden = model(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))
@@ -388,7 +388,8 @@ def main(argv: list[str]) -> int:
     identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
     identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key,
                     template=template.source)
-    check_ranks(out, {**identity, "eval_data": [each.key for each in eval_sets], "torch": torch.__version__})
+    check_ranks(out, {**identity, "eval_data": [each.key for each in eval_sets], "torch": torch.__version__},
+                going_on=config.resume == "auto" and not config.overwrite)
 
     # -- model
     divide = partial(shard, device=device, dtype=compute) if sharded else None
@@ -400,8 +401,8 @@ def main(argv: list[str]) -> int:
             say(f"warning: {warning}")
 
     # -- the folder, and where to go on; only now that all that can be wrong with the input was found
-    begin = from_main(claim(out, identity, dataclasses.asdict(config), config.resume, config.overwrite, folder,
-                            say) if is_main() else None)
+    begin = from_main(claim(out, identity, dataclasses.asdict(config), config.resume, config.overwrite,
+                            folder, say) if is_main() else None)
     if begin.finished:
         say(f"{out}/final was finished before")
         return finish(0)

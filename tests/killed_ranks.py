@@ -21,7 +21,7 @@ MARKS = Path(sys.argv[1])
 
 
 def kill_once(place: str, module: object, name: str, rank: int, call: int = 1) -> None:
-    """Rank `rank` is killed when it calls module.name for the call-th time, if a file says it is still to be."""
+    """Rank `rank` is killed when it calls module.name for the call-th time, if it is still to be."""
     original, calls = getattr(module, name), []
 
     def killed(*args: object, **more: object) -> object:

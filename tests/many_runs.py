@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 tests/many_runs.py RUNS.json       [[flag, ...], ...]; tiny.run_many() does it
 
-A run of several ranks ends by os._exit(), which is kept from ending the process. Each rank has a folder of its
-own to work in, RUNS.json.RANK, for relative paths.
+A run of several ranks ends by os._exit(), which is kept from ending the process. Each rank has a folder of
+its own to work in, RUNS.json.RANK, for relative paths.
 """
 import json
 import os

@@ -210,6 +210,8 @@ DAMAGE = {
     "bit-flipped weights": lambda folder: flip_a_bit(folder / "model.safetensors"),
     "bit-flipped averages": lambda folder: flip_a_bit(folder / "optimizer.safetensors"),
     "short averages": lambda folder: os.truncate(folder / "optimizer.safetensors", 5000),
+    "unreadable weights": lambda folder: ((folder / "model.safetensors").unlink(),
+                                          (folder / "model.safetensors").mkdir()),
     "lost weights": lambda folder: (folder / "model.safetensors").unlink(),
     "lost state": lambda folder: (folder / "state.json").unlink(),
     "another step": lambda folder: (folder / "state.json").write_text(
