@@ -224,6 +224,7 @@ def test_a_restart_by_torchrun_goes_on_and_another_launch_does_as_it_is_told(
     assert run_here(argv) == 0
     printed = capsys.readouterr().out
     assert printed.count("started again by torchrun") == 2
+    assert f"resuming after step 6 from {out}/checkpoints" in printed
     assert all(torch.equal(tensor, weights(undisturbed / "final")[name])
                for name, tensor in weights(out / "final").items())
     before = (out / "final" / "model.safetensors").stat().st_mtime_ns
