@@ -60,6 +60,8 @@ def point(args: argparse.Namespace) -> None:
     raw.recompute = args.recompute
     peaks["load"] = peak_bytes()
     model = raw if divide else DistributedDataParallel(raw, gradient_as_bucket_view=True)
+    if not divide:
+        train.settle_buckets(model, torch.device("cpu"))
     optimizer = train.make_optimizer(raw, train.Config(train_data=["none"]))
     documents = max(1, args.tokens // 256)
     n = documents * 256
@@ -87,7 +89,7 @@ def point(args: argparse.Namespace) -> None:
         if step + 1 == args.warmup + args.steps:
             state = sum(part(x).numel() * x.itemsize for p in raw.parameters()
                         for x in (p, p.grad, *optimizer.state[p].values()))
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=model is raw)
         seconds.append(time.monotonic() - began)
     peaks["steps"] = peak_bytes()
     shared = [tempfile.mkdtemp(dir=args.folder)]
