@@ -408,6 +408,7 @@ def main(argv: list[str]) -> int:
         return finish(0)
 
     # -- optimizer
+    reserve.release()   # to averages and DDP's buckets
     optimizer = make_optimizer(raw_model, config)
     first_step = checkpoint.load_checkpoint(begin.resume, raw_model, optimizer) if begin.resume else 0
     if config.compile:
@@ -447,7 +448,6 @@ def main(argv: list[str]) -> int:
                                                          for kind, value in kinds.items()))
         return result, answers
 
-    reserve.release()
     with_answers = bool(config.eval_generate and config.eval_data)
     if eval_sets and first_step == 0:
         evaluate(0, with_answers)
