@@ -427,10 +427,11 @@ from functools import partial
 import datasets, lm_eval.tasks
 datasets.config.HF_DATASETS_CACHE = {str(folder / 'cache')!r}
 lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+import ranks
 from eval import common, harness, harness_model
 found = harness_model.log_likelihoods
 def counted(model, requests, capacity):
-    with open(f"computed{{common.rank()}}", "a") as out:
+    with open(f"computed{{ranks.rank()}}", "a") as out:
         print(len(requests), file=out)
     return found(model, requests, capacity)
 harness_model.log_likelihoods = counted
