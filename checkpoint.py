@@ -127,11 +127,9 @@ def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Opt
     """Put a checkpoint's weights and optimizer state into model and optimizer, in place, bit for bit; of a
     sharded model this rank's rows. Every rank calls; those that do not see rank 0's folder are sent theirs.
     Returns how many steps it stands for. ValueError if a tensor is missing."""
-    def contents() -> tuple:
-        return (stored_tensors(weight_files(folder)),
-                stored_tensors([Path(folder) / "optimizer.safetensors"]), read_state(folder))
-
-    weights, moments, state = from_main(contents() if is_main() else None)
+    weights, moments, state = from_main(
+        (stored_tensors(weight_files(folder)), stored_tensors([Path(folder) / "optimizer.safetensors"]),
+         read_state(folder)) if is_main() else None)
     try:
         mine = state if is_main() else read_state(folder)
     except ValueError:      # this machine has no such folder

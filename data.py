@@ -15,8 +15,8 @@ Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 import argparse
 import gzip
 import hashlib
-import io
 import heapq
+import io
 import json
 import os
 import re

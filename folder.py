@@ -53,7 +53,8 @@ def keep_lines(path: Path, last_step: int) -> None:
 
 def launch() -> str:
     """The same for a process and for those that torchrun starts in its place; it tells a reader where."""
-    return f"host {socket.gethostname()}, process {os.getppid()} {os.environ.get('TORCHELASTIC_RUN_ID', '')}"
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"host {socket.gethostname()}, started by process {os.getppid()} {run}".rstrip()
 
 
 def started_again(out: Path) -> bool:

@@ -9,7 +9,9 @@ import sys
 import time
 import traceback
 import uuid
+from collections.abc import Iterator
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -101,6 +103,30 @@ def wait() -> None:
     """Until all ranks are here."""
     if dist.is_initialized():
         dist.barrier()
+
+
+@contextlib.contextmanager
+def first_of_machine() -> Iterator[None]:
+    """One process of each machine does this first; the others then find what it wrote."""
+    if local_rank():
+        wait()
+    yield
+    if not local_rank():
+        wait()
+
+
+def shows_progress() -> bool:
+    """Whether this rank has a terminal for bars."""
+    return is_main() and sys.stderr.isatty()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process at once. An orderly end would wait for ranks that are no more, and tear gloo down,
+    whose destructor holds Python's lock while it waits for a thread that may need the lock to forget a
+    barrier. Seen with PyTorch 2.13."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ---------------------------------------------------------------- errors

@@ -43,8 +43,8 @@ from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise
 from machine import Reserve, keep_freed_memory, peak_memory_mb
 from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
                    resolve_model)
-from ranks import (from_all, from_main, is_main, join_ranks, local_rank, rank, report_error, wait,
-                   world_size)
+from ranks import (first_of_machine, from_all, from_main, is_main, join_ranks, leave, rank, report_error,
+                   shows_progress, wait, world_size)
 from shard import release, shard, whole
 
 # ---------------------------------------------------------------- configuration
@@ -102,7 +102,7 @@ class Config:
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the decoder layers")
     dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory",
-                        nargs="?", const=int(os.environ.get("WORLD_SIZE", 1)), metavar="RANKS")
+                        nargs="?", const=world_size(), metavar="RANKS")
     # output
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR")
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start anew")
@@ -320,13 +320,10 @@ def main(argv: list[str]) -> int:
     use_cuda = device.type == "cuda"
 
     def finish(status: int) -> int:
-        """End all ranks together, without tearing gloo down: its destructor holds Python's lock while it
-        waits for a thread that may need the lock to forget this barrier. Seen with PyTorch 2.13."""
+        """End all ranks together."""
         wait()
         if world_size() > 1:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
+            leave(status)
         return status
 
     compute = torch.bfloat16 if config.dtype == "bf16" else torch.float32
@@ -352,13 +349,10 @@ def main(argv: list[str]) -> int:
 
     def load(files: list[str]) -> Dataset:
         return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
-                            progress=is_main() and sys.stderr.isatty())
+                            progress=shows_progress())
 
-    if local_rank():
-        wait()
-    train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
-    if not local_rank():
-        wait()
+    with first_of_machine():
+        train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
@@ -432,7 +426,7 @@ def main(argv: list[str]) -> int:
             for name, dataset in zip(names, eval_sets):
                 capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
                 rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
-                               disable=not (is_main() and sys.stderr.isatty()))
+                               disable=not shows_progress())
                 sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size(), rows)
                 result["data"][name] = summary(sums, dataset.counts)
             if answers_too and is_main():
@@ -456,7 +450,7 @@ def main(argv: list[str]) -> int:
     stop = Signals()
     epoch_plan: list = []
     say(f"ready to train after {time.monotonic() - started:.1f} s")
-    terminal = is_main() and sys.stderr.isatty()    # a bar there, lines in a log file
+    terminal = shows_progress()     # a bar there, lines in a log file
     bar = tqdm(total=total_steps, initial=first_step, disable=not terminal, unit="step", dynamic_ncols=True)
     step = first_step
     while step < total_steps:
@@ -583,10 +577,8 @@ def run(argv: list[str]) -> int:
         return main(argv)
     except Exception as error:
         report_error(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
         if dist.is_initialized():
-            os._exit(1)  # an orderly end would wait for the ranks that are no more
+            leave(1)
         return 1
 
 

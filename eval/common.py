@@ -3,7 +3,6 @@ import argparse
 import gzip
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from eval.engine import Engine
 from files import write_text
 from machine import keep_freed_memory
 from model import Llama, check_vocabulary, load_model, resolve_model
-from ranks import from_all, is_main, join_ranks, report_error, wait
+from ranks import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
 
 
 @dataclass
@@ -129,10 +128,6 @@ def gather(items: list) -> list:
     return [item for part in from_all(items) for item in part]
 
 
-def shows_progress() -> bool:
-    return is_main() and sys.stderr.isatty()
-
-
 def progress(items: Iterable, total: int, unit: str) -> Iterable:
     """items with a bar, where somebody can see it."""
     return tqdm(items, total=total, unit=unit, dynamic_ncols=True, leave=False,
@@ -164,6 +159,4 @@ def run(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         report_error(error)
         status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)    # an orderly end would wait for ranks that are no more, and gloo's can hang
+    leave(status)

@@ -15,7 +15,6 @@ from hashlib import sha256
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -26,11 +25,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import read_json
-from eval.common import gather, load, shows_progress, start_ranks
+from eval.common import gather, load, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
 from model import weight_files
-from ranks import rank, world_size
+from ranks import rank, shows_progress, wait, world_size
 
 log = logging.getLogger("lm_eval.spantune")
 ANSWERS = 16            # generated at once, where --batch_size does not say
@@ -272,5 +271,4 @@ class HarnessModel(TemplateLM):
         return gathered if self.rank == dst else None
 
     def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier()
+        wait()

@@ -13,7 +13,6 @@ Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 """
 import argparse
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from tqdm import tqdm
 
 from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Loaded, Parser, load, run, shows_progress, start_ranks, write_json
+from eval.common import Loaded, Parser, load, run, start_ranks, write_json
 from loss import nll
 from model import Llama, resolve_model
-from ranks import is_main, rank, world_size
+from ranks import first_of_machine, is_main, rank, shows_progress, world_size
 
 MEANS = ("nll_token_mean", "nll_example_mean")
 
@@ -131,16 +130,12 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
     """[checkpoint][file]; one process of each machine tokenises, the others read what it wrote."""
     data = []
-    ranks_wait = int(os.environ.get("LOCAL_RANK", 0)) != 0
-    if ranks_wait:
-        dist.barrier()
-    for name in args.model:
-        tokenizer = Tokenizer(resolve_model(name))
-        template = load_template(args.template, tokenizer, args.date)
-        data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong, args.cache_dir,
-                                  progress=shows_progress()) for file in args.data])
-    if world_size() > 1 and not ranks_wait:
-        dist.barrier()
+    with first_of_machine():
+        for name in args.model:
+            tokenizer = Tokenizer(resolve_model(name))
+            template = load_template(args.template, tokenizer, args.date)
+            data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong,
+                                      args.cache_dir, progress=shows_progress()) for file in args.data])
     return data
 
 

@@ -39,6 +39,6 @@ kill_once("backward", torch.Tensor, "backward", 0, call=3)
 kill_once("all-reduce", train.dist, "all_reduce", 1, call=4)
 kill_once("checkpoint", checkpoint, "write_tensors", 0)
 kill_once("final", checkpoint, "_write_tokenizer", 0)
-kill_once("the end", train, "wait", 1, call=2)     # the first waits for the token cache
+kill_once("the end", train, "wait", 1)
 if __name__ == "__main__":
     sys.exit(train.run(sys.argv[2:]))
