@@ -35,10 +35,11 @@ def run_here(args: argparse.Namespace) -> dict:
                for question in questions]
     stop = tokenizer.special[template.end_of_turn]
     if args.run != "transformers":
-        from eval.engine import LOOKUP, Engine
+        from eval.common import make_engine
+        from eval.engine import LOOKUP
         from machine import keep_freed_memory
         keep_freed_memory(shapes=1024)      # as eval.generate does
-        engine = Engine(load_model(folder).requires_grad_(False).to(dtype))
+        engine = make_engine(load_model(folder).requires_grad_(False).to(dtype))
 
         def answer(some: list[list[int]], tokens: int) -> list[list[int]]:
             made = engine.answers(some, {stop}, tokens, args.batch_size,

@@ -2,10 +2,10 @@
 
     for number, ids, stopped in Engine(model).answers(prompts, stop, max_new_tokens): ...
 
-A fixed number of slots runs at once; when an answer ends, the next prompt takes its slot while the others go
-on. Prompts go through the model as a packed row, as in training. In a step every slot computes its last token
-and those that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses
-up to there were right: answers are the same as token by token, but for rounding, and come faster.
+A fixed number of slots runs at once; when an answer ends, the next prompt takes its slot. A step is one
+packed row, as in training: all of the prompts that are new, and of other documents the last token and those
+that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses up to there
+were right: answers are the same as token by token, but for rounding, and come faster.
 
 Shapes: B slots, T places in the cache, H query heads, G key/value heads, D head size, C width,
 N packed tokens, V vocabulary.
@@ -22,9 +22,18 @@ from torch import Tensor, nn
 from model import Llama, RMSNorm, compute_dtype
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step
-ROW = 8192      # tokens of prompts that are run at once, or one prompt more; other free slots wait a step
+ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
 
 # ---------------------------------------------------------------- choosing a token
+
+
+def highest(logits: Tensor) -> Tensor:
+    """logits: (B, V). Returns (B,): logits.argmax(-1), of equals the first. That takes ten times as long in
+    bf16, and as fp32 three times."""
+    parts = logits.unflatten(-1, (math.gcd(64, logits.shape[-1]), -1))          # (B, parts, V / parts)
+    best = parts.amax(-1).float().argmax(-1)
+    first = parts[torch.arange(len(best), device=best.device), best].float().argmax(-1)
+    return best * parts.shape[-1] + first
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class Sampling:
         """logits: (B, V); draw: (B,) in [0, 1). Returns ids, (B,). Temperature, then top-k, then top-p, as
         transformers does; then where the running sum of the probabilities left passes draw."""
         if not self.temperature:
-            return logits.float().argmax(-1)    # of bf16 it takes five times as long
+            return highest(logits)
         logits, ids = (logits.float() - logits.amax(-1, keepdim=True)) / self.temperature, None
         if self.top_k:
             logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))        # falling
@@ -121,51 +130,81 @@ class Document:
 
 
 class Cache:
-    """Keys and values of the slots' documents, (layers, 2, B, G, T, D) in the dtype to compute in. What is
-    behind a document's end is finite, and nobody looks at it."""
+    """Keys and values of the slots' documents, (2, B, G, T, D) for each layer, in the dtype to compute in.
+    What is behind a document's end is finite, and nobody looks at it."""
 
     def __init__(self, model: Llama, slots: int):
         config, weight = model.config, model.head_weight
-        self.data = torch.zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, 0,
-                                config.head_dim, dtype=compute_dtype(weight), device=weight.device)
-        self.seen: list[tuple[Tensor, Tensor]] = []     # each layer's keys and values, (B * G, T, D), views
+        self.layers = [torch.zeros(2, slots, config.num_key_value_heads, 0, config.head_dim,
+                                   dtype=compute_dtype(weight), device=weight.device)
+                       for _ in range(config.num_hidden_layers)]
 
     def fit(self, places: int) -> None:
-        """Make T `places`, rounded up to 64, or leave it up to a third larger. No larger: a product of
+        """Make T `places`, rounded up to 32, or leave it up to a third larger. No larger: a product of
         matrices that are not dense copies them, which in every step takes longer than this now and then."""
-        now, wanted = self.data.shape[4], -(-places // 64) * 64
+        now, wanted = self.layers[0].shape[3], -(-places // 32) * 32
         if not wanted <= now <= wanted * 4 // 3:
-            more = self.data.new_zeros(*self.data.shape[:4], max(0, wanted - now), self.data.shape[5])
-            self.hold(torch.cat([self.data[..., :wanted, :], more], 4))
+            self.layers = [F.pad(layer, (0, 0, 0, wanted - now)) for layer in self.layers]     # or cuts
 
     def keep(self, slots: list[int]) -> None:
-        self.hold(self.data.index_select(2, torch.tensor(slots, device=self.data.device)))
-
-    def hold(self, data: Tensor) -> None:
-        self.data, self.seen = data, [layer.unbind() for layer in data.flatten(2, 3)]
+        which = torch.tensor(slots, device=self.layers[0].device)
+        self.layers = [layer.index_select(1, which) for layer in self.layers]
 
     def rows(self, slots: Tensor, places: Tensor) -> Tensor:
         """slots, places: (N,). Returns (N * 2 * G,): where their keys and values are in a layer, seen as
         (2 * B * G * T, D)."""
-        both, count, heads, size = self.data.shape[1:5]
+        both, count, heads, size = self.layers[0].shape[:4]
         which = torch.arange(both * heads, device=slots.device)                 # (2 * G,)
         first = which // heads * count * heads + which % heads
         return ((slots[:, None] * heads + first) * size + places[:, None]).flatten()
 
     def write(self, layer: int, rows: Tensor, kv: Tensor) -> None:
         """kv: (N, 2 * G, D), keys and values."""
-        self.data[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.reshape(-1, kv.shape[-1]))
+        self.layers[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.reshape(-1, kv.shape[-1]))
+
+    def attention(self, slots: Tensor, nth: Tensor, places: Tensor, queries: int
+                  ) -> Callable[[int, Tensor], Tensor]:
+        """For tokens in the cache, (N,) each: the slot, the token's number among the slot's, the place.
+        queries: H. Returns what they attend with: (layer, heads (N, H + 2 G, D)) -> (N, H * D).
+
+        All queries that share keys are lines of one product, S lines for each of B * G. Slots with fewer
+        tokens than others leave lines to chance, and nothing but the two products is done for those."""
+        device, (_, count, keys, total, size) = slots.device, self.layers[0].shape      # -, B, G, T, D
+        head, group = torch.arange(queries, device=device), queries // keys
+        most = (int(nth.max()) + 1) * group                                             # S
+        product = slots[:, None] * keys + head // group                                 # (N, H)
+        line = nth[:, None] * group + head % group                                      # (N, H)
+        there = (product * most + line).flatten()
+        here = torch.zeros(count * keys * most, dtype=torch.int64, device=device)       # there's inverse
+        first = torch.arange(len(slots), device=device)[:, None] * (queries + 2 * keys)
+        here[there] = (first + head).flatten()
+        unseen = torch.arange(total, device=device) > places[:, None]
+        mask = torch.where(unseen, -math.inf, 0.0)[:, None]                             # (N, 1, T), fp32
+
+        def attend(layer: int, heads: Tensor) -> Tensor:
+            k, v = self.layers[layer].flatten(1, 2)                                     # (B * G, T, D)
+            q = heads.view(-1, size).index_select(0, here).view(-1, most, size)
+            # Keys first: the other way round they would be laid out anew, which takes as long again.
+            scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)[product, line]     # (N, H, T)
+            some = torch.add(mask, scores, alpha=size ** -0.5).softmax(-1).to(q.dtype)
+            weights = q.new_empty(len(here), total).index_copy_(0, there, some.flatten(0, 1))
+            out = torch.bmm(weights.view(-1, most, total), v)
+            return out.view(-1, size).index_select(0, there).view(-1, queries * size)
+
+        return attend
 
 
-def packed(dtype: torch.dtype, *linears: nn.Module) -> Callable[..., Tensor]:
+def packed(dtype: torch.dtype, *linears: nn.Module, order: Tensor | None = None) -> Callable[..., Tensor]:
     """(x (N, in), residual (N, out) or None) -> what the linears make of x, side by side, with the residual
-    added. Their weights are cast and put together once; in bf16 on the CPU also laid out as oneDNN's product
-    wants them, which else every call does again: with 16 rows all of SmolLM2-135M's products take 10 ms a
-    step then, not 14 (two cores)."""
+    added. order: of their outputs, instead of as they come. Their weights are cast and put together once; in
+    bf16 on the CPU also laid out as oneDNN's product wants them, which else every call does again: with 16
+    rows all of SmolLM2-135M's products take 10 ms a step then, not 14 (two cores)."""
     weight, bias = linears[0].weight, getattr(linears[0], "bias", None)
     if len(linears) > 1:
         weight = torch.cat([linear.weight for linear in linears])
         bias = None if bias is None else torch.cat([linear.bias for linear in linears])
+    if order is not None:
+        weight, bias = weight[order], None if bias is None else bias[order]
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     ops = torch.ops.mkldnn
     if not (weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
@@ -183,10 +222,19 @@ def packed(dtype: torch.dtype, *linears: nn.Module) -> Callable[..., Tensor]:
     return product
 
 
-def normed(norm: RMSNorm, x: Tensor) -> Tensor:
-    """norm(x) by PyTorch's one kernel: without the way through autograd, and in fewer steps, which take longer
-    than a few rows' norm."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps).to(compute_dtype(x))
+def normed(dtype: torch.dtype, norm: RMSNorm, order: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """x (..., C) -> norm(x), in dtype. order: that of x's numbers, if not the weight's. In half as many steps
+    as PyTorch's own: for a few rows, a step takes longer than its numbers."""
+    weight = (norm.weight if order is None else norm.weight[order]).float()
+    eps = torch.tensor(norm.eps, device=weight.device)
+
+    def function(x: Tensor) -> Tensor:
+        x = x.to(torch.float32, copy=True)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(eps, length, length, value=1 / x.shape[-1]).rsqrt_()
+        return x.mul_(scale).mul_(weight).to(dtype)
+
+    return function
 
 
 class Engine:
@@ -194,89 +242,77 @@ class Engine:
 
     @torch.no_grad()
     def __init__(self, model: Llama):
-        self.model, self.dtype = model, compute_dtype(model.head_weight)
+        self.model, self.dtype, config = model, compute_dtype(model.head_weight), model.config
+        # The two numbers that RoPE turns together are put side by side, in queries and keys alike: one
+        # product of complex numbers then, and what queries and keys make together is the same.
+        size, keys = config.head_dim, config.num_key_value_heads
+        pairs = torch.arange(size, device=model.head_weight.device).view(2, -1).T.flatten()
+        heads = config.num_attention_heads + 2 * keys
+        order = torch.arange(heads * size, device=pairs.device).view(-1, size)
+        order = torch.cat([order[:-keys, pairs], order[-keys:]]).flatten()
         self.layers = []
         for layer in model.model.layers:
             own, mlp = layer.self_attn, layer.mlp
-            self.layers.append((layer, packed(self.dtype, own.q_proj, own.k_proj, own.v_proj),
-                                packed(self.dtype, own.o_proj),
-                                packed(self.dtype, mlp.gate_proj, mlp.up_proj),
-                                packed(self.dtype, mlp.down_proj)))
+            self.layers.append((
+                normed(self.dtype, layer.input_layernorm),
+                packed(self.dtype, own.q_proj, own.k_proj, own.v_proj, order=order),
+                config.qk_norm and [normed(torch.float32, norm, pairs) for norm in (own.q_norm, own.k_norm)],
+                packed(self.dtype, own.o_proj),
+                normed(self.dtype, layer.post_attention_layernorm),
+                packed(self.dtype, mlp.gate_proj, mlp.up_proj),
+                packed(self.dtype, mlp.down_proj)))
+        self.norm = normed(self.dtype, model.model.norm)
         self.head = packed(self.dtype, model.lm_head or model.model.embed_tokens)
 
     def forward(self, ids: Tensor, places: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
         """What the model computes, from the packed weights: ids, places (N,) -> hidden states (N, C).
         attend: (layer, heads (N, H + 2 G, D)) -> (N, H * D); heads are queries, keys and values, in place."""
-        config, model = self.model.config, self.model.model
-        size, turned = config.head_dim, config.num_attention_heads + config.num_key_value_heads
+        config = self.model.config
+        queries, turned = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
         angles = places[:, None, None].float() * self.model.frequencies.to(ids.device)
-        cos, sin = angles.cos(), angles.sin()                                   # (N, 1, D / 2)
-        cos, sin = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
-        x = model.embed_tokens(ids)
-        for i, (layer, qkv, o, gate_up, down) in enumerate(self.layers):
-            heads = qkv(normed(layer.input_layernorm, x)).unflatten(-1, (-1, size))
-            qk, own = heads[:, :turned], layer.self_attn
-            if config.qk_norm:
-                queries = config.num_attention_heads
-                qk = torch.cat([own.q_norm(qk[:, :queries]), own.k_norm(qk[:, queries:])], 1)
-            qk = qk.float()
-            heads[:, :turned] = (qk * cos).addcmul_(qk.roll(size // 2, -1), sin)
+        turn = torch.polar(torch.ones_like(angles), angles)                     # (N, 1, D / 2), complex
+        x = self.model.model.embed_tokens(ids)
+        for i, (norm, qkv, qk_norms, o, mlp_norm, gate_up, down) in enumerate(self.layers):
+            heads = qkv(norm(x)).unflatten(-1, (-1, config.head_dim))
+            qk = heads[:, :turned].float()
+            if qk_norms:
+                qk = torch.cat([f(part) for f, part in zip(qk_norms, qk.tensor_split([queries], 1))], 1)
+            qk = torch.view_as_complex(qk.unflatten(-1, (-1, 2))) * turn        # (N, H + G, D / 2)
+            heads[:, :turned] = torch.view_as_real(qk).flatten(2)
             x = o(attend(i, heads), x)
-            gate, up = gate_up(normed(layer.post_attention_layernorm, x)).chunk(2, -1)
+            gate, up = gate_up(mlp_norm(x)).chunk(2, -1)
             x = down(F.silu(gate).mul_(up), x)
-        return normed(model.norm, x)
+        return self.norm(x)
 
-    def fill(self, cache: Cache, prompts: dict[int, list[int]], longest: int = 0) -> Tensor:
-        """Run the prompts, {slot: ids}, as one packed row into their slots. Returns their last hidden states,
-        (prompts, C). longest: of the documents that are in other slots."""
-        device, lengths = cache.data.device, [len(prompt) for prompt in prompts.values()]
-        queries, keys = self.model.config.num_attention_heads, self.model.config.num_key_value_heads
-        cache.fit(max(longest, *lengths))
-        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
-        ids = torch.tensor([token for prompt in prompts.values() for token in prompt], device=device)
-        places = torch.cat([torch.arange(n) for n in lengths]).to(device)
-        slots = torch.tensor(list(prompts)).repeat_interleave(torch.tensor(lengths)).to(device)
-        rows, over = cache.rows(slots, places), self.model.attention_over(cu_seqlens, device)
-
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            cache.write(layer, rows, heads[:, queries:])
-            return over(layer, *heads.split([queries, keys, keys], 1)).flatten(1)
-
-        return self.forward(ids, places, attend)[cu_seqlens[1:].to(device) - 1]
-
-    def step(self, cache: Cache, tokens: list[list[int]], starts: list[int]) -> Tensor:
-        """What the model computes for the next tokens of the slots' documents, none, one or more of each,
-        that begin at the places `starts`: hidden states (N, C), slot by slot. They are written to the cache,
-        over whatever is there."""
-        config, device = self.model.config, cache.data.device
-        queries, keys, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        cache.fit(max(start + len(some) for start, some in zip(starts, tokens)))
-        slots, total, most = len(tokens), cache.data.shape[4], max(map(len, tokens))
-        slot, which, ids = torch.tensor([(i, j, token) for i, some in enumerate(tokens)
-                                         for j, token in enumerate(some)], device=device).unbind(1)     # (N,)
-        places = torch.tensor(starts, device=device)[:, None] + torch.arange(most, device=device)  # (B, most)
-        unseen = torch.arange(total, device=device) > places[..., None]         # (B, most, T)
-        mask = torch.where(unseen, -math.inf, 0.0)[:, None, :, None]            # (B, 1, most, 1, T), fp32
-        places, even = places[slot, which], len(ids) == slots * most    # else queries are padded with zeros
-        rows = cache.rows(slot, places)
+    def step(self, cache: Cache, going: dict[int, tuple[int, list[int]]], new: dict[int, list[int]]
+             ) -> Tensor:
+        """Go on in some slots, {slot: (place, ids from there)}, and begin prompts in others, {slot: ids}, as
+        one packed row. They are written to the cache, over whatever is there. Returns hidden states, (N, C):
+        of all of going's tokens, then of each prompt's last one."""
+        config, device = self.model.config, cache.layers[0].device
+        queries, keys = config.num_attention_heads, config.num_key_value_heads
+        parts = [(slot, place, some) for slot, (place, some) in going.items()]
+        parts += [(slot, 0, prompt) for slot, prompt in new.items()]
+        cache.fit(max(place + len(some) for _, place, some in parts))
+        slots, nth, places, ids = torch.tensor([(slot, j, place + j, token) for slot, place, some in parts
+                                                for j, token in enumerate(some)], device=device).unbind(1)
+        rows, old = cache.rows(slots, places), sum(len(some) for _, some in going.values())
+        cu_seqlens = torch.tensor([0, *map(len, new.values())]).cumsum(0).int()
+        among_new = self.model.attention_over(cu_seqlens, device)
+        if old:
+            in_cache = cache.attention(slots[:old], nth[:old], places[:old], queries)
 
         def attend(layer: int, heads: Tensor) -> Tensor:
             cache.write(layer, rows, heads[:, queries:])
-            q, (k, v) = heads[:, :queries], cache.seen[layer]                   # k, v: (B * G, T, D)
-            if even:
-                q = q.unflatten(0, (slots, most))
-            else:
-                q = q.new_zeros(slots, most, queries, size).index_put_((slot, which), q)
-            q = q.unflatten(2, (keys, -1)).transpose(1, 2)                      # (B, G, most, H / G, D)
-            scores = torch.bmm(q.reshape(len(k), -1, size), k.transpose(1, 2)).view(*q.shape[:-1], total)
-            weights = torch.add(mask, scores, alpha=size ** -0.5).softmax(-1).to(self.dtype)
-            out = torch.bmm(weights.view(len(k), -1, total), v)
-            out = out.view(q.shape).transpose(1, 2)                             # (B, most, G, H / G, D)
-            return (out.flatten(0, 1) if even else out[slot, which]).flatten(1)
+            out = [in_cache(layer, heads[:old])] if old else []
+            if new:
+                out.append(among_new(layer, *heads[old:].split([queries, keys, keys], 1)).flatten(1))
+            return out[0] if len(out) == 1 else torch.cat(out)
 
-        return self.forward(ids, places, attend)
+        hidden = self.forward(ids, places, attend)
+        return torch.cat([hidden[:old], hidden[old:][cu_seqlens[1:].to(device) - 1]])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def answers(self, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
                 sampling: Sampling = Sampling(), keys: Sequence[tuple[int, ...]] | None = None,
                 on_token: Callable[[int, int], None] | None = None,
@@ -291,24 +327,20 @@ class Engine:
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
         cache, greedy = Cache(self.model, len(running)), torch.zeros(max_new_tokens)
         while waiting or any(running):
-            free = [slot for slot, document in enumerate(running) if not document]
-            if waiting and free:
-                new: dict[int, list[int]] = {}
-                while waiting and free and sum(map(len, new.values())) < ROW:
-                    slot, i = free.pop(0), waiting.pop()
-                    draws = (sampling.draws(keys[i] if keys else (i,), max_new_tokens)
-                             if sampling.temperature else greedy)
-                    running[slot], new[slot] = Document(i, prompts[i], max_new_tokens, draws), prompts[i]
-                hidden = self.fill(cache, new, max(len(document.ids) for document in running if document))
-                guesses: dict[int, list[int]] = {slot: [] for slot in new}
-            else:
-                if len(free) * 2 >= len(running):       # nothing waits any more: go on with those that run
-                    cache.keep([slot for slot, document in enumerate(running) if document])
-                    running = [document for document in running if document]
-                guesses = {slot: document.guess(lookup) for slot, document in enumerate(running) if document}
-                hidden = self.step(cache, [[document.ids[-1], *guesses[slot]] if document else []
-                                           for slot, document in enumerate(running)],
-                                   [len(document.ids) - 1 if document else 0 for document in running])
+            guesses = {slot: document.guess(lookup) for slot, document in enumerate(running) if document}
+            free, new = [slot for slot in range(len(running)) if slot not in guesses], {}
+            while waiting and free and sum(map(len, new.values())) < ROW:
+                slot, i = free.pop(0), waiting.pop()
+                draws = (sampling.draws(keys[i] if keys else (i,), max_new_tokens)
+                         if sampling.temperature else greedy)
+                running[slot], new[slot] = Document(i, prompts[i], max_new_tokens, draws), prompts[i]
+            if len(free) * 4 >= len(running) and not new:   # nothing waits any more: leave free slots
+                cache.keep(list(guesses))
+                running = [running[slot] for slot in guesses]
+                guesses = dict(enumerate(guesses.values()))
+            hidden = self.step(cache, {slot: (len(running[slot].ids) - 1, [running[slot].ids[-1], *guess])
+                                       for slot, guess in guesses.items()}, new)
+            guesses |= {slot: [] for slot in new}
             draw = torch.cat([running[slot].draws[running[slot].made:][:len(guess) + 1]
                               for slot, guess in guesses.items()])
             chosen = iter(sampling.choose(self.head(hidden.to(self.dtype)), draw.to(hidden.device)).tolist())

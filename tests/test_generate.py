@@ -61,16 +61,24 @@ def test_a_step_computes_what_the_model_does(name, way, tmp_path):
         model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
         ready, cache = Engine(model), Cache(model, 3)
-        ready.fill(cache, {2: prompt[:60], 0: other})
+        begun = ready.step(cache, {}, {2: prompt[:60]})
         got, done = [], 60
-        for count in (1, 3, 1, 4, 1):       # slot 1 is free, and slot 0 has one token or two
-            tokens = [[5] * (count % 2 + 1), [], prompt[done:done + count]]
-            got.append(ready.step(cache, tokens, [9, 0, done])[-count:])
+        for count in (1, 3, 1, 4, 1):       # slot 1 is free, and slot 0 begins anew and has one token or two
+            going = {2: (done, prompt[done:done + count])}
+            if count == 3:
+                hidden = ready.step(cache, going, {0: other})
+                assert len(hidden) == 4
+                got.append(hidden[:3])
+            else:
+                got.append(ready.step(cache, {0: (9, [5] * (count % 2 + 1))} | going, {})[-count:])
             done += count
         got = torch.cat(got)
+        alone = model(torch.tensor(other), torch.arange(9), torch.tensor([0, 9], dtype=torch.int32))[-1:]
+        for step, whole in ((hidden[3:], alone), (begun, model(*row)[59:60])):
+            assert (step - whole).norm() / whole.norm() < (1e-5 if way == "fp32" else 0.05)
         expected = model(*row)[60:]
         logits = ready.head(got), F.linear(expected, model.head_weight)
-    assert done == 70 and cache.data.dtype == got.dtype == expected.dtype
+    assert done == 70 and cache.layers[0].dtype == got.dtype == expected.dtype
     for step, whole, truth in zip(*zip((got, expected), logits), exact):
         error, own = ((x.float() - truth).norm() / truth.norm() for x in (step, whole))
         assert error < (1e-5 if way == "fp32" else 2 * own) and own < 0.05
@@ -88,27 +96,44 @@ def test_refilling_and_batch_size_change_no_answer(mine, monkeypatch):
 
 def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
     cache, (long, short) = Cache(mine, 2), make_prompts((150, 10))
+
+    def short_one(places):
+        return torch.stack(cache.layers)[:, :, 1, :, :places]
+
     ready = Engine(mine)
     with torch.no_grad():
-        ready.fill(cache, {0: long, 1: short})
-        first, held = cache.data.shape[4], cache.data[:, :, 1, :, :10].clone()
+        ready.step(cache, {}, {0: long, 1: short})
+        first, held = cache.layers[0].shape[3], short_one(10)
         cache.fit(20)
-        assert (first, cache.data.shape[4]) == (192, 64) and torch.equal(cache.data[:, :, 1, :, :10], held)
-        ready.step(cache, [[], [4]], [0, 10])   # slot 0 is free: its document no longer fits
-        assert torch.equal(cache.data[:, :, 1, :, :10], held) and cache.data[:, :, 1, :, 10].any()
+        assert (first, cache.layers[0].shape[3]) == (160, 32) and torch.equal(short_one(10), held)
+        ready.step(cache, {1: (10, [4])}, {})   # slot 0 is free: its document no longer fits
+        assert torch.equal(short_one(10), held) and short_one(11)[..., 10, :].any()
         cache.fit(150)
-        assert cache.data.shape[4] == 192 and torch.equal(cache.data[:, :, 1, :, :10], held)
-        assert not cache.data[..., 64:, :].any()
+        assert cache.layers[0].shape[3] == 160 and torch.equal(short_one(10), held)
+        assert not torch.stack(cache.layers)[..., 32:, :].any()
+        cache.fit(130)
+        assert cache.layers[0].shape[3] == 160      # to shrink costs a copy
 
 
 def test_a_free_slot_is_refilled_while_others_go_on(mine, monkeypatch):
-    filled, fill = [], Engine.fill
-    monkeypatch.setattr(Engine, "fill", lambda self, cache, new, *more: filled.append(
-        (len(new), cache.data.shape[2])) or fill(self, cache, new, *more))
+    steps, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda self, cache, going, new: steps.append(
+        (len(going), len(new), cache.layers[0].shape[1])) or step(self, cache, going, new))
     stop = {generate(mine, [make_prompts()[4]], NEVER, 8, 1)[0][3]}
-    filled.clear()
+    steps.clear()
     generate(mine, make_prompts(), stop, 30, 4)
-    assert filled[0] == (4, 4) and len(filled) > 2 and sum(n for n, _ in filled) == len(LENGTHS)
+    assert steps[0] == (0, 4, 4) and sum(new for _, new, _ in steps) == len(LENGTHS)
+    assert any(going and new for going, new, _ in steps)        # in one and the same step
+    assert steps[-1][2] == steps[-1][0] < 4                     # free slots are let go of at the end
+
+
+@pytest.mark.parametrize("vocabulary", [97, 96, 3000, 49152])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_highest_is_the_first_of_the_highest(vocabulary, dtype):
+    logits = torch.randn(50, vocabulary, generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits[::2] = logits[::2].round()       # many alike
+    expected = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    assert torch.equal(engine.highest(logits), expected)
 
 
 def test_stop_and_max_new_tokens_end_an_answer(mine):
