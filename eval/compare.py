@@ -66,16 +66,16 @@ def ask_checkpoints(runs: list[Run], examples: list[Example], args: argparse.Nam
     args.model = [str(run.final) for run in runs]
     data: list[list[Dataset]] = spans.load_data(args)
     sums, seen = {}, {}
-    for run, name, datasets in zip(runs, args.model, data):
+    for one, name, datasets in zip(runs, args.model, data):
         loaded = load(name, args, device)
         try:
             spans.check_tokens(args.data, (args.model[0], name), data[0], datasets)
         except ValueError as error:
-            notes.append(f"{run.letter} is left out of the NLL on --data. {error}")
+            notes.append(f"{one.letter} is left out of the NLL on --data. {error}")
         else:
             sums[name] = spans.evaluate(loaded, datasets, args)
         if examples:
-            seen[run.letter] = look(loaded, examples, args)
+            seen[one.letter] = look(loaded, examples, args)
         del loaded      # before the next one
     rows = []
     for i, (file, dataset) in enumerate(zip(args.data, data[0])):
@@ -103,8 +103,8 @@ def main(argv: list[str]) -> None:
     tables = [training(runs), last_evaluations(runs), *make_tables(runs, results, notes)]
     tables = [table for table in tables if table.rows]
     write_text(args.output, make_page(runs, settings, tables, examples, seen, notes))
-    for run in runs:
-        print(f"{run.letter}  {shorten(str(run.folder), 76)}")
+    for one in runs:
+        print(f"{one.letter}  {shorten(str(one.folder), 76)}")
     for table in [settings, *tables]:
         print_table(table, runs)
     print()
