@@ -358,7 +358,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 # intermediate for the backward pass, much of it in fp32. They keep their inputs, and make the rest again.
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns the norm of x (..., C) in the dtype to compute in, and 1 / rms(x) (..., 1), fp32."""
     scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # no x * x made
     scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -377,7 +377,7 @@ def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, scale = _rms_norm(x, weight, eps)
+        out, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return out
 
@@ -397,7 +397,7 @@ class _NormLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor, eps: float, *parameters: Tensor | None
                 ) -> tuple[Tensor, ...]:
-        normed, scale = _rms_norm(x, norm_weight, eps)
+        normed, scale = rms_norm(x, norm_weight, eps)
         weights = [weight.to(normed.dtype) for weight in parameters[::2]]
         ctx.has_bias = [bias is not None for bias in parameters[1::2]]
         ctx.save_for_backward(x, norm_weight, scale, *weights)

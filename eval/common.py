@@ -118,8 +118,8 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
 
 
 def make_engine(model: Llama) -> Engine:
-    """An engine, its weights and cache in large pages that are taken at once: page by page, as a cache grows,
-    that is a twentieth of the time it takes to answer (bench.generation)."""
+    """An engine, its weights and cache in large pages that are taken at once, not page by page as a cache
+    grows."""
     if model.head_weight.device.type == "cpu":
         weights = sum(weight.nbytes for weight in model.parameters())
         Reserve(weights + 2**29).release()

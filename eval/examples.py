@@ -80,7 +80,7 @@ def look(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Seen]
                          token_nll(loaded, ids) if len(ids) > 1 else []))
     bar = partial(progress, total=len(prompts), unit="answer")
     with loaded.autocast:
-        outputs = dict(zip(prompts, generate(loaded.model, list(prompts.values()), loaded.stop_ids,
+        outputs = dict(zip(prompts, generate(loaded.engine, list(prompts.values()), loaded.stop_ids,
                                              args.max_new_tokens, progress=bar))) if prompts else {}
     for i, one in zip(mine, seen):
         if i in outputs:

@@ -24,11 +24,11 @@ from model import Llama
 from ranks import is_main, world_size
 
 
-def generate(model: Llama, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
+def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
              batch_size: int = 64, progress: Callable = iter, lookup: int = LOOKUP) -> list[list[int]]:
     """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    answers = Engine(model).answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)
+    answers = engine.answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)
     for i, ids, _ in progress(answers):
         outputs[i] = ids
     return outputs
@@ -48,7 +48,8 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
             whole = tokenize(render(messages, template), tokenizer)[0]
             longest = max(longest, len(whole) - len(prompts[-1]))       # no longer answer can be right
             answers.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"].strip()})
-    outputs = generate(model, prompts, {tokenizer.special[template.end_of_turn]}, longest, progress=progress)
+    stop = {tokenizer.special[template.end_of_turn]}
+    outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
     for answer, ids in zip(answers, outputs):
         answer["output"] = tokenizer.decode(ids).strip()
         answer["correct"] = answer["output"] == answer["expected"]

@@ -115,7 +115,7 @@ def answer(loaded: Loaded, records: list[dict], answers: Answers, args: argparse
         for start in range(0, len(todo), args.batch_size):
             some = todo[start:start + args.batch_size]
             limits = [args.max_new_tokens or len(r["target"]) + 1 for r in some]
-            outputs = generate(loaded.model, [r["prompt"] for r in some], loaded.stop_ids, max(limits),
+            outputs = generate(loaded.engine, [r["prompt"] for r in some], loaded.stop_ids, max(limits),
                                batch_size=args.batch_size)
             for r, limit, ids in zip(some, limits, outputs):
                 output = loaded.tokenizer.decode(ids[:limit]).strip()

@@ -43,7 +43,7 @@ def same_ending(out: Path, other: Path) -> bool:
 # ---------------------------------------------------------------- kills
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL and torchrun")
+@pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL, and torchrun starts ranks anew")
 @pytest.mark.parametrize("mode, places", [
     ([], ["token cache", "backward", "checkpoint", "the end"]),
     (["--shard"], ["forward", "all-reduce", "checkpoint", "final"])])
@@ -84,7 +84,7 @@ class FullDisk:
         return builtins.open("/dev/full" if full else path, mode, **more)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
 @pytest.mark.parametrize("module, name", [
     ("shard", "step-00000004.part/optimizer"), ("shard", "final.part/model"), ("folder", "metrics.jsonl"),
     ("data", "kinds.bin"), ("files", "identity.json")])

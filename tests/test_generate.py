@@ -46,7 +46,7 @@ def test_greedy_equals_transformers_in_slots_that_are_refilled_and_alone(name, t
         expected.append(made[:made.index(7)] if 7 in made else made)
     assert len(set(map(tuple, expected))) > 5 and len(set(sum(expected, []))) > 5
     for batch_size in (1, 4, 64):
-        assert generate(model, prompts, {7}, 20, batch_size) == expected
+        assert generate(Engine(model), prompts, {7}, 20, batch_size) == expected
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied-bias-llama3", "mistral"])
@@ -86,12 +86,12 @@ def test_a_step_computes_what_the_model_does(name, way, tmp_path):
 
 def test_refilling_and_batch_size_change_no_answer(mine, monkeypatch):
     prompts = make_prompts()
-    stop = {generate(mine, [prompts[0]], NEVER, 8, 1)[0][4], *range(0, 97, 9)}      # so that some end early
-    alone = [generate(mine, [prompt], stop, 30, 1)[0] for prompt in prompts]
+    stop = {generate(Engine(mine), [prompts[0]], NEVER, 8, 1)[0][4], *range(0, 97, 9)}  # some end early
+    alone = [generate(Engine(mine), [prompt], stop, 30, 1)[0] for prompt in prompts]
     assert len({len(ids) for ids in alone}) > 3
     for batch_size, row in ((2, 8192), (3, 8192), (9, 8192), (9, 25)):
         monkeypatch.setattr(engine, "ROW", row)
-        assert generate(mine, prompts, stop, 30, batch_size) == alone
+        assert generate(Engine(mine), prompts, stop, 30, batch_size) == alone
 
 
 def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
@@ -119,10 +119,11 @@ def test_a_free_slot_is_refilled_while_others_go_on(mine, monkeypatch):
     steps, step = [], Engine.step
     monkeypatch.setattr(Engine, "step", lambda self, cache, going, new: steps.append(
         (len(going), len(new), cache.layers[0].shape[1])) or step(self, cache, going, new))
-    stop = {generate(mine, [make_prompts()[4]], NEVER, 8, 1)[0][3]}
+    stop = {generate(Engine(mine), [make_prompts()[4]], NEVER, 8, 1)[0][3]}
     steps.clear()
-    generate(mine, make_prompts(), stop, 30, 4)
+    generate(Engine(mine), make_prompts(), stop, 30, 4)
     assert steps[0] == (0, 4, 4) and sum(new for _, new, _ in steps) == len(LENGTHS)
+    assert sum(new > 0 for _, new, _ in steps) > 2
     assert any(going and new for going, new, _ in steps)        # in one and the same step
     assert steps[-1][2] == steps[-1][0] < 4                     # free slots are let go of at the end
 
@@ -138,7 +139,7 @@ def test_highest_is_the_first_of_the_highest(vocabulary, dtype):
 
 def test_stop_and_max_new_tokens_end_an_answer(mine):
     prompt = make_prompts()[1]
-    free = generate(mine, [prompt], NEVER, 12)[0]
+    free = generate(Engine(mine), [prompt], NEVER, 12)[0]
     assert len(free) == 12 and len(set(free)) > 2
     stop = free[6]
     at = free.index(stop)

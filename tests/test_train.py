@@ -503,6 +503,7 @@ def test_an_error_on_one_rank_ends_all_with_one_message(folder):
 
 
 def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder):
+    from eval.engine import Engine
     from eval.generate import generate
     from model import load_model
     run_here(arguments(folder, "exported", save_dtype="bf16"))
@@ -515,7 +516,7 @@ def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder
                for text in ("red", "be brief and", "a")]
     stop = theirs.generation_config.eos_token_id
     assert stop == tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    for prompt, got in zip(prompts, generate(mine, prompts, {stop}, 20)):
+    for prompt, got in zip(prompts, generate(Engine(mine), prompts, {stop}, 20)):
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=20,
                                    do_sample=False)[0, len(prompt):].tolist()
         assert got == (expected[:expected.index(stop)] if stop in expected else expected)
