@@ -119,7 +119,7 @@ def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path
             say(f"warning: {error}; looking for a checkpoint before it")
     if found:
         raise ValueError(f"--output-dir {output}: none of its {len(found)} checkpoint(s) is whole; restore "
-                         "one, or give --overwrite to start anew")
+                         "one, or give --overwrite to start from scratch")
     return None
 
 

@@ -564,6 +564,7 @@ class Dataset:
     counts: np.ndarray      # (E, K) int32: targets of each kind
     report: dict            # what was read, cut and dropped
     key: str                # hash of all that these arrays depend on
+    content: str = ""       # hash of the arrays
 
     def __post_init__(self) -> None:
         self.lengths = np.diff(self.offsets) - 1  # (E,) inputs of each example, one less than its tokens
@@ -575,9 +576,12 @@ class Dataset:
         file, line = self.origins[example]
         return f"{self.files[file]}:{line}"
 
-    def trainable(self, weights: Iterable[float]) -> np.ndarray:
-        """Indices of the examples that have at least one target of non-zero weight; weights: (K,)."""
-        return np.flatnonzero((self.counts[:, np.asarray(list(weights)) != 0] > 0).any(axis=1))
+    def trainable(self, weights: Iterable[float], require_completion: bool = True) -> np.ndarray:
+        """Indices of the examples that have at least one target of non-zero weight; weights: (K,).
+        require_completion: and a completion target, whatever its weight: then every loss that weighs
+        completions has the same examples."""
+        some = (self.counts[:, np.asarray(list(weights)) != 0] > 0).any(axis=1)
+        return np.flatnonzero(some & (self.counts[:, COMPLETION] > 0) if require_completion else some)
 
 
 def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
@@ -619,7 +623,13 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
 
     return Dataset(files, flat("ids.bin", np.int32), flat("kinds.bin", np.uint8), offsets,
                    np.load(folder / "origins.npy", mmap_mode="r"),
-                   np.load(folder / "counts.npy", mmap_mode="r"), meta, key)
+                   np.load(folder / "counts.npy", mmap_mode="r"), meta, key,
+                   hashlib.sha256((folder / "crc32.json").read_bytes()).hexdigest()[:32])
+
+
+def cache_parts(files, tokenizer, template, max_length, overlong):
+    return {"data": [_file_hash(f) for f in files], "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
+            "template": template.source, "date": template.date if template.uses_date else None}
 
 
 def _damaged(folder: Path) -> str | None:

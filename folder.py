@@ -1,7 +1,8 @@
-"""The folder of a run: whose it is, where to go on, and its logs.
+"""The folder of a run: whose it is, where to resume, and its logs.
 
     OUTPUT/.lock                who writes here; locked for as long as that process lives
-    OUTPUT/identity.json        all that must be the same to go on: flags that matter, data, model, template
+    OUTPUT/identity.json        all that must be the same to resume: flags that matter, data, model, template;
+                                and after how many steps the run was finished
     OUTPUT/run_config.json      every flag
     OUTPUT/metrics.jsonl, eval.jsonl, checkpoints/, final/
 
@@ -12,19 +13,25 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
+from data import read_json
 from files import lock, write_text, writing
+from flags import flag_name
 from ranks import from_all
 
-OURS = ("run_config.json", "identity.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final")
+# In the order in which they are deleted: as long as identity.json is there, the rest is known to be a run's.
+OURS = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
+# These may differ on resume, if the steps already trained had the same learning rates under both.
+LENGTH = ("epochs", "max_steps", "warmup_ratio")
 
 
 class Start(NamedTuple):
-    """resume: the checkpoint to go on from, if any; finished: there is nothing left to do."""
+    """resume: the checkpoint to start from, if any; finished: there is nothing left to do."""
     resume: Path | None = None
     finished: bool = False
 
@@ -48,33 +55,38 @@ def keep_lines(path: Path, last_step: int) -> None:
         write_text(path, "".join(lines))
 
 
-# ---------------------------------------------------------------- whose it is
+# ---------------------------------------------------------------- what must be the same
 
 
-def launch() -> str:
-    """The same for a process and for those that torchrun starts in its place; it tells a reader where."""
-    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return f"host {socket.gethostname()}, started by process {os.getppid()} {run}".rstrip()
-
-
-def started_again(out: Path) -> bool:
-    """Whether torchrun started this process in the place of one that had made the folder its own. (What
-    torchrun says of restarts, each machine counts for itself.)"""
-    owner = out / ".lock"
-    return "TORCHELASTIC_RUN_ID" in os.environ and owner.is_file() and owner.read_text() == launch()
-
-
-def check_identity(old: dict, new: dict, where: str, fix: str) -> None:
-    differ = [f"{name} was {old.get(name)}, is {new.get(name)}" for name in sorted({*old, *new})
-              if old.get(name) != new.get(name)]
+def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, skip: tuple = ()) -> None:
+    """ValueError that names every flag and file in which two runs differ. old: the identity that was saved;
+    new: of this run, or a part of it; settings: this run's flags; skip: names that may differ."""
+    files = settings["train_data"]
+    # what a hash stands for, in words
+    words = {"model": f"--model {settings['model']}: other weights or another config.json",
+             "tokenizer": f"--model {settings['model']}: another tokenizer",
+             "template": f"--template {settings['template']}: another text",
+             "tokens": "the same records give other tokens (data.py or a library has changed)"}
+    differ = []
+    for name in sorted(new.keys() - {*skip}):
+        was, now = old.get(name), new[name]
+        if was == now:
+            continue
+        if name == "train_data" and isinstance(was, list) and len(was) == len(now):
+            changed = [str(file) for file, a, b in zip(files, was, now) if a != b]
+            differ.append(f"--train-data {' '.join(changed)}: other contents")
+        elif name == "train_data":
+            differ.append(f"--train-data: {len(now)} file(s), not those of before")
+        else:
+            differ.append(words.get(name, f"{flag_name(name)} was {was}, is {now}"))
     if differ:
         raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")
 
 
-def check_ranks(out: Path, identity: dict, going_on: bool) -> None:
+def check_ranks(out: Path, identity: dict, resuming: bool) -> None:
     """All ranks call: ValueError on all if they were not given the same, as where machines have unlike copies
-    of the data; or if the run would go on from its newest checkpoint, which rank 0 does not see."""
-    known = find_checkpoints(out) if going_on else []
+    of the data; or if the run would resume from its newest checkpoint, which rank 0 does not see."""
+    known = find_checkpoints(out) if resuming else []
     everyone = from_all((socket.gethostname(), identity, known[-1].name if known else ""))
     host, first, newest = everyone[0]
     for rank, (other, theirs, saved) in enumerate(everyone):
@@ -84,47 +96,114 @@ def check_ranks(out: Path, identity: dict, going_on: bool) -> None:
                              "give every machine the same files, flags and versions")
         if saved > newest:
             raise ValueError(f"--output-dir {out}: {saved} is on {other} (rank {rank}), but not on {host}, "
-                             "where rank 0 is and would start anew; copy it there, or use a folder that all "
-                             "machines see")
+                             "where rank 0 is and would start from scratch; copy it there, or use a folder "
+                             "that all machines see")
+
+
+# ---------------------------------------------------------------- whose it is
+
+
+def launch() -> str:
+    """The same for a process and for those that torchrun starts in its place, and for no others. The number of
+    the parent process may come again, as in a container; its start since this boot of the host does not."""
+    parent = os.getppid()
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]   # ticks since boot
+    except OSError:     # not Linux
+        boot = ""
+        started = subprocess.run(["ps", "-o", "lstart=", "-p", str(parent)], capture_output=True,
+                                 text=True).stdout.strip()
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"host {socket.gethostname()}, started by process {parent} of {started} {boot} {run}".rstrip()
+
+
+def started_again(out: Path) -> bool:
+    """Whether torchrun started this process in the place of one that had made the folder its own. (What
+    torchrun says of restarts, each machine counts for itself.)"""
+    owner = out / ".lock"
+    return "TORCHELASTIC_RUN_ID" in os.environ and owner.is_file() and owner.read_text() == launch()
+
+
+def _restarted(out: Path, identity: dict) -> bool:
+    """started_again(), and with the same flags and data: host and process may be alike by chance."""
+    old = read_json(out / "identity.json")
+    return started_again(out) and old == old | identity
 
 
 def saved_date(out: Path, anew: bool) -> str:
     """The date that a run in this folder was started with, so that one resumed tomorrow trains on the same
     text; empty if there is none, or `anew` and torchrun did not start this process again."""
-    file = out / "run_config.json"
-    if not file.is_file() or (anew and not started_again(out)):
+    if anew and not started_again(out):
         return ""
-    return json.loads(file.read_text()).get("date", "")
+    return read_json(out / "run_config.json").get("date", "")
 
 
-def claim(out: Path, identity: dict, settings: dict, resume: str, overwrite: bool, model_folder: Path,
-          say: Callable[[str], None]) -> Start:
-    """Make OUTPUT this run's. identity: what must be the same to go on; settings: every flag; resume: auto,
-    never or a checkpoint's folder. ValueError where going on or writing would be wrong, or another process
-    writes there."""
-    fix = "give another --output-dir, or --overwrite to start anew"
+def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> str:
+    """What there is to do in OUTPUT, which is only looked at: "start" from scratch, "delete" a run first,
+    "resume" one, or nothing, as one is "finished". identity: as far as it is known yet; settings: every flag.
+    ValueError where resuming or writing would be wrong."""
+    fix = "give another --output-dir, or --overwrite to delete it and start from scratch"
+    resume, overwrite = settings["resume"], settings["overwrite"]
     if model_folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    if started_again(out):
+    exists = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not exists.is_dir() or not os.access(exists, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {out}: {exists} is no folder that can be written to; give another")
+    there = set(os.listdir(out)) if out.is_dir() else set()
+    strange = {name for name in there - {*OURS, ".lock"} if not name.endswith(".part")}
+    old = read_json(out / "identity.json")
+    finished = "finished_after" in old and (out / "final").is_dir()
+    metrics = out / "metrics.jsonl"
+    trained = any((bool(find_checkpoints(out)), (out / "final").is_dir(),
+                   metrics.is_file() and metrics.stat().st_size > 0))
+
+    if _restarted(out, identity):   # torchrun must not delete what its own run has trained
+        if finished:
+            return "finished"
+        overwrite, resume = False, "auto" if resume == "never" else resume
+    if not old and (trained or strange and not overwrite):
+        raise ValueError(f"--output-dir {out}: is not empty and holds no run of this trainer; give another")
+    if resume not in ("auto", "never"):
+        named = Path(resume)
+        if overwrite and named.resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"--overwrite would delete --resume {named}; give another --output-dir")
+        check_identity(read_state(named)["identity"], identity, settings, f"--resume {named}",
+                       "give the flags it was started with", LENGTH)
+    if overwrite:
+        return "delete" if trained else "start"
+    if not trained:     # a run that ended before its first step owns nothing
+        return "start"
+    check_identity(old, identity, settings, f"--output-dir {out}", fix, LENGTH)
+    if finished and all(old.get(name) == identity[name] for name in LENGTH):
+        raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
+    if resume == "never":
+        raise ValueError(f"--output-dir {out}: holds an interrupted run and --resume is never; {fix}")
+    return "resume"
+
+
+def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: int,
+          same_rates: Callable[[dict, int], bool], say: Callable[[str], None]) -> Start:
+    """Make OUTPUT this run's. identity: what must be the same to resume; settings: every flag; room: bytes
+    that the run will write; same_rates(identity, n): whether the first n steps of that run had the learning
+    rates that they have in this one. ValueError as check_folder(), or if another process writes there."""
+    todo = check_folder(out, identity, settings, model_folder)
+    if _restarted(out, identity):
         say("started again by torchrun")
-        # The lock was taken when the run began: an older final/ is another run's.
-        if (final := out / "final").is_dir() and final.stat().st_mtime >= (out / ".lock").stat().st_mtime:
-            return Start(finished=True)
-        overwrite, resume = False, "auto" if resume == "never" or find_checkpoints(out) else resume
-    named = Path(resume) if resume not in ("auto", "never") else None
-    there = out.is_dir() and any(path.name != ".lock" for path in out.iterdir())
+    if todo == "finished":
+        return Start(finished=True)
+    own = find_checkpoints(out) if todo == "resume" else []
+    named = Path(settings["resume"]) if settings["resume"] not in ("auto", "never") else None
+    if named and own and own[-1].resolve() != named.resolve():
+        # The same command again resumes the run that it has begun.
+        before = read_json(out / "run_config.json").get("resume")
+        if before is None or Path(before).resolve() != named.resolve():
+            raise ValueError(f"--resume {named}: {out} has its own checkpoints, up to {own[-1].name}; leave "
+                             "--resume out to resume from there, delete them to go back, or give another "
+                             "--output-dir")
+        named = None
     if named:
         check_files(named)
-        check_identity(read_state(named)["identity"], identity, f"--resume {named}",
-                       "give the flags it was started with")
-    elif there and not overwrite:
-        if not (out / "identity.json").is_file():
-            raise ValueError(f"--output-dir {out}: is not empty and holds no run of this trainer; {fix}")
-        if (out / "final").is_dir():
-            raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
-        if resume == "never":
-            raise ValueError(f"--output-dir {out}: holds an interrupted run and --resume is never; {fix}")
-        check_identity(json.loads((out / "identity.json").read_text()), identity, f"--output-dir {out}", fix)
 
     out.mkdir(parents=True, exist_ok=True)
     try:
@@ -133,23 +212,57 @@ def claim(out: Path, identity: dict, settings: dict, resume: str, overwrite: boo
     except ValueError as error:
         raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
 
-    if there and overwrite and not named:
+    for part in unfinished_checkpoints(out):
+        say(f"{part.name} was not written to its end and is ignored")
+        shutil.rmtree(part)
+    start = newest_whole(out, say) if own and named is None else named
+    step = 0
+    if start:
+        state = read_state(start)
+        step = state["step"]
+        check_identity(state["identity"], identity, settings, str(start),
+                       "it is another run's: delete it, or give another --output-dir", LENGTH)
+        if not same_rates(state["identity"], step):
+            raise ValueError(
+                f"{start}: with {_length(identity)}, not {_length(state['identity'])}, the {step} steps that "
+                "are trained would have had other learning rates, or are too many; only a run with --schedule "
+                "constant and as many warm-up steps can be extended. Start a new one from its result instead: "
+                f"--model {out / 'final'} --output-dir ANOTHER")
+    elif todo == "resume" and (out / "final").is_dir():
+        raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
+                         "--save-every for that); start a new one from its result: "
+                         f"--model {out / 'final'} --output-dir ANOTHER")
+    if todo == "delete":
+        say(f"{out}: deleting the run that is there")
+    elif todo == "resume" and start is None:
+        say(f"{out}: interrupted before its first checkpoint; starting from scratch")
+    if todo != "resume" or start is None:
         for path in (out / name for name in OURS):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    elif there and not named:
-        for part in unfinished_checkpoints(out):
-            say(f"{part.name} was not written to its end and is ignored")
-            shutil.rmtree(part)
-        named = newest_whole(out, say)
-        if named is None:
-            say(f"{out}: interrupted before its first checkpoint; starting again")
-            keep_lines(out / "metrics.jsonl", 0)
-            keep_lines(out / "eval.jsonl", -1)
-    if named:
-        step = read_state(named)["step"]
+    if start:
+        # The evaluation at this step is made again: it may not have come to its end.
         keep_lines(out / "metrics.jsonl", step)
-        keep_lines(out / "eval.jsonl", step)
-        say(f"resuming after step {step} from {named}")
-    write_text(out / "identity.json", json.dumps(identity, indent=2))
+        keep_lines(out / "eval.jsonl", step - 1)
+        say(f"resuming after step {step} from {start}")
+    if (free := shutil.disk_usage(out).free) < room:
+        say(f"warning: --output-dir {out}: {free / 1e9:.1f} GB are free, the run will write {room / 1e9:.1f}")
+    _write_identity(out, identity)
     write_text(out / "run_config.json", json.dumps(settings, indent=2))
-    return Start(named)
+    return Start(start)
+
+
+def _length(identity: dict) -> str:
+    return " ".join(f"{flag_name(name)} {identity[name]}" for name in LENGTH)
+
+
+def _write_identity(out: Path, identity: dict, finished_after: int | None = None) -> None:
+    finished = {} if finished_after is None else {"finished_after": finished_after}
+    write_text(out / "identity.json", json.dumps(identity | finished, indent=2))
+
+
+def finish_run(out: Path, identity: dict, step: int, keep_last: bool) -> None:
+    """Note that final/ holds the run's result. keep_last: the last checkpoint was asked for; else it was only
+    for the time until now."""
+    _write_identity(out, identity, step)
+    if not keep_last:
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)

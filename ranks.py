@@ -145,7 +145,7 @@ def message(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
         return (f"rank {rank()} lost another one, which said nothing: it was killed, or its machine or "
                 f"network failed ({text.splitlines()[0][:150]}). torchrun prints its exit code; the same "
-                "command goes on from what was saved")
+                "command resumes from what was saved")
     return None
 
 

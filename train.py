@@ -9,7 +9,6 @@ the usual way. A step's examples and all its denominators are known before it st
 micro-batch size nor the number of ranks changes what a step optimises. And every run reports the loss of each
 kind of span, trained or not.
 """
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -19,7 +18,7 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -32,17 +31,18 @@ from tqdm import tqdm
 
 import checkpoint
 import estimate
-from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset,
-                  load_template, plan)
-from data import steps_per_epoch as count_steps
+from data import (CACHE_DIR, COMPLETION, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, cache_parts, collate,
+                  load_dataset, load_template, plan)
+from data import steps_per_epoch
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
-from folder import append_line, check_ranks, claim, saved_date
+from flags import flag, flag_name, given_flags
+from folder import LENGTH, append_line, check_folder, check_ranks, claim, finish_run, saved_date
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
 from machine import Reserve, keep_freed_memory, peak_memory_mb
-from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
-                   resolve_model)
+from model import (DTYPES, activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
+                   resolve_model, stored_weights)
 from ranks import (first_of_machine, from_all, from_main, is_main, join_ranks, leave, rank, report_error,
                    shows_progress, wait, world_size)
 from shard import release, shard, whole
@@ -50,72 +50,79 @@ from shard import release, shard, whole
 # ---------------------------------------------------------------- configuration
 
 
-def flag(default: object, help: str, **more: object) -> object:
-    make = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**make, metadata={"help": help, **more})
-
-
 @dataclass
 class Config:
-    """Every flag of the command line, once: --max-length is max_length here."""
+    """Every flag of the command line, once: --max-length is max_length here. free: may change on resume."""
     # model and data
     model: str = flag("", "checkpoint folder or hub id (owner/name[@revision]); none: the embedded default")
     train_data: list[str] = flag(list, "records to train on: .jsonl, .json or .jsonl.gz files",
                                  metavar="FILE")
-    eval_data: list[str] = flag(list, "held-out records, each file reported on its own", metavar="FILE")
+    eval_data: list[str] = flag(list, "held-out records, each file reported on its own", metavar="FILE",
+                                free=True)
     template: str = flag("auto",
                          f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
-    date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts")
-    max_length: int = flag(2048, "tokens an example may have")
+    date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts",
+                     free=True)
+    max_length: int = flag(2048, "tokens an example may have", least=2)
     overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
-    cache_dir: str = flag(CACHE_DIR, "where tokenised data is kept between runs", metavar="DIR")
+    require_completion: bool = flag(True, "leave out examples without a completion to train, as where "
+                                    "--max-length cuts it off, so that every --loss has the same examples")
+    cache_dir: str = flag(CACHE_DIR, "where tokenised data is kept between runs", metavar="DIR", free=True)
     # loss
     loss: str = flag("im", "it: completions; im: instructions too; lm: every token", choices=tuple(PRESETS))
-    template_weight: float | None = flag(None, "override the loss's weight of the template's own tokens")
-    system_weight: float | None = flag(None, "... of system messages")
-    instruction_weight: float | None = flag(None, "... of user and tool messages")
-    completion_weight: float | None = flag(None, "... of assistant messages with their end-of-turn tokens")
+    template_weight: float | None = flag(None, "override the loss's weight of the template's own tokens",
+                                         least=0)
+    system_weight: float | None = flag(None, "... of system messages", least=0)
+    instruction_weight: float | None = flag(None, "... of user and tool messages", least=0)
+    completion_weight: float | None = flag(None, "... of assistant messages with their end-of-turn tokens",
+                                           least=0)
     normalize: str = flag("token", "what the loss is a mean over, within a step", choices=NORMALIZE)
-    neftune_alpha: float = flag(0.0, "noise on the embeddings while training (the paper: 5); 0: none")
-    kl_weight: float = flag(0.0,
-                            "adds this times KL(model || starting model) on the trained targets; 0: none")
+    neftune_alpha: float = flag(0.0, "noise on the embeddings while training (the paper: 5); 0: none",
+                                least=0)
+    kl_weight: float = flag(0.0, "adds this times KL(model || starting model) on the trained targets; 0: "
+                            "none", least=0)
     # optimisation; the paper's values
-    epochs: int = flag(2, "passes over the training data")
-    max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs")
-    batch_size: int = flag(128, "examples a step, over all ranks")
-    micro_batch_tokens: int = flag(4096,
-                                   "tokens of one forward and backward pass; changes memory and speed only")
-    lr: float = flag(2e-5, "peak learning rate")
+    epochs: int = flag(2, "passes over the training data", least=1)
+    max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
+    batch_size: int = flag(128, "examples a step, over all ranks", least=1)
+    micro_batch_tokens: int = flag(4096, "tokens of one forward and backward pass; changes memory and speed "
+                                   "only", least=1, free=True)
+    lr: float = flag(2e-5, "peak learning rate", above=0)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = flag(0.03, "part of the steps in which the learning rate rises")
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only")
-    beta1: float = flag(0.9, "AdamW's")
-    beta2: float = flag(0.98, "AdamW's")
-    adam_eps: float = flag(1e-6, "AdamW's")
-    clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping")
-    seed: int = flag(0, "of the order of examples and of NEFTune's noise")
+    warmup_ratio: float = flag(0.03, "part of the steps in which the learning rate rises", least=0, below=1)
+    weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
+    beta1: float = flag(0.9, "AdamW's", least=0, below=1)
+    beta2: float = flag(0.98, "AdamW's", least=0, below=1)
+    adam_eps: float = flag(1e-6, "AdamW's", above=0)
+    clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
+    seed: int = flag(0, "of the order of examples and of NEFTune's noise", least=0)
     # machine
     dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything",
                       choices=("bf16", "fp32"))
-    device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"))
-    shard: bool = flag(False, "under torchrun: each rank holds a part of parameters, gradients and averages")
-    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
-    compile: bool = flag(False, "torch.compile the decoder layers")
-    dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory",
-                        nargs="?", const=world_size(), metavar="RANKS")
+    device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), free=True)
+    shard: bool = flag(False, "under torchrun: each rank holds a part of parameters, gradients and averages",
+                       free=True)
+    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
+                           free=True)
+    compile: bool = flag(False, "torch.compile the decoder layers", free=True)
+    dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory", least=0,
+                        free=True, in_file=False, nargs="?", const=world_size(), metavar="RANKS")
     # output
-    output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR")
-    overwrite: bool = flag(False, "delete what a run left in --output-dir and start anew")
-    save_every: int = flag(0, "steps between checkpoints to resume from; 0: only when interrupted")
-    keep_checkpoints: int = flag(2, "how many of these to keep")
+    output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR", free=True)
+    overwrite: bool = flag(False, "delete what a run left in --output-dir and start from scratch", free=True,
+                           in_file=False)
+    save_every: int = flag(0, "steps between checkpoints to resume from; 0: when interrupted, and while the "
+                           "last evaluation and the export run", least=0, free=True)
+    keep_checkpoints: int = flag(2, "how many of these to keep", least=1, free=True)
     save_dtype: str = flag("source", "of final/; source: as the model came",
-                           choices=("source", "fp32", "bf16"))
-    resume: str = flag("auto",
-                       "auto: go on where the same run was interrupted; never; or a checkpoint's folder")
-    eval_every: int = flag(0, "steps between evaluations; 0: only before and after")
-    eval_generate: int = flag(0,
-                              "answer this many held-out prompts before and after, and count exact matches")
-    log_every: int = flag(10, "steps between looks at the NLL of spans that are not trained on")
+                           choices=("source", "fp32", "bf16"), free=True)
+    resume: str = flag("auto", "auto: resume where the same run was interrupted; never; or the folder of a "
+                       "checkpoint to start from", free=True, in_file=False)
+    eval_every: int = flag(0, "steps between evaluations; 0: only before and after", least=0, free=True)
+    eval_generate: int = flag(0, "answer this many held-out prompts before and after, and count exact "
+                              "matches", least=0, free=True)
+    log_every: int = flag(10, "steps between looks at the NLL of spans that are not trained on", least=1,
+                          free=True)
 
 
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
@@ -123,78 +130,44 @@ QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "train.jsonl")],
                 eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=1e-3,
                 beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
-# These change where a run's results go, how fast it is or what it shows, but not the weights that come out.
-FREE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
-        "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "shard",
-        "recompute", "compile", "dry_run", "cache_dir"}
 
 
 def parse_args(argv: list[str]) -> Config:
     """Flags over --config's file over the embedded default (if no model is named)
     over the class's defaults."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:
-            raise ValueError(f"{message} (python train.py --help lists the flags)")
-
-    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE",
-                        help="a run's run_config.json, to repeat it; flags override it")
-    for f in dataclasses.fields(Config):
-        more = {key: value for key, value in f.metadata.items() if key != "help"}
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        text = f.metadata["help"] + (f" (default {default})" if default not in ("", None, [], False) else "")
-        name = "--" + f.name.replace("_", "-")
-        if f.type is bool:
-            parser.add_argument(name, action=argparse.BooleanOptionalAction, help=text)
-        elif f.type == list[str]:
-            parser.add_argument(name, nargs="+", help=text, **more)
-        else:
-            parser.add_argument(name, type=float if f.type == float | None else f.type, help=text, **more)
-    given = vars(parser.parse_args(argv))
-    saved = {}
-    if file := given.pop("config", None):
-        try:
-            saved = json.loads(Path(file).read_text())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--config {file}: {error}") from None
-        if unknown := set(saved) - {f.name for f in dataclasses.fields(Config)}:
-            raise ValueError(f"--config {file}: unknown names {', '.join(sorted(unknown))}")
-    given = {**saved, **given}
-    name = Path(given.get("model", "")).name
-    if not name:
+    given = given_flags(Config, argv, "train.py", __doc__.split("\n\n")[0])
+    embedded = "model" not in given
+    if embedded:
         if "train_data" in given:
             raise ValueError("--train-data is given but no --model: name the checkpoint folder to train")
         answers = {"eval_generate": 0} if given.get("shard") else {}
-        name, given = "quickstart", {**EMBEDDED, "overwrite": "output_dir" not in given, **answers, **given}
+        given = EMBEDDED | answers | given
     config = Config(**given)
-    config.output_dir = config.output_dir or str(Path("runs") / f"{name}-{config.loss}")
+    if not config.output_dir:
+        name = "quickstart" if embedded else Path(config.model).resolve().name or "model"
+        config.output_dir = str(Path("runs") / f"{name}-{config.loss}")
+        # The quick start may be repeated as often as one likes; an interrupted one is resumed.
+        if embedded and (Path(config.output_dir) / "final").is_dir():
+            config.overwrite = given.get("overwrite", True)
     validate(config)
     return config
 
 
 def validate(config: Config) -> None:
-    """ValueError that names the flag, its value and what it may be."""
+    """What one flag alone does not tell: ValueError that names the flags and the fix."""
     def need(name: str, fits: bool, limit: str) -> None:
         if not fits:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be {limit}")
+            raise ValueError(f"{flag_name(name)} {getattr(config, name)}: must be {limit}")
 
     if not config.train_data:
         raise ValueError("--train-data is missing: give one or more files of records")
-    for name in ("epochs", "batch_size", "micro_batch_tokens", "keep_checkpoints", "log_every"):
-        need(name, getattr(config, name) >= 1, "1 or more")
-    for name in ("max_steps", "dry_run", "save_every", "eval_every", "eval_generate", "seed"):
-        need(name, getattr(config, name) >= 0, "0 or more")
-    for name in ("neftune_alpha", "kl_weight", "weight_decay", "clip_grad_norm"):
-        need(name, 0 <= getattr(config, name) < math.inf, "a finite number, 0 or more")
-    for name in ("lr", "adam_eps"):
-        need(name, 0 < getattr(config, name) < math.inf, "a finite number above 0")
-    for name in ("beta1", "beta2", "warmup_ratio"):
-        need(name, 0 <= getattr(config, name) < 1, "from 0 to below 1")
+    if len({Path(file).resolve() for file in config.eval_data}) < len(config.eval_data):
+        raise ValueError(f"--eval-data {' '.join(config.eval_data)}: a file is given twice; give each once")
+    need("eval_every", not config.eval_every or bool(config.eval_data), "0 without --eval-data")
+    need("eval_generate", not config.eval_generate or bool(config.eval_data), "0 without --eval-data")
     need("compile", not (config.shard and config.compile), "off with --shard")
     need("eval_generate", not (config.shard and config.eval_generate),
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
-    need("max_length", config.max_length >= 2, "2 or more")
     need("device", config.device != "cuda" or torch.cuda.is_available(),
          "cpu here: PyTorch finds no CUDA device")
     span_weights(config.loss, config.template_weight, config.system_weight, config.instruction_weight,
@@ -213,6 +186,20 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)),
               "constant": 1.0}[config.schedule]
     return config.lr * factor
+
+
+def count_steps(config: Config, per_epoch: int) -> int:
+    """Steps of the whole run."""
+    return config.max_steps or config.epochs * per_epoch
+
+
+def same_rates(config: Config, per_epoch: int, identity: dict, steps: int) -> bool:
+    """Whether a run of another length had the same learning rates in its first `steps` steps, so that this one
+    can resume it and end as if it had been this one from the start. identity: the other run's."""
+    other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
+    total, others = count_steps(config, per_epoch), count_steps(other, per_epoch)
+    return steps <= total and all(
+        learning_rate(config, step, total) == learning_rate(other, step, others) for step in range(steps))
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -249,7 +236,7 @@ class Signals:
     def ask(self, number: int, _: object) -> None:
         # torchrun's TERM may follow another rank's error
         if not self.number and "WORLD_SIZE" not in os.environ:
-            say(f"{signal.Signals(number).name}: finishing this step, then saving a checkpoint")
+            say(f"{signal.Signals(number).name}: finishing this step, then saving")
         self.number = self.number or number
 
 
@@ -272,6 +259,24 @@ def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
         return "Every record's loss is finite, so the gradient overflowed: lower --lr, or try --dtype fp32."
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
     return f"Its loss is not finite for {', '.join(places[:8])}{more}."
+
+
+def say_what_differs(config: Config, train_set: Dataset, incomplete: int, positions: int | None) -> None:
+    """Where a run is not what its flags suggest: examples without a completion, files given twice, examples
+    longer than the model has seen. incomplete: examples without a completion to train."""
+    if incomplete and config.require_completion:
+        say(f"  {incomplete:,} of these have no completion (cut off at --max-length, or of weight 0): left "
+            "out under every\n  --loss, so that losses compare on the same examples; "
+            "--no-require-completion keeps them")
+    elif incomplete:
+        say(f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it does "
+            "not:\n  losses compared with --no-require-completion have other examples and other steps")
+    if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
+        say(f"warning: --train-data names {twice} file(s) more than once; their records count as often")
+    if positions and config.max_length > positions:
+        longer = int((train_set.lengths > positions).sum())
+        say(f"warning: --max-length {config.max_length} is more than the model's max_position_embeddings, "
+            f"{positions};\n  {longer:,} examples are longer than that")
 
 
 def describe(config: Config) -> str:
@@ -332,21 +337,29 @@ def main(argv: list[str]) -> int:
     if config.shard and not sharded:
         say("warning: --shard does nothing on one rank")
 
-    # -- data: one process of each machine tokenises, the others read what it wrote
-    folder = resolve_model(config.model)
+    # -- what is cheap to check comes before the data is tokenised
+    folder, out = resolve_model(config.model), Path(config.output_dir)
     model_config = read_config(folder)
+    stored_weights(folder, model_config)
     tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
     averages = 8 * parameter_count(model_config) // (world_size() if sharded else 1)      # AdamW's, bytes
     reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
     check_vocabulary(model_config, tokenizer.vocab_size)
-    out = Path(config.output_dir)
     config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
                             or date.today().isoformat())
     template = load_template(config.template, tokenizer, config.date)
     config.date = template.date
+    parts = cache_parts(config.train_data, tokenizer, template, config.max_length, config.overlong)
+    identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
+    identity |= {"model": checkpoint.model_fingerprint(folder), "train_data": parts["data"],
+                 "tokenizer": parts["tokenizer"], "template": parts["template"], "date": parts["date"]}
+    settings = dataclasses.asdict(config)
+    if is_main() and not config.dry_run:
+        check_folder(out, identity, settings, folder)
 
+    # -- data: one process of each machine tokenises, the others read what it wrote
     def load(files: list[str]) -> Dataset:
         return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
                             progress=shows_progress())
@@ -354,36 +367,40 @@ def main(argv: list[str]) -> int:
     with first_of_machine():
         train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
-    names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+    names = [file if names.count(name) > 1 else name for name, file in zip(names, config.eval_data)]
 
     weights = span_weights(config.loss, config.template_weight, config.system_weight,
                            config.instruction_weight, config.completion_weight)
-    usable = train_set.trainable(weights)       # (examples,) indices into train_set
+    usable = train_set.trainable(weights, config.require_completion)    # (examples,) indices into train_set
+    report = train_set.report
+    incomplete = int((train_set.counts[:, COMPLETION] == 0).sum())
     if not len(usable):
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
-                         f"{config.template}: every target's span has weight 0")
+                         f"{config.template}: " + (
+                             f"no completion is left of any (--max-length {config.max_length} cut off "
+                             f"{report['truncated']:,}); --no-require-completion trains without"
+                             if incomplete == len(train_set) and config.require_completion
+                             else "every target's span has weight 0"))
     lengths = train_set.lengths[usable]
     if (longest := int(lengths.max())) > config.micro_batch_tokens:
         raise ValueError(f"--micro-batch-tokens {config.micro_batch_tokens}: an example has {longest} "
                          "tokens; raise it, or lower --max-length")
-    per_epoch = count_steps(len(usable), config.batch_size)
-    total_steps = config.max_steps or config.epochs * per_epoch
-    report = train_set.report
+    per_epoch = steps_per_epoch(len(usable), config.batch_size)
+    total_steps = count_steps(config, per_epoch)
     say(f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; {total_steps:,} steps, "
         f"{per_epoch:,} an epoch\n  of {report['records']:,} records {report['truncated']:,} were truncated, "
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
-        f"{len(train_set) - len(usable):,} left out with nothing to train on under --loss {config.loss}")
+        f"{len(train_set) - len(usable):,} left out with nothing to train on")
+    say_what_differs(config, train_set, incomplete, model_config.raw.get("max_position_embeddings"))
 
     if config.dry_run:
         say(estimate.forecast(config, folder, compute, use_cuda, lengths, train_set.counts[usable],
                               weights != 0))
         return finish(0)
 
-    identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in FREE}
-    identity.update(model=checkpoint.model_fingerprint(folder), train_data=train_set.key,
-                    template=template.source)
-    check_ranks(out, {**identity, "eval_data": [each.key for each in eval_sets], "torch": torch.__version__},
-                going_on=config.resume == "auto" and not config.overwrite)
+    identity["tokens"] = train_set.content
+    everywhere = {"eval_data": [each.content for each in eval_sets], "torch": torch.__version__}
+    check_ranks(out, identity | everywhere, resuming=config.resume == "auto" and not config.overwrite)
 
     # -- model
     divide = partial(shard, device=device, dtype=compute) if sharded else None
@@ -394,9 +411,12 @@ def main(argv: list[str]) -> int:
         if warning := each.choose_attention(compute):
             say(f"warning: {warning}")
 
-    # -- the folder, and where to go on; only now that all that can be wrong with the input was found
-    begin = from_main(claim(out, identity, dataclasses.asdict(config), config.resume, config.overwrite,
-                            folder, say) if is_main() else None)
+    # -- the folder, and where to resume; only now that all that can be wrong with the input was found
+    # of final/, and of the checkpoints with AdamW's averages
+    room = parameter_count(model_config) * (DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
+                                            + 12 * (config.keep_checkpoints if config.save_every else 1))
+    extends = partial(same_rates, config, per_epoch)
+    begin = from_main(claim(out, identity, settings, folder, room, extends, say) if is_main() else None)
     if begin.finished:
         say(f"{out}/final was finished before")
         return finish(0)
@@ -418,8 +438,12 @@ def main(argv: list[str]) -> int:
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size()} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
-    def evaluate(step: int, answers_too: bool) -> tuple[dict, list[dict]]:
-        """Held-out NLL by file and kind, and exact matches; rank 0 writes them to eval.jsonl."""
+    def due(step: int) -> bool:
+        return bool(eval_sets) and (step in (0, total_steps)
+                                    or config.eval_every > 0 and step % config.eval_every == 0)
+
+    def evaluate(step: int) -> tuple[dict, list[dict]]:
+        """Held-out NLL by file and kind, at the ends exact matches too; rank 0 writes them to eval.jsonl."""
         result: dict = {"step": step, "data": {}}
         answers: list[dict] = []
         with autocast:
@@ -429,7 +453,7 @@ def main(argv: list[str]) -> int:
                                disable=not shows_progress())
                 sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size(), rows)
                 result["data"][name] = summary(sums, dataset.counts)
-            if answers_too and is_main():
+            if config.eval_generate and step in (0, total_steps) and is_main():
                 answers = answer_records(raw_model, tokenizer, template, config.eval_data,
                                          config.eval_generate)
         release(raw_model)
@@ -442,9 +466,9 @@ def main(argv: list[str]) -> int:
                                                          for kind, value in kinds.items()))
         return result, answers
 
-    with_answers = bool(config.eval_generate and config.eval_data)
-    if eval_sets and first_step == 0:
-        evaluate(0, with_answers)
+    # Until here, and in the first evaluation, Ctrl-C ends the run at once: nothing would be lost.
+    if due(first_step):
+        after, answers = evaluate(first_step)
 
     # -- the loop
     stop = Signals()
@@ -545,27 +569,26 @@ def main(argv: list[str]) -> int:
         bar.set_postfix_str(" ".join(shown) + f" {record['tokens_per_second']:,.0f} tok/s")
         if look and not terminal:
             say(f"step {step}/{total_steps}: {', '.join(shown)}, {record['tokens_per_second']:,.0f} tokens/s")
-        if config.eval_every and step % config.eval_every == 0 and step < total_steps and eval_sets:
-            evaluate(step, answers_too=False)
         interrupted = signals > 0 and step < total_steps
-        if interrupted or (config.save_every and step % config.save_every == 0 and step < total_steps):
+        # The last step is always saved, and before it is evaluated: whatever fails then, nothing is lost.
+        if interrupted or step == total_steps or (config.save_every and step % config.save_every == 0):
             checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
                                        config.keep_checkpoints)
         if interrupted:
             bar.close()
-            say(f"stopped after step {step} of {total_steps}; the same command goes on from here")
+            say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
             return finish(128 + (stop.number or signal.SIGTERM))
+        if due(step):
+            after, answers = evaluate(step)
     bar.close()
 
     # -- the end
-    if eval_sets:
-        after, answers = evaluate(step, with_answers)
-        if is_main():
-            before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
-            print_change(before, after)
-            show_answers(answers)
+    if eval_sets and is_main():
+        print_change(json.loads((out / "eval.jsonl").read_text().splitlines()[0]), after)
+        show_answers(answers)
     checkpoint.export(out, raw_model, tokenizer, template, config.save_dtype)
     if is_main():
+        finish_run(out, identity, step, keep_last=config.save_every > 0)
         say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
             f"{time.monotonic() - started:.0f} s in all")
     return finish(0)
@@ -575,6 +598,10 @@ def run(argv: list[str]) -> int:
     """main() with one readable line for what a user can mend, printed by one rank; the others just end."""
     try:
         return main(argv)
+    except KeyboardInterrupt:
+        if is_main():
+            print("error: interrupted before training began; nothing is lost", file=sys.stderr)
+        leave(128 + signal.SIGINT)
     except Exception as error:
         report_error(error)
         if dist.is_initialized():

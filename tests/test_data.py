@@ -148,7 +148,9 @@ def test_examples_with_nothing_to_train_on_are_left_out(folder):
         MESSAGES, MESSAGES[:1], [MESSAGES[0], {**MESSAGES[1], "weight": 0}])))
     dataset = load(folder, "nothing.jsonl")
     assert dataset.trainable(span_weights("it")).tolist() == [0]
-    assert dataset.trainable(span_weights("im")).tolist() == [0, 1, 2]
+    assert dataset.trainable(span_weights("im")).tolist() == [0]    # as under it
+    assert dataset.trainable(span_weights("im"), require_completion=False).tolist() == [0, 1, 2]
+    assert dataset.trainable(span_weights("it"), require_completion=False).tolist() == [0]
     assert dataset.trainable(span_weights("it", completion=0, system=1)).tolist() == []
 
 

@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder) -> Path:
-    assert run_here(arguments(folder, "undisturbed", save_every=2)) == 0
+    assert run_here(arguments(folder, "undisturbed", save_every=2, keep_checkpoints=9)) == 0
     return folder / "undisturbed"
 
 
@@ -246,13 +246,13 @@ def test_a_restart_by_torchrun_goes_on_and_another_launch_does_as_it_is_told(
 def test_machines_that_differ_stop_before_anything_is_written(folder, monkeypatch):
     def told(*others: tuple) -> None:
         monkeypatch.setattr(run_folder, "from_all", lambda mine: [mine, *others])
-        run_folder.check_ranks(folder / "together", mine, going_on=True)
+        run_folder.check_ranks(folder / "together", mine, resuming=True)
 
     mine = {"train_data": "aa", "model": "bb", "torch": "2.13"}
     told(("b", mine, ""), ("c", mine, ""))
     with pytest.raises(ValueError, match=r"rank 2 on c and rank 0 on .* differ in train_data \(ee, not aa\)"):
         told(("b", mine, ""), ("c", {**mine, "train_data": "ee"}, ""))
-    with pytest.raises(ValueError, match="step-00000004 is on b .rank 1., but not on .* would start anew"):
+    with pytest.raises(ValueError, match="step-00000004 is on b .rank 1., but not on .* would start from scratch"):
         told(("b", mine, "step-00000004"))
     assert not (folder / "together").exists()
 

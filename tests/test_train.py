@@ -266,7 +266,7 @@ def test_a_signal_to_two_ranks_finishes_the_step_saves_and_resumes(folder, numbe
         time.sleep(0.1)
     process.send_signal(number)
     stdout, _ = process.communicate(timeout=60)
-    assert "the same command goes on from here" in stdout
+    assert "the same command resumes from here" in stdout
     (saved,) = (out / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert len(metrics(out)) == step > 0
@@ -298,14 +298,16 @@ def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
 
 
 def test_what_was_just_saved_is_kept_beside_later_checkpoints(folder, monkeypatch):
-    """A run set back by --resume to an earlier step of its own folder."""
+    """A run whose newest checkpoints are damaged resumes before them."""
     saved = folder / "back" / "checkpoints"
     with monkeypatch.context() as patch:
         stop_after(patch, 7)
         run_here(arguments(folder, "back", save_every=3, keep_checkpoints=9))
+    for newer in ("step-00000006", "step-00000007"):
+        flip_a_bit(saved / newer / "optimizer.safetensors")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
-        run_here(arguments(folder, "back", resume=saved / "step-00000003", keep_checkpoints=1))
+        run_here(arguments(folder, "back", keep_checkpoints=1))
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{n:08d}" for n in (5, 6, 7)]
 
 
@@ -321,12 +323,13 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         run_here(arguments(folder, "half"))
-    refused("lr was 0.01, is 0.02", "half", lr=0.02)
-    refused("loss was im, is it", "half", loss="it")
+    refused("--lr was 0.01, is 0.02", "half", lr=0.02)
+    refused("--loss was im, is it", "half", loss="it")
     refused("--resume is never", "half", resume="never")
     setup(folder / "other", count=21, seed=1)
-    refused("train_data was", "half", train_data=folder / "other" / "train.jsonl")
-    refused("model was", "half", model=folder / "other" / "model")
+    refused("--train-data .*other/train.jsonl: other contents", "half",
+            train_data=folder / "other" / "train.jsonl")
+    refused("--model .*other/model: other weights", "half", model=folder / "other" / "model")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("years of work")
     refused("holds no run", "foreign")
@@ -454,13 +457,13 @@ def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
     config = train.parse_args(arguments(folder, "x", lr="1", clip_grad_norm="0", neftune_alpha="1e-4"))
     assert config.lr == 1.0 and config.neftune_alpha == 1e-4 and config.loss == "im" and config.epochs == 2
     (tmp_path / "c.json").write_text(json.dumps({**vars(config), "loss": "it", "seed": 7}))
-    again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9", "--no-overwrite"])
+    again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9"])
     assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
     embedded = train.parse_args([])
     assert Path(embedded.model).is_dir() and embedded.loss == "im" and embedded.eval_generate == 1000
     assert train.parse_args(["--shard"]).eval_generate == 0
     assert [train.parse_args(argv).dry_run for argv in ([], ["--dry-run"], ["--dry-run", "8"])] == [0, 1, 8]
-    for argv, says in ((["--lr", "0"], "--lr 0.0: must be"), (["--batch-size", "0"], "--batch-size 0"),
+    for argv, says in ((["--lr", "0"], "--lr 0: must be"), (["--batch-size", "0"], "--batch-size 0"),
                        (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),

@@ -1,0 +1,122 @@
+"""Flags of a program from a dataclass: a field is a flag, with its help, choices and limits beside it.
+
+    @dataclass
+    class Config:
+        lr: float = flag(2e-5, "peak learning rate", above=0)
+
+    given_flags(Config, ["--lr", "1e-4"], "train.py", "Train a model.")     -> {"lr": 0.0001}
+
+The values of a --config file go through the same checks as those of the command line.
+"""
+import argparse
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+
+def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
+         above: float | None = None, below: float = math.inf, free: bool = False, in_file: bool = True,
+         **more: object) -> object:
+    """A field of a dataclass of flags.
+
+    choices, least, above, below: what the value may be; free: the flag changes where results go, how fast or
+    what is shown, but not the weights that come out, so it may change on resume; in_file: whether a --config
+    file may set it; more: as for argparse's add_argument().
+    """
+    make = {"default_factory": default} if callable(default) else {"default": default}
+    return dataclasses.field(**make, metadata={
+        "help": help, "choices": choices, "limits": (least, above, below), "free": free, "in_file": in_file,
+        "more": more})
+
+
+def flag_name(field: str) -> str:
+    """max_length -> --max-length"""
+    return "--" + field.replace("_", "-")
+
+
+def check_flag(field: dataclasses.Field, value: object) -> object:
+    """A flag's value from a command line (text) or from JSON, in the flag's type.
+    ValueError that names the flag, the value and what it may be."""
+    def refuse(limit: str) -> None:
+        shown = value if isinstance(value, str) and value else json.dumps(value)
+        raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
+
+    if field.type == list[str]:
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+            refuse("one name or a list of names")
+        return value
+    if field.type is bool:
+        if not isinstance(value, bool):
+            refuse("true or false")
+        return value
+    choices, (least, above, below) = field.metadata["choices"], field.metadata["limits"]
+    if field.type is str:
+        if not isinstance(value, str) or not value:
+            refuse("text, and not empty")
+        if choices and value not in choices:
+            refuse(f"one of {', '.join(choices)}")
+        return value
+    kind = int if field.type is int else float
+    limit = "a whole number" if kind is int else "a finite number"
+    limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
+    limit += f" and below {below}" if below < math.inf else ""
+    try:
+        # by way of text, so that JSON's true is no 1, and its 1.5 no whole number
+        number = kind(str(value))
+    except ValueError:
+        refuse(limit)
+    # written so that NaN fails
+    if not ((least is None or number >= least) and (above is None or number > above) and number < below):
+        refuse(limit)
+    return number
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises ValueError instead of ending the program, so that one place prints all errors."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+
+
+def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:
+    """The flags that are given, checked: those on the command line over those in --config's file. flags: the
+    dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS)
+    parser.add_argument("--config", metavar="FILE",
+                        help="a run's run_config.json, to repeat it; flags override it")
+    fields = {field.name: field for field in dataclasses.fields(flags)}
+    for field in fields.values():
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        help = field.metadata["help"]
+        if default not in ("", None, [], False):
+            help += f" (default {default})"
+        more = dict(field.metadata["more"])
+        if field.type is bool:
+            more["action"] = argparse.BooleanOptionalAction
+        elif field.type == list[str]:
+            more["nargs"] = "+"
+        if field.metadata["choices"]:
+            more["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
+        parser.add_argument(flag_name(field.name), help=help.replace("%", "%%"), **more)
+    given = vars(parser.parse_args(argv))
+    saved = _saved_flags(given.pop("config"), fields) if "config" in given else {}
+    return saved | {name: check_flag(fields[name], value) for name, value in given.items()}
+
+
+def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, object]:
+    """The flags that a --config file gives. What is null or empty there is not given; what only a command
+    line may ask for (to delete a run, say) is left out."""
+    try:
+        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError("must be one JSON object, {\"flag\": value, ...}")
+        saved = {name.removeprefix("--").replace("-", "_"): value for name, value in saved.items()}
+        if unknown := sorted(saved.keys() - fields.keys()):
+            raise ValueError(f"unknown names {', '.join(unknown)}")
+        return {name: check_flag(fields[name], value) for name, value in saved.items()
+                if fields[name].metadata["in_file"] and value not in (None, "", [])}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None

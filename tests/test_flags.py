@@ -1,0 +1,110 @@
+"""Flags: one check for the command line and for --config's file, and names that could mean something else."""
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+
+import train
+from flags import flag, given_flags
+from tiny import flags
+
+
+@dataclass
+class Some:
+    rate: float = flag(0.5, "a number", above=0)
+    share: float | None = flag(None, "a number, or none", least=0, below=1)
+    count: int = flag(3, "a whole number", least=1)
+    mode: str = flag("a", "a word", choices=("a", "b"))
+    files: list[str] = flag(list, "names")
+    fast: bool = flag(False, "yes or no")
+    delete: bool = flag(False, "only on the command line", in_file=False)
+
+
+def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
+    file = tmp_path / "config.json"
+    file.write_text(saved if isinstance(saved, str) else json.dumps(saved))
+    return given_flags(Some, ["--config", str(file), *argv], "some.py", "")
+
+
+@pytest.mark.parametrize("name, value, says", [
+    ("rate", 0, "--rate 0: must be a finite number above 0"), ("rate", "x", "--rate x: must be a finite number"),
+    ("rate", float("nan"), "--rate NaN: must be"), ("rate", float("inf"), "--rate Infinity: must be"),
+    ("rate", True, "--rate true: must be"), ("rate", [1], r"--rate \[1\]: must be"),
+    ("share", 1, "--share 1: must be a finite number, 0 or more and below 1"), ("share", -0.1, "--share -0.1"),
+    ("count", 0, "--count 0: must be a whole number, 1 or more"), ("count", 1.5, "--count 1.5: must be a whole"),
+    ("count", True, "--count true"), ("count", "1e3", "--count 1e3"),
+    ("mode", "c", "--mode c: must be one of a, b"), ("mode", 1, "--mode 1: must be text"),
+    ("files", [1], r"--files \[1\]: must be one name or a list"), ("files", {"a": 1}, "--files"),
+    ("files", [""], "--files"), ("fast", "no", "--fast no: must be true or false"), ("fast", 1, "--fast 1: must"),
+    ("delete", "no", ""), ("unheard_of", 1, "unknown names unheard_of")])
+def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, says):
+    if not says:
+        assert given(tmp_path, {name: value}) == {}
+        return
+    with pytest.raises(ValueError, match=says):
+        given(tmp_path, {name: value})
+    if isinstance(value, str) and name != "fast":   # the same words on the command line
+        with pytest.raises(ValueError, match=says.split(":")[0]):
+            given_flags(Some, flags(**{name: value}), "some.py", "")
+
+
+def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
+    saved = {"rate": "1e-4", "share": 0, "count": 7, "mode": "b", "files": "one.jsonl", "fast": True}
+    argv = ["--rate", "1e-4", "--share", "0", "--count", "7", "--mode", "b", "--files", "one.jsonl", "--fast"]
+    expected = {"rate": 1e-4, "share": 0.0, "count": 7, "mode": "b", "files": ["one.jsonl"], "fast": True}
+    assert given(tmp_path, saved) == given_flags(Some, argv, "some.py", "") == expected
+    assert given(tmp_path, saved, ["--no-fast", "--rate", "2", "--files", "a", "b"]) == {
+        **expected, "fast": False, "rate": 2.0, "files": ["a", "b"]}
+    # what is null or empty is not given; dashes are as good as underscores
+    assert given(tmp_path, {"rate": None, "files": [], "mode": "", "--count": 2}) == {"count": 2}
+    for broken in ("[]", "{", '"text"'):
+        with pytest.raises(ValueError, match="--config .*config.json: "):
+            given(tmp_path, broken)
+
+
+def test_deleting_resuming_and_looking_are_never_read_from_a_file(tmp_path):
+    """A saved run_config.json of a run that was started with --overwrite would delete what it repeats."""
+    config = train.Config(model="m", train_data=["t.jsonl"], overwrite=True, resume="never", dry_run=2, lr=0.5)
+    (tmp_path / "run_config.json").write_text(json.dumps(vars(config)))
+    again = train.parse_args(["--config", str(tmp_path / "run_config.json")])
+    assert (again.overwrite, again.resume, again.dry_run, again.lr) == (False, "auto", 0, 0.5)
+    asked = train.parse_args(["--config", str(tmp_path / "run_config.json"), "--overwrite"])
+    assert asked.overwrite
+
+
+def test_a_model_whose_path_has_no_name_is_not_taken_for_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model in (".", "./", tmp_path):
+        config = train.parse_args(flags(model=model, train_data="t.jsonl"))
+        assert config.model == str(model) and config.train_data == ["t.jsonl"]
+        assert config.output_dir == f"runs/{tmp_path.name}-im"
+    assert train.parse_args(flags(model="/", train_data="t.jsonl")).output_dir == "runs/model-im"
+    for name in ("model", "output-dir", "cache-dir", "resume", "template", "train-data"):
+        with pytest.raises(ValueError, match=f"--{name} "):     # an unset variable of a shell
+            train.parse_args([*flags(model="m", train_data="t.jsonl"), f"--{name}", ""])
+
+
+def test_flags_that_would_do_nothing_are_refused():
+    base = dict(model="m", train_data="t.jsonl")
+    for more, says in ((dict(eval_every=5), "--eval-every 5: must be 0 without --eval-data"),
+                       (dict(eval_generate=5), "--eval-generate 5: must be 0 without --eval-data"),
+                       (dict(eval_data=["x.jsonl", "./x.jsonl"]), "--eval-data .*given twice")):
+        with pytest.raises(ValueError, match=says):
+            train.parse_args(flags(**base, **more))
+
+
+def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
+    """All that run_config.json holds, with each flag at another value than its default."""
+    other = {}
+    for f in fields(train.Config):
+        default = getattr(train.Config(), f.name)
+        choices = f.metadata["choices"]
+        other[f.name] = (next(c for c in choices if c != default) if choices else not default
+                         if f.type is bool else ["a", "b"] if f.type == list[str]
+                         else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
+    kept = {name: value for name, value in other.items()
+            if name not in ("overwrite", "resume", "dry_run", "device", "compile", "eval_generate")}
+    (tmp_path / "run_config.json").write_text(json.dumps(kept))
+    again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
+    assert {name: again[name] for name in kept} == kept

@@ -1,0 +1,402 @@
+"""The folder of a run: whose it is, what resumes in it and from where, and that nothing trained is lost."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import folder as run_folder
+import train
+from test_train import stop_after
+from tiny import arguments, make_model, make_records, metrics, run_here, setup, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return setup(tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """A run that nothing disturbed, all its checkpoints kept."""
+    assert run_here(arguments(folder, "whole", save_every=1, keep_checkpoints=99)) == 0
+    return folder / "whole"
+
+
+def stopped(folder: Path, out: str, step: int, monkeypatch, **more: object) -> Path:
+    """A run that is stopped after so many of its steps."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        assert run_here(arguments(folder, out, **more)) == 128 + signal.SIGTERM
+    return folder / out
+
+
+def state_of(out: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def refused(folder: Path, says: str, out: str, **more: object) -> None:
+    """The run is refused and its folder is as it was."""
+    before = state_of(folder / out)
+    with pytest.raises(ValueError, match=says):
+        run_here(arguments(folder, out, **more))
+    assert state_of(folder / out) == before
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    ours, theirs = weights(a / "final"), weights(b / "final")
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def count_steps(monkeypatch) -> list:
+    """Grows by an entry with each step that is trained."""
+    steps, original = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: steps.append(1) or original(self, *a))
+    return steps
+
+
+# ---------------------------------------------------------------- --resume FOLDER
+
+
+def test_a_named_checkpoint_does_not_open_the_folder_of_another_run(folder, whole, monkeypatch):
+    saved = whole / "checkpoints" / "step-00000003"
+    stopped(folder, "strange", 6, monkeypatch, lr=2e-2, save_every=3)
+    refused(folder, "strange: was started differently .--lr was 0.02, is 0.01", "strange", resume=saved)
+    shutil.copytree(whole, folder / "strange-done")
+    refused(folder, "holds a finished run", "strange-done", resume=saved)
+    refused(folder, "finished run|--lr was", "strange-done", resume=saved, lr=2e-2)
+    (folder / "thesis").mkdir()
+    (folder / "thesis" / "thesis.txt").write_text("years of work")
+    refused(folder, "holds no run of this trainer", "thesis", resume=saved)
+    refused(folder, "--resume .*--lr was 0.01, is 0.02", "nowhere", resume=saved, lr=2e-2)
+    refused(folder, "--overwrite would delete --resume", "strange",
+            resume=folder / "strange" / "checkpoints" / "step-00000003", lr=2e-2, overwrite=True)
+
+
+def test_every_checkpoint_is_compared_before_it_is_used(folder, whole, monkeypatch):
+    """A checkpoint of another run lies among those of this one, and is newer."""
+    stopped(folder, "other", 6, monkeypatch, lr=2e-2, save_every=6)
+    stopped(folder, "mixed", 3, monkeypatch)
+    shutil.copytree(folder / "other" / "checkpoints" / "step-00000006",
+                    folder / "mixed" / "checkpoints" / "step-00000006")
+    before = state_of(folder / "mixed")
+    with pytest.raises(ValueError, match="step-00000006: was started differently .*--lr was 0.02, is 0.01.*"
+                                         "delete it"):
+        run_here(arguments(folder, "mixed"))
+    assert {**state_of(folder / "mixed"), str(folder / "mixed" / ".lock"): b""} == {
+        **before, str(folder / "mixed" / ".lock"): b""}
+    shutil.rmtree(folder / "mixed" / "checkpoints" / "step-00000006")
+    assert run_here(arguments(folder, "mixed")) == 0
+    assert same_weights(folder / "mixed", whole)
+
+
+def test_the_same_command_with_a_named_checkpoint_advances(folder, whole, monkeypatch, capsys):
+    saved = whole / "checkpoints" / "step-00000003"
+    for steps, begins, ends in ((2, "step 3 from .*whole", 5), (2, "step 5 from .*queued", 7)):
+        stopped(folder, "queued", steps, monkeypatch, resume=saved)
+        printed = capsys.readouterr().out
+        assert f"resuming after {begins.split(' from')[0]} from" in printed
+        assert [r["step"] for r in metrics(folder / "queued")] == list(range(4, ends + 1))
+    # to go back is no accident: the run's own later checkpoint is named
+    refused(folder, "own checkpoints, up to step-00000007; leave --resume out", "queued",
+            resume=whole / "checkpoints" / "step-00000002")
+    assert run_here(arguments(folder, "queued", resume=saved)) == 0
+    assert same_weights(folder / "queued", whole)
+    refused(folder, "holds a finished run", "queued", resume=saved)
+
+
+# ---------------------------------------------------------------- launches
+
+
+def test_another_launch_with_the_same_names_is_no_restart(folder, monkeypatch, capsys):
+    """torchrun as process 1 of a container, --rdzv-id RUN: host, parent and run id are the same again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "RUN")
+    assert run_here(arguments(folder, "launched")) == 0
+    # other flags, though all else says that torchrun has restarted the run
+    assert run_here(arguments(folder, "launched", lr=2e-2, overwrite=True)) == 0
+    printed = capsys.readouterr().out
+    assert "started again" not in printed and "finished before" not in printed
+    assert metrics(folder / "launched")[-1]["lr"] == pytest.approx(2e-2 / 7)
+    # the same flags by another launcher, whose process has the same number
+    real, before = Path.read_text, run_folder.launch()
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (
+        " ".join([*real(self, *a, **k).split()[:21], "12345"]) if self.name == "stat" else real(self, *a, **k)))
+    assert run_folder.launch() != before
+    steps = count_steps(monkeypatch)
+    assert run_here(arguments(folder, "launched", lr=2e-2, overwrite=True)) == 0
+    assert len(steps) == 8 and "started again" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- what was trained is kept
+
+
+@pytest.mark.parametrize("failure", ["evaluation", "export", "notes"])
+def test_what_fails_after_the_last_step_loses_no_training(folder, whole, failure, monkeypatch, capsys):
+    """With --save-every 0 too. A second start only finishes."""
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    argv = arguments(folder, f"end-{failure}", eval_data=folder / "train.jsonl")
+    with monkeypatch.context() as patch:
+        if failure == "evaluation":     # the second one; the first is before the first step
+            original, calls = train.example_sums, []
+            patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
+                fail() if len(calls) == 2 else original(*a)))
+        else:
+            patch.setattr(*{"export": (checkpoint, "export"), "notes": (train, "finish_run")}[failure], fail)
+        with pytest.raises(OSError):
+            run_here(argv)
+    assert [r["step"] for r in metrics(folder / f"end-{failure}")] == list(range(1, 9))
+    steps = count_steps(monkeypatch)
+    assert run_here(argv) == 0
+    assert not steps and "resuming after step 8" in capsys.readouterr().out
+    out = folder / f"end-{failure}"
+    assert same_weights(out, whole)
+    evaluations = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in evaluations] == [0, 8] and evaluations[0]["data"] != evaluations[1]["data"]
+    assert not (out / "checkpoints").exists(), "nobody asked for this one"
+    refused(folder, "holds a finished run", f"end-{failure}", eval_data=folder / "train.jsonl")
+
+
+def test_a_signal_in_the_last_evaluation_ends_a_whole_run(folder, whole, monkeypatch):
+    original, calls = train.example_sums, []
+
+    def signalled(*args: object):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            # as the system does after a while
+            assert checkpoint.find_checkpoints(folder / "late")[-1].name == "step-00000008"
+        return original(*args)
+    monkeypatch.setattr(train, "example_sums", signalled)
+    assert run_here(arguments(folder, "late", eval_data=folder / "train.jsonl")) == 0
+    assert len(calls) == 2 and same_weights(folder / "late", whole)
+
+
+def test_an_evaluation_that_was_cut_off_is_made_again_on_resume(folder, monkeypatch):
+    argv = arguments(folder, "cut", eval_data=folder / "train.jsonl", eval_every=3, save_every=3)
+    original, calls = train.example_sums, []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
+            original(*a) if len(calls) < 2 else (_ for _ in ()).throw(OSError(5, "Input/output error", "x"))))
+        with pytest.raises(OSError):
+            run_here(argv)
+    assert run_here(argv) == 0
+    assert [json.loads(line)["step"] for line in open(folder / "cut" / "eval.jsonl")] == [0, 3, 6, 8]
+    assert [r["step"] for r in metrics(folder / "cut")] == list(range(1, 9))
+
+
+def test_too_little_room_is_said_before_training(folder, monkeypatch, capsys):
+    run_here(arguments(folder, "roomy", max_steps=1))
+    assert "GB are free" not in capsys.readouterr().out
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
+    run_here(arguments(folder, "crammed", max_steps=1))
+    assert "crammed: 0.0 GB are free" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- nothing trained yet
+
+
+def test_a_folder_in_which_nothing_was_trained_belongs_to_nobody(folder, monkeypatch, capsys):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    for place in ("example_sums", "Signals"):   # in the first evaluation, before the first step
+        with monkeypatch.context() as patch:
+            patch.setattr(train, place, interrupted)
+            left = []
+            patch.setattr(train, "leave", left.append)
+            train.run(arguments(folder, "early", eval_data=folder / "train.jsonl"))
+        assert left == [130]
+        err = capsys.readouterr().err
+        assert err.endswith("error: interrupted before training began; nothing is lost\n")
+        assert "Traceback" not in err
+    assert (folder / "early" / "identity.json").exists()
+    assert run_here(arguments(folder, "early", lr=2e-2, max_steps=1, eval_data=folder / "train.jsonl")) == 0
+    evaluations = (folder / "early" / "eval.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [0, 1]
+
+
+@pytest.mark.parametrize("left", [[".lock"], [".lock", "identity.json.part"],
+                                  [".lock", "identity.json", "run_config.json.part"]])
+def test_a_full_disk_before_the_first_step_leaves_no_folder_that_is_refused(folder, left):
+    out = folder / f"left-{len(left)}"
+    out.mkdir()
+    for name in left:
+        (out / name).write_text("{}" if name == "identity.json" else "")
+    assert run_here(arguments(folder, out, max_steps=1)) == 0
+
+
+def test_ctrl_c_before_the_first_step_is_one_line(folder):
+    """As a user sees it: the process gets the signal while it loads the model."""
+    script = folder / "ctrl_c.py"
+    script.write_text("import os, signal, sys\nimport train\n"
+                      "def load_model(*a): os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
+                      "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
+    done = subprocess.run([sys.executable, str(script), *arguments(folder, "ctrl-c")], capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+    assert done.returncode == 130
+    assert done.stderr == "error: interrupted before training began; nothing is lost\n"
+
+
+# ---------------------------------------------------------------- refused before the data is tokenised
+
+
+def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenised(folder, whole, monkeypatch):
+    make_model(folder / "headless" / "model")
+    (folder / "headless" / "model" / "model.safetensors").unlink()
+    make_model(folder / "misfit" / "model", tie=False)
+    config = folder / "misfit" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    (folder / "taken").mkdir()
+    (folder / "taken" / "thesis.txt").write_text("years of work")
+    (folder / "file").write_text("")
+    stopped(folder, "begun", 2, monkeypatch)
+    monkeypatch.setattr(train, "load_dataset", None)
+    refused(folder, "holds a finished run", "whole")
+    refused(folder, "holds no run of this trainer", "taken")
+    refused(folder, "--lr was 0.01, is 0.02", "begun", lr=2e-2)
+    refused(folder, "holds neither model.safetensors", "new", model=folder / "headless" / "model")
+    refused(folder, "missing model.layers.2", "new", model=folder / "misfit" / "model")
+    refused(folder, "file is no folder that can be written to", "file")
+    refused(folder, "file is no folder that can be written to", "file/below")
+    refused(folder, "step-99: not a whole checkpoint", "new", resume=folder / "step-99")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
+    refused(folder, "is no folder that can be written to", "new")
+
+
+# ---------------------------------------------------------------- what differs, by name
+
+
+def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
+    for name in ("a", "b", "c"):
+        make_records(folder / f"{name}.jsonl", 8, seed=ord(name))
+    data = [folder / f"{name}.jsonl" for name in "ab"]
+    dated = folder / "dated.jinja"
+    dated.write_text("{{ bos_token }}{{ strftime_now('%d') }}{% for m in messages %}{{ m.role + m.content }}"
+                     "{{ '<|eot_id|>' }}{% endfor %}")
+    base = dict(train_data=data, date="2026-01-05", template=dated, epochs=4)
+    stopped(folder, "named", 2, monkeypatch, **base)
+    refused(folder, r"--train-data \S*/c.jsonl: other contents\)", "named",
+            **{**base, "train_data": [folder / "a.jsonl", folder / "c.jsonl"]})
+    refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named", **{**base, "train_data": data[:1]})
+    refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})
+    refused(folder, "--template .*: another text[)]", "named", **{**base, "template": "llama3"})
+    refused(folder, "--max-length was 120, is 90[)]", "named", **base, max_length=90)
+    tokenizer = folder / "model" / "tokenizer.json"
+    text = tokenizer.read_text()
+    tokenizer.write_text(text + " ")
+    refused(folder, "--model .*: another tokenizer[)]", "named", **base)
+    tokenizer.write_text(text)
+    # files may have moved, and the date is that of the start
+    (folder / "moved").mkdir()
+    moved = [shutil.copy(file, folder / "moved") for file in data]
+    del base["date"]
+    assert run_here(arguments(folder, "named", **{**base, "train_data": moved})) == 0
+
+
+def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkeypatch, capsys):
+    constant = dict(schedule="constant", warmup_ratio=0.1, save_every=4)
+    run_here(arguments(folder, "long", **constant, epochs=3))       # 12 steps, 2 of warm-up
+    run_here(arguments(folder, "extended", **constant, epochs=2))   # 8 steps, 1 of warm-up
+    refused(folder, "holds a finished run", "extended", **constant, epochs=2)
+    before = state_of(folder / "extended")
+    with pytest.raises(ValueError, match="with --epochs 3 --max-steps 0 --warmup-ratio 0.1, not --epochs 2.*"
+                                         "8 steps that are trained would have had other learning rates.*"
+                                         "--model .*extended/final --output-dir ANOTHER"):
+        run_here(arguments(folder, "extended", **constant, epochs=3))
+    assert {k: v for k, v in state_of(folder / "extended").items() if ".lock" not in k} == {
+        k: v for k, v in before.items() if ".lock" not in k}
+    flat = {**constant, "warmup_ratio": 0.01}
+    run_here(arguments(folder, "flat-long", **flat, epochs=3))
+    run_here(arguments(folder, "flat", **flat, epochs=2))
+    stopped(folder, "flat", 2, monkeypatch, **flat, epochs=3)       # 8 of 12 steps, then 10
+    assert (folder / "flat" / "final").is_dir(), "the shorter run's result stays until there is a new one"
+    capsys.readouterr()
+    assert run_here(arguments(folder, "flat", **flat, epochs=3)) == 0
+    assert "resuming after step 10" in capsys.readouterr().out
+    assert same_weights(folder / "flat", folder / "flat-long")
+    assert [(r["step"], r["lr"]) for r in metrics(folder / "flat")] == [
+        (r["step"], r["lr"]) for r in metrics(folder / "flat-long")]
+    assert run_here(arguments(folder, "flat", **flat, max_steps=13)) == 0   # by steps as well
+    with pytest.raises(ValueError, match="12 steps that are|13 steps that are"):
+        run_here(arguments(folder, "flat", **flat, epochs=2))               # shorter than it is
+    # a stopped run too; and a linear one is refused, whatever the warm-up
+    stopped(folder, "linear", 3, monkeypatch)
+    with pytest.raises(ValueError, match="3 steps that are trained would have had other learning rates"):
+        run_here(arguments(folder, "linear", epochs=4))
+    # without its last checkpoint there is nothing to resume
+    run_here(arguments(folder, "bare", **{**flat, "save_every": 0}))
+    with pytest.raises(ValueError, match="last checkpoint was not kept .*--model .*bare/final"):
+        run_here(arguments(folder, "bare", **{**flat, "save_every": 0}, epochs=3))
+
+
+# ---------------------------------------------------------------- held-out files, the quick start
+
+
+def test_held_out_files_of_like_names_each_keep_their_result(folder):
+    (folder / "d").mkdir()
+    files = [make_records(folder / name, 3 + i, seed=i) for i, name in enumerate(
+        ("x.jsonl", "d/x.jsonl", "x-0.jsonl"))]
+    run_here(arguments(folder, "like-names", eval_data=files, max_steps=1))
+    data = json.loads((folder / "like-names" / "eval.jsonl").read_text().splitlines()[-1])["data"]
+    assert list(data) == [str(files[0]), str(files[1]), "x-0"]
+    counts = [sum(kind["tokens"] for kind in kinds.values()) for kinds in data.values()]
+    assert len(set(counts)) == 3
+
+
+def test_a_file_given_twice_to_train_on_is_said(folder, capsys):
+    run_here(arguments(folder, "twice", train_data=[folder / "train.jsonl"] * 2, max_steps=1))
+    assert "--train-data names 1 file(s) more than once" in capsys.readouterr().out
+
+
+def test_an_interrupted_quick_start_is_resumed_and_a_finished_one_is_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--eval-generate", "0", "--max-steps", "4", "--cache-dir", str(tmp_path / "cache")]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run_here(argv) == 128 + signal.SIGTERM
+    steps = count_steps(monkeypatch)
+    assert run_here(argv) == 0
+    assert len(steps) == 2 and "deleting" not in capsys.readouterr().out
+    assert run_here(argv) == 0
+    assert len(steps) == 6
+    assert "runs/quickstart-im: deleting the run that is there" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the same examples under every loss
+
+
+def test_it_and_im_train_on_the_same_examples_unless_asked_otherwise(folder, capsys):
+    """Answers that --max-length cuts off: both losses leave these examples out, and say so."""
+    records = [{"prompt": "red plum " * (40 if i % 3 else 1), "completion": "blue"} for i in range(18)]
+    (folder / "long.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+    def tokens(out: str, **more: object) -> tuple[list[int], str]:
+        run_here(arguments(folder, out, train_data=folder / "long.jsonl", max_length=40, **more))
+        return [r["tokens"] for r in metrics(folder / out)], capsys.readouterr().out
+
+    it, printed = tokens("cut-it", loss="it")
+    im, _ = tokens("cut-im", loss="im")
+    assert it == im and len(it) == 2
+    assert "12 of these have no completion" in printed and "--no-require-completion" in printed
+    more, printed = tokens("cut-more", loss="im", no_require_completion=True)
+    assert len(more) == 6 and sum(more) > sum(im)
+    assert "warning: 12 examples have no completion" in printed
+    fewer, _ = tokens("cut-fewer", loss="it", no_require_completion=True)
+    assert fewer == it
+    with pytest.raises(ValueError, match="no completion is left of any .--max-length 10 cut off 18.*"
+                                         "--no-require-completion"):
+        run_here(arguments(folder, "cut-all", train_data=folder / "long.jsonl", max_length=10))
+
+
+def test_a_length_beyond_the_models_positions_is_said(folder, capsys):
+    run_here(arguments(folder, "beyond", max_length=300, max_steps=1))
+    assert ("--max-length 300 is more than the model's max_position_embeddings, 256;\n  0 examples"
+            in capsys.readouterr().out)
