@@ -346,6 +346,7 @@ def main(argv: list[str]) -> int:
                             or date.today().isoformat())
     template = load_template(config.template, tokenizer, config.date)
     config.date = template.date
+    say(*([f"warning: {template.warning}"] if template.warning else []))
 
     def load(files: list[str]) -> Dataset:
         return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
