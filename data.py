@@ -1041,6 +1041,8 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be larger")
         tokenizer = Tokenizer(resolve_model(args.model))
         template = load_template(args.template, tokenizer, args.date)
+        if template.warning:
+            print(f"warning: {template.warning}", file=sys.stderr)
         dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, args.overlong,
                                args.cache_dir, progress=sys.stderr.isatty())
         stats = statistics(dataset, args.batch_size, args.micro_batch_tokens)

@@ -15,7 +15,7 @@ import data
 from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Tokenizer, collate, load_dataset,
                   load_template, plan, read_records)
 from loss import coefficients, span_weights
-from tiny import ROOT, make_model, make_records
+from tiny import ROOT, flags, make_model, make_records
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
@@ -381,6 +381,15 @@ def test_data_py_shows_statistics_and_marked_examples(folder):
     dataset = load(folder, max_length=60)
     assert stats["records"] == 20 and stats["truncated"] == dataset.report["truncated"] > 0
     assert stats["spans"]["completion"]["tokens"] == int(dataset.counts[:, COMPLETION].sum())
+
+
+def test_data_py_tells_the_templates_warning(folder, monkeypatch, capsys):
+    for template, warns in ((ROOT / "tests" / "templates" / "distill.jinja", True), ("llama3", False)):
+        monkeypatch.setattr(sys, "argv", ["data.py", *flags(
+            model=folder / "model", train_data=folder / "train.jsonl", template=template,
+            cache_dir=folder / "cache")])
+        data.main()
+        assert ("warning: template" in capsys.readouterr().err) == warns
 
 
 def test_data_py_errors_are_one_line(folder):

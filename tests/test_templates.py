@@ -806,6 +806,17 @@ def test_each_answer_begins_where_its_own_prompt_ends(world):
         ("hm</think>Red.</s>", COMPLETION)]
 
 
+def test_a_special_token_of_the_prompt_is_no_content_that_spells_it(world):
+    """Served, the prompt ends with a special token; trained, there is text that only looks like it."""
+    template = world.inline(LOOP + "{{ m.role ~ ': ' ~ m.content }}" + END
+                            + "{{ 'assistant: <|system|>' if add_generation_prompt }}", "phi3")
+    pieces = render(conversation("ua", ["q", "<|system|>x"]), template)
+    assert merged([(piece.text, piece.kind) for piece in pieces]) == [
+        ("user: ", TEMPLATE), ("q", INSTRUCTION), ("assistant: ", TEMPLATE),
+        ("<|system|>x<|endoftext|>", COMPLETION)]
+    assert [piece.text for piece in pieces if piece.special] == ["<|endoftext|>"]
+
+
 def test_an_answer_without_what_the_template_writes_in_front_is_a_content(world):
     """A model that was trained so writes it, and in the next turn's prompt it must not stand twice."""
     for template, tokenizer, answer in (("qwen3.jinja", "qwen", "<think>\n\n</think>\n\nRed."),
