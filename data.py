@@ -45,6 +45,25 @@ ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INS
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
+# Switches of other trainers and servers with the value that changes nothing here. On a message the first
+# seven say whether it is trained.
+NEUTRAL = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0,
+           "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0}
+TRAINS = tuple(NEUTRAL)[:7]
+# Other fields that change what is trained or served elsewhere: {name, as a pattern: why it is refused}.
+REFUSED = {
+    r"(reasoning|thinking|thoughts?)(_\w+)?|tool_calls?|function_calls?":
+        "which this trainer does not render: write what the model should say into 'content'",
+    r"(\w+_)?tools|tool_choice|functions|documents|history|(image|audio|video)s?(_urls?|_paths?)?"
+    r"|(chat_)?template_kwargs|chat_template|(enable|disable)_thinking"
+    r"|prefix|prefill|add_generation_prompt|continue_final_message":
+        "which would not be trained as it is served: write it into the messages as text, or remove it",
+    r"(train|training|trainable|loss|masks?|masked)(_\w+)?|(\w+_)?loss_(mask|scale|weight)s?"
+    r"|((sample|example|token|turn)_)?weights?|labels?|(chosen|rejected)(_\w+)?":
+        "which would change here what is trained: mark messages that are not to be trained with "
+        "\"weight\": 0, leave out records that are not, and remove the field",
+}
+
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
 
 # ---------------------------------------------------------------- records -> messages
@@ -53,13 +72,16 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune
 def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
     """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file; line counts from 1
     (in a .json list: the record's number). messages is [{"role", "content"}, ...],
-    with "weight": 0 where the record has it.
+    with "weight": 0 where it is not to be trained, and with what else the record's message holds: the
+    template may read it.
 
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
         {"prompt": "Hi", "completion": "Hello"}
         {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 
+    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Fields
+    that would change what is trained or served in another way (REFUSED) are refused; null means absent.
     A bad record is a ValueError with file, line and what is wrong with it.
     """
     path = Path(path)
@@ -90,17 +112,16 @@ def to_messages(record: dict) -> list[dict]:
     """One record in any of the four layouts -> its messages; ValueError says what is wrong."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    for field in ("tools", "history"):
-        if record.get(field):
-            raise ValueError(f"{field!r} would not be trained as it is served: "
-                             "write it into the messages instead")
+    record = _present(record)
+    _refuse(record, "the record")
     if "messages" in record:
         messages = record["messages"]
     elif "conversations" in record:
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-        messages = [{**turn, "role": SHAREGPT_ROLES.get(turn.get("from"), turn.get("from")),
+        messages = [{**{field: value for field, value in turn.items() if field not in ("from", "value")},
+                     "role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")),
                      "content": turn.get("value")} for turn in turns]
     elif "prompt" in record and "completion" in record:
         messages = [{"role": "user", "content": record["prompt"]},
@@ -117,31 +138,54 @@ def to_messages(record: dict) -> list[dict]:
                          f"its fields are {', '.join(map(repr, record)) or 'none'}")
     if not isinstance(messages, list) or not messages:
         raise ValueError("holds no messages")
-    if record.get("system") and not any(isinstance(m, dict) and m.get("role") == "system" for m in messages):
-        messages = [{"role": "system", "content": record["system"]}, *messages]
+    for field in ("system", "system_prompt"):
+        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+        if record.get(field) and not given:
+            messages = [{"role": "system", "content": record[field]}, *messages]
+        elif record.get(field, "") not in ("", *given):
+            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
     return [_message(message, number) for number, message in enumerate(messages, 1)]
+
+
+def _present(fields: dict) -> dict:
+    """Without JSON's nulls, which mean absent."""
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def _refuse(fields: dict, owner: str) -> None:
+    """ValueError for a field that would change what is trained or served, unless it is empty or NEUTRAL."""
+    for field, value in fields.items():
+        if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
+            continue
+        for pattern, reason in REFUSED.items():
+            if re.fullmatch(pattern, field):
+                raise ValueError(f"{owner} has {field!r}, {reason}")
 
 
 def _message(message: dict, number: int) -> dict:
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object with 'role' and 'content'")
-    role, content, weight = message.get("role"), message.get("content"), message.get("weight", 1)
-    if role not in ROLES:
+    rest = _present(message)
+    role, content = rest.pop("role", None), rest.pop("content", None)
+    if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    for field in ("tool_calls", "function_call", "reasoning_content", "thinking"):
-        if message.get(field):
-            raise ValueError(f"message {number} has {field!r}, which this trainer does not render: "
-                             "write what the model should say into 'content'")
+    switches = {field: rest.pop(field) for field in TRAINS if field in rest}
+    for field, value in switches.items():
+        if value not in (0, 1):
+            raise ValueError(f"message {number} has the {field} {value!r}; it must be 0 or 1, false or true")
+    weights = {int(value == NEUTRAL[field]) for field, value in switches.items()}
+    if len(weights) > 1:
+        raise ValueError(f"message {number} is to be trained and not to be trained: "
+                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
+    _refuse(rest, f"message {number}")
     if not isinstance(content, str):
         raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
-    if weight not in (0, 1):
-        raise ValueError(f"message {number} has the weight {weight!r}; it must be 0 or 1")
     try:
-        content.encode()
+        (content + json.dumps(rest, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
                          "which is not text") from None
-    return {"role": role, "content": content, **({"weight": 0} if weight == 0 else {})}
+    return {"role": role, "content": content, **rest, **({"weight": 0} if weights == {0} else {})}
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -205,10 +249,16 @@ class Template:
     special: tuple[str, ...]    # every special token's text
     date: str                   # YYYY-MM-DD, what strftime_now prints
     end_of_turn: str = ""       # the special token that ends an assistant's message
+    lead: str = ""              # what the model writes in front of a content: Qwen3's empty think block
+    warning: str = ""           # says so if the generation prompt is not what answers are trained behind
 
     @property
     def uses_date(self) -> bool:
         return "strftime_now" in self.source
+
+    def content(self, answer: str) -> str:
+        """A generated answer as a message's content: without the text that this template puts before one."""
+        return answer.removeprefix(self.lead)
 
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Render as transformers' apply_chat_template does.
@@ -281,14 +331,44 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     except ValueError:
         raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
-    probe = render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], template)
-    ends = [piece.text for piece in probe if piece.special and piece.kind == COMPLETION]
-    if not ends:
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    probe = render(conversation, template)
+    answer = [piece for piece in probe if piece.kind == COMPLETION]
+    if not answer[-1].special:
         raise ValueError(
             f"--template {name} writes no special token of this tokenizer after an assistant's message, "
             "so the model could not learn to stop; end it with {{ eos_token }} or use a template that fits "
             f"{tokenizer.folder}")
-    return replace(template, end_of_turn=ends[0])
+    content = next(i for i, piece in enumerate(answer) if piece.text == "b")
+    lead = "".join(piece.text for piece in answer[:content] if not piece.special)
+    return replace(template, end_of_turn=answer[-1].text, lead=lead,
+                   warning=_compare_prompts(conversation, probe, template))
+
+
+def _compare_prompts(conversation: list[dict], pieces: list[Piece], template: Template) -> str:
+    """A warning where the generation prompt for the conversation's last message is not what its text is
+    trained behind; else ""."""
+    prompt = _generation_prompt(conversation[:-1], template)
+    if prompt is None:
+        return f"template {template.name} renders no generation prompt: answers are trained behind none"
+    kinds = [piece.kind for piece in pieces]
+    trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION)])
+    if "".join(piece.text for piece in pieces).startswith(prompt):
+        return ""
+    # Up to the question's end they are usually the same, and that says nothing.
+    asked = "".join(piece.text for piece in pieces[:kinds.index(INSTRUCTION) + 1])
+    start = len(asked) if prompt.startswith(asked) else 0
+    return (f"template {template.name}: the generation prompt is {prompt[start:]!r}, but the trained text "
+            f"has {trained[start:]!r} in its place, so answers are trained behind other text than they are "
+            "generated behind; to make both the same, edit a copy and give it as --template FILE.jinja")
+
+
+def _generation_prompt(messages: list[dict], template: Template) -> str | None:
+    """What serving puts in front of the answer to messages; None if the template refuses them."""
+    try:
+        return template(messages, add_generation_prompt=True)
+    except ValueError:
+        return None
 
 
 def render(messages: list[dict], template: Template, add_generation_prompt: bool = False) -> list[Piece]:
@@ -299,36 +379,62 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
         [("<|user|>\\n", TEMPLATE), ("2+2?", INSTRUCTION), ("\\n<|assistant|>\\n", TEMPLATE),
          ("4", COMPLETION), ("</s>", COMPLETION, special)]
 
-    After an assistant's content all that the model must write to end its turn, up to and with the first
-    special token, is COMPLETION. ValueError if the template refuses the messages, or if its text cannot be
-    taken apart into them (it drops, repeats or rewrites a message): better no example than a wrong mask.
+        the last of Qwen3, whose generation prompt ends with "<|im_start|>assistant\\n":
+        [("<think>\\n\\n</think>\\n\\n", COMPLETION), ("4", COMPLETION), ("<|im_end|>", COMPLETION, special)]
+
+    COMPLETION is all that the model must write itself: from the end of the generation prompt, the messages
+    before rendered with add_generation_prompt, to the first special token after the content. Where the text
+    does not begin with that prompt, it begins at the content. Messages' other fields go to the template.
+
+    ValueError if the template refuses the messages, or if its text cannot be taken apart into them (it drops,
+    repeats or rewrites a message): better no example than a wrong mask.
     """
-    shown = [{"role": m["role"], "content": m["content"]} for m in messages]
+    shown = [{field: value for field, value in m.items() if field != "weight"} for m in messages]
+    special = _special_pattern(template.special)
+    others = [{field: m[field] for field in m if field not in ("role", "content")} for m in shown]
+    if any(others) and (token := special.search(str(others))):
+        # Matters only if the template reads them.
+        if template(shown) != template([{"role": m["role"], "content": m["content"]} for m in shown]):
+            raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
+                             f"special token {token[0]!r}, which would not stay text there: remove it")
     parts = _take_apart(shown, template, add_generation_prompt)
+    text = "".join(part or "" for part in parts)
     pieces: list[Piece] = []
-    previous = None  # the message before this literal
-    for i, (literal, message) in enumerate(zip(parts[::2], [*messages, None])):
-        ends_turn = previous is not None and previous["role"] == "assistant"
-        own = CONTEXT if ends_turn and previous.get("weight") == 0 else COMPLETION
-        pieces += _split_special(literal, own if ends_turn else TEMPLATE, template.special)
-        if message is not None and parts[2 * i + 1] is not None:
-            kind = CONTEXT if message.get("weight") == 0 else ROLES[message["role"]]
-            pieces.append(Piece(parts[2 * i + 1], kind))
-            previous = message
+
+    def add(text: str, kind: int) -> None:
+        pieces.extend(Piece(token, kind, special=i % 2 == 1) for i, token in enumerate(special.split(text)))
+
+    position, turn = 0, None  # where in the text this literal begins; kind of the answer that it ends
+    for i, literal in enumerate(parts[::2]):
+        content = parts[2 * i + 1] if i < len(messages) else None
+        end = special.search(literal) if turn is not None else None
+        end = end.end() if end else 0
+        start, kind = len(literal), TEMPLATE
+        if content is not None:
+            answers = messages[i]["role"] == "assistant"
+            kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[messages[i]["role"]]
+            prompt = _generation_prompt(shown[:i], template) if answers else None
+            if prompt is not None and text.startswith(prompt):
+                # It may end in the content ("<think>"), but not with a special token: content makes none.
+                reach = len(prompt) - position
+                tokens = [token.end() - position for token in special.finditer(prompt)]
+                if end <= reach <= len(literal) + len(content) and max(tokens, default=0) <= len(literal):
+                    start = reach
+        add(literal[:end], TEMPLATE if turn is None else turn)
+        add(literal[end:start], TEMPLATE)
+        add(literal[start:], kind)
+        if content is not None:
+            begins = max(0, start - len(literal))
+            pieces += [Piece(content[:begins], TEMPLATE), Piece(content[begins:], kind)]
+            turn = kind if answers else None
+        position += len(literal) + len(content or "")
     return [piece for piece in pieces if piece.text]
 
 
-def _split_special(literal: str, kind: int, special: tuple[str, ...]) -> list[Piece]:
-    """Template text -> pieces, special tokens apart; up to and with the first one they are of `kind`."""
-    tokens = _special_pattern(special).split(literal) if special else [literal]
-    if len(tokens) == 1:
-        kind = TEMPLATE
-    return [Piece(token, kind if i < 2 else TEMPLATE, special=i % 2 == 1) for i, token in enumerate(tokens)]
-
-
 def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
+    """Matches the special tokens' texts; nothing if there are none."""
     return re.compile(  # re caches
-        "(" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
+        "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
 
 
 def _take_apart(messages: list[dict], template: Template, add_generation_prompt: bool) -> list[str | None]:
@@ -337,7 +443,7 @@ def _take_apart(messages: list[dict], template: Template, add_generation_prompt:
     text = template(messages, add_generation_prompt)
     contents = [m["content"] for m in messages]
     mark = "\ue000"
-    while mark in "".join(contents) + template.source:
+    while mark in "".join(contents) + text + template.source:
         mark += "\ue000"
     error = ""
 
@@ -496,9 +602,9 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
 
         "...[/INST] Yes"  ->  "[/INST]" TEMPLATE, " Yes" COMPLETION
 
-    One that touches TEMPLATE is TEMPLATE, except where the template gave only the whitespace before a
-    completion (" Yes" above): at inference the model writes that token, so it must be trained.
-    Otherwise the earlier kind holds.
+    TEMPLATE characters that are only whitespace never take a token away from the content that it touches
+    (" Yes" above): whoever writes the content writes that token. Otherwise a token that touches TEMPLATE is
+    TEMPLATE. Of two contents in one token the earlier kind holds.
     """
     layout: list[list] = []  # per example: (id, kind) of a special token, or (run, kinds of its characters)
     for pieces in examples:
@@ -543,11 +649,11 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
 
 def _token_kind(text: str, kinds: list[int], start: int, end: int) -> int:
     covered = kinds[start:end]
-    if TEMPLATE not in covered or covered.count(TEMPLATE) == len(covered):
+    if TEMPLATE not in covered:
         return covered[0]
-    own = covered.index(COMPLETION) if COMPLETION in covered else 0
-    leading_space = own > 0 and text[start:start + own].isspace() and TEMPLATE not in covered[own:]
-    return COMPLETION if leading_space else TEMPLATE
+    held = [kind for character, kind in zip(text[start:end], covered)
+            if kind != TEMPLATE or not character.isspace()]
+    return TEMPLATE if TEMPLATE in held or not held else held[0]
 
 
 # ---------------------------------------------------------------- tokens -> cache on disk
@@ -945,6 +1051,8 @@ def main() -> None:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be larger")
         tokenizer = Tokenizer(resolve_model(args.model))
         template = load_template(args.template, tokenizer, args.date)
+        if template.warning:
+            print(f"warning: {template.warning}", file=sys.stderr)
         dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, args.overlong,
                                args.cache_dir, progress=sys.stderr.isatty())
         stats = statistics(dataset, args.batch_size, args.micro_batch_tokens)

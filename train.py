@@ -351,6 +351,8 @@ def main(argv: list[str]) -> int:
                             or date.today().isoformat())
     template = load_template(config.template, tokenizer, config.date)
     config.date = template.date
+    if template.warning:
+        say(f"warning: {template.warning}")
     parts = cache_parts(config.train_data, tokenizer, template, config.max_length, config.overlong)
     identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
     identity |= {"model": checkpoint.model_fingerprint(folder), "train_data": parts["data"],

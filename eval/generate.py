@@ -51,7 +51,7 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
     stop = {tokenizer.special[template.end_of_turn]}
     outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
     for answer, ids in zip(answers, outputs):
-        answer["output"] = tokenizer.decode(ids).strip()
+        answer["output"] = template.content(tokenizer.decode(ids)).strip()
         answer["correct"] = answer["output"] == answer["expected"]
     return answers
 
@@ -96,7 +96,7 @@ def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) 
             raise
     show(None)
     print(flush=True)
-    return "".join(parts)
+    return loaded.template.content("".join(parts))
 
 
 def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
@@ -162,7 +162,8 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
         (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
         answers.add({"index": index, **({"sample": sample} if args.samples > 1 else {}),
                      "prompt": question[-1]["content"], "expected": expected,
-                     "output": loaded.tokenizer.decode(ids), "tokens": len(ids), "finished": finished})
+                     "output": template.content(loaded.tokenizer.decode(ids)), "tokens": len(ids),
+                     "finished": finished})
     new = answers.merge()
     seconds = time.monotonic() - started
     if is_main() and not args.output:

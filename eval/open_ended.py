@@ -102,7 +102,8 @@ def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], asked: dict[tuple[i
         made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
                                      Sampling(temperature, seed=args.seed), some)
         for i, ids, finished in made:
-            yield {"question": some[i][0], "turn": some[i][1], "output": loaded.tokenizer.decode(ids).strip(),
+            yield {"question": some[i][0], "turn": some[i][1],
+                   "output": loaded.template.content(loaded.tokenizer.decode(ids)).strip(),
                    "tokens": len(ids), "finished": finished, "time": time.time()}
 
 

@@ -3,6 +3,7 @@ program on a tiny checkpoint folder."""
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import transformers
 
 import eval.engine as engine
 import eval.generate as module
-from data import Tokenizer
+import tokenizers_for_tests as cast
+from data import Tokenizer, load_template
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
@@ -393,3 +395,37 @@ def test_prompt_prints_the_answer(folder, capsys):
     module.main(arguments(folder, data=record, max_new_tokens=9, output=folder / "single_out.jsonl"))
     answer = lines(folder / "single_out.jsonl")[0]
     assert printed == answer["output"] + "\n" and answer["expected"] is None
+
+
+@pytest.mark.parametrize("answer", ["<think>\n\n</think>\n\nRed.", "Red.", "Blue."])
+def test_what_a_template_puts_in_front_of_an_answer_is_no_part_of_it(answer, tmp_path, monkeypatch):
+    """A model that was trained with an empty think block writes one; as a message the next prompt is made of,
+    or beside the record's, it is the content alone."""
+    tokenizer = Tokenizer(cast.write("qwen", tmp_path / "qwen"))
+    template = load_template(str(ROOT / "tests" / "templates" / "qwen3.jinja"), tokenizer)
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "Name a colour.", "completion": "Red."}))
+    made = tokenizer.reference.encode(answer).ids
+    monkeypatch.setattr(module, "Engine", lambda model: None)
+    monkeypatch.setattr(module, "generate", lambda *args, **more: [made])
+    row, = module.answer_records(None, tokenizer, template, [str(tmp_path / "x.jsonl")], 1)
+    assert (row["output"], row["correct"]) == (answer[-5:].strip(), "Red." in answer)
+
+    class Scripted:
+        prompts: list = []
+
+        def answers(self, prompts, stop, tokens, size, sampling, keys, show, lookup):
+            self.prompts += prompts
+            for token in made:
+                show(0, token)
+            return iter(())
+
+    loaded = SimpleNamespace(tokenizer=tokenizer, template=template, engine=Scripted(), stop_ids=set())
+    args = SimpleNamespace(max_new_tokens=9, temperature=0, top_p=1, top_k=0, seed=0, chat=True,
+                           prompt_lookup_num_tokens=0)
+    lines = iter(["Name a colour.", "And another?"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    module.chat(loaded, [], args)
+    assert len(loaded.engine.prompts) == 2
+    assert tokenizer.decode(loaded.engine.prompts[1], skip_special_tokens=False) == (
+        "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n" + answer[-5:].strip()
+        + "<|im_end|>\n<|im_start|>user\nAnd another?<|im_end|>\n<|im_start|>assistant\n")

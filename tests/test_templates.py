@@ -2,9 +2,10 @@
 
 What is expected is written by hand, as skeletons of the documented formats, and never by the code under test.
 In a skeleton ⟨1⟩ is the content of message 1 and ⟨1:</s>⟩ text that belongs to its span too, the end of its
-turn; the rest is TEMPLATE. ⟨-1-⟩ is content stripped on both sides, ⟨1-⟩ on the right, ⟨n1⟩ without newlines
-in front, ⟨j1⟩ as JSON. «eos» and «BOS» are the tokenizer's tokens, «bos» is BOS if the tokenizer adds one
-itself, and ⎵ is a space unless there is whitespace beside it.
+turn or what stands between the generation prompt and the content; the rest is TEMPLATE. ⟨-1-⟩ is content
+stripped on both sides, ⟨1-⟩ on the right, ⟨n1⟩ without newlines in front, ⟨j1⟩ as JSON. «eos» and «BOS» are
+the tokenizer's tokens, «bos» is BOS if the tokenizer adds one itself, and ⎵ is a space that belongs to what
+follows, unless there is whitespace beside it.
 """
 import json
 import random
@@ -13,13 +14,15 @@ import time
 import unicodedata
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers_for_tests as cast
 import transformers
 
-from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, Tokenizer,
-                  load_template, render, tokenize)
+from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, Piece, Tokenizer,
+                  load_template, render, tokenize, tokenize_batch)
+from tiny import arguments, run_here, setup
 
 FIXTURES = Path(__file__).parent / "templates"
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
@@ -59,11 +62,11 @@ EXPECTED = {
         "uata": "«bos»<|im_start|>user\n⟨0⟩<|im_end|>\n<|im_start|>assistant\n⟨1⟩⟨1:<|im_end|>⟩\n"
                 "<|im_start|>tool\n⟨2⟩<|im_end|>\n<|im_start|>assistant\n⟨3⟩⟨3:<|im_end|>⟩\n"}),
     "llama2": ("«eos»", {
-        "ua": "«bos»[INST] ⟨-0-⟩ [/INST] ⟨-1-⟩⟨1: «eos»⟩",
-        "uaua": "«bos»[INST] ⟨-0-⟩ [/INST] ⟨-1-⟩⟨1: «eos»⟩"
-                "«bos»[INST] ⟨-2-⟩ [/INST] ⟨-3-⟩⟨3: «eos»⟩",
-        "suaua": "«bos»[INST] <<SYS>>\n⟨-0-⟩\n<</SYS>>\n\n⟨-1-⟩ [/INST] ⟨-2-⟩⟨2: «eos»⟩"
-                 "«bos»[INST] ⟨-3-⟩ [/INST] ⟨-4-⟩⟨4: «eos»⟩"}),
+        "ua": "«bos»[INST] ⟨-0-⟩ [/INST]⟨1: ⟩⟨-1-⟩⟨1: «eos»⟩",
+        "uaua": "«bos»[INST] ⟨-0-⟩ [/INST]⟨1: ⟩⟨-1-⟩⟨1: «eos»⟩"
+                "«bos»[INST] ⟨-2-⟩ [/INST]⟨3: ⟩⟨-3-⟩⟨3: «eos»⟩",
+        "suaua": "«bos»[INST] <<SYS>>\n⟨-0-⟩\n<</SYS>>\n\n⟨-1-⟩ [/INST]⟨2: ⟩⟨-2-⟩⟨2: «eos»⟩"
+                 "«bos»[INST] ⟨-3-⟩ [/INST]⟨4: ⟩⟨-4-⟩⟨4: «eos»⟩"}),
     "llama3": ("<|eot_id|>", {
         "ua": f"«bos»{header('user')}⟨-0-⟩<|eot_id|>{header('assistant')}⟨-1-⟩⟨1:<|eot_id|>⟩",
         "uaua": f"«bos»{header('user')}⟨-0-⟩<|eot_id|>{header('assistant')}⟨-1-⟩⟨1:<|eot_id|>⟩"
@@ -81,11 +84,11 @@ EXPECTED = {
         "ua": "«bos»⟨0⟩⎵⟨1⟩⟨1:«eos»⟩",
         "uaua": "«bos»⟨0⟩⎵⟨1⟩⟨1:«eos»⟩⟨2⟩⎵⟨3⟩⟨3:«eos»⟩"}),
     "llama2.jinja": ("«eos»", {
-        "ua": "«BOS»[INST] ⟨-0-⟩ [/INST] ⟨-1-⟩⟨1: «eos»⟩",
-        "uaua": "«BOS»[INST] ⟨-0-⟩ [/INST] ⟨-1-⟩⟨1: «eos»⟩"
-                "«BOS»[INST] ⟨-2-⟩ [/INST] ⟨-3-⟩⟨3: «eos»⟩",
-        "suaua": "«BOS»[INST] <<SYS>>\n⟨0⟩\n<</SYS>>\n\n⟨1-⟩ [/INST] ⟨-2-⟩⟨2: «eos»⟩"
-                 "«BOS»[INST] ⟨-3-⟩ [/INST] ⟨-4-⟩⟨4: «eos»⟩"}),
+        "ua": "«BOS»[INST] ⟨-0-⟩ [/INST]⟨1: ⟩⟨-1-⟩⟨1: «eos»⟩",
+        "uaua": "«BOS»[INST] ⟨-0-⟩ [/INST]⟨1: ⟩⟨-1-⟩⟨1: «eos»⟩"
+                "«BOS»[INST] ⟨-2-⟩ [/INST]⟨3: ⟩⟨-3-⟩⟨3: «eos»⟩",
+        "suaua": "«BOS»[INST] <<SYS>>\n⟨0⟩\n<</SYS>>\n\n⟨1-⟩ [/INST]⟨2: ⟩⟨-2-⟩⟨2: «eos»⟩"
+                 "«BOS»[INST] ⟨-3-⟩ [/INST]⟨4: ⟩⟨-4-⟩⟨4: «eos»⟩"}),
     "llama31.jinja": ("<|eot_id|>", {
         "ua": f"«BOS»{DATES}<|eot_id|>"
               f"{header('user')}⟨-0-⟩<|eot_id|>{header('assistant')}⟨-1-⟩⟨1:<|eot_id|>⟩",
@@ -103,18 +106,18 @@ EXPECTED = {
                  "<|im_start|>assistant\n⟨4⟩⟨4:<|im_end|>⟩\n"}),
     "qwen3.jinja": ("<|im_end|>", {
         "ua": "<|im_start|>user\n⟨0⟩<|im_end|>\n"
-              "<|im_start|>assistant\n<think>\n\n</think>\n\n⟨n1⟩⟨1:<|im_end|>⟩\n",
+              "<|im_start|>assistant\n⟨1:<think>\n\n</think>\n\n⟩⟨n1⟩⟨1:<|im_end|>⟩\n",
         "suaua": "<|im_start|>system\n⟨0⟩<|im_end|>\n<|im_start|>user\n⟨1⟩<|im_end|>\n"
                  "<|im_start|>assistant\n⟨2⟩⟨2:<|im_end|>⟩\n<|im_start|>user\n⟨3⟩<|im_end|>\n"
-                 "<|im_start|>assistant\n<think>\n\n</think>\n\n⟨n4⟩⟨4:<|im_end|>⟩\n",
+                 "<|im_start|>assistant\n⟨4:<think>\n\n</think>\n\n⟩⟨n4⟩⟨4:<|im_end|>⟩\n",
         "uatta": "<|im_start|>user\n⟨0⟩<|im_end|>\n<|im_start|>assistant\n⟨1⟩⟨1:<|im_end|>⟩\n"
                  "<|im_start|>user\n<tool_response>\n⟨2⟩\n</tool_response>"
                  "\n<tool_response>\n⟨3⟩\n</tool_response><|im_end|>\n"
-                 "<|im_start|>assistant\n<think>\n\n</think>\n\n⟨n4⟩⟨4:<|im_end|>⟩\n"}),
+                 "<|im_start|>assistant\n⟨4:<think>\n\n</think>\n\n⟩⟨n4⟩⟨4:<|im_end|>⟩\n"}),
     "mistral.jinja": ("«eos»", {
-        "ua": "«BOS»[INST] ⟨0⟩[/INST] ⟨1⟩⟨1:«eos»⟩",
-        "uaua": "«BOS»[INST] ⟨0⟩[/INST] ⟨1⟩⟨1:«eos»⟩[INST] ⟨2⟩[/INST] ⟨3⟩⟨3:«eos»⟩",
-        "suaua": "«BOS»[INST] ⟨0⟩\n\n⟨1⟩[/INST] ⟨2⟩⟨2:«eos»⟩[INST] ⟨3⟩[/INST] ⟨4⟩⟨4:«eos»⟩"}),
+        "ua": "«BOS»[INST] ⟨0⟩[/INST]⟨1: ⟩⟨1⟩⟨1:«eos»⟩",
+        "uaua": "«BOS»[INST] ⟨0⟩[/INST]⟨1: ⟩⟨1⟩⟨1:«eos»⟩[INST] ⟨2⟩[/INST]⟨3: ⟩⟨3⟩⟨3:«eos»⟩",
+        "suaua": "«BOS»[INST] ⟨0⟩\n\n⟨1⟩[/INST]⟨2: ⟩⟨2⟩⟨2:«eos»⟩[INST] ⟨3⟩[/INST]⟨4: ⟩⟨4⟩⟨4:«eos»⟩"}),
     "zephyr.jinja": ("«eos»", {
         "ua": "<|user|>\n⟨0⟩«eos»\n<|assistant|>\n⟨1⟩⟨1:«eos»⟩\n",
         "suaua": "<|system|>\n⟨0⟩«eos»\n<|user|>\n⟨1⟩«eos»\n<|assistant|>\n⟨2⟩⟨2:«eos»⟩\n"
@@ -127,14 +130,21 @@ EXPECTED = {
         "ua": "<|user|>\n⟨0⟩<|end|>\n<|assistant|>\n⟨1⟩⟨1:<|end|>⟩\n«eos»",
         "suaua": "<|system|>\n⟨0⟩<|end|>\n<|user|>\n⟨1⟩<|end|>\n<|assistant|>\n⟨2⟩⟨2:<|end|>⟩\n"
                  "<|user|>\n⟨3⟩<|end|>\n<|assistant|>\n⟨4⟩⟨4:<|end|>⟩\n«eos»"}),
-    "generation.jinja": ("<|im_end|>", CHATML),
+    "generation.jinja": ("<|im_end|>", {  # no generation prompt: the model writes its header too
+        "ua": "<|im_start|>user\n⟨0⟩<|im_end|>\n⟨1:<|im_start|>assistant\n⟩⟨1⟩⟨1:<|im_end|>⟩\n",
+        "uaua": "<|im_start|>user\n⟨0⟩<|im_end|>\n⟨1:<|im_start|>assistant\n⟩⟨1⟩⟨1:<|im_end|>⟩\n"
+                "<|im_start|>user\n⟨2⟩<|im_end|>\n⟨3:<|im_start|>assistant\n⟩⟨3⟩⟨3:<|im_end|>⟩\n"}),
     "dated.jinja": ("«eos»", {
-        "ua": "Today is Monday, 05 January 2026.\nuser: ⟨0⟩\nassistant: ⟨1⟩⟨1:«eos»⟩\n"}),
+        "ua": "Today is Monday, 05 January 2026.\nuser: ⟨0⟩\n⟨1:assistant: ⟩⟨1⟩⟨1:«eos»⟩\n"}),
     "loop_controls.jinja": ("«eos»", {
-        "ua": "user> ⟨0⟩\nassistant> ⟨1⟩⟨1:«eos»⟩\n",
-        "suaua": "system> ⟨0⟩\nuser> ⟨1⟩\nassistant> ⟨2⟩⟨2:«eos»⟩\nuser> ⟨3⟩\nassistant> ⟨4⟩⟨4:«eos»⟩\n"}),
+        "ua": "user> ⟨0⟩\n⟨1:assistant> ⟩⟨1⟩⟨1:«eos»⟩\n",
+        "suaua": "system> ⟨0⟩\nuser> ⟨1⟩\n⟨2:assistant> ⟩⟨2⟩⟨2:«eos»⟩\n"
+                 "user> ⟨3⟩\n⟨4:assistant> ⟩⟨4⟩⟨4:«eos»⟩\n"}),
     "tojson.jinja": ("«eos»", {
-        "ua": '{"role": "user", "content": "⟨j0⟩"}{"role": "assistant", "content": "⟨j1⟩⟨1:"}«eos»⟩'}),
+        "ua": '{"role": "user", "content": "⟨j0⟩"}⟨1:{"role": "assistant", "content": "⟩⟨j1⟩⟨1:"}«eos»⟩'}),
+    "distill.jinja": ("«eos»", {  # the generation prompt is no prefix: from the content on
+        "ua": "«BOS»<|user|>⟨0⟩<|assistant|>⟨1⟩⟨1:«eos»⟩",
+        "suaua": "«BOS»⟨0⟩<|user|>⟨1⟩<|assistant|>⟨2⟩⟨2:«eos»⟩<|user|>⟨3⟩<|assistant|>⟨4⟩⟨4:«eos»⟩"}),
 }
 # Every template with every tokenizer that has its end-of-turn token.
 PAIRS = [(template, name) for template, (end, _) in EXPECTED.items() for name, entry in cast.CAST.items()
@@ -173,7 +183,7 @@ def expected_spans(template: str, shape: str, messages: list[dict], tokenizer: s
     for i, (text, _) in enumerate(spans):
         if text == "⎵":
             beside = spans[i - 1][0][-1:], spans[i + 1][0][:1]
-            spans[i] = ("" if {" ", "\n", "\t"} & {*beside} else " ", TEMPLATE)
+            spans[i] = ("" if {" ", "\n", "\t"} & {*beside} else " ", spans[i + 1][1])
     return merged(spans)
 
 
@@ -204,8 +214,8 @@ def token_bytes(tokenizer: str, symbol: str) -> bytes:
 def expected_kinds(tokenizer: str, ids: list[int], spans: Spans) -> tuple[list[int], int]:
     """Walk the text's bytes along the tokens: (kinds of the tokens, how many of them straddle a boundary).
 
-    A space that the tokenizer invents belongs to what it precedes. A straddling token is TEMPLATE if any of
-    it is, unless the template gave only the white space before a completion; else it has the earlier kind.
+    A space that the tokenizer invents belongs to what it precedes. A straddling token is TEMPLATE if the
+    template gave any of it but white space; else it has the kind of the first content in it.
     """
     if tokenizer == "qwen":
         spans = [(unicodedata.normalize("NFC", text), kind) for text, kind in spans]
@@ -231,11 +241,9 @@ def expected_kinds(tokenizer: str, ids: list[int], spans: Spans) -> tuple[list[i
         starts_run = False
         assert text.startswith(piece, position), f"token {symbol!r} does not stand in the text there"
         covered = kinds[position:position + len(piece)] or [kinds[position]]
-        kind = TEMPLATE if TEMPLATE in covered else covered[0]
-        if COMPLETION in covered and covered[0] == TEMPLATE:
-            own = covered.index(COMPLETION)
-            if piece[:own].isspace() and TEMPLATE not in covered[own:]:
-                kind = COMPLETION
+        templates = bytes(byte for byte, kind in zip(piece, covered) if kind == TEMPLATE)
+        contents = [kind for kind in covered if kind != TEMPLATE]
+        kind = contents[0] if contents and (not templates or templates.isspace()) else TEMPLATE
         straddling += len(set(covered)) > 1
         out.append(kind)
         position += len(piece)
@@ -426,7 +434,8 @@ def test_a_template_may_hold_private_characters(world):
                             "{% endfor %}{{ eos_token }}")
     pieces = render(conversation("ua", ["q", "\ue000\ue0010\ue002"]), template)
     assert [piece.text for piece in pieces if piece.kind == INSTRUCTION] == ["q"]
-    assert [piece.text for piece in pieces if piece.kind == COMPLETION][0] == "\ue000\ue0010\ue002"
+    assert merged([(piece.text, piece.kind) for piece in pieces])[-1] == (
+        "\ue000\ue0010\ue002\ue000\ue0011\ue002</s>", COMPLETION)
 
 
 def test_added_tokens_that_are_not_special_are_encoded_as_they_are_served(world):
@@ -473,18 +482,55 @@ def test_straddling_tokens(world):
                               world.ours[tokenizer])
         symbols = world.theirs[tokenizer].convert_ids_to_tokens(ids)
         assert symbol in symbols
-        return KINDS[kinds[symbols.index(symbol)]]
+        return KINDS[kinds[max(i for i, other in enumerate(symbols) if other == symbol)]]
 
-    # The content's full stop and the template's newlines are one token.
-    assert kind_of("alpaca", "llama3", ["Say it.", "No"], ".ĊĊ") == "template"
+    # The question's full stop and the template's newlines are one token, which whoever asks writes.
+    assert kind_of("alpaca", "llama3", ["Say it.", "No"], ".ĊĊ") == "instruction"
     # The template's space and the answer's first word are one token, which the model must write: trained.
     assert kind_of("plain", "llama3", ["Name a", "colour"], "Ġcolour") == "completion"
     # The template's text and the answer's first letter are one token: more than white space, so not trained.
     assert kind_of("alpaca", "llama2", ["Say it.", "It is."], "se:\nI") == "template"
-    # The template's space and the question's first word: nothing that the model will have to write.
-    assert kind_of("llama2", "llama3", ["colour", "x"], "Ġcolour") == "template"
+    # The template's space and the question's first word: trained with the question.
+    assert kind_of("llama2", "llama3", ["colour", "x"], "Ġcolour") == "instruction"
     # No template between: the earlier kind.
     assert kind_of("plain", "llama3", ["Name a ", "colour"], "Ġcolour") == "instruction"
+
+
+T, S, I, A, C = TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT
+
+
+@pytest.mark.parametrize("text, kinds, wanted", [
+    (" Hello", [T, I, I, I, I, I], I), (" Hello", [T, S, S, S, S, S], S), (" Hello", [T, C, C, C, C, C], C),
+    (" Hello", [T, A, A, A, A, A], A),          # the template's whitespace in front
+    (".\n\n", [I, T, T], I), (".\n\n", [A, T, T], A), ("x ", [S, T], S), ("x ", [C, T], C),  # ... behind
+    ("\n x\n", [T, T, I, T], I),                # ... on both sides
+    ("a b", [I, T, A], I), ("a b", [S, T, I], S), ("a  b", [A, T, T, C], A),  # ... and between two contents
+    (" \n", [T, I], I), ("\n\n", [A, T], A),    # content that is whitespace too
+    (" \n", [T, T], T), ("a\n", [T, T], T),      # nothing but the template's
+    (": x", [T, T, I], T), ("x.", [A, T], T), ("x \n>", [A, T, T, T], T),   # text of the template
+    ("a:b", [I, T, A], T), (" x>", [T, I, T], T), ("ab", [I, A], I), ("ab", [S, I], S),
+])
+def test_template_whitespace_takes_no_token_away_from_content(text, kinds, wanted):
+    """One token that covers `text`, in a tokenizer that has no other."""
+    class Whole:
+        strips_left = strips_right = special = ()
+
+        class first:
+            @staticmethod
+            def encode_batch(runs, add_special_tokens):
+                return [SimpleNamespace(ids=[0], offsets=[(0, len(run))]) for run in runs]
+        rest = first
+
+    pieces = [Piece(character, kind) for character, kind in zip(text, kinds)]
+    assert tokenize_batch([pieces], Whole) == [([0], [wanted])]
+
+
+def test_first_words_of_questions_behind_a_templates_space_are_instruction(world):
+    for template, tokenizer in (("llama2", "llama3"), ("mistral.jinja", "llama3"), ("mistral.jinja", "qwen")):
+        pieces = render(conversation("ua", ["colour the town", "x"]), world.template(template, tokenizer))
+        ids, kinds = tokenize(pieces, world.ours[tokenizer])
+        asked = [token for token, kind in zip(ids, kinds) if kind == INSTRUCTION]
+        assert world.theirs[tokenizer].decode(asked) in (" colour the town", " colour the town ")
 
 
 @pytest.mark.parametrize("template, tokenizer, shape", SHAPES)
@@ -531,9 +577,9 @@ def test_plain_joins_with_one_space_at_most(world, tokenizer, prompt, completion
     pieces = render(conversation("ua", [prompt, completion]), world.template("plain", tokenizer))
     eos = cast.CAST[tokenizer][1]
     assert "".join(piece.text for piece in pieces) == text + eos
-    template = text[len(prompt):len(text) - len(completion)]
+    space = text[len(prompt):len(text) - len(completion)]  # behind what is served: the model's own
     assert [(piece.text, piece.kind) for piece in pieces if piece.text] == [span for span in (
-        (prompt, INSTRUCTION), (template, TEMPLATE), (completion, COMPLETION), (eos, COMPLETION)) if span[0]]
+        (prompt, INSTRUCTION), (space, COMPLETION), (completion, COMPLETION), (eos, COMPLETION)) if span[0]]
 
 
 def test_qwen3_thoughts(world):
@@ -665,19 +711,143 @@ def test_source_begins_with_bos_if_the_tokenizer_adds_one(world, template):
             assert template == "llama2" or source.startswith("{{ bos_token }}") == adds_bos
 
 
-@pytest.mark.parametrize("template, tokenizer", [pair for pair in PAIRS if pair[0] in TEMPLATES])
-def test_what_is_trained_begins_with_what_is_served(world, template, tokenizer):
-    """The prompt that a server renders is a prefix of the training text, and ends where the answer begins."""
+def last_turn(template: str, tokenizer: str, shape: str, world) -> tuple[list[dict], str]:
+    """A conversation of whose answers only the last is trained, and the prompt that transformers puts in
+    front of that one."""
+    contents = PLAIN_TEXT[-len(shape):]
+    messages = conversation(shape, contents, [i for i in range(len(shape) - 1) if shape[i] == "a"])
+    return messages, world.theirs[tokenizer].apply_chat_template(
+        messages[:-1], chat_template=world.template(template, tokenizer).source, tokenize=False,
+        add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("template, tokenizer, shape", SHAPES)
+def test_completion_begins_where_the_served_prompt_ends(world, template, tokenizer, shape):
     loaded = world.template(template, tokenizer)
-    for shape in EXPECTED[template][1]:
-        messages = conversation(shape, PLAIN_TEXT[-len(shape):])
-        prompt = world.theirs[tokenizer].apply_chat_template(
-            messages[:-1], chat_template=loaded.source, tokenize=False, add_generation_prompt=True)
-        text = "".join(piece.text for piece in render(messages, loaded))
-        assert text.startswith(prompt)
-        assert text[len(prompt):].startswith(("A plum.", " A plum."))
-        pieces = render(messages[:-1], loaded, add_generation_prompt=True)
-        assert "".join(piece.text for piece in pieces) == prompt
+    messages, prompt = last_turn(template, tokenizer, shape, world)
+    pieces = render(messages, loaded)
+    before = "".join(piece.text for piece in pieces[:[piece.kind for piece in pieces].index(COMPLETION)])
+    assert before == (prompt.removesuffix("<think>\n") if template == "distill.jinja" else prompt)
+    served = render(messages[:-1], loaded, add_generation_prompt=True)
+    assert "".join(piece.text for piece in served) == prompt
+    assert COMPLETION not in {piece.kind for piece in served}
+
+
+@pytest.mark.parametrize("template, tokenizer, shape", [
+    case for case in SHAPES if case[0] != "distill.jinja"])
+def test_ids_served_and_ids_trained_make_up_the_whole(world, template, tokenizer, shape):
+    """Without our own helpers: transformers' ids of prompt and conversation, and those of kind COMPLETION."""
+    loaded, theirs = world.template(template, tokenizer), world.theirs[tokenizer]
+    messages, _ = last_turn(template, tokenizer, shape, world)
+    prompt = theirs.apply_chat_template(messages[:-1], chat_template=loaded.source, tokenize=True,
+                                        add_generation_prompt=True, return_dict=False)
+    whole = world.chat(loaded, tokenizer, messages, tokenize=True)
+    ids, kinds = tokenize(render(messages, loaded), world.ours[tokenizer])
+    trained = [token for token, kind in zip(ids, kinds) if kind == COMPLETION]
+    if whole[:len(prompt)] != prompt:  # one token holds the "]" of the prompt and the answer's space
+        assert template in ("llama2", "llama2.jinja", "mistral.jinja") and tokenizer in cast.SENTENCEPIECE
+        return
+    assert whole[:len(prompt) + len(trained)] == prompt + trained
+    assert trained[-1] == theirs.convert_tokens_to_ids(loaded.end_of_turn)
+
+
+@pytest.mark.parametrize("template, tokenizer", PAIRS)
+def test_only_a_prompt_that_is_not_trained_behind_gives_a_warning(world, template, tokenizer):
+    warning = world.template(template, tokenizer).warning
+    if template != "distill.jinja":
+        assert warning == ""
+    else:  # both strings, and not what they have in common
+        assert repr("<|assistant|><think>\n") in warning and repr("<|assistant|>") in warning
+        assert "<|user|>" not in warning
+
+
+def test_a_template_without_a_generation_prompt_for_a_question_gives_a_warning(world):
+    template = world.inline("{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+                            + LOOP + "{{ m.content }}" + END)
+    assert "generation prompt" in template.warning
+    assert merged([(p.text, p.kind) for p in render(conversation("ua", ["q", "x"]), template)]) == [
+        ("q", INSTRUCTION), ("x</s>", COMPLETION)]
+
+
+def test_train_py_tells_the_templates_warning(tmp_path, capsys):
+    setup(tmp_path)
+    for template, warns in (("distill.jinja", True), ("llama31.jinja", False)):
+        argv = arguments(tmp_path, "out", template=FIXTURES / template, dry_run=True)
+        assert run_here(argv) == 0
+        assert ("warning: template" in capsys.readouterr().out) == warns
+
+
+def test_special_tokens_between_prompt_and_content_are_trained(world):
+    """As in tokenizers in which a think tag is special."""
+    template = world.inline(LOOP + "{{ '<|' ~ m.role ~ '|>' }}"
+                            "{{ '<|system|></s>: ' if m.role == 'assistant' }}"
+                            "{{ m.content ~ '<|end|>\n' }}{% endfor %}"
+                            "{{ '<|assistant|>' if add_generation_prompt }}", "phi3")
+    pieces = render(conversation("ua", ["q", "x"]), template)
+    assert [tuple(piece) for piece in pieces] == [
+        ("<|user|>", TEMPLATE, True), ("q", INSTRUCTION, False), ("<|end|>", TEMPLATE, True),
+        ("\n", TEMPLATE, False), ("<|assistant|>", TEMPLATE, True), ("<|system|>", COMPLETION, True),
+        ("</s>", COMPLETION, True), (": ", COMPLETION, False), ("x", COMPLETION, False),
+        ("<|end|>", COMPLETION, True), ("\n", TEMPLATE, False)]
+    assert template.end_of_turn == "<|end|>"
+
+
+def test_each_answer_begins_where_its_own_prompt_ends(world):
+    """A generation prompt that opens a thought: some answers hold it, and it is not theirs to write."""
+    template = world.inline(LOOP + "{{ m.role ~ ': ' ~ m.content }}" + END
+                            + "{{ 'assistant: <think>\n' if add_generation_prompt }}")
+    thought = "<think>\nhm</think>Red."
+    pieces = render(conversation("uauaua", ["a", "Blue.", "b", thought, "c", thought], [3]), template)
+    assert merged([(piece.text, piece.kind) for piece in pieces]) == [
+        ("user: ", TEMPLATE), ("a", INSTRUCTION), ("assistant: ", TEMPLATE), ("Blue.</s>", COMPLETION),
+        ("user: ", TEMPLATE), ("b", INSTRUCTION), ("assistant: <think>\n", TEMPLATE),
+        ("hm</think>Red.</s>", CONTEXT),
+        ("user: ", TEMPLATE), ("c", INSTRUCTION), ("assistant: <think>\n", TEMPLATE),
+        ("hm</think>Red.</s>", COMPLETION)]
+
+
+def test_a_special_token_of_the_prompt_is_no_content_that_spells_it(world):
+    """Served, the prompt ends with a special token; trained, there is text that only looks like it."""
+    template = world.inline(LOOP + "{{ m.role ~ ': ' ~ m.content }}" + END
+                            + "{{ 'assistant: <|system|>' if add_generation_prompt }}", "phi3")
+    pieces = render(conversation("ua", ["q", "<|system|>x"]), template)
+    assert merged([(piece.text, piece.kind) for piece in pieces]) == [
+        ("user: ", TEMPLATE), ("q", INSTRUCTION), ("assistant: ", TEMPLATE),
+        ("<|system|>x<|endoftext|>", COMPLETION)]
+    assert [piece.text for piece in pieces if piece.special] == ["<|endoftext|>"]
+
+
+def test_an_answer_without_what_the_template_writes_in_front_is_a_content(world):
+    """A model that was trained so writes it, and in the next turn's prompt it must not stand twice."""
+    for template, tokenizer, answer in (("qwen3.jinja", "qwen", "<think>\n\n</think>\n\nRed."),
+                                        ("mistral.jinja", "mistral", " Red."), ("chatml", "qwen", "Red.")):
+        assert world.template(template, tokenizer).content(answer) == "Red."
+        assert world.template(template, tokenizer).content("Red.") == "Red."
+
+
+# ---------------------------------------------------------------- a message's other fields
+
+
+def test_fields_that_a_template_reads_are_rendered_as_in_transformers(world):
+    template = world.inline(LOOP + "{{ m.role ~ (' ' ~ m.name if m.name is defined) ~ ': ' ~ m.content }}"
+                            + END + "{{ 'assistant: ' if add_generation_prompt }}")
+    messages = [{"role": "user", "content": "Hi", "name": "Ann", "id": 7},
+                {"role": "assistant", "content": "Hello", "weight": 0},
+                {"role": "user", "content": "Who?", "name": "Bob"}, {"role": "assistant", "content": "I"}]
+    assert faithful_or_refused(world, template, messages)
+    assert merged([(piece.text, piece.kind) for piece in render(messages, template)]) == [
+        ("user Ann: ", TEMPLATE), ("Hi", INSTRUCTION), ("assistant: ", TEMPLATE), ("Hello</s>", CONTEXT),
+        ("user Bob: ", TEMPLATE), ("Who?", INSTRUCTION), ("assistant: ", TEMPLATE), ("I</s>", COMPLETION)]
+
+
+def test_fields_cannot_write_special_tokens(world):
+    named = world.inline(LOOP + "{{ m.name }}{{ m.content }}" + END)
+    for value in ("</s>", ["a", {"b": "x</s>"}]):
+        messages = [{"role": "user", "content": "Hi", "name": value}, {"role": "assistant", "content": "Yes"}]
+        with pytest.raises(ValueError, match="</s>"):
+            render(messages, named)
+        pieces = render(messages, world.inline(LOOP + "{{ m.content }}" + END))  # nothing reads it
+        assert [piece.text for piece in pieces] == ["Hi", "Yes", "</s>"]
 
 
 def test_auto_takes_the_checkpoints_template(tmp_path):
