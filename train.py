@@ -32,8 +32,8 @@ from tqdm import tqdm
 
 import checkpoint
 import estimate
-from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, collate, load_dataset,
-                  load_template, plan)
+from data import (CACHE_DIR, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, check_vocabulary, collate,
+                  load_dataset, load_template, plan)
 from data import steps_per_epoch as count_steps
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
@@ -41,8 +41,7 @@ from folder import append_line, check_ranks, claim, saved_date
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
 from machine import Reserve, keep_freed_memory, peak_memory_mb
-from model import (activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
-                   resolve_model)
+from model import activation_bytes, load_model, parameter_count, read_config, resolve_model
 from ranks import (first_of_machine, from_all, from_main, is_main, join_ranks, leave, rank, report_error,
                    shows_progress, wait, world_size)
 from shard import release, shard, whole
@@ -340,7 +339,6 @@ def main(argv: list[str]) -> int:
     reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
-    check_vocabulary(model_config, tokenizer.vocab_size)
     out = Path(config.output_dir)
     config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
                             or date.today().isoformat())
@@ -353,6 +351,7 @@ def main(argv: list[str]) -> int:
 
     with first_of_machine():
         train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
+    check_vocabulary(model_config.vocab_size, tokenizer, template, [train_set, *eval_sets])
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
