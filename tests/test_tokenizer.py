@@ -200,6 +200,15 @@ def test_bos_is_added_where_transformers_adds_it(processor, tokenizer_class, tmp
     assert found == {processor in ("template", "both ends", "bert", "roberta", "sequence")}
 
 
+def test_saved_padding_and_truncation_change_no_ids(tmp_path):
+    cast.write("llama2", tmp_path)
+    change(tmp_path / "tokenizer.json", padding=PADDING, truncation=TRUNCATION)
+    tokenizer, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Name a colour.", "a"):
+        wanted = theirs(text, add_special_tokens=False).input_ids
+        assert plain_ids(tokenizer, text) == wanted == tokenize([Piece(text, TEMPLATE)], tokenizer)[0]
+
+
 def test_whether_bos_is_added_is_read_from_the_tokenizer(tmp_path):
     assert Tokenizer(cast.write("llama3", tmp_path / "a")).adds_bos
     assert not Tokenizer(cast.write("qwen", tmp_path / "b")).adds_bos
@@ -351,6 +360,13 @@ def test_names_that_a_class_supplies_are_taken_where_the_vocabulary_has_them(tok
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert Tokenizer(tmp_path).named_tokens == theirs.special_tokens_map
+
+
+def test_names_that_a_class_supplies_add_nothing_to_the_vocabulary(tmp_path):
+    write_files(tmp_path, {"tokenizer_config": {"tokenizer_class": "GPTNeoXTokenizerFast"}})
+    tokenizer = Tokenizer(tmp_path)
+    assert tokenizer.eos_token == "<|endoftext|>" and "pad_token" not in tokenizer.named_tokens
+    assert "<|padding|>" not in tokenizer.special
 
 
 # ---------------------------------------------------------------- the exported folder
@@ -516,6 +532,9 @@ def test_held_out_loss_names_the_record_of_a_token_beyond_the_embedding(tmp_path
                              tokenizer=tokenizer, template=None)
     with pytest.raises(ValueError, match=f"train.jsonl:1: holds '<.eot_id.>', token {largest}, but"):
         spans.evaluate(loaded, [dataset], SimpleNamespace(data=["train.jsonl"]))
+    first = tokenizer.special["<|begin_of_text|>"]      # where an example begins, it is that example's
+    with pytest.raises(ValueError, match=f"train.jsonl:1: holds '<.begin_of_text.>', token {first}, but"):
+        check_vocabulary(first, tokenizer, None, [dataset])
 
 
 def test_evaluation_names_a_token_beyond_the_embedding_too(tmp_path):
