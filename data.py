@@ -452,9 +452,11 @@ class Tokenizer:
             raise ValueError(f"{file}: no such file{hint}")
         config = read_json(self.folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(self.folder, config)
-        text = file.read_text(encoding="utf-8")
-        spec = json.loads(text)
-        self.reference = tokenizers.Tokenizer.from_str(text)
+        spec, text = read_json(file), file.read_text(encoding="utf-8")
+        try:
+            self.reference = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:      # the library knows no other class
+            raise ValueError(f"{file}: {error}") from None
         self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
         self.named_tokens, self.extra_tokens = _add_special_tokens(
             self.reference, self.folder, config, spec, self.class_defaults)
@@ -524,7 +526,11 @@ class Tokenizer:
         wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
         for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
             for encoder in {self.first, self.rest}:
-                self.check_content(text, encoder.encode(text, add_special_tokens=False).ids)
+                try:
+                    ids = encoder.encode(text, add_special_tokens=False).ids
+                except Exception:   # the library knows no other class: no unknown token, no such text
+                    continue
+                self.check_content(text, ids)
 
     def check_content(self, text: str, ids: list[int]) -> None:
         """ValueError if a special token is among the ids of a text that only spells one."""
@@ -540,10 +546,14 @@ class Tokenizer:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is no file. ValueError names a broken file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:     # of JSON and of Unicode
         raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
+    return content
 
 
 def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
@@ -596,17 +606,19 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
     if spec.get("padding"):
         fields.setdefault("pad_token", spec["padding"]["pad_token"])
 
-    # A token is its text, or {"content": text, "lstrip": true, ...}.
-    tokens = {name: value for name, value in fields.items() if value and name.endswith("_token")}
-    tokens.update(fields.get("model_specific_special_tokens") or {})
-    tokens = {name: {"content": value} if isinstance(value, str) else value for name, value in tokens.items()}
-    for name in NAMED:
-        if name in tokens and not isinstance(tokens[name], dict):
-            raise ValueError(f"{folder}: {name} is {tokens[name]!r} in tokenizer_config.json or "
-                             "special_tokens_map.json; it must be text, null or an object with 'content'")
-    tokens = {name: value for name, value in tokens.items() if isinstance(value, dict)}
-    extra = [{"content": token} if isinstance(token, str) else token
-             for token in fields["extra_special_tokens"] or []]
+    def described(name: str, value: str | dict) -> dict:
+        """A token is its text, or {"content": text, "lstrip": true, ...}."""
+        token = {"content": value} if isinstance(value, str) else value
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError(f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json is "
+                             f"{value!r}; a token must be text, or an object with text as its 'content'")
+        return token
+
+    values = {name: value for name, value in fields.items() if value and (
+        name in NAMED or name.endswith("_token") and isinstance(value, (str, dict)))}
+    values.update(fields.get("model_specific_special_tokens") or {})
+    tokens = {name: described(name, value) for name, value in values.items()}
+    extra = [described("extra_special_tokens", value) for value in fields["extra_special_tokens"] or []]
     special = {token["content"]: token for token in (*tokens.values(), *extra)}
     # How a token is matched is said by the first of these that knows it, in the order of ids.
     known = {token["content"]: token for _, token in sorted(added.items(), key=lambda item: int(item[0]))}

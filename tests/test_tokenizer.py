@@ -1,5 +1,5 @@
-"""A checkpoint folder's tokenizer: what it must have, and that its special tokens, and the ids of text and of the
-exported folder, are those that transformers finds in the same files."""
+"""A checkpoint folder's tokenizer: what it must have, and that its special tokens, and the ids of text and
+of the exported folder, are those that transformers finds in the same files."""
 import inspect
 import json
 from itertools import product
@@ -119,8 +119,8 @@ def test_text_of_the_template_that_serving_would_make_a_special_token_of_is_refu
                                       "{{ m.role }}：＜s＞ {{ m.content }}{{ eos_token }}{% endfor %}")
     make_records(tmp_path / "train.jsonl", 3)
     with pytest.raises(ValueError, match="train.jsonl:1: .*pieces and whole text give different ids"):
-        load_dataset([tmp_path / "train.jsonl"], tokenizer, load_template(str(tmp_path / "t.jinja"), tokenizer),
-                     99, "truncate", tmp_path / "cache")
+        template = load_template(str(tmp_path / "t.jinja"), tokenizer)
+        load_dataset([tmp_path / "train.jsonl"], tokenizer, template, 99, "truncate", tmp_path / "cache")
 
 
 def test_cached_tokens_are_not_taken_after_the_metadata_called_another_token_special(tmp_path):
@@ -149,13 +149,22 @@ def test_an_unknown_token_that_ends_texts_too_is_refused(tmp_path):
     Tokenizer(tmp_path)
 
 
+def test_a_vocabulary_without_an_unknown_token_needs_none(tmp_path):
+    write("wordlevel", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    del spec["model"]["vocab"]["<unk>"]
+    change(tmp_path / "tokenizer.json", model=spec["model"], added_tokens=spec["added_tokens"][1:])
+    change(tmp_path / "tokenizer_config.json", unk_token=...)
+    tokenizer, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert plain_ids(tokenizer, "a plum </s>") == theirs("a plum </s>", add_special_tokens=False).input_ids
+
+
 def test_a_special_token_that_gets_through_is_refused_when_loading_and_when_tokenising(tmp_path, monkeypatch):
     tokenizer = Tokenizer(write("unigram_nfkc", tmp_path))
     tokenizer.first = tokenizer.reference
     for text in ("a </s> b", "a ＜/s＞ b"):
         with pytest.raises(ValueError, match=f"'{text}' becomes the special token '</s>' .id 2."):
             tokenize([Piece(text, TEMPLATE)], tokenizer)
-    monkeypatch.setattr("data.secrets.token_hex", lambda _: None)
     monkeypatch.setattr("data.json.dumps", lambda spec: (tmp_path / "tokenizer.json").read_text())
     with pytest.raises(ValueError, match="becomes the special token"):
         Tokenizer(tmp_path)
@@ -167,7 +176,8 @@ PROCESSORS = {
     "none": None,
     "template": processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
     "template with another": processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)]),
-    "both ends": processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]),
+    "both ends": processors.TemplateProcessing(single="<s> $A </s>",
+                                               special_tokens=[("<s>", 1), ("</s>", 2)]),
     "end": processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)]),
     "bert": processors.BertProcessing(("</s>", 2), ("<s>", 1)),
     "roberta": processors.RobertaProcessing(("</s>", 2), ("<s>", 1)),
@@ -184,7 +194,8 @@ TRUNCATION = {"direction": "Left", "max_length": 1, "strategy": "LongestFirst", 
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_bos_is_added_where_transformers_adds_it(processor, tokenizer_class, tmp_path):
     found = set()
-    for padding, truncation, add in product((None, PADDING), (None, TRUNCATION), (..., True, False, None, "false")):
+    values = ..., True, False, None, "false"
+    for padding, truncation, add in product((None, PADDING), (None, TRUNCATION), values):
         if (padding or truncation) and add is not None:
             continue
         cast.write("llama2", tmp_path)
@@ -231,7 +242,8 @@ def test_named_tokens_are_special_even_where_the_file_forgot_to_say_so(tmp_path)
 
 
 def token(text: str, **flags: bool) -> dict:
-    return {"content": text, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False, **flags}
+    return {"content": text, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False,
+            **flags}
 
 
 def typed(text: str, **flags: bool) -> dict:
@@ -262,7 +274,8 @@ FOLDERS = {
     "null in the config": with_map({"bos_token": "<s>"}, bos_token=None),
     "nulls everywhere": config(bos_token=None, pad_token=None, extra_special_tokens=None,
                                additional_special_tokens=None),
-    "objects in the map": with_map({"eos_token": token(END, rstrip=True), "bos_token": token("<s>", lstrip=True)}),
+    "objects in the map": with_map({"eos_token": token(END, rstrip=True),
+                                    "bos_token": token("<s>", lstrip=True)}),
     "objects in the config": config(eos_token=typed(END, rstrip=True), bos_token=typed("<s>")),
     "additional": config(additional_special_tokens=[START, END]),
     "additional in the map": with_map({"additional_special_tokens": [START, END]}),
@@ -293,7 +306,8 @@ FOLDERS = {
         **DECODER, "700": token(END, special=False)}),
     "added_tokens.json": {**config(additional_special_tokens=["<new>"]),
                           "added_tokens": {"<new>": 5001, "<newer>": 5000, START: 700}},
-    "added_tokens.json with a name": {**config(eos_token="<new>"), "added_tokens": {"<new>": 5001, "</s>": 2}},
+    "added_tokens.json with a name": {**config(eos_token="<new>"),
+                                      "added_tokens": {"<new>": 5001, "</s>": 2}},
     "padding beyond the vocabulary": config(pad_token="[PAD]"),
     "saved padding": {**config(), "tokenizer": {"padding": PADDING}},
     "saved padding, null in the config": {**config(pad_token=None), "tokenizer": {"padding": PADDING}},
@@ -301,7 +315,8 @@ FOLDERS = {
         {"id": 5, **token("</s>", special=True)}, {"id": 900, **token("<new>", special=True)},
         {"id": 950, **token("<newer>", special=False)}]}},
     "named, not special in tokenizer.json": {**config(additional_special_tokens=[START]), "tokenizer": {
-        "added_tokens": [{"id": 2, **token("</s>", special=False)}, {"id": 700, **token(START, special=False)}]}},
+        "added_tokens": [{"id": 2, **token("</s>", special=False)},
+                         {"id": 700, **token(START, special=False)}]}},
 }
 
 
@@ -338,8 +353,25 @@ def test_chatml_fits_a_tokenizer_whose_metadata_alone_calls_its_tokens_special(t
 
 
 def test_a_name_that_is_no_text_is_refused(tmp_path):
-    write_files(tmp_path, config(eos_token=["</s>"]))
-    with pytest.raises(ValueError, match=r"eos_token is \['</s>'\]"):
+    for fields, message in (
+            (dict(eos_token=["</s>"]), r"eos_token in .* is \['</s>'\]; a token must be text"),
+            (dict(eos_token={"lstrip": True}), "eos_token in .* is {'lstrip': True}; a token"),
+            (dict(additional_special_tokens=[7]), "extra_special_tokens in .* is 7; a token")):
+        write_files(tmp_path, config(**fields))
+        with pytest.raises(ValueError, match=message):
+            Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer.json", "{", "tokenizer.json: Expecting"), ("tokenizer.json", "[]", "not an object"),
+    ("tokenizer.json", "{}", "tokenizer.json: "),
+    ("special_tokens_map.json", "[1]", "map.json: .* not an object"),
+    ("tokenizer_config.json", "\xff", "tokenizer_config.json: 'utf-8'"),
+])
+def test_a_broken_file_is_named(file, content, message, tmp_path):
+    write_files(tmp_path, config())
+    (tmp_path / file).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
         Tokenizer(tmp_path)
 
 
@@ -353,8 +385,10 @@ def test_defaults_of_classes_are_those_of_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast", ...])
-def test_names_that_a_class_supplies_are_taken_where_the_vocabulary_has_them(tokenizer_class, model_type, tmp_path):
+@pytest.mark.parametrize("tokenizer_class", ["LlamaTokenizerFast", "GPT2Tokenizer", "PreTrainedTokenizerFast",
+                                             ...])
+def test_names_that_a_class_supplies_are_taken_where_the_vocabulary_has_them(tokenizer_class, model_type,
+                                                                             tmp_path):
     write_files(tmp_path, {})
     change(tmp_path / "tokenizer_config.json", tokenizer_class=tokenizer_class)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -372,7 +406,8 @@ def test_names_that_a_class_supplies_add_nothing_to_the_vocabulary(tmp_path):
 # ---------------------------------------------------------------- the exported folder
 
 
-def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_000, **raw: object) -> Tokenizer:
+def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_000, **raw: object
+           ) -> Tokenizer:
     """Write the tokenizer's part of final/; returns the tokenizer that was trained with."""
     tokenizer = Tokenizer(source)
     folder.mkdir()
@@ -382,16 +417,16 @@ def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_0
     return tokenizer
 
 
-CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer", "GemmaTokenizer",
-           ...]
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Qwen2Tokenizer",
+           "GemmaTokenizer", ...]
 
 
 @pytest.mark.parametrize("name", [*cast.CAST, *cast.OTHERS])
 def test_the_exported_folder_is_tokenised_as_it_was_trained(name, tmp_path):
     for number, tokenizer_class in enumerate(CLASSES):
         source, folder = write(name, tmp_path / f"source-{number}"), tmp_path / f"final-{number}"
-        change(source / "tokenizer_config.json", tokenizer_class=tokenizer_class, legacy=False, add_bos_token=True,
-               add_prefix_space=True, sp_model_kwargs={}, split_special_tokens=True)
+        change(source / "tokenizer_config.json", tokenizer_class=tokenizer_class, legacy=False,
+               add_bos_token=True, add_prefix_space=True, sp_model_kwargs={}, split_special_tokens=True)
         (source / "config.json").write_text('{"model_type": "llama"}')
         ours = export(source, folder)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -422,7 +457,8 @@ def test_the_exported_files_agree_on_special_tokens(files, tmp_path):
     read = {name: json.loads((folder / f"{name}.json").read_text()) for name in (
         "added_tokens", "special_tokens_map", "tokenizer", "tokenizer_config")}
     assert read["added_tokens"] == before.get_added_vocab()
-    assert {entry["content"]: entry["id"] for entry in read["tokenizer"]["added_tokens"]} == read["added_tokens"]
+    added = {entry["content"]: entry["id"] for entry in read["tokenizer"]["added_tokens"]}
+    assert added == read["added_tokens"]
     for name in ("special_tokens_map", "tokenizer_config"):
         assert {key: read[name][key] for key in NAMED if read[name].get(key)} == {
             key: text for key, text in before.special_tokens_map.items() if key in NAMED}
@@ -431,8 +467,9 @@ def test_the_exported_files_agree_on_special_tokens(files, tmp_path):
 def test_what_changes_no_ids_is_exported_and_what_only_the_old_class_knew_is_written_out(tmp_path):
     source = cast.write("llama2", tmp_path / "source")
     (source / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "model_max_length": 77, "add_prefix_space": True,
-         "clean_up_tokenization_spaces": True, "auto_map": {"AutoTokenizer": ["a.B", None]}}))
+        {"tokenizer_class": "LlamaTokenizer", "legacy": True, "model_max_length": 77,
+         "add_prefix_space": True, "clean_up_tokenization_spaces": True,
+         "auto_map": {"AutoTokenizer": ["a.B", None]}}))
     export(source, tmp_path / "final")
     written = json.loads((tmp_path / "final" / "tokenizer_config.json").read_text())
     assert written.pop("chat_template")
@@ -468,9 +505,9 @@ def test_generation_begins_and_ends_with_the_trained_tokens(template, before, co
     for pad, padding, rows in ((None, {}, 99), ("<unk>", {"pad_token_id": 0}, 99), ("[PAD]", {}, 99)):
         source = tmp_path / f"source-{pad}"
         source.mkdir()
+        words = ["<unk>", "<s>", "</s>", END, START, *(f"w{i}" for i in range(5, 99))]
         spec = {"version": "1.0", "added_tokens": [], "model": {
-            "type": "WordLevel", "vocab": {"<unk>": 0, "<s>": 1, "</s>": 2, "<|im_end|>": 3, "<|im_start|>": 4,
-                                           **{f"w{i}": i for i in range(5, 99)}}, "unk_token": "<unk>"}}
+            "type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}}
         (source / "tokenizer.json").write_text(json.dumps(spec))
         (source / "tokenizer_config.json").write_text(json.dumps(
             {**names, "pad_token": pad, "additional_special_tokens": [START, END]}))
@@ -497,7 +534,8 @@ def padded(tmp_path_factory) -> Path:
 
 def test_a_token_beyond_the_embedding_that_is_never_used_is_no_matter(padded):
     assert tiny.run_here(tiny.arguments(padded, "run", epochs=1, eval_data=[padded / "train.jsonl"])) == 0
-    assert Tokenizer(padded / "run" / "final").special["[PAD]"] == Tokenizer(padded / "model").special["[PAD]"]
+    final, source = Tokenizer(padded / "run" / "final"), Tokenizer(padded / "model")
+    assert final.special["[PAD]"] == source.special["[PAD]"]
 
 
 def test_a_record_with_a_token_beyond_the_embedding_is_named(padded, capsys):
@@ -518,15 +556,16 @@ def test_a_record_with_a_token_beyond_the_embedding_is_named(padded, capsys):
     check_vocabulary(rows - 5, tokenizer, template)
     last = tokenizer.special["<|eot_id|>"]
     check_vocabulary(last + 1, tokenizer, template)
-    with pytest.raises(ValueError, match=rf"--template llama3 writes '<\|eot_id\|>', token {last}, but the .* {last} rows"):
+    message = rf"--template llama3 writes '<\|eot_id\|>', token {last}, but the .* {last} rows"
+    with pytest.raises(ValueError, match=message):
         check_vocabulary(last, tokenizer, template)
 
 
 def test_held_out_loss_names_the_record_of_a_token_beyond_the_embedding(tmp_path):
     folder = tiny.setup(tmp_path, 3)
     tokenizer = Tokenizer(folder / "model")
-    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 99, "drop",
-                           tmp_path / "cache")
+    template = load_template("llama3", tokenizer)
+    dataset = load_dataset([folder / "train.jsonl"], tokenizer, template, 99, "drop", tmp_path / "cache")
     largest = int(dataset.ids.max())
     loaded = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(vocab_size=largest)),
                              tokenizer=tokenizer, template=None)
