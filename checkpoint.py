@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from data import Template, Tokenizer, read_json
+from data import NAMED, Template, Tokenizer, read_json
 from files import checksum, commit, writing
 from model import DTYPES, Llama, save_model, weight_files
 from ranks import from_all, from_main, is_main
@@ -158,26 +158,57 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
     return folder
 
 
+# Fields of tokenizer_config.json that change no ids. The others belong to the class that the source named
+# (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for code that is not here.
+NEUTRAL = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
+           "model_input_names")
+
+
 def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer, template: Template) -> None:
-    """All that stands beside the weights: tokenizer, template, and where an answer ends."""
+    """All that stands beside the weights: tokenizer, template, and where an answer ends.
+
+    Training takes tokenizer.json as it stands. So the folder names the class that does so, too, in
+    transformers 4 and 5: a class such as LlamaTokenizer would build the splitting anew, with other ids. What
+    that class added to the source's files, and what they said of special tokens, is written out.
+    """
+    def write(name: str, content: dict, indent: int | None = 2) -> None:
+        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
     source = tokenizer.folder
-    shutil.copyfile(source / "tokenizer.json", folder / "tokenizer.json")
-    for name in ("special_tokens_map.json", "added_tokens.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    config = read_json(source / "tokenizer_config.json") or {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config["chat_template"] = template.source
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    spec = read_json(source / "tokenizer.json")
+    write("tokenizer.json", {**spec, "added_tokens": tokenizer.added_tokens}, indent=None)
+    write("added_tokens.json", {token["content"]: token["id"] for token in tokenizer.added_tokens})
+    own = {name: text for name, text in tokenizer.named_tokens.items() if name not in NAMED}
+    named = {name: text for name, text in tokenizer.named_tokens.items() if name in NAMED}
+    if tokenizer.extra_tokens:
+        named["additional_special_tokens"] = tokenizer.extra_tokens
+    write("special_tokens_map.json", named)
+    found = {**tokenizer.class_defaults, **read_json(source / "tokenizer_config.json")}
+    config = {name: found[name] for name in NEUTRAL if found.get(name) is not None}
+    if "add_prefix_space" in (splitter := spec.get("pre_tokenizer") or {}):
+        config["add_prefix_space"] = splitter["add_prefix_space"]   # transformers 4 sets it to this one's
+    if own:     # "image_token" and its like; transformers 4 takes them here only
+        config["extra_special_tokens"] = own
+    if spec.get("padding"):     # which would else name it
+        config["pad_token"] = None
+    write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config, **named,
+                                    "chat_template": template.source})
     # Serving stops at eos_token_id: it must name the token that was trained to end a turn.
     generation = read_json(source / "generation_config.json")
-    stops = generation.get("eos_token_id", model.config.raw.get("eos_token_id"))
+    stops = generation.get("eos_token_id")
+    stops = model.config.raw.get("eos_token_id") if stops is None else stops
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     end = tokenizer.special[template.end_of_turn]
     stops = stops if end in stops else [end, *stops]
     generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops
-    if tokenizer.bos_token in tokenizer.special:
-        generation.setdefault("bos_token_id", tokenizer.special[tokenizer.bos_token])
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    ids = {name: tokenizer.special.get(token) for name, token in tokenizer.named_tokens.items()}
+    if ids.get("bos_token") is not None:
+        generation["bos_token_id"] = ids["bos_token"]
+    # A padding token that was added without a row in the embedding could not be looked up.
+    if generation.get("pad_token_id") is None and (pad := ids.get("pad_token")) is not None:
+        generation |= {"pad_token_id": pad} if pad < model.config.vocab_size else {}
+    write("generation_config.json", generation)
 
 
 def model_fingerprint(folder: str | Path) -> str:

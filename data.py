@@ -20,6 +20,7 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
@@ -511,10 +512,38 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
 # ---------------------------------------------------------------- pieces -> tokens
 
 
-class Tokenizer:
-    """tokenizer.json of a checkpoint folder, with its named special tokens and chat template.
+# The special tokens of every name that transformers knows.
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")    # how an added token is matched
+# What a class of transformers adds to a folder whose files do not say, by tokenizer_class without "Fast".
+_LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
+_GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+CLASS_DEFAULTS = {
+    "LlamaTokenizer": _LLAMA,
+    "CodeLlamaTokenizer": {**_LLAMA, "prefix_token": "▁<PRE>", "middle_token": "▁<MID>",
+                           "suffix_token": "▁<SUF>", "eot_token": "▁<EOT>", "fill_token": "<FILL_ME>"},
+    "GemmaTokenizer": {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+                       "mask_token": "<mask>", "padding_side": "left"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": _GPT2,
+    "GPTNeoXTokenizer": {**_GPT2, "pad_token": "<|padding|>"},
+}
+MODEL_CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
-    ValueError if the folder has none, or only SentencePiece's tokenizer.model.
+
+class Tokenizer:
+    """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
+
+    Normaliser, splitting, model and post-processor are those of tokenizer.json as it stands. transformers
+    builds some of them anew for a few classes (LlamaTokenizer), so it may serve the source folder with other
+    ids; the exported folder names a class that takes the file as it is (checkpoint.export).
+
+    named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
+    plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
+    first and rest: for text whose special tokens are not to be parsed, at the start and behind a token.
+
+    ValueError if the folder has none, or only SentencePiece's tokenizer.model, or if text could become a
+    special token that it only spells.
     """
 
     def __init__(self, folder: str | Path):
@@ -528,56 +557,188 @@ class Tokenizer:
                         f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
             raise ValueError(f"{file}: no such file{hint}")
         config = read_json(self.folder / "tokenizer_config.json")
-        named = {**read_json(self.folder / "special_tokens_map.json"), **config}
-        self.named_tokens: dict[str, str] = {}
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = named.get(name)
-            token = token.get("content") if isinstance(token, dict) else token
-            if token:
-                self.named_tokens[name] = token
+        self.chat_template = _read_chat_template(self.folder, config)
+        spec, text = read_json(file), file.read_text(encoding="utf-8")
+        try:
+            self.reference = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:      # the library knows no other class
+            raise ValueError(f"{file}: {error}") from None
+        self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
+        self.named_tokens, self.extra_tokens = _add_special_tokens(
+            self.reference, self.folder, config, spec, self.class_defaults)
         self.bos_token = self.named_tokens.get("bos_token")
         self.eos_token = self.named_tokens.get("eos_token")
-        self.chat_template = _read_chat_template(self.folder, config)
-
-        spec = json.loads(file.read_text(encoding="utf-8"))
-        whole = tokenizers.Tokenizer.from_file(str(file))
-        added = {token["content"]: token for token in spec.get("added_tokens", [])}
-        for token in self.named_tokens.values():  # transformers makes the named tokens special ones, so do we
-            if token in added:
-                added[token]["special"] = True
-            elif whole.token_to_id(token) is not None:
-                added[token] = {"id": whole.token_to_id(token), "content": token, "single_word": False,
-                                "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        # The library's ids, not the file's: a token of the vocabulary has its id there, whatever
+        # added_tokens says.
+        self.added_tokens = [
+            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+            for index, token in sorted(self.reference.get_added_tokens_decoder().items())]
+        special = [token for token in self.added_tokens if token["special"]]
+        self.special = {token["content"]: token["id"] for token in special}
+        self.strips_left = {token["content"] for token in special if token["lstrip"]}
+        self.strips_right = {token["content"] for token in special if token["rstrip"]}
+        # Saved padding and truncation would hide BOS, and pad or cut what is encoded below. add_bos_token in
+        # tokenizer_config.json changes nothing where there is a tokenizer.json: its post-processor decides.
+        self.reference.no_padding()
+        self.reference.no_truncation()
+        bos = self.special.get(self.bos_token)
+        self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
         # We put special tokens in ourselves and need offsets of the text as it stands: no post-processor.
-        spec.update(added_tokens=sorted(added.values(), key=lambda t: t["id"]), post_processor=None,
-                    truncation=None, padding=None)
-        self.special = {text: token["id"] for text, token in added.items() if token["special"]}
-        self.strips_left = {text for text, token in added.items() if token["special"] and token["lstrip"]}
-        self.strips_right = {text for text, token in added.items() if token["special"] and token["rstrip"]}
+        self.reference.post_processor = None
+        spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
+        self._encode_content_with(spec)
+
+    def _encode_content_with(self, spec: dict) -> None:
+        """Make `first` and `rest` of tokenizer.json's content: `</s>` in content stays text for them.
+
+        Not to split at special tokens is not enough: a vocabulary that holds `</s>` as a piece finds it in
+        a text, or in what the normaliser makes of `\uff1c/s\uff1e`. So they know special tokens by names
+        that are in no text; all other tokens keep their ids.
+        """
+        model = spec["model"]
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:     # Unigram
+            unknown = model["vocab"][model["unk_id"]][0]
+        # Text that the model does not know does become the unknown token, but must not end a turn by that.
+        self._forbidden = {index: text for text, index in self.special.items()
+                           if text != unknown or text in (self.bos_token, self.eos_token)}
+        names = {text: f"\ue000{secrets.token_hex(16)}" for text in self.special}
+        spec["added_tokens"] = [{**token, "content": names.get(token["content"], token["content"])}
+                                for token in spec["added_tokens"]]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):        # Unigram: [piece, score], the place is the id
+            inside = {text: index for text, index in self.special.items()
+                      if index < len(vocabulary) and vocabulary[index][0] == text}
+            for text, index in inside.items():
+                vocabulary[index] = [names[text], vocabulary[index][1]]
+        else:
+            inside = {text: vocabulary.pop(text) for text in self.special if text in vocabulary}
+            vocabulary.update((names[text], index) for text, index in inside.items())
+        if model.get("unk_token") in inside:
+            model["unk_token"] = names[model["unk_token"]]
+        if model.get("merges") and inside:      # BPE must not name what is gone
+            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [[a, b] for a, b in pairs
+                               if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
         text = json.dumps(spec)
-        self.reference = tokenizers.Tokenizer.from_str(text)  # parses special tokens, as transformers does
         self.first = self.rest = tokenizers.Tokenizer.from_str(text)
         # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run
         # that comes after a special token is encoded by a twin that adds none.
         if '"prepend_scheme": "first"' in text:
             self.rest = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
                                                                    '"prepend_scheme": "never"'))
-        # `</s>` in content stays text.
-        self.first.encode_special_tokens = self.rest.encode_special_tokens = True
-        self.vocab_size = max(whole.get_vocab(with_added_tokens=True).values()) + 1
-        bos_id = whole.token_to_id(self.bos_token) if self.bos_token else None
-        starts = whole.encode("a", add_special_tokens=True).ids[:1]
-        self.adds_bos = bos_id is not None and config.get("add_bos_token", starts == [bos_id]) is True
+        # Every special token, in full-width letters too, and a character that no vocabulary has.
+        wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
+        for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
+            for encoder in {self.first, self.rest}:
+                try:
+                    ids = encoder.encode(text, add_special_tokens=False).ids
+                except Exception:   # the library knows no other class: no unknown token, no such text
+                    continue
+                self.check_content(text, ids)
+
+    def check_content(self, text: str, ids: list[int]) -> None:
+        """ValueError if a special token is among the ids of a text that only spells one."""
+        if not self._forbidden.keys().isdisjoint(ids):
+            index = next(index for index in ids if index in self._forbidden)
+            raise ValueError(
+                f"{self.folder}/tokenizer.json: in a message, {text[:80]!r} becomes the special token "
+                f"{self._forbidden[index]!r} (id {index}), which only the template may write; take the piece "
+                "out of the tokenizer's vocabulary, or give it an unk_token of its own")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is no file. ValueError names a broken file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:     # of JSON and of Unicode
         raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
+    return content
+
+
+def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
+    """What the class that transformers would take for this folder adds to its files."""
+    model = read_json(folder / "config.json")
+    family = model.get("model_type")
+    declared = config.get("tokenizer_class") or model.get("tokenizer_class")
+    # For two families it does not ask what is declared; and a "Llama" that is byte-level gets none.
+    name = declared if declared and family not in ("qwen2", "mistral") else MODEL_CLASSES.get(family, "")
+    name = name.removesuffix("Fast")
+    return {} if byte_level and declared and name == "LlamaTokenizer" else CLASS_DEFAULTS.get(name, {})
+
+
+def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, spec: dict,
+                        defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Make the tokens special that the files of a folder call so; the vocabulary grows by those it lacks.
+    config, spec: its tokenizer_config.json and tokenizer.json. Returns ({"bos_token": text, ...}, texts of
+    special tokens without a name).
+
+    Where the files disagree, transformers 5 decides: if tokenizer_config.json has added_tokens_decoder, the
+    other files say nothing. Else special_tokens_map.json goes before tokenizer_config.json, a null in it
+    too, and what tokenizer.json says of a token goes before added_tokens.json.
+    """
+    # With a tokenizer.json, these two are not read; they would look like names below if they were text.
+    fields = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
+    if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):    # the old name
+        fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
+    own = {name: fields.pop(name) for name in list(fields)
+           if name.endswith("_token") and name not in NAMED and isinstance(fields[name], str)}
+    if isinstance(fields.get("extra_special_tokens"), dict):    # {"image_token": "<image>"}
+        own.update(fields.pop("extra_special_tokens"))
+    if own:
+        fields["model_specific_special_tokens"] = own
+    added = fields.get("added_tokens_decoder")
+    if added is None:
+        for name, value in read_json(folder / "special_tokens_map.json").items():
+            if name == "extra_special_tokens" and isinstance(value, list):
+                value = [*(fields.get(name) or []), *value]
+            fields[name] = value
+        if isinstance(fields.get("extra_special_tokens"), dict):
+            fields["model_specific_special_tokens"] = {**(fields.get("model_specific_special_tokens") or {}),
+                                                       **fields.pop("extra_special_tokens")}
+        added = {index: {"content": text} for text, index in read_json(folder / "added_tokens.json").items()}
+        added.update((token["id"], token) for token in spec.get("added_tokens") or [])
+    if "extra_special_tokens" not in fields:
+        fields["extra_special_tokens"] = fields.get("additional_special_tokens")
+    # A default that the vocabulary lacks would be a new token that nobody asked for.
+    fields = {**{name: text for name, text in defaults.items() if tokenizer.token_to_id(text) is not None},
+              **fields}
+    if spec.get("padding"):
+        fields.setdefault("pad_token", spec["padding"]["pad_token"])
+
+    def described(name: str, value: str | dict) -> dict:
+        """A token is its text, or {"content": text, "lstrip": true, ...}."""
+        token = {"content": value} if isinstance(value, str) else value
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise ValueError(f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json is "
+                             f"{value!r}; a token must be text, or an object with text as its 'content'")
+        return token
+
+    values = {name: value for name, value in fields.items() if value and (
+        name in NAMED or name.endswith("_token") and isinstance(value, (str, dict)))}
+    values.update(fields.get("model_specific_special_tokens") or {})
+    tokens = {name: described(name, value) for name, value in values.items()}
+    extra = [described("extra_special_tokens", value) for value in fields["extra_special_tokens"] or []]
+    special = {token["content"]: token for token in (*tokens.values(), *extra)}
+    # How a token is matched is said by the first of these that knows it, in the order of ids.
+    known = {token["content"]: token for _, token in sorted(added.items(), key=lambda item: int(item[0]))}
+    there = {token.content: token.__getstate__() for token in tokenizer.get_added_tokens_decoder().values()}
+    for text, token in special.items():
+        known.setdefault(text, there.get(text, {"special": True, **token}))
+    tokens_to_add = []
+    for text, token in known.items():
+        flags = {name: token[name] for name in FLAGS if name in token}
+        flags["special"] = text in special or flags.get("special", False)
+        tokens_to_add.append(tokenizers.AddedToken(text, **{"normalized": not flags["special"], **flags}))
+    tokenizer.add_tokens(tokens_to_add)     # at once: each call makes the tokenizer's search tree anew
+    return ({name: token["content"] for name, token in tokens.items()},
+            list(dict.fromkeys(token["content"] for token in extra)))
 
 
 def _read_chat_template(folder: Path, config: dict) -> str | None:
@@ -640,6 +801,7 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
                 ids.append(run)
                 kinds.append(kind)
                 continue
+            tokenizer.check_content(run, encoded[e, i].ids)
             ids += encoded[e, i].ids
             for start, end in encoded[e, i].offsets:
                 kinds.append(_token_kind(run, kind, min(start, len(run) - 1), max(end, start + 1)))
@@ -701,8 +863,8 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
     files = [str(file) for file in files]
     key = hashlib.sha256(json.dumps([
         "2", [_file_hash(file) for file in files], _file_hash(tokenizer.folder / "tokenizer.json"),
-        tokenizer.named_tokens, template.source, template.date if template.uses_date else None,
-        max_length, overlong,
+        tokenizer.named_tokens, tokenizer.added_tokens, template.source,
+        template.date if template.uses_date else None, max_length, overlong,
     ]).encode()).hexdigest()[:32]
     folder = Path(cache_dir).expanduser() / key
     if folder.is_dir() and (name := _damaged(folder)):
@@ -767,7 +929,10 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
         examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
         for (pieces, file, line), (ids, kinds) in zip(batch, examples):
             if checked < 64:
-                checked += _check_ids(pieces, ids, tokenizer)
+                try:
+                    checked += _check_ids(pieces, ids, tokenizer)
+                except ValueError as error:
+                    raise ValueError(f"{files[file]}:{line}: {error}") from None
             report["records"] += 1
             if len(ids) > max_length:
                 if overlong == "error":
@@ -820,17 +985,42 @@ def _with_progress(records: Iterable, progress: bool, name: str) -> Iterable:
 
 def _check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
     """1 if the ids were checked to be those that serving gives,
-    0 if a content holds a special token's text."""
-    if any(token in piece.text for piece in pieces if not piece.special for token in tokenizer.special):
+    0 if a content spells a special token, or something that the normaliser makes one of."""
+    def served(text: str) -> list[int]:
+        return tokenizer.reference.encode(text, add_special_tokens=False).ids
+
+    contents = [piece.text for piece in pieces if not piece.special and piece.kind != TEMPLATE]
+    if any(served(text) != tokenizer.first.encode(text, add_special_tokens=False).ids for text in contents):
         return 0
     text = "".join(piece.text for piece in pieces)
-    if tokenizer.reference.encode(text, add_special_tokens=False).ids != ids:
+    if served(text) != ids:
         raise ValueError(f"{tokenizer.folder}/tokenizer.json treats text around special tokens in a way that "
                          f"is not supported: pieces and whole text give different ids for {text[:80]!r}")
     bos = tokenizer.special.get(tokenizer.bos_token)
     if tokenizer.adds_bos and ids[:2] == [bos, bos]:
         raise ValueError(f"the template writes the BOS token {tokenizer.bos_token} twice")
     return 1
+
+
+def check_vocabulary(rows: int, tokenizer: Tokenizer, template: Template | None = None,
+                     datasets: Iterable[Dataset] = ()) -> None:
+    """ValueError unless every token that the template writes and the datasets hold has one of the embedding's
+    `rows`. Tokens that are never used, such as a padding token added without resizing, need none."""
+    reason = (f"the embedding has only {rows} rows; {tokenizer.folder} holds a tokenizer and a model that do "
+              "not belong together, or tokens were added without resizing the model")
+    if template is not None:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        for piece in render(probe, template):
+            if piece.special and tokenizer.special[piece.text] >= rows:
+                raise ValueError(f"--template {template.name} writes {piece.text!r}, token "
+                                 f"{tokenizer.special[piece.text]}, but {reason}")
+    for dataset in datasets:
+        if dataset.ids.max() >= rows:
+            place = int(np.argmax(dataset.ids >= rows))
+            example = int(np.searchsorted(dataset.offsets, place, side="right")) - 1
+            index = int(dataset.ids[place])
+            raise ValueError(f"{dataset.where(example)}: holds {tokenizer.reference.id_to_token(index)!r}, "
+                             f"token {index}, but {reason}")
 
 
 # ---------------------------------------------------------------- step plan

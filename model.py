@@ -20,7 +20,7 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -663,12 +663,13 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def check_vocabulary(config: ModelConfig, vocab_size: int) -> None:
-    """ValueError unless every id of the tokenizer has a row in the embedding; rows to spare are fine."""
-    if vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has ids up to {vocab_size - 1}, the embedding only "
-                         f"{config.vocab_size} rows; they do not belong together, or tokens were added "
-                         "without resizing the model")
+def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
+    """ValueError unless all token ids of the sequences, such as prompts, have a row in the embedding."""
+    largest = max(map(max, filter(len, sequences)), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(f"a text holds token {largest}, the embedding has only {config.vocab_size} rows; "
+                         "tokenizer and model do not belong together, or tokens were added without resizing "
+                         "the model")
 
 
 def weight_files(folder: str | Path) -> list[Path]:

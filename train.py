@@ -31,9 +31,8 @@ from tqdm import tqdm
 
 import checkpoint
 import estimate
-from data import (CACHE_DIR, COMPLETION, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, cache_parts, collate,
-                  load_dataset, load_template, plan)
-from data import steps_per_epoch
+from data import (CACHE_DIR, COMPLETION, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, cache_parts,
+                  check_vocabulary, collate, load_dataset, load_template, plan, steps_per_epoch)
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
 from flags import flag, flag_name, given_flags
@@ -41,8 +40,8 @@ from folder import LENGTH, append_line, check_folder, check_ranks, claim, finish
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
 from machine import Reserve, keep_freed_memory, peak_memory_mb
-from model import (DTYPES, activation_bytes, check_vocabulary, load_model, parameter_count, read_config,
-                   resolve_model, stored_weights)
+from model import (DTYPES, activation_bytes, load_model, parameter_count, read_config, resolve_model,
+                   stored_weights)
 from ranks import (first_of_machine, from_all, from_main, is_main, join_ranks, leave, rank, report_error,
                    shows_progress, wait, world_size)
 from shard import release, shard, whole
@@ -346,13 +345,13 @@ def main(argv: list[str]) -> int:
     reserve = Reserve(0 if use_cuda or config.dry_run else averages
                       + activation_bytes(model_config, tokens, compute, config.recompute))
     tokenizer = Tokenizer(folder)
-    check_vocabulary(model_config, tokenizer.vocab_size)
     config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
                             or date.today().isoformat())
     template = load_template(config.template, tokenizer, config.date)
     config.date = template.date
     if template.warning:
         say(f"warning: {template.warning}")
+    check_vocabulary(model_config.vocab_size, tokenizer, template)
     parts = cache_parts(config.train_data, tokenizer, template, config.max_length, config.overlong)
     identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
     identity |= {"model": checkpoint.model_fingerprint(folder), "train_data": parts["data"],
@@ -368,6 +367,7 @@ def main(argv: list[str]) -> int:
 
     with first_of_machine():
         train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
+    check_vocabulary(model_config.vocab_size, tokenizer, datasets=[train_set, *eval_sets])
     names = [Path(file).name.split(".")[0] for file in config.eval_data]
     names = [file if names.count(name) > 1 else name for name, file in zip(names, config.eval_data)]
 

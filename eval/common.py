@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Template, Tokenizer, load_template
+from data import TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
 from eval.engine import Engine
 from files import write_text
 from machine import Reserve, keep_freed_memory
-from model import Llama, check_vocabulary, load_model, resolve_model
+from model import Llama, load_model, resolve_model
 from ranks import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
 
 
@@ -73,13 +73,13 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     folder = resolve_model(name)
     tokenizer = Tokenizer(folder)
     model = load_model(folder, device).requires_grad_(False).eval()
-    check_vocabulary(model.config, tokenizer.vocab_size)
     bf16 = args.dtype == "bf16"
     if cast and bf16:
         model.to(torch.bfloat16)
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
     template = load_template(args.template, tokenizer, args.date) if args.template else None
+    check_vocabulary(model.config.vocab_size, tokenizer, template)
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Llama, RMSNorm, compute_dtype, rms_norm
+from model import Llama, RMSNorm, check_ids, compute_dtype, rms_norm
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
@@ -314,6 +314,7 @@ class Engine:
         over the longest one's places for all. keys: names each prompt for Sampling.draws, default its number;
         on_token(number, id) is called as tokens come; done(number, ids) says behind each whether to end there
         too; lookup: the most tokens to guess (Document.guess)."""
+        check_ids(self.model.config, prompts)
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
         cache, greedy = Cache(self.model, len(running)), torch.zeros(max_new_tokens)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Attend, Llama, compute_dtype
+from model import Attend, Llama, check_ids, compute_dtype
 
 BLOCK = 128             # queries that are multiplied out at once, with their branch's keys
 CHUNK_LOGITS = 2**24    # logits held at once: 64 MB in fp32
@@ -199,6 +199,7 @@ def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
     fewer inputs than targets. capacity: tokens of a row."""
     if not requests:
         return
+    check_ids(model.config, [ids for request in requests for ids in request])
     device, tree = model.head_weight.device, make_tree(requests)
     rows, kept = Rows(tree, capacity, device), []
     totals, greedy, ended = np.zeros(len(requests)), np.ones(len(requests), bool), 0

@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import CACHE_DIR, KINDS, Dataset, Tokenizer, collate, load_dataset, load_template, plan
+from data import (CACHE_DIR, KINDS, Dataset, Tokenizer, check_vocabulary, collate, load_dataset,
+                  load_template, plan)
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, run, start_ranks, write_json
 from loss import nll
@@ -152,6 +153,7 @@ def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset],
 
 def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
     """example_sums of each file, (E, K)."""
+    check_vocabulary(loaded.model.config.vocab_size, loaded.tokenizer, loaded.template, datasets)
     out = []
     for file, dataset in zip(args.data, datasets):
         rows = partial(tqdm, desc=f"{Path(loaded.name).name} on {Path(file).name}", leave=False, unit=" rows",

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from tokenizers.trainers import BpeTrainer
+from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer, WordPieceTrainer
 
 # Merges must cross what is easily taken for a boundary: a full stop and the newlines behind it, a space and
 # the word behind it, a bracket and the word before it.
@@ -134,4 +134,55 @@ def write(name: str, folder: Path, chat_template: str | None = None) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     if chat_template is not None:
         (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    return folder
+
+
+# Tokenizers whose vocabulary itself holds the special tokens, so that plain text can find them there.
+SPELLED = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+OTHERS = ("unigram", "unigram_nfkc", "wordlevel", "wordpiece", "bpe_ignore_merges", "bpe_merges")
+
+
+@cache
+def build_other(name: str) -> Tokenizer:
+    special = list(SPELLED)
+    split_at_spaces = pre_tokenizers.WhitespaceSplit()
+    if name.startswith("unigram"):
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC() if name == "unigram_nfkc" else None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="first")
+        tokenizer.decoder = decoders.Metaspace("▁", prepend_scheme="first")
+        trainer = UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>",
+                                 initial_alphabet=list("<>/|_0123456789"), show_progress=False)
+    elif name == "wordlevel":
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), split_at_spaces
+        trainer = WordLevelTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    elif name == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), split_at_spaces
+        tokenizer.decoder = decoders.WordPiece()
+        trainer = WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE(ignore_merges=name == "bpe_ignore_merges"))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.NFKC(), split_at_spaces
+        trainer = BpeTrainer(vocab_size=260, special_tokens=special, show_progress=False, min_frequency=2)
+    tokenizer.train_from_iterator([TEXT] * 2, trainer)
+    if name == "bpe_merges":    # "</s>" is what the letters merge to, and a part of a longer piece
+        spec = json.loads(tokenizer.to_str())
+        size = len(spec["model"]["vocab"])
+        spec["model"]["vocab"] |= {"</": size, "s>": size + 1, "</s>.": size + 2}
+        spec["model"]["merges"][:0] = [["<", "/"], ["s", ">"], ["</", "s>"], ["</s>", "."]]
+        tokenizer = Tokenizer.from_str(json.dumps(spec))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    return tokenizer
+
+
+def write_other(name: str, folder: Path) -> Path:
+    """As write(), for one of OTHERS."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_other(name).save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+              "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     return folder
