@@ -601,7 +601,8 @@ def test_of_a_hub_repository_only_what_is_read_is_downloaded(shards, hub):
     make_reference("qwen2").save_pretrained(hub.repository, max_shard_size=20_000 if shards else "1GB")
     weights = {file.name for file in hub.repository.glob("*.safetensors*")}
     for name in (*NEEDED, "consolidated.safetensors", "model.fp16.safetensors",
-                 "model-00009-of-00009.safetensors", "adapter_model.safetensors", "pytorch_model.bin", "model.gguf", "onnx/model.onnx",
+                 "model-00009-of-00009.safetensors", "adapter_model.safetensors", "pytorch_model.bin",
+                 "model.gguf", "onnx/model.onnx",
                  "onnx/config.json", "trainer_state.json", "README.md"):
         (hub.repository / name).parent.mkdir(exist_ok=True)
         if not (hub.repository / name).exists():
