@@ -21,7 +21,7 @@ import torch
 
 from data import NAMED, Template, Tokenizer, read_json
 from files import checksum, commit, writing
-from model import DTYPES, Llama, save_model, weight_files
+from model import DTYPES, Llama, checkpoint_tensors, save_model, weight_files
 from ranks import from_all, from_main, is_main
 from shard import fill, stored_tensors, write_tensors
 
@@ -128,7 +128,7 @@ def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Opt
     sharded model this rank's rows. Every rank calls; those that do not see rank 0's folder are sent theirs.
     Returns how many steps it stands for. ValueError if a tensor is missing."""
     weights, moments, state = from_main(
-        (stored_tensors(weight_files(folder)), stored_tensors([Path(folder) / "optimizer.safetensors"]),
+        (checkpoint_tensors(folder), stored_tensors([Path(folder) / "optimizer.safetensors"]),
          read_state(folder)) if is_main() else None)
     try:
         mine = state if is_main() else read_state(folder)
@@ -142,7 +142,7 @@ def load_checkpoint(folder: str | Path, model: Llama, optimizer: torch.optim.Opt
                                  *((value, moments, f"{key}.{name}") for key, value in averages.items())):
             if stored not in where or where[stored].shape != list(x.shape):
                 raise ValueError(f"{folder}: {stored} is missing, or not of the model's shape")
-            fill(x, where[stored].file, stored, everywhere)
+            fill(x, where[stored], everywhere)
         optimizer.state[parameter] = {**averages, "step": torch.tensor(steps, device=parameter.device)}
     return state["step"]
 

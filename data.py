@@ -16,7 +16,6 @@ import argparse
 import gzip
 import hashlib
 import heapq
-import io
 import json
 import os
 import re
@@ -27,6 +26,8 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from datetime import date as Date, datetime
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -38,6 +39,7 @@ import numpy as np
 import tokenizers
 import torch
 
+import ranks
 from files import checksum, commit, delete_left, writing
 
 KINDS = ("template", "system", "instruction", "completion", "context")
@@ -831,8 +833,8 @@ class Dataset:
     origins: np.ndarray     # (E, 2) int32: which file, which line
     counts: np.ndarray      # (E, K) int32: targets of each kind
     report: dict            # what was read, cut and dropped
-    key: str                # hash of all that these arrays depend on
-    content: str = ""       # hash of the arrays
+    key: str                # hash of all that these arrays depend on, cache_parts()
+    content: str            # hash of the arrays themselves
 
     def __post_init__(self) -> None:
         self.lengths = np.diff(self.offsets) - 1  # (E,) inputs of each example, one less than its tokens
@@ -852,70 +854,125 @@ class Dataset:
         return np.flatnonzero(some & (self.counts[:, COMPLETION] > 0) if require_completion else some)
 
 
+# A cache's files, and how they are mapped.
+CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "offsets.bin": (np.int64, (-1,)),
+               "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
+               "report.json": (np.uint8, (-1,))}
+# The code that turns records into tokens.
+CODE = (Path(__file__),)
+
+
+def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
+                ) -> dict[str, object]:
+    """All that decides what is in a token cache, by name, as JSON can hold it: hashes of the files' contents,
+    wherever they lie, of tokenizer, template and this code; versions of libraries; flags. Only reads and
+    hashes files. ValueError for a file that cannot be read."""
+    marks = [template.tokens, sorted(template.special), tokenizer.named_tokens, tokenizer.added_tokens]
+    return {
+        "data": [_file_hash(file) for file in files],
+        "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
+        "special_tokens": _hash(json.dumps(marks, sort_keys=True)),
+        "template": _hash(template.source),
+        "date": template.date if template.uses_date else None,
+        "max_length": max_length,
+        "overlong": overlong,
+        "code": _hash("".join(_file_hash(file) for file in CODE)),
+        "libraries": " ".join(f"{name} {version(name)}" for name in ("tokenizers", "jinja2")),
+    }
+
+
 def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
                  cache_dir: str | Path, progress: bool = False) -> Dataset:
     """Tokenise files into cache_dir, or map what is there already.
 
     max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. Returns a
-    Dataset; ValueError for bad records. Written beside its place and renamed, so a killed writer leaves
-    nothing behind that another run would read; what is damaged later is made anew.
+    Dataset; ValueError for bad records, and for a damaged cache that cannot be replaced. A cache is written
+    beside its place and renamed, so a killed writer leaves nothing behind that another run would read.
     """
     files = [str(file) for file in files]
-    key = hashlib.sha256(json.dumps([
-        "2", [_file_hash(file) for file in files], _file_hash(tokenizer.folder / "tokenizer.json"),
-        tokenizer.named_tokens, tokenizer.added_tokens, template.source,
-        template.date if template.uses_date else None, max_length, overlong,
-    ]).encode()).hexdigest()[:32]
-    folder = Path(cache_dir).expanduser() / key
-    if folder.is_dir() and (name := _damaged(folder)):
-        print(f"warning: {folder / name}: is damaged; tokenizing anew", file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)
-    if not folder.is_dir():
+    parts = cache_parts(files, tokenizer, template, max_length, overlong)
+    key = _hash(json.dumps(parts, sort_keys=True))[:32]
+    folder, opened = Path(cache_dir).expanduser() / key, None
+    part = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
+    if os.path.lexists(folder):
+        try:
+            opened = _open_cache(folder)
+        except ValueError as error:
+            _move_away(folder, part.with_suffix(".old.part"), str(error))
+            print(f"warning: {error}; tokenizing anew", file=sys.stderr)
+    if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
-        part = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; give another --cache-dir",
+                          str(folder.parent)) from None
         try:
             with writing(part):
-                part.mkdir(parents=True, exist_ok=True)
                 _write_cache(part, files, tokenizer, template, max_length, overlong, progress)
+                if [_file_hash(file) for file in files] != parts["data"]:
+                    raise ValueError(f"{', '.join(files)}: changed while being read; start again")
                 commit(part, folder)
         except OSError:
             if not folder.is_dir():  # else another process was first, with the same bytes
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    meta = read_json(folder / "report.json")
-    offsets = np.load(folder / "offsets.npy", mmap_mode="r")
-
-    def flat(name: str, dtype: type) -> np.ndarray:
-        return np.memmap(folder / name, dtype=dtype, mode="r", shape=(int(offsets[-1]),))
-
-    return Dataset(files, flat("ids.bin", np.int32), flat("kinds.bin", np.uint8), offsets,
-                   np.load(folder / "origins.npy", mmap_mode="r"),
-                   np.load(folder / "counts.npy", mmap_mode="r"), meta, key,
-                   hashlib.sha256((folder / "crc32.json").read_bytes()).hexdigest()[:32])
+        opened = _open_cache(folder)
+    arrays, content = opened
+    columns = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts"))
+    return Dataset(files, *columns, json.loads(arrays["report.json"].tobytes()), key, content)
 
 
-def cache_parts(files, tokenizer, template, max_length, overlong):
-    return {"data": [_file_hash(f) for f in files], "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
-            "template": template.source, "date": template.date if template.uses_date else None}
-
-
-def _damaged(folder: Path) -> str | None:
-    """A file of a token cache that is not as it was written, if there is one."""
+def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], str]:
+    """The files of a token cache, mapped, and a hash of their contents. Each is opened once, checked and
+    mapped, so that nobody can put another in its place in between. ValueError names one that is not as it was
+    written or cannot be read."""
+    arrays, file = {}, folder / "crc32.json"
     try:
-        sums = json.loads((folder / "crc32.json").read_text())
-        return next((name for name, crc in sums.items()
-                     if not (folder / name).is_file() or checksum(folder / name) != crc), None)
-    except (ValueError, OSError):
-        return "crc32.json"
+        sums = json.loads(file.read_text())
+        for name, (dtype, shape) in CACHE_FILES.items():
+            file = folder / name
+            with open(file, "rb") as opened:
+                if checksum(opened) != sums[name]:
+                    raise ValueError
+                arrays[name] = np.memmap(opened, np.uint8, "r").view(dtype).reshape(shape)
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{file}: is damaged") from None
+    return arrays, _hash(json.dumps(sums))[:32]
+
+
+def _move_away(folder: Path, old: Path, fault: str) -> None:
+    """Rename a token cache that cannot be used, and delete it as far as possible. ValueError, which begins
+    with `fault`, if it cannot be renamed."""
+    try:
+        os.rename(folder, old)
+    except FileNotFoundError:
+        pass    # another process was first
+    except OSError as error:
+        raise ValueError(f"{fault}, and the folder cannot be replaced ({error.strerror}): delete it, or give "
+                         "another --cache-dir") from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _file_hash(path: str | Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = os.stat(path)
+        return _hash_once(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
+
+
+@lru_cache(maxsize=None)    # a run asks for its files' hashes before and after it reads them
+def _hash_once(path: str, *state: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,
@@ -967,13 +1024,10 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
         raise ValueError(f"{', '.join(files)}: no example left of {report['records']} records "
                          f"({report['dropped_overlong']} longer than --max-length {max_length}, "
                          f"{report['dropped_empty']} empty)")
-    for name, values, dtype in (("offsets", offsets, np.int64), ("origins", origins, np.int32),
-                                ("counts", counts, np.int32)):
-        array = io.BytesIO()    # np.save into a file does not say when the disk is full
-        np.save(array, np.asarray(values, dtype))
-        (folder / f"{name}.npy").write_bytes(array.getvalue())
+    for name, values in (("offsets.bin", offsets), ("origins.bin", origins), ("counts.bin", counts)):
+        (folder / name).write_bytes(np.asarray(values, CACHE_FILES[name][0]).tobytes())
     (folder / "report.json").write_text(json.dumps(report))
-    sums = {file.name: checksum(file) for file in sorted(folder.iterdir())}
+    sums = {name: checksum(folder / name) for name in CACHE_FILES}
     (folder / "crc32.json").write_text(json.dumps(sums))
 
 
@@ -1259,8 +1313,8 @@ def main() -> None:
             weights = span_weights(args.loss, *(getattr(args, f"{kind}_weight") for kind in KINDS[:4]))
             print(f"{export(dataset, weights, args.export):,} examples written to {args.export}",
                   file=sys.stderr)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {ranks.message(error)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 _held: dict[Path, TextIO] = {}      # closing one of these files would give up its lock
 
@@ -56,10 +56,10 @@ def commit(part: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def checksum(file: str | Path) -> int:
-    """CRC-32 of a file."""
+def checksum(file: str | Path | BinaryIO) -> int:
+    """CRC-32 of a file, given by its name or opened."""
     crc = 0
-    with open(file, "rb") as opened:
+    with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as opened:
         while data := opened.read(2**24):
             crc = zlib.crc32(data, crc)
     return crc

@@ -17,8 +17,9 @@ F feed-forward width.
 import json
 import math
 import re
-from dataclasses import dataclass, field
-from functools import lru_cache
+import sys
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple, Sequence
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ranks import is_main
-from shard import DTYPE_NAMES, Stored, fill, stored_tensors, write_tensors
+from shard import DTYPE_NAMES, Stored, equal, fill, first_above, stored_tensors, write_tensors
 
 # (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D);
 # generation brings its own, with a key/value cache
@@ -36,14 +37,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # ---------------------------------------------------------------- config.json
 
-# What each family's config.json may leave out, where families differ
-# (the values of transformers' config classes).
+# What a field absent from config.json means, where families differ (transformers' config classes). A null is
+# not the same for these: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.
 FAMILIES = {
-    "llama": dict(num_key_value_heads=None, head_dim=None, qkv_bias="attention_bias",
-                  o_bias="attention_bias"),
-    "mistral": dict(num_key_value_heads=8, head_dim=None, qkv_bias=False, o_bias=False),
-    "qwen2": dict(num_key_value_heads=32, head_dim=None, qkv_bias=True, o_bias=False),
-    "qwen3": dict(num_key_value_heads=32, head_dim=128, qkv_bias="attention_bias", o_bias="attention_bias"),
+    "llama": dict(),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
+    "qwen2": dict(num_key_value_heads=32, sliding_window=4096),
+    "qwen3": dict(num_key_value_heads=32, head_dim=128, sliding_window=4096),
 }
 # Fields that change what the model computes and are implemented for these values only.
 ONLY = {
@@ -51,8 +51,50 @@ ONLY = {
     "partial_rotary_factor": (1,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
     "dual_chunk_attention_config": (None,), "add_cross_attention": (None, False),
     "rope_interleaved": (None, False), "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1), "auto_map": (None,),
+    "num_local_experts": (None, 0, 1), "auto_map": (None,), "transformers_weights": (None,),
 }
+
+# What a field must be: in words, and the check. In Python true is a number, too, and JSON may hold NaN.
+COUNT = "a whole number above 0", lambda x: type(x) is int and x > 0
+WHOLE = "a whole number, 0 or more", lambda x: type(x) is int and x >= 0
+POSITIVE = "a finite number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf
+FLAG = "true or false", lambda x: type(x) is bool
+TEXT = "text", lambda x: type(x) is str
+TEXTS = "a list of text", lambda x: type(x) is list and all(type(each) is str for each in x)
+OBJECT = "an object", lambda x: type(x) is dict
+
+
+class _Fields:
+    """Fields of a JSON object; null means absent. Called with a field's name and what it must be, it returns
+    the value, or default if it is absent. ValueError names the field, its value and what it must be."""
+
+    def __init__(self, values: dict, inside: str = ""):
+        self.values = {name: value for name, value in values.items() if value is not None}
+        self.inside = inside    # "rope_scaling." for the fields of that object
+
+    def __call__(self, name: str, must_be: tuple[str, Callable[[object], bool]], default: object = None
+                 ) -> object:
+        if name not in self.values:
+            return default
+        words, fits = must_be
+        if not fits(self.values[name]):
+            raise ValueError(f"config.json: {self.inside}{name} is {self.values[name]!r}; it must be {words}")
+        return self.values[name]
+
+    def need(self, names: Sequence[str], why: str = "") -> None:
+        """ValueError that lists which of these fields are absent."""
+        if missing := [name for name in names if name not in self.values]:
+            raise ValueError(f"config.json: {why}{', '.join(self.inside + name for name in missing)} missing")
+
+    def refuse(self, only: dict[str, tuple]) -> None:
+        """ValueError for a field that has another value than those that are implemented."""
+        for name, allowed in only.items():
+            value = self.values.get(name, allowed[0])
+            # True == 1 in Python
+            if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
+                       for each in allowed):
+                raise ValueError(f"config.json: {self.inside}{name} = {value!r} is not implemented, "
+                                 f"only {allowed[0]!r}")
 
 
 @dataclass
@@ -72,68 +114,83 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     rope: dict              # rope_type, rope_theta and what the type needs
+    max_position_embeddings: int | None     # tokens; None: config.json does not say
+    initializer_range: float                # of weights for training from scratch
     raw: dict = field(repr=False)
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
         """config.json's content -> ModelConfig.
-        ValueError names a field that asks for what is not implemented."""
-        family = raw.get("model_type")
+        ValueError names a field that is missing, of a wrong kind, or asks for what is not implemented."""
+        if not isinstance(raw, dict):
+            raise ValueError(f"config.json: must be a JSON object, not {type(raw).__name__}")
+        family = _Fields(raw)("model_type", TEXT)
         if family not in FAMILIES:
             raise ValueError(f"config.json: model_type {family!r} is not implemented; those that are: "
                              f"{', '.join(FAMILIES)}")
-        for name, allowed in ONLY.items():
-            if raw.get(name, allowed[0]) not in allowed:
-                raise ValueError(f"config.json: {name} = {raw[name]!r} is not implemented, "
-                                 f"only {allowed[0]!r}")
-        sliding = raw.get("sliding_window") if raw.get("use_sliding_window", family == "mistral") else None
-        if (family in ("qwen2", "qwen3")
-                and raw.get("max_window_layers", 28) >= raw.get("num_hidden_layers", 0)):
-            sliding = None  # the window starts at a layer that there is not
-        layer_types = set(raw.get("layer_types") or ["full_attention"]) - {"full_attention"}
-        if (sliding and sliding < raw.get("max_position_embeddings", math.inf)) or layer_types:
-            raise ValueError(f"config.json: sliding_window = {sliding}, layer_types {sorted(layer_types)}: a "
-                             "sliding window is not implemented; if no document is longer than the window, "
-                             "set sliding_window to null")
-        missing = [name for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                     "num_attention_heads") if name not in raw]
-        if missing:
-            raise ValueError(f"config.json: {', '.join(missing)} missing")
-        default = FAMILIES[family]
-        heads = raw["num_attention_heads"]
-        kv_heads = raw.get("num_key_value_heads", default["num_key_value_heads"]) or heads
-        head_dim = raw.get("head_dim", default["head_dim"]) or raw["hidden_size"] // heads
-        if heads % kv_heads or head_dim % 2:
+        get = _Fields({**FAMILIES[family], **raw})
+        get.refuse(ONLY)
+        get.need(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                  "num_attention_heads"))
+        hidden, layers = get("hidden_size", COUNT), get("num_hidden_layers", COUNT)
+        heads, longest = get("num_attention_heads", COUNT), get("max_position_embeddings", COUNT)
+        _refuse_sliding_window(get, family, layers, longest)
+        kv_heads = get("num_key_value_heads", COUNT, heads)
+        head_dim = get("head_dim", COUNT, hidden // heads)
+        if heads % kv_heads or head_dim % 2 or not head_dim:
             raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
                              f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
-
-        def bias(name: str) -> bool:
-            return bool(raw.get(default[name], False) if isinstance(default[name], str) else default[name])
-
+        attention_bias = get("attention_bias", FLAG, False)
         return cls(
-            raw["vocab_size"], raw["hidden_size"], raw["intermediate_size"], raw["num_hidden_layers"], heads,
-            kv_heads, head_dim, float(raw.get("rms_norm_eps", 1e-6)),
-            bool(raw.get("tie_word_embeddings", False)), bias("qkv_bias"), bias("o_bias"),
-            bool(raw.get("mlp_bias", False)) and family == "llama", family == "qwen3", _rope(raw), raw)
+            vocab_size=get("vocab_size", COUNT), hidden_size=hidden,
+            intermediate_size=get("intermediate_size", COUNT), num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+            rms_norm_eps=float(get("rms_norm_eps", POSITIVE, 1e-6)),
+            tie_word_embeddings=get("tie_word_embeddings", FLAG, False),
+            qkv_bias={"mistral": False, "qwen2": True}.get(family, attention_bias),
+            o_bias=attention_bias and family in ("llama", "qwen3"),
+            mlp_bias=get("mlp_bias", FLAG, False) and family == "llama", qk_norm=family == "qwen3",
+            rope=_rope(get), max_position_embeddings=longest,
+            initializer_range=float(get("initializer_range", POSITIVE, 0.02)), raw=raw)
 
 
-def _rope(raw: dict) -> dict:
+def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int | None) -> None:
+    """ValueError if a layer's attention has a window shorter than the model's context."""
+    window = get("sliding_window", COUNT) if get("use_sliding_window", FLAG, family == "mistral") else None
+    # In Qwen's models the window starts at this layer, which may not exist.
+    if family in ("qwen2", "qwen3") and get("max_window_layers", WHOLE, 28) >= layers:
+        window = None
+    others = sorted(set(get("layer_types", TEXTS, [])) - {"full_attention"})
+    if (window and window < (longest or math.inf)) or others:
+        raise ValueError(f"config.json: sliding_window = {window}, layer_types {others}: a sliding window is "
+                         "not implemented; if no document is longer than the window, set sliding_window to "
+                         "null")
+
+
+def _rope(get: _Fields) -> dict:
     """The old fields (rope_theta, rope_scaling with `type` or `rope_type`)
-    and the new one (rope_parameters) -> one."""
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {}),
-            **(raw.get("rope_parameters") or {})}
-    rope["rope_type"] = rope.get("rope_type", rope.pop("type", "default"))
-    needs = {"default": (), "linear": ("factor",),
-             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if rope["rope_type"] not in needs:
+    and the new one (rope_parameters) -> one. Of both objects transformers takes rope_scaling."""
+    objects = {name: get(name, OBJECT) for name in ("rope_scaling", "rope_parameters")}
+    name = next((name for name in objects if objects[name]), "rope_parameters")
+    values = objects[name] or {}
+    inner = _Fields(values, f"{name}.")
+    inner.refuse({"partial_rotary_factor": (1,)})
+    if nested := [key for key, value in values.items() if isinstance(value, dict)]:
+        raise ValueError(f"config.json: {name}.{nested[0]}: RoPE by kind of layer is not implemented")
+    rope = {"rope_type": inner("rope_type", TEXT, inner("type", TEXT, "default")),
+            "rope_theta": inner("rope_theta", POSITIVE, get("rope_theta", POSITIVE, 10000.0))}
+    kinds = {"default": {}, "linear": dict(factor=POSITIVE),
+             "llama3": dict(factor=POSITIVE, low_freq_factor=POSITIVE, high_freq_factor=POSITIVE,
+                            original_max_position_embeddings=COUNT)}
+    if rope["rope_type"] not in kinds:
         raise ValueError(f"config.json: RoPE type {rope['rope_type']!r} is not implemented; those that are: "
-                         f"{', '.join(needs)}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise ValueError(f"config.json: partial_rotary_factor = {rope['partial_rotary_factor']} "
-                         "is not implemented")
-    for name in needs[rope["rope_type"]]:
-        if name not in rope:
-            raise ValueError(f"config.json: RoPE type {rope['rope_type']!r} needs {name}")
+                         f"{', '.join(kinds)}")
+    needs = kinds[rope["rope_type"]]
+    inner.need(tuple(needs), f"RoPE type {rope['rope_type']!r}: ")
+    rope.update({key: inner(key, must_be) for key, must_be in needs.items()})
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(f"config.json: {name}.low_freq_factor is {rope['low_freq_factor']}; it must be less "
+                         f"than high_freq_factor, {rope['high_freq_factor']}")
     return rope
 
 
@@ -619,18 +676,35 @@ def init_weights(model: Llama, seed: int) -> None:
         elif parameter.dim() == 1:
             nn.init.ones_(parameter)
         else:
-            nn.init.normal_(parameter, 0.0, model.config.raw.get("initializer_range", 0.02), generator)
+            nn.init.normal_(parameter, 0.0, model.config.initializer_range, generator)
 
 
 # ---------------------------------------------------------------- checkpoint folders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+# What is downloaded of a hub repository besides weights. Its other files (weights for other programs, lower
+# precision, pictures) can be many times larger.
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+             "chat_template.json", "adapter_config.json"]
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once a run: a folder is read several times."""
+    if is_main():
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def resolve_model(model: str | Path) -> Path:
     """A checkpoint folder as it is; a hub id, `owner/name` or `owner/name@revision`, is downloaded (once)
-    first. ValueError if it is neither."""
+    first: tokenizer, config and template, and the weights that load_model() reads.
+    ValueError if it is neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -639,28 +713,64 @@ def resolve_model(model: str | Path) -> Path:
                          "owner/name or owner/name@revision")
     from huggingface_hub import snapshot_download
     repository, _, revision = str(model).partition("@")
+
+    def download(patterns: list[str], revision: str | None) -> Path:
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's many errors all mean that the download failed
+            raise ValueError(f"--model {model}: no such folder, and the download failed: {error}") from None
+
+    folder = download([*HUB_FILES, SINGLE, INDEX], revision or None)
+    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        # The folder is called after the commit. A branch may have moved on since.
+        download(sorted(set(_weight_map(folder).values())), folder.name)
+    return folder
+
+
+def _read_object(file: Path) -> dict:
+    """A JSON object in a file. FileNotFoundError if there is no file, ValueError if it holds no object."""
     try:
-        return Path(snapshot_download(
-            repository, revision=revision or None, ignore_patterns=["*/*"],
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
-    except Exception as error:  # the hub's many errors all mean: it could not be had
-        raise ValueError(f"--model {model}: no such folder, and the hub did not give it: {error}") from None
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _what_else(folder: Path) -> str:
+    """What to do about a folder without a model that can be loaded."""
+    if (folder / "adapter_config.json").is_file():
+        return ("it holds an adapter; merge it into its base model (peft's merge_and_unload and "
+                "save_pretrained) and give the folder of the result")
+    return ("a checkpoint folder holds config.json, tokenizer.json and *.safetensors; weights in another "
+            "format, like pytorch_model.bin, can be converted with transformers' "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a checkpoint folder; ValueError if it is missing, broken or not implemented."""
-    file = Path(folder) / "config.json"
+    """config.json of a checkpoint folder; ValueError if it is missing, broken or not implemented.
+
+    tie_word_embeddings is what the weights say: a head that was trained on its own is kept, whatever
+    config.json says, as transformers does.
+    """
+    folder = Path(folder)
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = _read_object(folder / "config.json")
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; a checkpoint folder holds config.json, tokenizer.json and "
-                         "*.safetensors") from None
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise ValueError(f"{folder / 'config.json'}: no such file; {_what_else(folder)}") from None
     try:
-        return ModelConfig.from_dict(raw)
+        config = ModelConfig.from_dict(raw)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    if config.tie_word_embeddings:
+        stored = checkpoint_tensors(folder)
+        embedding, head = stored.get(EMBEDDING), stored.get(HEAD)
+        if embedding and head and not equal(embedding, head):
+            _warn(f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: the "
+                  "head is trained and saved on its own, with tie_word_embeddings false")
+            config = replace(config, tie_word_embeddings=False, raw={**raw, "tie_word_embeddings": False})
+    return config
 
 
 def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
@@ -672,30 +782,58 @@ def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
                          "the model")
 
 
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index of a checkpoint folder: tensor name -> file name, of a file in the folder.
+    ValueError if it is broken."""
+    index = folder / INDEX
+    names = _read_object(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: weight_map must be an object of tensor names and their files")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:     # "" comes before a leading /
+            raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
+    return names
+
+
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, from its index where there is one;
-    ValueError if any is missing."""
+    """The safetensors files of a checkpoint folder, from its index where there is one, sorted. As in
+    transformers, model.safetensors comes before an index. ValueError if any is missing."""
     folder = Path(folder)
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(f"{folder}: holds neither model.safetensors nor model.safetensors.index.json")
-    files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    if (folder / SINGLE).is_file():
+        if (folder / INDEX).is_file():
+            _warn(f"{folder}: holds {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does")
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; {_what_else(folder)}")
+    files = sorted({folder / name for name in _weight_map(folder).values()})
     if missing := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"{folder}: {index.name} names files that are not there: {', '.join(missing)}")
+        raise ValueError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
     return files
 
 
+def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
+    """What the weight files of a checkpoint folder hold, by name, from their headers. A tensor that several
+    files hold is the one of the file that the index names. ValueError for files and indexes that are missing,
+    broken or do not agree."""
+    files = weight_files(folder)
+    if files == [Path(folder) / SINGLE]:
+        return stored_tensors(files)
+    return stored_tensors(files, {name: Path(folder) / file for name, file in
+                                  _weight_map(Path(folder)).items()})
+
+
 def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
-    """Where each parameter of Llama(config) is in a checkpoint folder, from the files' headers alone.
-    ValueError lists tensors that are missing, surplus or of another shape."""
+    """Where each parameter of Llama(config) is in a checkpoint folder, from the files' headers alone;
+    config: read_config()'s. ValueError lists tensors that are missing, surplus or of another shape."""
     with torch.device("meta"):
         wanted = {name: list(parameter.shape) for name, parameter in Llama(config).named_parameters()}
-    # old files carry RoPE's table, some a second copy of a tied head
-    found = {name: stored for name, stored in stored_tensors(weight_files(folder)).items()
-             if not name.endswith("rotary_emb.inv_freq")
-             and not (name == "lm_head.weight" and config.tie_word_embeddings)}
+    # Old files carry RoPE's table. transformers computes it from config.json too, and their copy may be
+    # rounded, or lack the scaling that config.json asks for: it is no evidence against config.json.
+    found = {name: stored for name, stored in checkpoint_tensors(folder).items()
+             if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings and HEAD in found:
+        # The same values twice (read_config), or under the head's name only.
+        found.setdefault(EMBEDDING, found.pop(HEAD))
     problems: list[str] = []
     for name, stored in found.items():
         if name not in wanted:
@@ -705,6 +843,8 @@ def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]
         elif stored.dtype not in DTYPE_NAMES:
             problems.append(f"{name} is {stored.dtype}")
     problems += [f"missing {name}" for name in wanted if name not in found]
+    if HEAD in wanted and HEAD not in found:
+        problems[-1] += " (if the head is the embedding, config.json must say tie_word_embeddings: true)"
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ValueError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(shown))
@@ -716,7 +856,8 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     """Build the model that config.json describes and fill it with the folder's weights, as fp32 parameters.
 
     divide: shard.shard, to be given the model before it has weights; each rank then reads its rows only. They
-    are read a piece at a time, so memory stays near what the parameters need. ValueError as stored_weights().
+    are read a piece at a time, so memory stays near what the parameters need. ValueError as stored_weights(),
+    and for a tensor that holds NaN or Inf.
     """
     config = read_config(folder)
     stored = stored_weights(folder, config)
@@ -725,21 +866,25 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     if divide:
         divide(model)
     model.to_empty(device=device)
-    model.source_dtype = DTYPE_NAMES[stored["model.embed_tokens.weight"].dtype]
+    model.source_dtype = DTYPE_NAMES[stored[EMBEDDING].dtype]
     for name, parameter in model.named_parameters():
-        fill(parameter, stored[name].file, name)
+        fill(parameter, stored[name])
     return model
 
 
 def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = None,
                shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
     """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the
-    file, default what the weights were loaded from; shard_bytes: the most that one file holds. Every rank
-    calls, rank 0 writes; there, returns the CRC-32 of each weight file."""
+    file, default what the weights were loaded from; shard_bytes: the most that one file holds. fp32 instead
+    of fp16, with a warning, if fp16 would make a weight infinite. Every rank calls, rank 0 writes; there,
+    returns the CRC-32 of each weight file."""
     folder, dtype = Path(folder), dtype or model.source_dtype
     shards: list[list[str]] = [[]]
     total = used = 0
     tensors = dict(model.named_parameters())
+    if dtype == torch.float16 and (name := first_above(tensors, torch.finfo(dtype).max)):
+        _warn(f"{folder}: {name} holds values beyond float16's range; the weights are saved as float32")
+        dtype = torch.float32
     for name, tensor in tensors.items():
         size = tensor.numel() * dtype.itemsize
         if shards[-1] and used + size > shard_bytes:
@@ -757,7 +902,7 @@ def save_model(model: Llama, folder: str | Path, dtype: torch.dtype | None = Non
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    raw = {**model.config.raw, "dtype": str(dtype).removeprefix("torch.")}
-    raw.pop("torch_dtype", None)
+    # transformers 5 reads dtype, 4 and much else torch_dtype.
+    raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return sums

@@ -355,7 +355,8 @@ def main(argv: list[str]) -> int:
     parts = cache_parts(config.train_data, tokenizer, template, config.max_length, config.overlong)
     identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
     identity |= {"model": checkpoint.model_fingerprint(folder), "train_data": parts["data"],
-                 "tokenizer": parts["tokenizer"], "template": parts["template"], "date": parts["date"]}
+                 "tokenizer": [parts["tokenizer"], parts["special_tokens"]], "template": parts["template"],
+                 "date": parts["date"]}
     settings = dataclasses.asdict(config)
     if is_main() and not config.dry_run:
         check_folder(out, identity, settings, folder)

@@ -2,6 +2,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -193,19 +194,97 @@ def test_dataset_holds_what_tokenizing_one_by_one_gives(folder):
     assert (dataset.counts.sum(0) > 0).all()  # every kind occurs, so none is tested vacuously
 
 
-def test_cache_key_follows_all_that_matters(folder):
-    keys = [load(folder).key, load(folder, max_length=50).key, load(folder, overlong="drop").key,
-            load(folder, template="tulu").key]
-    make_records(folder / "other.jsonl", 20, seed=1)
-    keys.append(load(folder, "other.jsonl").key)
-    assert len(set(keys)) == len(keys)
-    assert load(folder).key == keys[0]
+def change_json(file: Path, **more: object) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+
+
+def edit_to_messages(home: Path, patch: pytest.MonkeyPatch) -> None:
+    edited = home / "data.py"
+    edited.write_text(Path(data.__file__).read_text().replace('"user": INSTRUCTION', '"user": SYSTEM'))
+    assert edited.read_text() != Path(data.__file__).read_text()
+    patch.setattr(data, "CODE", (edited,))
+
+
+def other_library(home: Path, patch: pytest.MonkeyPatch) -> None:
+    installed = data.version
+    patch.setattr(data, "version", lambda name: "9.9" if name == "tokenizers" else installed(name))
+
+
+def use_date(home: Path, date: str) -> dict:
+    (home / "dated.jinja").write_text(data.TEMPLATES["llama3"] + "{# {{ strftime_now('%Y') }} #}")
+    return dict(template=str(home / "dated.jinja"), date=date)
+
+
+# name: (a change in a folder, which may return other arguments; the parts of the key that it changes)
+CHANGES = {
+    "nothing": (lambda home, patch: None, set()),
+    "a byte of the data": (lambda home, patch: (home / "train.jsonl").write_bytes(
+        (home / "train.jsonl").read_bytes() + b"\n") and None, {"data"}),
+    "tokenizer.json": (lambda home, patch: change_json(home / "model" / "tokenizer.json", truncation=None),
+                       {"tokenizer"}),
+    "named tokens": (lambda home, patch: change_json(home / "model" / "tokenizer_config.json",
+                                                     pad_token="<|eot_id|>"), {"special_tokens"}),
+    "template": (lambda home, patch: dict(template="tulu"), {"template"}),
+    "date": (lambda home, patch: use_date(home, "2020-01-02"), {"template", "date"}),
+    "date that the template does not use": (lambda home, patch: dict(date="2020-01-02"), set()),
+    "max_length": (lambda home, patch: dict(max_length=50), {"max_length"}),
+    "overlong": (lambda home, patch: dict(overlong="drop"), {"overlong"}),
+    "an edited to_messages": (edit_to_messages, {"code"}),
+    "a library": (other_library, {"libraries"}),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_part_changes_the_cache_key_and_another_place_does_not(folder, tmp_path, name, monkeypatch):
+    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate", **more: str
+              ) -> dict:
+        tokenizer = Tokenizer(home / "model")
+        template = load_template(more.pop("template", "llama3"), tokenizer, **more)
+        asked = [home / "train.jsonl"], tokenizer, template, max_length, overlong
+        found = data.cache_parts(*asked)
+        assert not cache.exists()   # nothing was tokenised yet
+        dataset = load_dataset(*asked, cache)
+        return {**found, "key": dataset.key}
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    shutil.copy(folder / "train.jsonl", tmp_path)
+    before = parts(folder, tmp_path / "before")
+    change, differ = CHANGES[name]
+    after = parts(tmp_path, tmp_path / "after", **(change(tmp_path, monkeypatch) or {}))
+    assert {part for part in before if before[part] != after[part]} == differ | ({"key"} if differ else set())
+
+
+def test_special_tokens_and_the_date_of_a_template_that_prints_it_are_in_the_key(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    tokenizer = Tokenizer(tmp_path / "model")
+    file, keys = folder / "train.jsonl", []
+    for date in ("2020-01-02", "2020-01-03"):
+        arguments = use_date(tmp_path, date)
+        template = load_template(arguments["template"], tokenizer, date)
+        keys.append(load_dataset([file], tokenizer, template, 120, "truncate", tmp_path / "cache").key)
+    tokenizer.special["plum"] = 7
+    keys.append(load_dataset([file], tokenizer, template, 120, "truncate", tmp_path / "cache").key)
+    assert len(set(keys)) == 3
+
+
+def test_data_that_changes_while_it_is_read_is_not_cached_under_its_old_hash(folder, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(folder / "model")
+    make_records(tmp_path / "grows.jsonl", 5)
+
+    def grow(path: Path):
+        yield from read_records(path)
+        with open(path, "a") as file:
+            file.write("\n")
+    monkeypatch.setattr(data, "read_records", grow)
+    with pytest.raises(ValueError, match="grows.jsonl: changed while being read"):
+        load(tmp_path, "grows.jsonl")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_a_killed_writer_leaves_no_cache_behind(folder, monkeypatch):
     make_records(folder / "killed.jsonl", 10, seed=3)
     with monkeypatch.context() as patch:
-        patch.setattr(np, "save", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(data, "commit", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(folder, "killed.jsonl")
     assert len(load(folder, "killed.jsonl")) == 10

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import checkpoint
+import data
 import files
 import folder as run_folder
 import ranks
@@ -119,10 +121,11 @@ def test_a_damaged_token_cache_is_made_anew(folder, undisturbed, capsys):
     run_here(arguments(folder, "cached", **argv))
     (made,) = cache.iterdir()
     whole = {file.name: file.read_bytes() for file in made.iterdir()}
-    assert set(whole) == {"ids.bin", "kinds.bin", "offsets.npy", "origins.npy", "counts.npy", "report.json",
+    assert set(whole) == {"ids.bin", "kinds.bin", "offsets.bin", "origins.bin", "counts.bin", "report.json",
                           "crc32.json"}
     for name, spoil in [*((name, lambda x: x[:-1] + bytes([x[-1] ^ 1])) for name in whole),
-                        ("ids.bin", lambda x: x[:9]), ("crc32.json", lambda x: b"")]:
+                        ("ids.bin", lambda x: x[:9]), ("kinds.bin", lambda x: b""),
+                        ("crc32.json", lambda x: b""), ("crc32.json", lambda x: b"{}")]:
         (made / name).write_bytes(spoil(whole[name]))
         capsys.readouterr()
         run_here(arguments(folder, "cached", **argv))
@@ -131,6 +134,103 @@ def test_a_damaged_token_cache_is_made_anew(folder, undisturbed, capsys):
     capsys.readouterr()
     run_here(arguments(folder, "cached", **argv))
     assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def damaged(folder, tmp_path) -> tuple[list[str], Path]:
+    """Flags of a run, and its token cache with a bit flipped in a token's number."""
+    argv = arguments(folder, tmp_path / "out", cache_dir=tmp_path / "cache", max_steps=1, overwrite=True)
+    run_here(argv)
+    (made,) = (tmp_path / "cache").iterdir()
+    ids = bytearray((made / "ids.bin").read_bytes())
+    ids[0] ^= 1
+    (made / "ids.bin").write_bytes(ids)
+    return argv, made
+
+
+def test_a_damaged_token_cache_that_cannot_be_replaced_is_never_trained_on(damaged, monkeypatch):
+    argv, made = damaged
+
+    def denied(path: object, *more: object, **_: object) -> None:
+        if str(made) in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        rename(path, *more)
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", denied)
+    monkeypatch.setattr(data.shutil, "rmtree", lambda *a, **k: None)
+    with pytest.raises(ValueError, match=rf"{made}/ids.bin: is damaged, and the folder cannot be replaced "
+                                         r"\(Permission denied\): delete it, or give another --cache-dir"):
+        run_here(argv)
+
+
+def test_a_damaged_token_cache_of_another_owner_is_replaced_though_its_files_cannot_be_deleted(
+        damaged, undisturbed, monkeypatch, capsys):
+    """Renaming asks for rights to the cache folder only, deleting for rights to what is in it."""
+    argv, made = damaged
+    delete = data.shutil.rmtree
+    monkeypatch.setattr(data.shutil, "rmtree", lambda path, *a, **k: None if str(path).endswith(".old.part")
+                        else delete(path, *a, **k))
+    before = (made / "ids.bin").read_bytes()
+    assert run_here(argv) == 0
+    assert "is damaged; tokenizing anew" in capsys.readouterr().err
+    assert (made / "ids.bin").read_bytes() != before
+    assert run_here(argv) == 0
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_a_token_cache_that_cannot_be_read_is_named_and_made_anew(damaged, monkeypatch, capsys):
+    argv, made = damaged
+
+    def denied(path: object, *more: object, **most: object):
+        if path == made / "ids.bin" and path.stat().st_ino == inode:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return builtins.open(path, *more, **most)
+    inode = (made / "ids.bin").stat().st_ino
+    os.link(made / "ids.bin", made.parent.parent / "kept")      # so that no new file gets its number
+    monkeypatch.setattr(data, "open", denied, raising=False)
+    assert run_here(argv) == 0
+    assert f"{made}/ids.bin: cannot be read (Permission denied); tokenizing anew" in capsys.readouterr().err
+
+
+def test_the_files_that_were_checked_are_those_that_are_mapped(damaged, monkeypatch):
+    """Another process replaces the cache between the check and the mapping."""
+    argv, made = damaged
+    run_here(argv)      # whole again
+    whole, wrong = np.fromfile(made / "ids.bin", np.int32), made.parent.parent / "wrong"
+    check = data.checksum
+
+    def replace(file) -> int:
+        crc = check(file)
+        if str(getattr(file, "name", "")) == str(made / "ids.bin"):
+            wrong.write_bytes(bytes(4 * len(whole)))
+            os.replace(wrong, made / "ids.bin")
+        return crc
+    monkeypatch.setattr(data, "checksum", replace)
+    assert np.array_equal(data._open_cache(made)["ids.bin"], whole)
+    assert not np.fromfile(made / "ids.bin", np.int32).any()
+
+
+def test_a_cache_dir_that_cannot_be_made_is_named(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError) as error:
+        run_here(arguments(folder, "no-cache", cache_dir=tmp_path / "file" / "cache", max_steps=1))
+    line = ranks.message(error.value)
+    assert str(tmp_path / "file" / "cache") in line and "give another --cache-dir" in line
+
+
+def test_another_process_that_was_first_is_read_from(folder, tmp_path, monkeypatch):
+    argv = arguments(folder, tmp_path / "out", cache_dir=tmp_path / "cache", max_steps=1, overwrite=True)
+    write = data._write_cache
+
+    def beaten(part: Path, *more: object) -> None:
+        write(part, *more)
+        place = part.with_name(part.name.split(".")[0])
+        place.mkdir()
+        for file in part.iterdir():
+            (place / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(data, "_write_cache", beaten)
+    assert run_here(argv) == 0
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_what_killed_tokenizers_left_is_deleted_and_what_others_write_is_not(folder):

@@ -1,6 +1,11 @@
 """The decoder against transformers on random weights, attention against its definition,
 checkpoint folders."""
+import dataclasses
+import fnmatch
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +14,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import model as model_module
-from model import (Llama, ModelConfig, attention, attention_reference, load_model, read_config, resolve_model,
-                   save_model)
+import shard as shard_module
+from model import (EMBEDDING, HEAD, Llama, ModelConfig, attention, attention_reference, load_model,
+                   read_config, resolve_model, save_model, stored_weights)
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=256, rms_norm_eps=1e-5)
@@ -193,6 +199,11 @@ def test_recompute_changes_no_gradient(tmp_path):
     (dict(rope_scaling={"type": "dynamic"}), "dynamic"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8}), "low_freq_factor"),
     (dict(model_type="mistral", sliding_window=64), "sliding_window"),
+    (dict(model_type="mistral", max_position_embeddings=8192), "sliding_window = 4096"),
+    (dict(attention_dropout=False), "attention_dropout"),
+    (dict(transformers_weights="other.safetensors"), "transformers_weights"),
+    (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters.full_attention"),
+    (dict(rope_parameters=dict(LLAMA3, high_freq_factor=1.0)), "low_freq_factor is 1.0; it must be less"),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
      "sliding_window"),
     (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
@@ -206,6 +217,96 @@ def test_what_is_not_implemented_is_refused_by_name(change, name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=name):
         read_config(tmp_path)
+
+
+WHOLES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window"]
+NUMBERS = ["rms_norm_eps", "rope_theta", "initializer_range"]
+SWITCHES = ["tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"]
+WRONG = ["1", [1], {"a": 1}]
+
+
+@pytest.mark.parametrize("name, value, must_be", [
+    *((name, value, "a whole number above 0") for name in WHOLES for value in (*WRONG, -1, 0, 1.5, True)),
+    *((name, value, "a finite number above 0") for name in NUMBERS
+      for value in (*WRONG, -1, 0, math.nan, math.inf, True)),
+    *((name, value, "true or false") for name in SWITCHES for value in (*WRONG, 1, 0)),
+    *((name, value, "an object") for name in ("rope_scaling", "rope_parameters") for value in ("1", [1], 1)),
+    ("layer_types", "full_attention", "a list of text"), ("layer_types", [1], "a list of text"),
+    ("model_type", ["llama"], "text"), ("max_window_layers", -1, "a whole number, 0 or more"),
+    *((f"rope_scaling.{name}", value, must_be) for name, must_be in
+      (("factor", "a finite number above 0"), ("low_freq_factor", "a finite number above 0"),
+       ("rope_theta", "a finite number above 0"), ("original_max_position_embeddings", "a whole number"))
+      for value in (*WRONG[:2], -1, 0, math.nan, True)),
+    ("rope_scaling.rope_type", 3, "text"),
+])
+def test_a_wrong_value_in_config_json_is_named_with_what_it_must_be(name, value, must_be, tmp_path):
+    raw = {"model_type": "qwen2", **SIZES, "num_key_value_heads": 2, "use_sliding_window": True}
+    if name.startswith("rope_scaling."):
+        raw["rope_scaling"] = {**LLAMA3, name.removeprefix("rope_scaling."): value}
+    else:
+        raw[name] = value
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    says = f"config.json: {name} is {value!r}; it must be {must_be}"
+    with pytest.raises(ValueError, match=re.escape(says)):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content, says", [("[1]", "must be a JSON object, not list"), ("{", "Expecting")])
+def test_a_config_json_that_is_no_object_is_named(content, says, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=f"config.json: {says}"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", [
+    "rms_norm_eps", "head_dim", "rope_scaling", "rope_theta", "rope_parameters", "tie_word_embeddings",
+    "hidden_act", "initializer_range", "max_position_embeddings", "attention_bias", "mlp_bias",
+    "attention_dropout", "quantization_config", "layer_types", "use_sliding_window", "max_window_layers"])
+def test_null_in_config_json_means_absent(name):
+    raw = {"model_type": "llama", **SIZES, "num_key_value_heads": 2, "rope_theta": 5e5}
+    raw.pop(name, None)
+    absent, null = ModelConfig.from_dict(raw), ModelConfig.from_dict({**raw, name: None})
+    assert dataclasses.replace(absent, raw={}) == dataclasses.replace(null, raw={})
+    with pytest.raises(ValueError, match="hidden_size missing"):
+        ModelConfig.from_dict({**raw, "hidden_size": None})
+
+
+@pytest.mark.parametrize("name", ["factor", "rope_theta", "rope_type"])
+def test_null_in_a_rope_object_means_absent(name):
+    scaling = {key: value for key, value in dict(LLAMA3, rope_theta=5e5).items() if key != name}
+    raw = {"model_type": "llama", **SIZES, "rope_theta": 3e4}
+    if name == "factor":
+        with pytest.raises(ValueError, match="rope_scaling.factor missing"):
+            ModelConfig.from_dict({**raw, "rope_scaling": {**scaling, name: None}})
+    else:
+        absent, null = (ModelConfig.from_dict({**raw, "rope_scaling": each}).rope
+                        for each in (scaling, {**scaling, name: None}))
+        assert absent == null and absent["rope_theta"] == (3e4 if name == "rope_theta" else 5e5)
+
+
+@pytest.mark.parametrize("family, given", [
+    ("mistral", {}), ("mistral", {"sliding_window": None}), ("qwen2", {}), ("qwen3", {}),
+    ("qwen2", {"num_key_value_heads": None}), ("qwen3", {"num_key_value_heads": None}),
+    ("llama", {"num_key_value_heads": None})])
+def test_what_a_family_leaves_out_is_what_transformers_takes(family, given):
+    raw = {"model_type": family, **SIZES, "num_attention_heads": 32, "hidden_size": 256, **given}
+    theirs = transformers.AutoConfig.for_model(**raw)
+    mine = ModelConfig.from_dict(raw)
+    for name in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "initializer_range"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    assert mine.head_dim == (getattr(theirs, "head_dim", None) or 256 // 32)
+    assert mine.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+    assert mine.max_position_embeddings == 256
+
+
+def test_of_two_rope_objects_the_one_that_transformers_takes_counts(tmp_path):
+    make_reference("llama1-mha").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw.update(rope_scaling={"rope_type": "linear", "factor": 4.0},
+               rope_parameters=dict(LLAMA3, rope_theta=5e5))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    same_as_transformers(tmp_path)
 
 
 def test_inactive_sliding_windows_are_accepted():
@@ -239,6 +340,196 @@ def test_round_trip_is_exact_and_loads_in_transformers(name, dtype, shard_bytes,
     ids = torch.arange(20)
     logits = mine(ids, ids, torch.tensor([0, 20])) @ mine.head_weight.T
     torch.testing.assert_close(logits, again(ids[None]).logits[0], atol=1e-4, rtol=1e-4)
+
+
+def same_as_transformers(folder: Path) -> Llama:
+    """Loads a folder, compares its logits with those of transformers from the same folder."""
+    mine, ids = load_model(folder), torch.arange(30)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        logits = mine(ids, ids, torch.tensor([0, 30])) @ mine.head_weight.T
+        expected = theirs(ids[None]).logits[0]
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    return mine
+
+
+def with_head(folder: Path, kind: str, shards: bool = False) -> None:
+    """A tied checkpoint whose file has a head too: equal, different in its last row, or alone."""
+    make_reference("llama2-gqa-tied").save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[HEAD] = tensors[EMBEDDING].clone()
+    if kind == "different":
+        tensors[HEAD][-1] += 3
+    if kind == "alone":
+        del tensors[EMBEDDING]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    if shards:
+        reversed_files(folder, tensors)
+
+
+def reversed_files(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """The same in two shards with an index."""
+    (folder / "model.safetensors").unlink()
+    names = {name: f"model-{1 + i % 2:05d}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(names.values()):
+        save_file({name: x for name, x in tensors.items() if names[name] == file}, folder / file,
+                  {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+@pytest.mark.parametrize("kind", ["equal", "different", "alone"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_head_that_differs_from_a_tied_embedding_is_kept_as_transformers_keeps_it(
+        kind, shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shard_module, "PIECE", 1000)    # several pieces
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    saved.mkdir()
+    with_head(source, kind, shards)
+    mine = same_as_transformers(source)
+    untied = kind == "different"
+    assert (mine.lm_head is not None) == (not mine.config.tie_word_embeddings) == untied
+    assert (f"{source}: config.json says tie_word_embeddings, but" in capsys.readouterr().err) == untied
+    assert (HEAD in stored_weights(source, read_config(source))) == untied
+    save_model(mine, saved)
+    assert json.loads((saved / "config.json").read_text())["tie_word_embeddings"] == (not untied)
+    assert (HEAD in load_file(saved / "model.safetensors")) == untied
+    again = same_as_transformers(saved)
+    assert torch.equal(again.head_weight, mine.head_weight)
+    assert torch.equal(again.model.embed_tokens.weight, mine.model.embed_tokens.weight)
+
+
+def test_heads_are_compared_a_piece_at_a_time(tmp_path, monkeypatch):
+    with_head(tmp_path, "equal")
+    monkeypatch.setattr(shard_module, "PIECE", 1000)
+    sizes, read = [], shard_module._read
+    monkeypatch.setattr(shard_module, "_read", lambda stored, a, b: sizes.append(b - a) or read(stored, a, b))
+    assert read_config(tmp_path).tie_word_embeddings
+    assert sum(sizes) == 2 * 97 and max(sizes) * 32 * 4 <= 1000
+
+
+def test_an_untied_model_without_a_head_is_refused_with_the_fix(tmp_path):
+    make_reference("llama2-gqa-tied").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+    with pytest.raises(ValueError, match="missing lm_head.weight .if the head is the embedding, config.json "
+                                         "must say tie_word_embeddings: true"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
+def test_config_json_names_the_dtype_of_the_file_for_every_reader_and_keeps_the_rest(source, tmp_path):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    make_reference("qwen2").to(source).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["torch_dtype"] = raw.pop("dtype")       # as transformers 4 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    for dtype in (None, torch.float32, torch.bfloat16):
+        save_model(load_model(tmp_path), saved, dtype)
+        written = json.loads((saved / "config.json").read_text())
+        (stored,) = {x.dtype for x in load_file(saved / "model.safetensors").values()}
+        assert stored == (dtype or source)
+        assert written.pop("dtype") == written["torch_dtype"] == str(stored).removeprefix("torch.")
+        assert {**written, "torch_dtype": raw["torch_dtype"]} == raw and written["architectures"]
+
+
+def test_weights_that_fp16_cannot_hold_are_saved_as_fp32(tmp_path, capsys):
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    make_reference("qwen2").half().save_pretrained(tmp_path)
+    mine = load_model(tmp_path)
+    with torch.no_grad():
+        mine.model.norm.weight[3] = -70_000.0
+    save_model(mine, saved)
+    tensors = load_file(saved / "model.safetensors")
+    assert tensors["model.norm.weight"][3] == -70_000
+    assert {x.dtype for x in tensors.values()} == {torch.float32}
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "float32"
+    assert "model.norm.weight holds values beyond float16's range" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_a_tensor_that_is_not_finite_is_named(name, value, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_module, "PIECE", 1000)
+    make_reference("qwen2").to(dtype).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"model.safetensors: tensor {name} holds NaN or Inf; the "
+                                         "checkpoint is damaged or was saved by a run that diverged"):
+        load_model(tmp_path)
+
+
+# ---------------------------------------------------------------- indexes
+
+
+def in_shards(folder: Path) -> tuple[Path, dict, list[Path]]:
+    """An index, its content, and the files that it names."""
+    make_reference("qwen2").save_pretrained(folder, max_shard_size=20_000)
+    index = folder / "model.safetensors.index.json"
+    return index, json.loads(index.read_text()), sorted(folder.glob("model-*"))
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_of_two_files_with_one_tensor_the_index_chooses(last, tmp_path):
+    index, content, files = in_shards(tmp_path)
+    name = "model.norm.weight"
+    right, other = (files[-1], files[0]) if last else (files[0], files[-1])
+    tensors = {file: load_file(file) for file in files}
+    value = next(x.pop(name) for x in tensors.values() if name in x)
+    tensors[right][name], tensors[other][name] = value, value + 1
+    for file, content_of_file in tensors.items():
+        save_file(content_of_file, file, {"format": "pt"})
+    content["weight_map"][name] = right.name
+    index.write_text(json.dumps(content))
+    assert torch.equal(load_model(tmp_path).model.norm.weight, value)
+    del content["weight_map"][name]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{files[-1].name}: holds {name}, and so does {files[0].name}"):
+        load_model(tmp_path)
+
+
+def test_a_tensor_that_only_the_index_does_not_name_is_loaded_as_by_transformers(tmp_path):
+    index, content, _ = in_shards(tmp_path)
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    same_as_transformers(tmp_path)
+
+
+def test_a_tensor_that_is_not_where_the_index_says_is_named(tmp_path):
+    index, content, files = in_shards(tmp_path)
+    content["weight_map"]["model.norm.weight"] = files[0].name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"not in their file: model.norm.weight in {files[0].name}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content, says", [
+    ("{", "Expecting property name"), ("[]", "must be a JSON object, not list"), ("{}", "weight_map must be"),
+    ('{"weight_map": null}', "weight_map must be"), ('{"weight_map": {}}', "weight_map must be"),
+    ('{"weight_map": {"a": 1}}', "a is in 1; that must be a file in this folder"),
+    ('{"weight_map": {"a": ["x"]}}', "a is in .'x'.; that must be"),
+    ('{"weight_map": {"a": "../x.safetensors"}}', "a is in '../x.safetensors'; that must be"),
+    ('{"weight_map": {"a": "/x.safetensors"}}', "a is in '/x.safetensors'; that must be"),
+    ('{"weight_map": {"a": "b/../../x"}}', "that must be a file in this folder"),
+    ('{"weight_map": {"a": ""}}', "that must be a file in this folder")])
+def test_a_broken_index_is_named(content, says, tmp_path):
+    index, _, _ = in_shards(tmp_path)
+    index.write_text(content)
+    with pytest.raises(ValueError, match=f"model.safetensors.index.json: {says}|index.json: .*{says}"):
+        load_model(tmp_path)
+
+
+def test_model_safetensors_comes_before_an_index_as_in_transformers(tmp_path, capsys):
+    in_shards(tmp_path)
+    other = make_reference("qwen2", seed=1)
+    save_file(dict(other.state_dict()), tmp_path / "model.safetensors", {"format": "pt"})
+    mine = same_as_transformers(tmp_path)
+    assert torch.equal(mine.model.norm.weight, other.model.norm.weight)
+    assert "model.safetensors is read, as transformers does" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_all_listed(tmp_path):
@@ -277,16 +568,77 @@ def test_an_unreadable_file_is_named(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_hub_id_is_downloaded_with_its_revision(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda repository, **more: asked.update(repository=repository, **more)
-                        or str(tmp_path))
-    assert resolve_model("owner/name@v1.0") == tmp_path
-    assert asked["repository"] == "owner/name" and asked["revision"] == "v1.0"
-    assert resolve_model(tmp_path) == tmp_path
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for the hub, with one repository; got: files that were downloaded."""
+    class Hub:
+        repository, got, revisions = tmp_path / "repository", set(), []
+
+        def snapshot_download(self, repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+            assert repository == "owner/name"
+            snapshot = tmp_path / "snapshots" / "c0ffee"
+            snapshot.mkdir(parents=True, exist_ok=True)
+            self.revisions.append(revision)
+            for file in self.repository.rglob("*"):
+                name = file.relative_to(self.repository).as_posix()
+                if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                    self.got.add(name)
+                    (snapshot / name).write_bytes(file.read_bytes())
+            return str(snapshot)
+
+    hub = Hub()
+    hub.repository.mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+    return hub
+
+
+NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+          "chat_template.jinja"}
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_of_a_hub_repository_only_what_is_read_is_downloaded(shards, hub):
+    make_reference("qwen2").save_pretrained(hub.repository, max_shard_size=20_000 if shards else "1GB")
+    weights = {file.name for file in hub.repository.glob("*.safetensors*")}
+    for name in (*NEEDED, "consolidated.safetensors", "model.fp16.safetensors",
+                 "model-00009-of-00009.safetensors", "adapter_model.safetensors", "pytorch_model.bin",
+                 "model.gguf", "onnx/model.onnx",
+                 "onnx/config.json", "trainer_state.json", "README.md"):
+        (hub.repository / name).parent.mkdir(exist_ok=True)
+        if not (hub.repository / name).exists():
+            (hub.repository / name).write_text("{}")
+    folder = resolve_model("owner/name@v1.0")
+    assert hub.got == NEEDED | weights
+    assert hub.revisions == (["v1.0", "c0ffee"] if shards else ["v1.0"])
+    load_model(folder)
+    assert resolve_model(folder) == folder
+
+
+def test_a_hub_id_without_revision_and_a_failed_download(hub, tmp_path, monkeypatch):
+    make_reference("qwen2").save_pretrained(hub.repository)
+    resolve_model("owner/name")
+    assert hub.revisions == [None]
     with pytest.raises(ValueError, match="no such folder"):
         resolve_model(tmp_path / "nowhere" / "at" / "all")
+
+    def fail(*a: object, **k: object) -> None:
+        raise OSError("404")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ValueError, match="--model owner/name: no such folder, and the download failed: 404"):
+        resolve_model("owner/name")
+
+
+@pytest.mark.parametrize("files, says", [
+    (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter; merge it into its base model"),
+    (["config.json", "adapter_config.json", "adapter_model.safetensors"], "holds an adapter; merge it"),
+    (["config.json", "pytorch_model.bin"], "neither .* like pytorch_model.bin, can be converted"),
+    (["config.json", "pytorch_model.bin.index.json"], "neither .* like pytorch_model.bin, can be converted")])
+@pytest.mark.parametrize("where", ["folder", "hub"])
+def test_adapters_and_other_formats_are_refused_with_what_to_do(where, files, says, hub):
+    for name in files:
+        (hub.repository / name).write_text(json.dumps({"model_type": "llama", **SIZES}))
+    with pytest.raises(ValueError, match=says):
+        load_model(resolve_model("owner/name" if where == "hub" else hub.repository))
 
 
 def test_loading_holds_one_copy(tmp_path):

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tiny import (ROOT, arguments, difference, make_records, metrics, run_here, run_many, run_script, setup,
-                  weights)
+from tiny import (ROOT, arguments, difference, make_model, make_records, metrics, run_here, run_many,
+                  run_script, setup, weights)
 
 # Micro-batches of 200 tokens: two or more a step on two ranks. On four some have none in a step, but not in
 # "im": the order of a sum shows in its bits only from three terms on.
@@ -134,6 +134,26 @@ def test_files_of_a_sharded_run_are_those_of_any_other(folder, on_ranks, alone):
                 headers.add(file.read(int.from_bytes(file.read(8), "little")))
             assert set(load_file(folder / run / name))
         assert len(headers) == 1
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_ranks_load_a_head_of_its_own_and_the_one_that_reads_a_nan_names_it(tmp_path):
+    """See sharded_loading.py."""
+    for name in ("untied", "broken"):
+        make_model(tmp_path / name)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        if name == "untied":
+            embedding = tensors["model.embed_tokens.weight"]
+            tensors["lm_head.weight"] = head = embedding + 1
+        else:
+            tensors["model.embed_tokens.weight"][-1, -1] = float("nan")
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    found = json.loads(run_script("sharded_loading.py", tmp_path, 2))
+    assert torch.equal(torch.tensor(found["head"]), head)
+    assert torch.equal(torch.tensor(found["embedding"]), embedding)
+    assert found["faults"][0] == "" and "tensor model.embed_tokens.weight holds NaN" in found["faults"][1]
 
 
 # ---------------------------------------------------------------- memory

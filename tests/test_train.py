@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import train
@@ -371,6 +372,26 @@ def test_a_dry_run_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsy
                  f"{max(a - b for a, b in zip(tokens, trained))} without"):
         assert text in printed, text
     assert ("--shard" in printed.split("peak memory")[1]) == (ranks == 2)
+
+
+def test_a_head_that_differs_from_a_tied_embedding_is_counted_trained_saved_and_resumed(folder, capsys):
+    make_model(folder / "head" / "model")
+    file = folder / "head" / "model" / "model.safetensors"
+    before = load_file(file)
+    before["lm_head.weight"] = before["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(before, file, {"format": "pt"})
+    argv = arguments(folder, "head-out", model=file.parent, max_steps=2, save_every=1)
+    assert run_here([*argv, "--dry-run"]) == 0
+    assert f"model: {sum(x.numel() for x in before.values()):,} parameters" in capsys.readouterr().out
+    assert run_here(argv) == 0
+    after = weights(folder / "head-out" / "final")
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    assert after.keys() == before.keys() and min(moved.values()) > 0
+    argv = arguments(folder, "head-again", model=file.parent, max_steps=2, save_every=1,
+                     resume=folder / "head-out" / "checkpoints" / "step-00000001")
+    assert run_here(argv) == 0
+    again = weights(folder / "head-again" / "final")
+    assert all(torch.equal(again[name], after[name]) for name in after)
 
 
 def test_a_dry_run_refuses_weights_that_do_not_fit(folder):
