@@ -24,12 +24,13 @@ import shutil
 import socket
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date, datetime
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext

@@ -3,9 +3,9 @@
     python -m bench.attention --heads 9 --key-heads 3 --head-dim 64
 
 The fused kernel (scaled_dot_product_attention) is given one document at a time. Forward and backward in bf16,
-the shortest of --repeats, in turn; and how far each is off attention_reference() in fp32 (the largest relative
-error, in the Euclidean norm, of output and gradients). `records`: document
-lengths as they come, drawn from a log-normal distribution with a mean near 200.
+the shortest of --repeats, in turn; and how far each is off attention_reference() in fp32 (the largest
+relative error, in the Euclidean norm, of output and gradients). `records`: document lengths as they come,
+drawn from a log-normal distribution with a mean near 200.
 """
 import argparse
 import json

@@ -69,7 +69,8 @@ def time_plan(args: argparse.Namespace) -> dict:
 
 def packing(args: argparse.Namespace) -> dict:
     """Of an epoch of each file: micro-batches a step, the fewest that its tokens could fit, and how full they
-    are. Rows are as long as their tokens, so what is not filled is not computed either: there is no padding."""
+    are. Rows are as long as their tokens, so what is not filled is not computed either: there is no
+    padding."""
     from data import Tokenizer, load_dataset, load_template, plan
     from model import resolve_model
     tokenizer = Tokenizer(resolve_model(args.model))
@@ -88,7 +89,8 @@ def packing(args: argparse.Namespace) -> dict:
                              "mean_length": float(lengths.mean()), "capacity": capacity,
                              "batch_size": args.batch_size,
                              "micro_batches_per_step": len(micro) / len(steps),
-                             "fewest_per_step": fewest / len(steps), "packing_efficiency": fewest / len(micro),
+                             "fewest_per_step": fewest / len(steps),
+                             "packing_efficiency": fewest / len(micro),
                              "filled": sum(micro) / (len(micro) * capacity)})
     return {"rows": rows}
 
@@ -133,8 +135,9 @@ def main() -> None:
     print(f"\npacking of steps of {args.batch_size} examples")
     print_table(["file", "mean", "longest", "capacity", "micro", "fewest", "efficient", "filled"], [
         [p["file"][:24], f"{p['mean_length']:.0f}", str(p["longest"]), str(p["capacity"]),
-         f"{p['micro_batches_per_step']:.2f}", f"{p['fewest_per_step']:.2f}", f"{p['packing_efficiency']:.1%}",
-         f"{p['filled']:.1%}"] for p in packed], [25, 6, 9, 10, 7, 8, 11, 8])
+         f"{p['micro_batches_per_step']:.2f}", f"{p['fewest_per_step']:.2f}",
+         f"{p['packing_efficiency']:.1%}", f"{p['filled']:.1%}"] for p in packed],
+        [25, 6, 9, 10, 7, 8, 11, 8])
     print(json.dumps({"hardware": machine, "tokenise": read, "plan": plans, "packing": packed}))
 
 

@@ -52,8 +52,8 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
                          f"{args.context} tokens")
     rng, answers = random.Random(0), sorted({answer for _, answer in chosen})
     if len(answers) < 4:
-        raise ValueError(f"--questions {args.questions}: they have {len(answers)} different answers and 4 are "
-                         "needed to choose from; give more")
+        raise ValueError(f"--questions {args.questions}: they have {len(answers)} different answers and 4 "
+                         "are needed to choose from; give more")
     with open(folder / "questions.jsonl", "w", encoding="utf-8") as out:
         for question, answer in chosen:
             choices = rng.sample([other for other in answers if other != answer], 3) + [answer]

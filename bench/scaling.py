@@ -118,7 +118,7 @@ def plot(sweeps: dict[str, list[dict]], file: str) -> None:
             ax = axes[row, column]
             ax.plot(x, [p[key] for p in done], "o-")
             ax.set_xscale("log", base=2)
-            ax.set_xticks(x, [p["setting"][name] for p in done], fontsize=7)    # the values that were measured
+            ax.set_xticks(x, [p["setting"][name] for p in done], fontsize=7)    # what was measured
             ax.minorticks_off()
             ax.set_ylim(0, 1.1 * max((p[key] for p in done), default=1))
             ax.set_xlabel(titles[name])

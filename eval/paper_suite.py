@@ -55,7 +55,7 @@ def score(entry: Entry, results: dict, members: list[str]) -> tuple[float, float
     known = all(isinstance(error, (int, float)) for error in errors)
     scale = (100 if entry.error_rate else 1) * sum(sizes)
     return (sum(size * value for size, value in zip(sizes, values)) / scale,
-            math.sqrt(sum((size * error) ** 2 for size, error in zip(sizes, errors))) / scale if known else None)
+            math.hypot(*(size * error for size, error in zip(sizes, errors))) / scale if known else None)
 
 
 def summary(results: dict, members: dict[str, list[str]], why_not: dict[str, str]) -> dict:

@@ -2,10 +2,10 @@
 
     run_python("print('hi')", seconds=5, megabytes=512)  ->  Outcome(status=0, output="hi\\n", reason="")
 
-Linux only. The program gets namespaces of its own (user, processes, mounts, network, IPC; made by util-linux's
-`unshare`), so it sees no process but itself and no network; every file system is read-only but for an empty
-temporary one, where it starts; it cannot make processes or threads (seccomp), and has limits on memory, CPU
-time, files and output. When time is up or it ends, whatever is left of it is killed with its namespace.
+Linux only. The program gets namespaces of its own (user, processes, mounts, network, IPC; made by util-
+linux's `unshare`), so it sees no process but itself and no network; every file system is read-only but for an
+empty temporary one, where it starts; it cannot make processes or threads (seccomp), and has limits on memory,
+CPU time, files and output. When time is up or it ends, whatever is left of it is killed with its namespace.
 """
 import ctypes
 import os
@@ -33,8 +33,8 @@ class Outcome:
 
 
 def run_python(program: str, seconds: float, megabytes: int) -> Outcome:
-    """Run `program` in a new interpreter (-I: without site packages of the user, environment or folder) for at
-    most so many seconds and so much memory. RuntimeError if this system cannot isolate it."""
+    """Run `program` in a new interpreter (-I: without site packages of the user, environment or folder) for
+    at most so many seconds and so much memory. RuntimeError if this system cannot isolate it."""
     if sys.platform != "linux" or not shutil.which("unshare") or platform.machine() not in CALLS:
         raise RuntimeError("needs Linux on x86_64 or aarch64 with util-linux's unshare")
     command = ["unshare", "--user", "--map-root-user", "--pid", "--net", "--mount", "--ipc", "--fork",
@@ -80,9 +80,11 @@ def close_file_systems(folder: str) -> None:
     """All that is mounted becomes read-only; an empty file system in memory appears at folder."""
     private, recursive = 1 << 18, 1 << 14
     must(libc.mount(None, b"/", None, private | recursive, None), "mount")
-    read_only = struct.pack("QQQQ", 1, 0, 0, 0)     # struct mount_attr: set, clear, propagation, user namespace
+    # struct mount_attr: set, clear, propagation, user namespace
+    read_only = struct.pack("QQQQ", 1, 0, 0, 0)
     at_fdcwd, at_recursive, mount_setattr = -100, 0x8000, 442
-    must(libc.syscall(mount_setattr, at_fdcwd, b"/", at_recursive, read_only, len(read_only)), "mount_setattr")
+    must(libc.syscall(mount_setattr, at_fdcwd, b"/", at_recursive, read_only, len(read_only)),
+         "mount_setattr")
     must(libc.mount(b"none", folder.encode(), b"tmpfs", 0, b"size=64m,nr_inodes=4096"), "mount")
     os.chdir(folder)
 

@@ -77,7 +77,7 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
 
 
 def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The JSON objects of a .jsonl file; the last may be cut short, by a run that was killed or writes now."""
+    """The JSON objects of a .jsonl file; the last may be cut short: a run was killed or is writing."""
     lines, broken = [], 0
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
         try:

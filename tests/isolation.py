@@ -1,5 +1,5 @@
-"""For tests that run programs in eval/sandbox.py: some systems, containers among them, allow no user namespaces,
-and the sandbox then rightly refuses to run anything."""
+"""For tests that run programs in eval/sandbox.py: some systems, containers among them, allow no user
+namespaces, and the sandbox then rightly refuses to run anything."""
 import pytest
 
 from eval.sandbox import run_python

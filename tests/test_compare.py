@@ -402,7 +402,8 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
         write(runs / f"{name}.json", {
             "model": "it" if name == "w" else "im", "name": name, "benchmark": "alpaca",
             "output": f"{name}.json",
-            "mean_tokens": mean, **({"win_rate": 12.5, "win_rate_standard_error": 1.5} if name == "w" else {})})
+            "mean_tokens": mean,
+            **({"win_rate": 12.5, "win_rate_standard_error": 1.5} if name == "w" else {})})
     write(runs / "s.settings.json", {"model": "it", "seed": 3})
     files = [runs / f"{name}.json" for name in ("a", "h", "w", "v", "s.settings")]
     page, result = compared(runs / "all", folder, results=files)

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import data
+import forks
 from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Tokenizer, collate, load_dataset,
                   load_template, plan, read_records)
 from loss import coefficients, span_weights
@@ -444,21 +445,20 @@ def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path):
     assert value.item() == pytest.approx(total / labelled, rel=1e-5)
 
 
-def data_py(folder: Path, *more: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "data.py"), "--model", str(folder / "model"), "--train-data",
-         str(folder / "train.jsonl"), "--template", "llama3", "--cache-dir", str(folder / "cache"), *more],
-        capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
+def data_py(folder: Path, *more: str) -> list[str]:
+    return [str(ROOT / "data.py"), "--model", str(folder / "model"), "--train-data",
+            str(folder / "train.jsonl"), "--template", "llama3", "--cache-dir", str(folder / "cache"), *more]
 
 
 def test_data_py_shows_statistics_and_marked_examples(folder):
-    done = data_py(folder, "--show", "1", "--max-length", "60")
+    done = subprocess.run([sys.executable, *data_py(folder, "--show", "1", "--max-length", "60")],
+                          capture_output=True, text=True, env={**os.environ, "COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     first = json.loads(open(folder / "train.jsonl").readline())["messages"]
     assert f"[system|{first[0]['content']}]" in done.stdout
     assert f"[instruction|{first[1]['content']}]" in done.stdout
     assert "\x1b" not in done.stdout and max(map(len, done.stdout.split("---")[0].splitlines())) <= 110
-    stats = json.loads(data_py(folder, "--json", "--max-length", "60").stdout)
+    stats = json.loads(forks.run(data_py(folder, "--json", "--max-length", "60")).stdout)
     dataset = load(folder, max_length=60)
     assert stats["records"] == 20 and stats["truncated"] == dataset.report["truncated"] > 0
     assert stats["spans"]["completion"]["tokens"] == int(dataset.counts[:, COMPLETION].sum())
@@ -476,5 +476,5 @@ def test_data_py_tells_the_templates_warning(folder, monkeypatch, capsys):
 def test_data_py_errors_are_one_line(folder):
     for more, says in ((("--max-length", "1"), "--max-length 1"), (("--template", "nope"), "--template nope"),
                        (("--loss", "it", "--completion-weight", "0", "--export", "x"), "nothing to train")):
-        done = data_py(folder, *more)
+        done = forks.run(data_py(folder, *more))
         assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

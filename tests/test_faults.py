@@ -18,9 +18,10 @@ import checkpoint
 import data
 import files
 import folder as run_folder
+import forks
 import ranks
 import train
-from tiny import ROOT, arguments, command, metrics, run_here, run_many, setup, weights
+from tiny import ROOT, arguments, metrics, run_here, run_many, setup, weights
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +59,8 @@ def test_ranks_killed_at_any_place_end_like_those_that_were_not(folder, mode, pl
     for place in places:
         (folder / f"{name}-marks" / place).touch()
     argv = [*arguments(folder, name, save_every=2, cache_dir=folder / f"{name}-cache"), "--overwrite", *mode]
-    start = command(argv, 2)
-    script = start.index(str(ROOT / "train.py"))
-    start[script:script + 1] = [str(ROOT / "tests" / "killed_ranks.py"), str(folder / f"{name}-marks")]
-    start[start.index("--standalone")] = "--max-restarts=4"
-    done = subprocess.run([*start[:3], "--standalone", *start[3:]], capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = forks.run([str(ROOT / "tests" / "killed_ranks.py"), str(folder / f"{name}-marks"), *argv], ranks=2,
+                     restarts=4)
     assert done.returncode == 0, done.stderr[-3000:]
     assert not list((folder / f"{name}-marks").iterdir())
     assert same_ending(folder / name, folder / f"{name}-not")
@@ -361,18 +358,14 @@ def test_ranks_with_other_data_end_with_one_line_and_no_folder(folder):
     """Through torchrun: rank 1 reads a file with a record less."""
     lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "fewer.jsonl").write_text("".join(lines[1:]))
-    script = folder / "differ.py"
-    script.write_text("import os, sys, train\n"
-                      "argv = sys.argv[1:]\n"
-                      "if os.environ['RANK'] == '1':\n"
-                      "    argv[argv.index('--train-data') + 1] = argv.pop()\n"
-                      "else:\n"
-                      "    argv.pop()\n"
-                      "sys.exit(train.run(argv))\n")
-    start = command([*arguments(folder, "differ"), str(folder / "fewer.jsonl")], ranks=2)
-    start[start.index(str(ROOT / "train.py"))] = str(script)
-    done = subprocess.run(start, capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    code = ("import os, sys, train\n"
+            "argv = sys.argv[1:]\n"
+            "if os.environ['RANK'] == '1':\n"
+            "    argv[argv.index('--train-data') + 1] = argv.pop()\n"
+            "else:\n"
+            "    argv.pop()\n"
+            "sys.exit(train.run(argv))\n")
+    done = forks.run(["-c", code, *arguments(folder, "differ"), str(folder / "fewer.jsonl")], ranks=2)
     assert done.returncode != 0 and done.stderr.count("error: rank 1 on ") == 1
     assert "differ in train_data" in done.stderr and not (folder / "differ").exists()
 

@@ -1,8 +1,6 @@
 """Generation against transformers on random weights, sampling against a plain implementation of it, and the
 program on a tiny checkpoint folder."""
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +16,7 @@ from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
 from test_model import FAMILIES, make_reference
-from tiny import ROOT, WORDS, flags, make_model, make_records
+from tiny import WORDS, flags, make_model, make_records, run_module
 
 LENGTHS = (5, 30, 1, 12, 21, 12, 3, 40, 2)
 NEVER = {-1}
@@ -306,11 +304,8 @@ def test_lines_are_there_as_answers_end(folder, monkeypatch):
 
 def test_two_ranks_write_what_one_does(folder):
     for name, ranks in (("one", 1), ("two", 2)):
-        argv = arguments(folder, data=folder / "test.jsonl", output=folder / f"{name}.jsonl")
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
-        done = subprocess.run([sys.executable, *start, "-m", "eval.generate", *argv], capture_output=True,
-                              text=True, cwd=ROOT, timeout=180)
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_module("eval.generate", arguments(folder, data=folder / "test.jsonl",
+                                              output=folder / f"{name}.jsonl"), ranks)
     assert (folder / "two.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes()
     assert not list(folder.glob("two.jsonl.rank*"))
 

@@ -3,7 +3,6 @@ prefixes against each request alone, and the paper's means against hand-written 
 import json
 import math
 import random
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+import forks
 import tokenizers_for_tests
 from data import Tokenizer, load_template
 from eval import harness, likelihood, paper_suite, squad
@@ -125,8 +125,8 @@ def test_text_is_encoded_as_transformers_does(name, tmp_path):
     theirs.pad_token = theirs.eos_token
     assert (model.prefix_token_id, model.eot_token_id) == (hf.prefix_token_id, hf.eot_token_id)
     start = words.bos_token or words.eos_token
-    for text in ("Name a colour.", " Où est la gare? 日本語\n\n", "", f"{start}Red is a colour", f"a{start} b",
-                 f"Say hello{words.eos_token}\nworld", "   "):
+    for text in ("Name a colour.", " Où est la gare? 日本語\n\n", "", f"{start}Red is a colour",
+                 f"a{start} b", f"Say hello{words.eos_token}\nworld", "   "):
         for special in (None, True, False):
             assert model.tok_encode(text, special) == hf.tok_encode(text, special)
         assert (model.tok_encode(text) == hf.tok_batch_encode([text])[0][0].tolist()) or not text
@@ -377,7 +377,7 @@ def test_local_files_name_the_splits_that_a_task_needs(tmp_path):
     config = {"test_split": "test", "training_split": "train", "fewshot_split": "train", "num_fewshot": 5}
     with pytest.raises(ValueError, match="5 examples come from split train; give --local piqa/train=FILE"):
         harness.local_dataset("piqa", {None: file}, None, config)
-    with pytest.raises(ValueError, match="10 examples"):      # the suite's, of a task that has none of its own
+    with pytest.raises(ValueError, match="10 examples"):   # the suite's, of a task without
         harness.local_dataset("piqa", {None: file}, 10, {**config, "num_fewshot": None})
     got = harness.local_dataset("piqa", {None: file}, 0, config)
     assert got["dataset_kwargs"] == {"data_files": {"test": str(file)}} and got["training_split"] is None
@@ -437,9 +437,7 @@ def counted(model, requests, capacity):
 harness_model.log_likelihoods = counted
 common.run(harness.main)
 """)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-                           "2", str(start), *arguments(folder, json=folder / "two.json")],
-                          capture_output=True, text=True, timeout=180, cwd=folder)
+    done = forks.run([str(start), *arguments(folder, json=folder / "two.json")], ranks=2, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     two, one = json.loads((folder / "two.json").read_text())["results"], result(folder)["results"]
     for task in TASKS:

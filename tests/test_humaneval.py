@@ -1,4 +1,5 @@
-"""pass@k, programs out of answers, and the command from problems to a score, with programs run in the sandbox."""
+"""pass@k, programs out of answers, and the command from problems to a score, with programs run in the
+sandbox."""
 import itertools
 import json
 
@@ -10,7 +11,8 @@ from eval.humaneval import pass_at_k, passes, program_of, read_problems
 from isolation import isolated
 from tiny import setup
 
-PROBLEM = {"task_id": "t/0", "entry_point": "double", "prompt": 'import math\n\n\ndef double(x):\n    """Twice x."""\n',
+PROBLEM = {"task_id": "t/0", "entry_point": "double",
+           "prompt": 'import math\n\n\ndef double(x):\n    """Twice x."""\n',
            "test": "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate(-1.5) == -3\n"}
 
 
@@ -27,16 +29,19 @@ def test_fewer_samples_than_k_is_an_error():
 
 RIGHT = "    return 2 * x\n"
 ANSWERS = {     # name: (answer, chat, whether it passes)
-    "function in a block": ("Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", True, True),
+    "function in a block": (
+        "Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", True, True),
     "block that is not closed": ("```python\ndef double(x):\n    return 2 * x", True, True),
     "needs the problem's import": ("```\ndef double(x):\n    return math.prod([2, x])\n```", True, True),
-    "second block is it": ("```python\nx = 1\n```\n```python\ndef double(x):\n    return x + x\n```", True, True),
+    "second block is it": (
+        "```python\nx = 1\n```\n```python\ndef double(x):\n    return x + x\n```", True, True),
     "only the body": (f"```python\n{RIGHT}```", True, True),
     "no block": ("def double(x):\n    return 2 * x\n", True, True),
     "wrong": ("```python\ndef double(x):\n    return x\n```", True, False),
     "prose": ("I cannot.", True, False),
     "text goes on": ("\n" + RIGHT, False, True),
-    "text goes on with another function": ("\n" + RIGHT + "\n\ndef other():\n    return oops(\n", False, True),
+    "text goes on with another function": (
+        "\n" + RIGHT + "\n\ndef other():\n    return oops(\n", False, True),
 }
 
 
@@ -109,7 +114,8 @@ def test_from_problems_to_a_score_and_on_from_a_file(tmp_path, monkeypatch, form
     assert [(line["index"], line["sample"]) for line in lines] == [(i, s) for i in range(3) for s in range(2)]
     # answers that pass where we say so: the command must find them in the file, not write them anew
     for line, answer in zip(lines, (RIGHT, "", RIGHT, RIGHT, "", "")):
-        line["output"] = "\n" + answer if format == "text" else f"```\ndef double(x):\n{answer or '    pass'}```"
+        line["output"] = ("\n" + answer if format == "text" else
+                          f"```\ndef double(x):\n{answer or '    pass'}```")
     output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     humaneval.main([*argv, "--execute", "--seconds", "5", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())

@@ -27,7 +27,7 @@ machine.Reserve(0).release()
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from Linux's /proc")
 def test_reserve_takes_memory_at_once_and_leaves_it_to_malloc():
     """In a process of its own: in this one malloc may have as much left from other tests."""
     root = Path(machine.__file__).parent

@@ -36,11 +36,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def arguments(folder: Path, benchmark: str, output: Path, **more: object) -> list[str]:
+def arguments(folder: Path, suite: str, output: Path, **more: object) -> list[str]:
     base = dict(model=folder / "run" / "final", dtype="fp32", device="cpu", output=output,
-                questions=folder / {"alpaca": "alpaca.json", "mt-bench": "mt.jsonl"}[benchmark],
+                questions=folder / {"alpaca": "alpaca.json", "mt-bench": "mt.jsonl"}[suite],
                 max_new_tokens=8, batch_size=2)
-    return [benchmark, *flags(**{**base, **more})]
+    return [suite, *flags(**{**base, **more})]
 
 
 def rows(file: Path) -> list[dict]:
@@ -116,12 +116,12 @@ def test_samples_depend_on_seed_and_question_alone(folder, tmp_path):
     assert [a == b for a, b in zip(whole, other)][::3] == [True, True] and other[1] != whole[1]
 
 
-@pytest.mark.parametrize("benchmark, ending", [("alpaca", "json"), ("mt-bench", "jsonl")])
+@pytest.mark.parametrize("suite, ending", [("alpaca", "json"), ("mt-bench", "jsonl")])
 @pytest.mark.parametrize("after", [0, 3, 7])
-def test_an_interrupted_run_makes_only_what_is_missing(folder, tmp_path, monkeypatch, benchmark, ending,
+def test_an_interrupted_run_makes_only_what_is_missing(folder, tmp_path, monkeypatch, suite, ending,
                                                        after):
     whole, cut = tmp_path / f"whole.{ending}", tmp_path / f"cut.{ending}"
-    open_ended.main(arguments(folder, benchmark, whole, name="x"))
+    open_ended.main(arguments(folder, suite, whole, name="x"))
     original, ended, asked = Engine.answers, [], []
 
     def interrupted(self, prompts, *given):
@@ -131,26 +131,26 @@ def test_an_interrupted_run_makes_only_what_is_missing(folder, tmp_path, monkeyp
             ended.append(answer)
             yield answer
 
-    total = 5 if benchmark == "alpaca" else 10
+    total = 5 if suite == "alpaca" else 10
     if after < total:
         monkeypatch.setattr(Engine, "answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            open_ended.main(arguments(folder, benchmark, cut, name="x"))
+            open_ended.main(arguments(folder, suite, cut, name="x"))
         kept = (tmp_path / f"cut.{ending}.answers").read_text().splitlines()
         assert not cut.exists() and len(kept) == after
     monkeypatch.setattr(Engine, "answers",
                         lambda self, prompts, *a: asked.append(len(prompts)) or original(self, prompts, *a))
-    open_ended.main(arguments(folder, benchmark, cut, name="x"))
+    open_ended.main(arguments(folder, suite, cut, name="x"))
     assert sum(asked) == (total - after if after < total else total)
-    if benchmark == "alpaca":
+    if suite == "alpaca":
         assert cut.read_bytes() == whole.read_bytes()
     else:
         assert rows(cut) == rows(whole)
     asked.clear()
-    open_ended.main(arguments(folder, benchmark, cut, name="y"))    # needs no other answers
+    open_ended.main(arguments(folder, suite, cut, name="y"))    # needs no other answers
     assert not asked and '"y"' in cut.read_text()
     with pytest.raises(ValueError, match="max_new_tokens was 8, is 9"):
-        open_ended.main(arguments(folder, benchmark, cut, max_new_tokens=9))
+        open_ended.main(arguments(folder, suite, cut, max_new_tokens=9))
 
 
 def judged(payload: dict, before: int) -> str:
@@ -250,7 +250,7 @@ def test_two_ranks_give_what_one_does(folder, tmp_path, server):
         (tmp_path / "two.jsonl.judgments").read_text()) and not list(tmp_path.glob("*.rank*"))
 
 
-@pytest.mark.parametrize("benchmark, more, says", [
+@pytest.mark.parametrize("suite, more, says", [
     ("alpaca", dict(output="x.jsonl"), r"--output x.jsonl: must end in \.json"),
     ("mt-bench", dict(output="x.json"), r"--output x.json: must end in \.jsonl"),
     ("alpaca", dict(output="nowhere/x.json"), "--output nowhere/x.json: give a file in a folder that exists"),
@@ -260,14 +260,14 @@ def test_two_ranks_give_what_one_does(folder, tmp_path, server):
     ("alpaca", dict(questions="nowhere.json"), "nowhere.json: no such file"),
     ("mt-bench", dict(questions="alpaca.json"), "alpaca.json:1: not a question with question_id, category"),
 ])
-def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, monkeypatch, benchmark, more, says):
+def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, monkeypatch, suite, more, says):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr(open_ended, "load", None)
     monkeypatch.chdir(folder)
-    output = tmp_path / ("x.json" if benchmark == "alpaca" else "x.jsonl")
+    output = tmp_path / ("x.json" if suite == "alpaca" else "x.jsonl")
     with pytest.raises(ValueError, match=says):
-        open_ended.main(arguments(folder, benchmark, **{"output": output, **more}))
+        open_ended.main(arguments(folder, suite, **{"output": output, **more}))
 
 
 @pytest.mark.parametrize("change", [dict(question_id="a"), dict(turns="red"), dict(turns=["a", "b", "c"]),

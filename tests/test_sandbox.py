@@ -17,12 +17,14 @@ def run(program: str, seconds: float = 5, megabytes: int = 512):
 
 
 def test_a_harmless_program_runs_in_an_empty_folder_it_can_write_to():
-    done = run("import os, math\nprint(os.listdir('.'), math.pi)\nopen('x', 'w').write('1')\nprint(open('x').read())")
+    done = run("import os, math\nprint(os.listdir('.'), math.pi)\n"
+               "open('x', 'w').write('1')\nprint(open('x').read())")
     assert (done.status, done.output, done.reason) == (0, f"[] {3.141592653589793}\n1\n", "")
 
 
 def test_errors_and_exit_statuses_come_back():
-    assert run("assert 1 == 2, 'no'").status == 1 and "AssertionError: no" in run("assert 1 == 2, 'no'").output
+    done = run("assert 1 == 2, 'no'")
+    assert done.status == 1 and "AssertionError: no" in done.output
     assert run("import sys; sys.exit(7)").status == 7
 
 
@@ -50,8 +52,9 @@ def test_it_cannot_delete_or_change_files(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("mine")
     os.chmod(tmp_path, 0o777)
-    for harm in (f"os.remove({str(victim)!r})", f"open({str(victim)!r}, 'w')", f"shutil.rmtree({str(tmp_path)!r})",
-                 f"os.chmod({str(victim)!r}, 0)", f"os.rename({str(victim)!r}, 'x')"):
+    for harm in (f"os.remove({str(victim)!r})", f"open({str(victim)!r}, 'w')",
+                 f"shutil.rmtree({str(tmp_path)!r})", f"os.chmod({str(victim)!r}, 0)",
+                 f"os.rename({str(victim)!r}, 'x')"):
         done = run(f"import os, shutil\n{harm}")
         assert done.status == 1 and "OSError" in done.output, harm
     assert victim.read_text() == "mine"

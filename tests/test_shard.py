@@ -13,7 +13,7 @@ from tiny import (ROOT, arguments, difference, make_model, make_records, metrics
 # Micro-batches of 200 tokens: two or more a step on two ranks. On four some have none in a step, but not in
 # "im": the order of a sum shows in its bits only from three terms on.
 RUNS = {
-    "im": dict(neftune_alpha=5, kl_weight=0.1, batch_size=16, epochs=4, micro_batch_tokens=120, eval_every=3,
+    "im": dict(neftune_alpha=5, kl_weight=0.1, batch_size=16, epochs=3, micro_batch_tokens=120, eval_every=3,
                save_every=3, keep_checkpoints=9),
     "it": dict(loss="it", normalize="example", recompute=True, micro_batch_tokens=200),
     "untied": dict(normalize="span", recompute=True, kl_weight=0.1, micro_batch_tokens=120),
@@ -54,16 +54,19 @@ def on_ranks(folder, alone) -> None:
     "im" resumed after its third step from the checkpoint of another."""
     for ranks, starts in ((2, ("ddp-2-im", "shard-2-im", "alone-im")),
                           (4, ("ddp-4-im", "shard-4-im", "ddp-2-im", "shard-2-im"))):
+        # The last runs' folders are relative, and every rank works elsewhere: only rank 0 sees them.
+        first = folder / f"runs-{ranks}.json.0"
+        first.mkdir()
+        for mode in MODES:
+            (first / f"own-{mode}").symlink_to(folder / f"{mode}-{ranks}-im")
         run_many(folder, [
             *(flags_of(folder, name, f"{mode}-{ranks}-{name}", **more)
               for name in RUNS for mode, more in MODES.items()),
             *(resumed(folder, start, f"{start}-to-{mode}-{ranks}", **more)
               for start in starts for mode, more in MODES.items()),
-            # Only rank 0 has the folders of the last two: relative, and every rank works elsewhere.
-            *(run for mode, more in MODES.items() for run in (
-                flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}"}),
-                flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}-resumed"},
-                         resume=f"own-{mode}/checkpoints/step-00000003")))], ranks)
+            *(flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}-resumed"},
+                       resume=f"own-{mode}/checkpoints/step-00000003")
+              for mode, more in MODES.items())], ranks)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -118,7 +121,8 @@ def test_resumed_in_the_same_mode_on_as_many_ranks_it_ends_in_the_same_bits(fold
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_that_do_not_see_the_checkpoint_are_sent_their_rows(folder, on_ranks, mode, ranks):
     homes = [folder / f"runs-{ranks}.json.{rank}" for rank in range(ranks)]
-    assert [(home / f"own-{mode}").exists() for home in homes] == [True] + [False] * (ranks - 1)
+    for own in (f"own-{mode}/checkpoints/step-00000003", f"own-{mode}-resumed/final"):
+        assert [(home / own).exists() for home in homes] == [True] + [False] * (ranks - 1)
     expected = weights(folder / f"{mode}-{ranks}-im" / "final")
     resumed = weights(homes[0] / f"own-{mode}-resumed" / "final")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.items())

@@ -137,6 +137,14 @@ def test_bootstrap_equals_a_plain_loop_whatever_is_drawn_at_once(monkeypatch, dr
     np.testing.assert_allclose(got, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("examples", [2, 7, 100, 333])
+def test_a_columns_resampled_sums_are_the_same_bits_whatever_stands_beside_it(examples):
+    columns = np.random.default_rng(0).normal(size=(examples, 11))
+    together = bootstrap.resampled_sums(columns, 200, seed=3)
+    for some in ([0], [3], [1, 4, 9], list(range(5))):
+        assert np.array_equal(bootstrap.resampled_sums(columns[:, some], 200, seed=3), together[:, some])
+
+
 @pytest.mark.parametrize("confidence, deviations", [(0.95, 1.95996), (0.8, 1.28155)])
 def test_interval_is_as_wide_as_the_normal_law_says(confidence, deviations):
     sums, counts = samples(500)

@@ -446,7 +446,8 @@ def test_added_tokens_that_are_not_special_are_encoded_as_they_are_served(world)
     assert world.theirs["qwen"].convert_tokens_to_ids("<tool_response>") in ids
 
 
-FRAGMENTS = ["a", "Red", " plum", ".", "\n", "\n\n", " ", "  ", "\t", "é", "e\u0301", "日本語", "🙂", "👩‍👩‍👧",
+FRAGMENTS = ["a", "Red", " plum", ".", "\n", "\n\n", " ", "  ", "\t", "é", "e\u0301", "日本語", "🙂",
+             "👩‍👩‍👧",
              "\u00a0", "\u200b", "\r\n", "|>", "<|", "[", "]", "<<", ":", "\"", "\\", "'", "{{ x }}", "{%",
              "\ue000", "\ue002", "user\n", "the", " colour", "###", "12345", "</", "s>"]
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+import forks
 import tokenizers_for_tests
 import train
 
@@ -95,20 +96,13 @@ def command(argv: list[str], ranks: int = 1, python: list[str] = ()) -> list[str
 
 
 def run_apart(argv: list[str], ranks: int = 1, check: bool = True) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(argv, ranks), capture_output=True, text=True, env=env, timeout=180)
-    assert not check or done.returncode == 0, done.stderr[-3000:]
-    return done
+    """train.py, or torchrun train.py, in processes of its own (forks.py)."""
+    return checked(forks.run([str(ROOT / "train.py"), *argv], ranks), check)
 
 
 def run_script(script: str, argument: Path, ranks: int) -> str:
     """torchrun tests/SCRIPT ARGUMENT; returns what was printed."""
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-            str(ROOT / "tests" / script), str(argument)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=180,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return checked(forks.run([str(ROOT / "tests" / script), str(argument)], ranks)).stdout
 
 
 def run_many(folder: Path, runs: list[list[str]], ranks: int) -> str:
@@ -120,11 +114,14 @@ def run_many(folder: Path, runs: list[list[str]], ranks: int) -> str:
 
 def run_module(module: str, argv: list[str], ranks: int = 1, check: bool = True
                ) -> subprocess.CompletedProcess:
-    """python -m MODULE, or torchrun -m MODULE, as a user would start it."""
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
-    launch = launch if ranks > 1 else []
-    done = subprocess.run([sys.executable, "-m", *launch, module, *argv], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=180)
+    """python -m MODULE, as a user would start it; or torchrun -m MODULE (forks.py)."""
+    if ranks > 1:
+        return checked(forks.run(["-m", module, *argv], ranks), check)
+    return checked(subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True,
+                                  env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=180), check)
+
+
+def checked(done: subprocess.CompletedProcess, check: bool = True) -> subprocess.CompletedProcess:
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
