@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date, datetime
-from functools import lru_cache
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -970,7 +970,7 @@ def _file_hash(path: str | Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-@lru_cache(maxsize=None)    # a run asks for its files' hashes before and after it reads them
+@cache  # a run asks for its files' hashes before and after it reads them
 def _hash_once(path: str, *state: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -104,8 +104,8 @@ def check_ranks(out: Path, identity: dict, resuming: bool) -> None:
 
 
 def launch() -> str:
-    """The same for a process and for those that torchrun starts in its place, and for no others. The number of
-    the parent process may come again, as in a container; its start since this boot of the host does not."""
+    """The same for a process and for those that torchrun starts in its place, and for no others. The number
+    of the parent process may come again, as in a container; its start since the host's boot does not."""
     parent = os.getppid()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -225,9 +225,9 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         if not same_rates(state["identity"], step):
             raise ValueError(
                 f"{start}: with {_length(identity)}, not {_length(state['identity'])}, the {step} steps that "
-                "are trained would have had other learning rates, or are too many; only a run with --schedule "
-                "constant and as many warm-up steps can be extended. Start a new one from its result instead: "
-                f"--model {out / 'final'} --output-dir ANOTHER")
+                "are trained would have had other learning rates, or are too many; only a run with "
+                "--schedule constant and as many warm-up steps can be extended. Start a new one from its "
+                f"result instead: --model {out / 'final'} --output-dir ANOTHER")
     elif todo == "resume" and (out / "final").is_dir():
         raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
                          "--save-every for that); start a new one from its result: "

@@ -193,8 +193,8 @@ def count_steps(config: Config, per_epoch: int) -> int:
 
 
 def same_rates(config: Config, per_epoch: int, identity: dict, steps: int) -> bool:
-    """Whether a run of another length had the same learning rates in its first `steps` steps, so that this one
-    can resume it and end as if it had been this one from the start. identity: the other run's."""
+    """Whether a run of another length had the same learning rates in its first `steps` steps, so that this
+    one can resume it and end as if it had been this one from the start. identity: the other run's."""
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
     total, others = count_steps(config, per_epoch), count_steps(other, per_epoch)
     return steps <= total and all(

@@ -125,8 +125,11 @@ def test_another_launch_with_the_same_names_is_no_restart(folder, monkeypatch, c
     assert metrics(folder / "launched")[-1]["lr"] == pytest.approx(2e-2 / 7)
     # the same flags by another launcher, whose process has the same number
     real, before = Path.read_text, run_folder.launch()
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: (
-        " ".join([*real(self, *a, **k).split()[:21], "12345"]) if self.name == "stat" else real(self, *a, **k)))
+
+    def read_text(self: Path, *args: str, **more: str) -> str:
+        text = real(self, *args, **more)
+        return " ".join([*text.split()[:21], "12345"]) if self.name == "stat" else text
+    monkeypatch.setattr(Path, "read_text", read_text)
     assert run_folder.launch() != before
     steps = count_steps(monkeypatch)
     assert run_here(arguments(folder, "launched", lr=2e-2, overwrite=True)) == 0
@@ -285,7 +288,8 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     stopped(folder, "named", 2, monkeypatch, **base)
     refused(folder, r"--train-data \S*/c.jsonl: other contents\)", "named",
             **{**base, "train_data": [folder / "a.jsonl", folder / "c.jsonl"]})
-    refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named", **{**base, "train_data": data[:1]})
+    refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named",
+            **{**base, "train_data": data[:1]})
     refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})
     refused(folder, "--template .*: another text[)]", "named", **{**base, "template": "llama3"})
     refused(folder, "--max-length was 120, is 90[)]", "named", **base, max_length=90)
@@ -356,7 +360,7 @@ def test_a_file_given_twice_to_train_on_is_said(folder, capsys):
     assert "--train-data names 1 file(s) more than once" in capsys.readouterr().out
 
 
-def test_an_interrupted_quick_start_is_resumed_and_a_finished_one_is_made_again(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_quick_start_is_resumed_and_a_finished_one_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = ["--eval-generate", "0", "--max-steps", "4", "--cache-dir", str(tmp_path / "cache")]
     with monkeypatch.context() as patch:

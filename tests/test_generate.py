@@ -1,6 +1,7 @@
 """Generation against transformers on random weights, sampling against a plain implementation of it, and the
 program on a tiny checkpoint folder."""
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -397,7 +398,7 @@ def test_what_a_template_puts_in_front_of_an_answer_is_no_part_of_it(answer, tmp
     """A model that was trained with an empty think block writes one; as a message the next prompt is made of,
     or beside the record's, it is the content alone."""
     tokenizer = Tokenizer(cast.write("qwen", tmp_path / "qwen"))
-    template = load_template(str(ROOT / "tests" / "templates" / "qwen3.jinja"), tokenizer)
+    template = load_template(str(Path(__file__).parent / "templates" / "qwen3.jinja"), tokenizer)
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "Name a colour.", "completion": "Red."}))
     made = tokenizer.reference.encode(answer).ids
     monkeypatch.setattr(module, "Engine", lambda model: None)

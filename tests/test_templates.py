@@ -497,19 +497,19 @@ def test_straddling_tokens(world):
     assert kind_of("plain", "llama3", ["Name a ", "colour"], "Ġcolour") == "instruction"
 
 
-T, S, I, A, C = TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT
+T, S, U, A, C = TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT
 
 
 @pytest.mark.parametrize("text, kinds, wanted", [
-    (" Hello", [T, I, I, I, I, I], I), (" Hello", [T, S, S, S, S, S], S), (" Hello", [T, C, C, C, C, C], C),
+    (" Hello", [T, U, U, U, U, U], U), (" Hello", [T, S, S, S, S, S], S), (" Hello", [T, C, C, C, C, C], C),
     (" Hello", [T, A, A, A, A, A], A),          # the template's whitespace in front
-    (".\n\n", [I, T, T], I), (".\n\n", [A, T, T], A), ("x ", [S, T], S), ("x ", [C, T], C),  # ... behind
-    ("\n x\n", [T, T, I, T], I),                # ... on both sides
-    ("a b", [I, T, A], I), ("a b", [S, T, I], S), ("a  b", [A, T, T, C], A),  # ... and between two contents
-    (" \n", [T, I], I), ("\n\n", [A, T], A),    # content that is whitespace too
+    (".\n\n", [U, T, T], U), (".\n\n", [A, T, T], A), ("x ", [S, T], S), ("x ", [C, T], C),  # ... behind
+    ("\n x\n", [T, T, U, T], U),                # ... on both sides
+    ("a b", [U, T, A], U), ("a b", [S, T, U], S), ("a  b", [A, T, T, C], A),  # ... and between two contents
+    (" \n", [T, U], U), ("\n\n", [A, T], A),    # content that is whitespace too
     (" \n", [T, T], T), ("a\n", [T, T], T),      # nothing but the template's
-    (": x", [T, T, I], T), ("x.", [A, T], T), ("x \n>", [A, T, T, T], T),   # text of the template
-    ("a:b", [I, T, A], T), (" x>", [T, I, T], T), ("ab", [I, A], I), ("ab", [S, I], S),
+    (": x", [T, T, U], T), ("x.", [A, T], T), ("x \n>", [A, T, T, T], T),   # text of the template
+    ("a:b", [U, T, A], T), (" x>", [T, U, T], T), ("ab", [U, A], U), ("ab", [S, U], S),
 ])
 def test_template_whitespace_takes_no_token_away_from_content(text, kinds, wanted):
     """One token that covers `text`, in a tokenizer that has no other."""
