@@ -1,5 +1,6 @@
 """Whole runs: against a plain loop in transformers, under other packings and ranks,
 resumed, killed, refused."""
+import argparse
 import json
 import os
 import signal
@@ -14,7 +15,9 @@ import transformers
 
 import checkpoint
 import train
-from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_dataset, load_template, plan
+from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
+                  plan)
+from loss import neftune_noise
 from tiny import (arguments, command, difference, make_model, metrics, run_apart, run_here, setup,
                   weights)
 
@@ -24,48 +27,99 @@ def folder(tmp_path_factory) -> Path:
     return setup(tmp_path_factory.mktemp("train"))
 
 
-def plain_training(folder: Path, loss: str, normalize: str, steps: int) -> tuple[dict, list[dict]]:
-    """What train.py promises, written plainly: transformers' model, one example at a time, every logit,
-    the loss from its definition over lists of numbers, PyTorch's ordinary AdamW.
-    Shares the order of examples and the spans only."""
+WEIGHTS = {"it": {COMPLETION: 1.0}, "im": {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0}}
+# What arguments() asks for, besides the flags' defaults.
+PLAIN = dict(lr=1e-2, beta1=0.9, beta2=0.98, adam_eps=1e-6, weight_decay=0.0, clip_grad_norm=1.0, warmup=1,
+             neftune_alpha=0.0, kl_weight=0.0, seed=0, batch_size=6)
+
+
+def average(values: list[list[tuple[int, torch.Tensor]]], weight: dict[int, float], normalize: str
+            ) -> torch.Tensor:
+    """values: of each example, [(kind, value)]. Their mean, from the definition."""
+    every = [pair for example in values for pair in example]
+    if normalize == "token":
+        return sum(weight[k] * n for k, n in every if k in weight) / sum(k in weight for k, _ in every)
+    if normalize == "example":
+        means = [sum(weight[k] * n for k, n in example if k in weight)
+                 / sum(weight[k] for k, _ in example if k in weight) for example in values]
+        return sum(means) / len(means)
+    return sum(weight[kind] * sum(n for k, n in every if k == kind) / sum(k == kind for k, _ in every)
+               for kind in weight if any(k == kind for k, _ in every))
+
+
+def plain_training(folder: Path, weight: dict[int, float], normalize: str, **more: object
+                   ) -> tuple[dict, list[dict]]:
+    """What train.py promises, written plainly: transformers' model, one example at a time, every logit, the
+    loss from its definition over lists of numbers, AdamW and clipping spelled out. more: over PLAIN.
+    Shares the order of examples, the spans and the draws of noise only."""
+    set_to = argparse.Namespace(**{**PLAIN, **more})
     tokenizer = Tokenizer(folder / "model")
     dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120,
                            "truncate", folder / "cache")
-    weight = {COMPLETION: 1.0} if loss == "it" else {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0}
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
+    model, start = (transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+                    for _ in range(2))
+    parameters = dict(model.named_parameters())
+    averages = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
     usable = [e for e in range(len(dataset)) if any(dataset.counts[e, k] for k in weight)]
-    per_epoch = -(-len(usable) // 6)
+    per_epoch = -(-len(usable) // set_to.batch_size)
     total, log = 2 * per_epoch, []
-    for step in range(steps):
-        order = np.concatenate(
-            plan(dataset.lengths[usable], 0, step // per_epoch, 6, 10**9, 1)[step % per_epoch][0])
-        nlls = []  # of each example, [(kind, nll)]
+    for step in range(total):
+        order = np.concatenate(plan(dataset.lengths[usable], set_to.seed, step // per_epoch,
+                                    set_to.batch_size, 10**9, 1)[step % per_epoch][0])
+        nlls, kls = [], []  # of each example, [(kind, value)]
         for e in [usable[i] for i in order]:
             a, b = dataset.offsets[e:e + 2]
             ids = torch.tensor(dataset.ids[a:b].astype(np.int64))
-            log_p = model(ids[None]).logits[0].log_softmax(-1)
-            nlls.append([(int(dataset.kinds[a + t + 1]), -log_p[t, ids[t + 1]]) for t in range(len(ids) - 1)])
+            kinds = dataset.kinds[a + 1:b].tolist()
+            noise = 0.0
+            if set_to.neftune_alpha:
+                noise = neftune_noise(collate(dataset, np.array([e]), np.zeros((1, len(KINDS)))),
+                                      model.config.hidden_size, set_to.neftune_alpha, set_to.seed, step)
+            log_p, log_q = (each(inputs_embeds=(each.get_input_embeddings()(ids[:-1]) + noise)[None])
+                            .logits[0].log_softmax(-1) for each in (model, start))
+            log_q = log_q.detach()
+            nlls.append(list(zip(kinds, -log_p[range(len(kinds)), ids[1:]])))
+            kls.append(list(zip(kinds, (log_p.exp() * (log_p - log_q)).sum(-1))))
+        loss, kl = (average(values, weight, normalize) for values in (nlls, kls))
+        model.zero_grad()
+        (loss + set_to.kl_weight * kl).backward()
+        norm = sum(p.grad.square().sum() for p in parameters.values()).sqrt()
+        clip = min(1.0, set_to.clip_grad_norm / (norm + 1e-6)) if set_to.clip_grad_norm else 1.0
+        # The rate rises over `warmup` steps and falls to one step's worth in a line.
+        rise = (step + 1) / set_to.warmup
+        lr = set_to.lr * (rise if step < set_to.warmup else (total - step) / (total - set_to.warmup))
+        for name, p in parameters.items():
+            first, second = averages[name]
+            first.lerp_(p.grad * clip, 1 - set_to.beta1)
+            second.lerp_((p.grad * clip).square(), 1 - set_to.beta2)
+            with torch.no_grad():
+                if "norm" not in name and not name.endswith("bias"):
+                    p -= lr * set_to.weight_decay * p
+                p -= (lr * first / (1 - set_to.beta1 ** (step + 1))
+                      / ((second / (1 - set_to.beta2 ** (step + 1))).sqrt() + set_to.adam_eps))
         every = [pair for example in nlls for pair in example]
-        if normalize == "token":
-            objective = sum(n for k, n in every if k in weight) / sum(k in weight for k, _ in every)
-        elif normalize == "example":
-            means = [[n for k, n in example if k in weight] for example in nlls]
-            objective = sum(sum(m) / len(m) for m in means) / len(means)
-        else:
-            objective = sum(sum(n for k, n in every if k == kind) / sum(k == kind for k, _ in every)
-                            for kind in weight if any(k == kind for k, _ in every))
-        optimizer.zero_grad()
-        objective.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            # Warm-up is one step here.
-            group["lr"] = 1e-2 * (1.0 if step == 0 else (total - step) / (total - 1))
-        optimizer.step()
-        log.append({"loss": objective.item(), "grad_norm": norm.item(), "nll": {
-            kind: np.mean([n.item() for k, n in every if k == kind]) for kind in range(5)
-            if any(k == kind for k, _ in every)}})
-    return {n: p.detach() for n, p in model.named_parameters() if n != "lm_head.weight"}, log
+        log.append({"loss": loss.item(), "kl": kl.item(), "grad_norm": norm.item(), "lr": lr,
+                    "tokens": len(every), "trained_tokens": sum(k in weight for k, _ in every),
+                    "nll": {kind: np.mean([n.item() for k, n in every if k == kind]) for kind in range(5)
+                            if any(k == kind for k, _ in every)}})
+    return {n: p.detach() for n, p in parameters.items() if n != "lm_head.weight"}, log
+
+
+def check_against_plain(folder: Path, out: str, expected: dict, log: list[dict], steps: int) -> None:
+    """A finished run with --log-every 1 against plain_training()'s: its weights and every step's numbers."""
+    rows = metrics(folder / out)
+    assert len(rows) == len(log) == steps
+    start, got = weights(folder / "model"), weights(folder / out / "final")
+    assert difference(got, expected) < 1e-5 < 0.05 < difference(start, expected)
+    for row, plain in zip(rows, log):
+        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+        assert row["lr"] == pytest.approx(plain["lr"], rel=1e-9)
+        assert (row["tokens"], row["trained_tokens"]) == (plain["tokens"], plain["trained_tokens"])
+        assert row.get("kl", plain["kl"]) == pytest.approx(plain["kl"], rel=1e-4, abs=1e-7)
+        for kind, value in plain["nll"].items():  # of every span, trained or not
+            if KINDS[kind] != "context":
+                assert row[f"nll_{KINDS[kind]}"] == pytest.approx(value, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss", ["it", "im"])
@@ -74,17 +128,49 @@ def test_training_equals_a_plain_loop_in_transformers(folder, loss, normalize):
     out = f"plain-{loss}-{normalize}"
     assert run_here(arguments(folder, out, loss=loss, normalize=normalize, micro_batch_tokens=300,
                               log_every=1)) == 0
-    rows = metrics(folder / out)
-    expected, log = plain_training(folder, loss, normalize, len(rows))
-    start = weights(folder / "model")
-    got = weights(folder / out / "final")
-    assert difference(got, expected) < 1e-5 < 0.05 < difference(start, expected)
-    for row, plain in zip(rows, log):
-        assert row["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
-        for kind, value in plain["nll"].items():  # of every span, trained or not
-            if KINDS[kind] != "context":
-                assert row[f"nll_{KINDS[kind]}"] == pytest.approx(value, rel=1e-5)
+    check_against_plain(folder, out, *plain_training(folder, WEIGHTS[loss], normalize), steps=8)
+
+
+@pytest.mark.parametrize("normalize", ["token", "example"])
+def test_every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does(folder, normalize):
+    """Each at another value than its default."""
+    more = dict(lr=2e-2, beta1=0.8, beta2=0.95, adam_eps=1e-3, weight_decay=0.5, clip_grad_norm=0.7,
+                neftune_alpha=5.0, kl_weight=0.5, seed=3)
+    out = f"plain-flags-{normalize}"
+    assert run_here(arguments(folder, out, normalize=normalize, micro_batch_tokens=300, log_every=1,
+                              warmup_ratio=0.3, system_weight=0.25, completion_weight=2, **more)) == 0
+    weight = {SYSTEM: 0.25, INSTRUCTION: 1.0, COMPLETION: 2.0}
+    expected, log = plain_training(folder, weight, normalize, warmup=3, **more)
+    check_against_plain(folder, out, expected, log, steps=8)
+    assert all(row["grad_norm"] > 0.7 and row["kl"] > 0.01 for row in metrics(folder / out)[1:])
+
+
+def test_without_clipping_a_large_gradient_moves_the_weights_as_it_is(folder):
+    """With an epsilon so large that AdamW's step grows with the gradient."""
+    more = dict(adam_eps=10.0, clip_grad_norm=0.0)
+    assert run_here(arguments(folder, "unclipped", normalize="span", loss="it", completion_weight=30,
+                              log_every=1, lr=0.1, **more)) == 0
+    expected, log = plain_training(folder, {COMPLETION: 30.0}, "span", lr=0.1, **more)
+    check_against_plain(folder, "unclipped", expected, log, steps=8)
+    assert all(row["grad_norm"] > 5 for row in log)
+
+
+def test_examples_with_nothing_to_train_on_change_no_step(folder):
+    """Every second record has no answer to train on: it is marked with weight 0, or was cut off."""
+    home = folder / "some-usable"
+    home.mkdir()
+    (home / "model").symlink_to(folder / "model")
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    unusable = [{"messages": [{"role": "user", "content": "a plum " * (1 if i % 2 else 99)},
+                              {"role": "assistant", "content": "red", **({"weight": 0} if i % 2 else {})}]}
+                for i in range(len(lines))]
+    (home / "train.jsonl").write_text("".join(f"{json.dumps(record)}\n{line}\n"
+                                              for record, line in zip(unusable, lines)))
+    assert run_here(arguments(home, "out", loss="it", log_every=1)) == 0
+    expected, log = plain_training(home, WEIGHTS["it"], "token")
+    check_against_plain(home, "out", expected, log, steps=8)
+    same, _ = plain_training(folder, WEIGHTS["it"], "token")    # as if these were not there
+    assert difference(expected, same) == 0
 
 
 @pytest.mark.parametrize("normalize", ["token", "example", "span"])
