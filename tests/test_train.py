@@ -1,11 +1,15 @@
 """Whole runs: against a plain loop in transformers, under other packings and ranks,
 resumed, killed, refused."""
 import argparse
+import dataclasses
 import json
+import math
 import os
 import signal
+import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +18,14 @@ import torch
 import transformers
 
 import checkpoint
+import loss as loss_module
+import model as model_module
 import train
 from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
                   plan)
 from loss import neftune_noise
-from tiny import (arguments, command, difference, make_model, metrics, run_apart, run_here, setup,
-                  weights)
+from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart, run_here,
+                  run_many, setup, weights)
 
 
 @pytest.fixture(scope="module")
@@ -424,6 +430,60 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     assert (folder / "half" / "final").is_dir()
 
 
+# Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.
+MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
+              "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "shard",
+              "recompute", "compile", "dry_run", "cache_dir"}
+# These may where the steps already trained stay as they were.
+MAY_IN_PART = {"epochs", "max_steps", "warmup_ratio"}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(folder) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "stopped"))
+    make_records(folder / "other-records.jsonl", 20, seed=1)
+    other = shutil.copytree(folder / "model", folder / "other-config")      # the same weights
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    return folder / "stopped"
+
+
+@pytest.mark.parametrize("field", [f for f in dataclasses.fields(train.Config)
+                                   if f.name not in MAY_CHANGE | MAY_IN_PART], ids=lambda f: f.name)
+def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_value(
+        folder, stopped_run, field):
+    argv = arguments(folder, stopped_run)
+    now = getattr(train.parse_args(argv), field.name)
+    if field.name in ("model", "train_data", "template"):
+        other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
+                 "template": "tulu"}[field.name]
+    elif choices := field.metadata.get("choices"):
+        other = next(choice for choice in choices if choice != now)
+    elif isinstance(now, bool):
+        other = not now
+    else:
+        other = now + 1 if isinstance(now, int) else (now or 1) / 2
+    before = {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
+    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?{field.name} was "):
+        run_here([*argv, *flags(**{field.name: other})])
+    assert before == {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
+
+
+def test_a_models_fingerprint_follows_its_config_and_its_weights(folder, tmp_path):
+    prints = set()
+    for name in ("same", "config", "weights"):
+        copy = shutil.copytree(folder / "model", tmp_path / name)
+        if name == "config":
+            config = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+        if name == "weights":
+            flip_a_bit(copy / "model.safetensors")
+        prints.add(checkpoint.model_fingerprint(copy))
+    assert len(prints) == 3 and checkpoint.model_fingerprint(folder / "model") in prints
+
+
 # ---------------------------------------------------------------- --dry-run
 
 
@@ -490,6 +550,66 @@ def test_recompute_changes_nothing(folder):
     assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
 
 
+def test_compile_compiles_every_layer_alike_and_changes_nothing(folder, monkeypatch):
+    """By a backend that runs the traced operations as they are: what is tested is what is handed to it. Of ten
+    layers, because PyTorch gives up on code that it had to compile eight times."""
+    make_model(folder / "deep", layers=10)
+    compiled, graphs, calls, original = [], [], [], torch.nn.Module.compile
+
+    def compile_eagerly(module: torch.nn.Module, **more: object) -> None:
+        compiled.append(module)
+        original(module, **more, backend=backend)
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return lambda *args: calls.append(1) or graph.forward(*args)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    argv = dict(model=folder / "deep", max_steps=2, lr=1e-3)
+    run_here(arguments(folder, "not-compiled", **argv))
+    assert not compiled
+    run_here(arguments(folder, "compiled", **argv, compile=True))
+    assert {type(module) for module in compiled} == {model_module.Layer} and len(set(compiled)) == 10
+    assert len(calls) == len(graphs) * 10 * 2 > 0      # in each layer of each step
+    start, plain, traced = (weights(folder / name)
+                            for name in ("deep", "not-compiled/final", "compiled/final"))
+    assert difference(traced, plain) < 1e-5 < 1e-3 < difference(start, plain)
+
+
+def test_what_was_not_computed_is_null_in_the_metrics(folder):
+    """Under IT the other kinds' NLL is looked at in the first step, every third and the last; and no step has
+    a kind that the data lacks."""
+    file = folder / "no-system.jsonl"
+    file.write_text("".join(line for line in open(folder / "train.jsonl") if '"system"' not in line))
+    run_here(arguments(folder, "nulls", train_data=file, loss="it", log_every=3, batch_size=3))
+    rows = metrics(folder / "nulls")
+    assert len(rows) == 2 * -(-len(file.read_text().splitlines()) // 3) == 10
+    looked = [row["step"] in (1, 3, 6, 9, 10) for row in rows]
+    for kind in ("instruction", "template"):
+        assert [row[f"nll_{kind}"] is not None and row[f"nll_{kind}"] > 0 for row in rows] == looked
+        assert [row[f"nll_{kind}"] is None for row in rows] == [not look for look in looked]
+    assert all(row["nll_completion"] > 0 and row["nll_system"] is None for row in rows)
+
+
+def test_held_out_examples_may_be_longer_than_a_micro_batch(folder):
+    """A record of 119 targets, which training in rows of 60 could not take; its NLL as transformers has it."""
+    make_records(folder / "short.jsonl", 8, longest=3)
+    message = {"role": "user", "content": "a plum"}, {"role": "assistant", "content": "red town " * 50}
+    (folder / "long.jsonl").write_text(json.dumps({"messages": message}))
+    argv = arguments(folder, "long", train_data=folder / "short.jsonl", micro_batch_tokens=60, max_steps=1,
+                     eval_data=folder / "long.jsonl")
+    assert run_here(argv) == 0
+    got = json.loads((folder / "long" / "eval.jsonl").read_text().splitlines()[0])["data"]["long"]
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset([folder / "long.jsonl"], tokenizer, load_template("llama3", tokenizer), 120,
+                           "truncate", folder / "cache")
+    assert dataset.lengths.tolist() == [119]
+    ids = torch.tensor(dataset.ids.astype(np.int64))[None]
+    labels = ids.masked_fill(torch.tensor(dataset.kinds != COMPLETION), -100)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    assert got["completion"]["tokens"] == int((labels != -100).sum()) > 60
+    assert got["completion"]["nll_token_mean"] == pytest.approx(theirs(ids, labels=labels).loss.item(), rel=1e-5)
+
+
 def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
     """Pitfall: bf16 parameters drop updates smaller than their spacing."""
     run_here(arguments(folder, "fp32-small", lr=1e-5))
@@ -501,25 +621,62 @@ def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
             assert full.norm() > 0 and torch.cosine_similarity(full.flatten(), got.flatten(), 0) > 0.9
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(folder, monkeypatch):
-    import loss
-    original, calls = loss._WeightedNLL.forward, []
+def in_step(number: int, change: Callable, calls: list) -> Callable:
+    """Wraps a function that is called once a step: in that step its result goes through `change`."""
+    def wrap(original: Callable) -> Callable:
+        def wrapped(*args: object, **more: object) -> object:
+            calls.append(1)
+            result = original(*args, **more)
+            return change(result) if len(calls) == number else result
+        return wrapped
+    return wrap
 
-    def broken(ctx, hidden, head, targets, scale):
-        value, nll = original(ctx, hidden, head, targets, scale)
-        calls.append(1)
-        if len(calls) == 3:
-            nll[-1] = float("nan")
-            value = value * float("nan")
-        return value, nll
-    monkeypatch.setattr(loss._WeightedNLL, "forward", broken)
+
+@pytest.mark.parametrize("what, owner, name, change, says", [
+    ("loss", loss_module._WeightedNLL, "forward", lambda r: (r[0] * math.nan, r[1] * math.nan),
+     r"loss nan, .*Its loss is not finite for .*train\.jsonl:\d+"),
+    ("gradient", loss_module._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, None, None),
+     r"loss \d+\.\d+, gradient norm (inf|nan)"),
+    ("KL", train, "kl_divergence", lambda r: r + math.nan, r"loss \d+\.\d+, gradient norm \d+\.\d+"),
+], ids=["loss", "gradient", "KL"])
+def test_what_is_not_finite_stops_the_run_before_the_weights_change(
+        folder, monkeypatch, what, owner, name, change, says):
+    """Each alone: the others are finite."""
+    monkeypatch.setattr(owner, name, in_step(3, change, [])(getattr(owner, name)))
     stepped = []
     original_step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step",
                         lambda self, *a: stepped.append(1) or original_step(self, *a))
-    with pytest.raises(ValueError, match=r"step 3: loss nan.*train\.jsonl:\d+"):
-        run_here(arguments(folder, "nan"))
-    assert len(stepped) == 2 and len(metrics(folder / "nan")) == 2
+    with pytest.raises(ValueError, match=f"step 3: {says}"):
+        run_here(arguments(folder, f"not-finite-{what}", kl_weight=0.1))
+    assert len(stepped) == 2 and len(metrics(folder / f"not-finite-{what}")) == 2
+
+
+def test_the_records_whose_loss_is_not_finite_are_named_with_their_lines(folder, monkeypatch):
+    """Two of a step of several micro-batches, behind one with nothing to train on; told by a letter that only
+    they have."""
+    lines = (folder / "train.jsonl").read_text().splitlines()
+    lines[0] = json.dumps({"messages": [{"role": "user", "content": "a"},
+                                        {"role": "assistant", "content": "b", "weight": 0}]})
+    for i in (11, 16):
+        lines[i] = json.dumps({"messages": [{"role": "user", "content": "a"},
+                                            {"role": "assistant", "content": "red zzz red"}]})
+    file = folder / "not-finite.jsonl"
+    file.write_text("\n".join(lines))
+    ids = Tokenizer(folder / "model").reference.encode("zzz", add_special_tokens=False).ids
+    original, marked = loss_module._WeightedNLL.forward, []
+
+    def forward(ctx, hidden, head, targets, scale):
+        value, nlls = original(ctx, hidden, head, targets, scale)
+        bad = torch.isin(targets, torch.tensor(ids))
+        marked.append(bool(bad.any()))
+        return value + bad.sum() * math.nan if bad.any() else value, nlls.masked_fill(bad, math.nan)
+    monkeypatch.setattr(loss_module._WeightedNLL, "forward", forward)
+    with pytest.raises(ValueError) as error:
+        run_here(arguments(folder, "not-finite", train_data=file, loss="it", batch_size=20,
+                           micro_batch_tokens=200))
+    assert len(marked) > 3 and 0 < sum(marked) <= 2
+    assert str(error.value).endswith(f"Its loss is not finite for {file}:12, {file}:17.")
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -534,6 +691,24 @@ def test_schedules_start_and_end_above_zero_and_peak_at_lr(schedule, total):
         assert rates[10] == 2.0 and rates[55] == pytest.approx(1.0) and rates[99] == pytest.approx(2 / 90)
     if schedule == "cosine" and total == 100:
         assert rates[55] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("more, rates", [
+    # 20 records in steps of 6: 4 steps an epoch, 8 in all
+    (dict(warmup_ratio=0), [1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8]),
+    (dict(max_steps=3, warmup_ratio=0), [1, 2 / 3, 1 / 3]),
+    (dict(max_steps=10, warmup_ratio=0), [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]),
+    (dict(epochs=1, warmup_ratio=0), [1, 3 / 4, 2 / 4, 1 / 4]),
+    (dict(warmup_ratio=0.3), [1 / 3, 2 / 3, 1, 1, 4 / 5, 3 / 5, 2 / 5, 1 / 5]),
+    (dict(schedule="constant", warmup_ratio=0.3), [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1]),
+    (dict(schedule="cosine", max_steps=4, warmup_ratio=0), [1, 0.85355339, 0.5, 0.14644661]),
+    (dict(schedule="cosine", max_steps=6, warmup_ratio=0.2), [1 / 2, 1, 1, 0.85355339, 0.5, 0.14644661]),
+], ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
+def test_a_runs_learning_rates_are_those_written_here_and_so_is_their_number(folder, more, rates):
+    assert run_here(arguments(folder, "rates", overwrite=True, lr=3e-3, **more)) == 0
+    rows = metrics(folder / "rates")
+    assert [row["lr"] for row in rows] == pytest.approx([3e-3 * rate for rate in rates], rel=1e-7)
+    assert [row["epoch"] for row in rows] == [step / 4 for step in range(1, len(rates) + 1)]
 
 
 def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
