@@ -23,7 +23,7 @@ import model as model_module
 import train
 from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
                   plan)
-from loss import neftune_noise
+from loss import neftune_noise, span_weights
 from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart, run_here,
                   run_many, setup, weights)
 
@@ -195,29 +195,61 @@ def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, norma
                                    atol=1e-6)
 
 
-@pytest.mark.parametrize("more", [
-    dict(normalize="token", neftune_alpha=5), dict(normalize="example", loss="it"), dict(normalize="span"),
-    # batches of 2, so that the last step's single example leaves one of the ranks an empty micro-batch
-    dict(normalize="token", loss="it", batch_size=2, max_steps=21, lr=1e-3),
-], ids=["token", "example", "span", "empty"])
-def test_two_ranks_do_not_change_the_trajectory(folder, more):
-    if more.get("normalize") == "span":  # once with a head of its own
-        folder = setup(folder / "untied", tie=False)
-    one, two = (folder / f"ranks-{'-'.join(map(str, more.values()))}-{n}" for n in (1, 2))
-    run_here(arguments(folder, one, eval_data=folder / "train.jsonl", **more))
-    run_apart(arguments(folder, two, eval_data=folder / "train.jsonl", micro_batch_tokens=200,
-                        **{k: v for k, v in more.items()}), ranks=2)
-    assert difference(weights(two / "final"), weights(one / "final")) < 1e-5
-    for name in ("loss", "grad_norm", "tokens", "trained_tokens"):
-        np.testing.assert_allclose([r[name] for r in metrics(two)], [r[name] for r in metrics(one)],
-                                   rtol=1e-4)
+RANK_RUNS = {
+    "token": dict(normalize="token", neftune_alpha=5), "example": dict(normalize="example", loss="it"),
+    "span": dict(normalize="span"),
+    # 20 examples in steps of 19: an epoch's last step has a single one, which leaves a rank nothing to do
+    "empty": dict(normalize="token", loss="it", batch_size=19),
+    "bf16": dict(dtype="bf16", neftune_alpha=5, kl_weight=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def rank_runs(folder) -> dict[str, tuple[Path, Path]]:
+    """Each of RANK_RUNS on one rank and on two, there with smaller micro-batches."""
+    setup(folder / "untied", tie=False)     # "span" has a head of its own
+    homes = {name: folder / "untied" if name == "span" else folder for name in RANK_RUNS}
+    one, two = ({name: arguments(homes[name], f"ranks-{name}-{ranks}", **{
+        "eval_data": homes[name] / "train.jsonl", "micro_batch_tokens": tokens, **more})
+        for name, more in RANK_RUNS.items()} for ranks, tokens in ((1, 4096), (2, 200)))
+    for argv in one.values():
+        run_here(argv)
+    run_many(folder, list(two.values()), 2)
+    return {name: (homes[name] / f"ranks-{name}-1", homes[name] / f"ranks-{name}-2") for name in RANK_RUNS}
+
+
+@pytest.mark.parametrize("name", RANK_RUNS)
+def test_two_ranks_do_not_change_the_trajectory(folder, rank_runs, name):
+    one, two = rank_runs[name]
+    # bf16 rounds what other neighbours in a row make other matrix products of
+    near, nearer = (0.02, 0.02) if name == "bf16" else (1e-5, 1e-4)
+    start = weights(one.parent / "model")
+    assert difference(weights(two / "final"), weights(one / "final")) < near < 0.05 < difference(
+        start, weights(one / "final"))
+    for key in ("loss", "grad_norm", "tokens", "trained_tokens"):
+        np.testing.assert_allclose([r[key] for r in metrics(two)], [r[key] for r in metrics(one)], rtol=nearer)
     first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")]
                      for f in (one, two))
-    assert ("lm_head.weight" in weights(one / "final")) == (folder.name == "untied")
+    assert ("lm_head.weight" in weights(one / "final")) == (name == "span")
     assert first[0]["completion"]["nll_token_mean"] != first[1]["completion"]["nll_token_mean"]
     for a, b in zip(first, second):
         for kind in a:
-            assert a[kind] == pytest.approx(b[kind], rel=1e-5)
+            assert a[kind] == pytest.approx(b[kind], rel=max(1e-5, near))
+
+
+def test_the_empty_run_leaves_a_rank_empty(folder, rank_runs):
+    """What test_two_ranks_do_not_change_the_trajectory[empty] is about, from the plan and from the log."""
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120,
+                           "truncate", folder / "cache")
+    assert len(dataset.trainable(span_weights("it"))) == 20
+    rows = metrics(rank_runs["empty"][1])
+    for epoch in (0, 1):
+        ranks = plan(dataset.lengths, 0, epoch, 19, 200, 2)[1]
+        assert sorted(sum(map(len, rank)) for rank in ranks) == [0, 1]
+        (alone,) = (e for rank in ranks for examples in rank for e in examples)
+        assert rows[2 * epoch + 1]["tokens"] == dataset.lengths[alone]
+    assert len(rows) == 4
 
 
 # ---------------------------------------------------------------- stop and resume
