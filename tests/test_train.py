@@ -801,6 +801,8 @@ def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder
     from model import load_model
     run_here(arguments(folder, "exported", save_dtype="bf16"))
     final = folder / "exported" / "final"
+    assert {tensor.dtype for tensor in weights(final).values()} == {torch.bfloat16}     # the source is fp32
+    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(final)
     mine = load_model(final)
