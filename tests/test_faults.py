@@ -115,8 +115,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
 
 
 def watch_disk(monkeypatch) -> list[tuple[str, Path]]:
-    """What is flushed and what is renamed, in order. A file that is not flushed before its name changes may be
-    empty under the new name after a power cut."""
+    """What is flushed and what is renamed, in order. A file that is renamed before it is flushed may be empty
+    under its new name after a power cut."""
     events, fsync, rename, replace = [], os.fsync, os.rename, os.replace
 
     def note(what: str, then: Callable) -> Callable:

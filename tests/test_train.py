@@ -24,8 +24,8 @@ import train
 from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
                   plan)
 from loss import neftune_noise, span_weights
-from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart, run_here,
-                  run_many, setup, weights)
+from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart,
+                  run_here, run_many, setup, weights)
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +222,13 @@ def rank_runs(folder) -> dict[str, tuple[Path, Path]]:
 def test_two_ranks_do_not_change_the_trajectory(folder, rank_runs, name):
     one, two = rank_runs[name]
     # bf16 rounds what other neighbours in a row make other matrix products of
-    near, nearer = (0.02, 0.02) if name == "bf16" else (1e-5, 1e-4)
+    near, nearer = (0.01, 0.01) if name == "bf16" else (1e-5, 1e-4)
     start = weights(one.parent / "model")
     assert difference(weights(two / "final"), weights(one / "final")) < near < 0.05 < difference(
         start, weights(one / "final"))
     for key in ("loss", "grad_norm", "tokens", "trained_tokens"):
-        np.testing.assert_allclose([r[key] for r in metrics(two)], [r[key] for r in metrics(one)], rtol=nearer)
+        np.testing.assert_allclose([r[key] for r in metrics(two)], [r[key] for r in metrics(one)],
+                                   rtol=nearer)
     first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")]
                      for f in (one, two))
     assert ("lm_head.weight" in weights(one / "final")) == (name == "span")
@@ -463,9 +464,9 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
 
 
 # Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.
-MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume", "eval_every",
-              "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device", "shard",
-              "recompute", "compile", "dry_run", "cache_dir"}
+MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume",
+              "eval_every", "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device",
+              "shard", "recompute", "compile", "dry_run", "cache_dir"}
 # These may where the steps already trained stay as they were.
 MAY_IN_PART = {"epochs", "max_steps", "warmup_ratio"}
 
@@ -583,8 +584,8 @@ def test_recompute_changes_nothing(folder):
 
 
 def test_compile_compiles_every_layer_alike_and_changes_nothing(folder, monkeypatch):
-    """By a backend that runs the traced operations as they are: what is tested is what is handed to it. Of ten
-    layers, because PyTorch gives up on code that it had to compile eight times."""
+    """By a backend that runs the traced operations as they are: what is tested is what is handed to it. With
+    ten layers, because PyTorch gives up on code that it had to compile eight times."""
     make_model(folder / "deep", layers=10)
     compiled, graphs, calls, original = [], [], [], torch.nn.Module.compile
 
@@ -623,7 +624,7 @@ def test_what_was_not_computed_is_null_in_the_metrics(folder):
 
 
 def test_held_out_examples_may_be_longer_than_a_micro_batch(folder):
-    """A record of 119 targets, which training in rows of 60 could not take; its NLL as transformers has it."""
+    """119 targets, which training in rows of 60 tokens could not take. Their NLL is that of transformers."""
     make_records(folder / "short.jsonl", 8, longest=3)
     message = {"role": "user", "content": "a plum"}, {"role": "assistant", "content": "red town " * 50}
     (folder / "long.jsonl").write_text(json.dumps({"messages": message}))
@@ -639,7 +640,8 @@ def test_held_out_examples_may_be_longer_than_a_micro_batch(folder):
     labels = ids.masked_fill(torch.tensor(dataset.kinds != COMPLETION), -100)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     assert got["completion"]["tokens"] == int((labels != -100).sum()) > 60
-    assert got["completion"]["nll_token_mean"] == pytest.approx(theirs(ids, labels=labels).loss.item(), rel=1e-5)
+    expected = theirs(ids, labels=labels).loss.item()
+    assert got["completion"]["nll_token_mean"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
