@@ -365,7 +365,6 @@ class _TiledAttention(torch.autograd.Function):
         return grad_q, grad_k, grad_v, None
 
 
-@torch.compiler.disable  # the documents change with every batch: nothing here to compile once
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     """attention_reference() without its N x N matrices.
     cu_seqlens on the CPU: the lengths decide what is run."""
@@ -374,7 +373,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return _TiledAttention.apply(q, k, v, tuple(cu_seqlens.diff().tolist()))
 
 
-@torch.compiler.disable
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """attention() by PyTorch's flash attention over packed documents, bf16 on CUDA. cu_seqlens on the device;
     longest: of the documents, in tokens."""
@@ -551,7 +549,13 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim))                         # (N, H or G, D)
                    for y in norm_linears(x, norm, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(1))              # (N, C)
+        return self.o_proj(self.attend(attend, q, k, v).flatten(1))             # (N, C)
+
+    # Documents change with every batch, so there is nothing to compile once. And code that is compiled must
+    # not read the layer's number: it would be compiled for each layer, and after eight no longer.
+    @torch.compiler.disable
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(self.layer, q, k, v)
 
 
 class MLP(nn.Module):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,63 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
     assert run_here(argv) == 0
     assert ("resuming after step" in capsys.readouterr().out) == (module == "shard")
     assert same_ending(out, undisturbed)
+
+
+# ---------------------------------------------------------------- power cuts
+
+
+def watch_disk(monkeypatch) -> list[tuple[str, Path]]:
+    """What is flushed and what is renamed, in order. A file that is renamed before it is flushed may be empty
+    under its new name after a power cut."""
+    events, fsync, rename, replace = [], os.fsync, os.rename, os.replace
+
+    def note(what: str, then: Callable) -> Callable:
+        def call(first: object, *rest: object) -> None:
+            path = os.readlink(f"/proc/self/fd/{first}") if what == "flush" else first
+            events.append((what, Path(path)))
+            then(first, *rest)
+        return call
+    monkeypatch.setattr(os, "fsync", note("flush", fsync))
+    monkeypatch.setattr(os, "rename", note("rename", rename))
+    monkeypatch.setattr(os, "replace", note("rename", replace))
+    return events
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from Linux's /proc")
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    part, done = tmp_path / "x.part", tmp_path / "x"
+    part.mkdir()
+    for name in ("a", "b"):
+        (part / name).write_text(name)
+    events = watch_disk(monkeypatch)
+    files.commit(part, done)
+    assert sorted(events[:2]) == [("flush", part / "a"), ("flush", part / "b")]
+    assert events[2:] == [("flush", part), ("rename", part), ("flush", tmp_path)]
+    assert sorted(path.name for path in done.iterdir()) == ["a", "b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from Linux's /proc")
+def test_nothing_of_a_run_gets_its_name_before_it_is_on_the_disk(folder, monkeypatch):
+    """Of the token cache, identity, checkpoints and final/ alike."""
+    original = os.scandir
+    events = watch_disk(monkeypatch)
+    inside: dict[Path, set[Path]] = {}
+
+    def commit(part: Path, done: Path) -> None:
+        inside[part] = {Path(entry.path) for entry in original(part)}
+        real(part, done)
+    real = files.commit
+    for module in ("data", "checkpoint"):
+        monkeypatch.setattr(sys.modules[module], "commit", commit)
+    argv = arguments(folder, "flushed", save_every=2, cache_dir=folder / "flushed-cache")
+    assert run_here(argv) == 0
+    renamed = [path for what, path in events if what == "rename"]
+    assert {path.name.split(".part")[0] for path in renamed} >= {
+        "step-00000002", "step-00000004", "step-00000006", "final", "identity.json", "run_config.json"}
+    assert len(inside) == 5 and all(len(names) > 2 for names in inside.values())
+    for path in renamed:
+        before = {other for what, other in events[:events.index(("rename", path))] if what == "flush"}
+        assert {path} | inside.get(path, set()) <= before
 
 
 # ---------------------------------------------------------------- token caches

@@ -62,6 +62,9 @@ def test_weights_scale_targets_and_the_denominators_are_as_said():
     assert table[0, COMPLETION] == pytest.approx(4 * table[0, INSTRUCTION])
     table = coefficients(counts, weights, "span")      # a kind's coefficients sum to its weight
     np.testing.assert_allclose((table * counts).sum(0), [0, 0, 0.25, 1, 0])
+    # An example with nothing to train on is none of those that the mean is over.
+    table = coefficients(np.vstack([counts, [[3, 0, 0, 0, 1]]]), weights, "example")
+    np.testing.assert_allclose((table * np.vstack([counts, [[3, 0, 0, 0, 1]]])).sum(1), [0.5, 0.5, 0])
 
 
 def test_presets_and_overrides():

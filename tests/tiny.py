@@ -20,7 +20,8 @@ WORDS = ("red blue a plum fig pear town sea sunny hello world station "
          "name colour be brief the is and by").split()
 
 
-def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: int = 0) -> Path:
+def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: int = 0, layers: int = 2
+               ) -> Path:
     """A random Llama whose embedding has a few rows more than the tokenizer has ids, as real ones have."""
     tokenizers_for_tests.write(tokenizer, folder)
     built = tokenizers_for_tests.build(tokenizer)
@@ -28,7 +29,7 @@ def make_model(folder: Path, tokenizer: str = "llama3", tie: bool = True, seed: 
     bos, eos, *_ = tokenizers_for_tests.CAST[tokenizer]
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=tie,
         initializer_range=0.3, bos_token_id=built.token_to_id(bos) if bos else None,
         eos_token_id=built.token_to_id(eos))

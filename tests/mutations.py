@@ -1,0 +1,451 @@
+"""Plants known faults, one at a time, and checks that the tests notice each.
+
+    python tests/mutations.py                             every fault, a quarter of an hour on two cores
+    python tests/mutations.py --only half-bias kl-sign    these only
+    python tests/mutations.py --list
+
+A fault replaces one piece of text by another in a copy of the tree; the tests that it names run there, and
+one of them must fail. pytest does not collect this file, since it takes much longer than the suite. Whoever
+finds a fault that no test noticed adds it here, with the test that now does.
+
+Exit status 1 if a fault is not noticed, no longer applies, or names a test that does not exist.
+"""
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+(?:\[.*?\])?)(?: - |$)", re.MULTILINE)
+
+
+class Fault(NamedTuple):
+    name: str
+    what: str                   # what goes wrong, in a few words
+    file: str
+    old: str                    # occurs once in the file
+    new: str
+    tests: tuple[str, ...]      # "train::NAME" is tests/test_train.py::test_NAME, "train" the whole file
+
+
+def fault(name: str, what: str, file: str, old: str, new: str, *tests: str) -> Fault:
+    return Fault(name, what, file, old, new, tuple(
+        "tests/test_" + test.replace("::", ".py::test_", 1) + ("" if "::" in test else ".py")
+        for test in tests))
+
+
+FAULTS = [
+    # -- model.py
+    fault("attention-tail", "last documents of a cut group lost", "model.py",
+          "for group in (like[i:i + most] for i in range(0, len(like), most)):",
+          "for group in (like[i:i + most] for i in range(0, len(like) - most + 1, most)):",
+          "model::a_group_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost"),
+    fault("tiles-bf16", "keys' gradients summed in bf16", "model.py",
+          "torch.zeros_like(x, dtype=torch.float32) for x in (keys, values)",
+          "torch.zeros_like(x) for x in (keys, values)",
+          "model::bf16_gradients_of_keys_are_summed_over_tiles_in_fp32"),
+    fault("half-bias", "q, k, v, gate, up biases: half grad", "model.py",
+          "grad.sum(0) if has_bias else None", "grad.sum(0) / 2 if has_bias else None",
+          "model::every_parameters_gradient_equals_transformers"),
+    fault("half-down-bias", "down and o biases: half gradient", "model.py",
+          "grad.sum(0) if ctx.has_bias else None", "grad.sum(0) / 2 if ctx.has_bias else None",
+          "model::every_parameters_gradient_equals_transformers"),
+    fault("attend-future", "attention sees one token ahead", "model.py", ".triu_(1)", ".triu_(2)",
+          "model::attention_equals_its_definition_and_gradients"),
+    fault("padding-grad", "padding's gradient is not zeroed", "model.py",
+          "grads.index_fill_(0, query_rows.padding, 0)", "pass",
+          "model::attention_equals_its_definition_and_gradients"),
+    fault("rope-pairs", "RoPE turns by the negative angle", "model.py",
+          "into_a.addcmul_(b, sin, value=-1)", "into_a.addcmul_(b, sin, value=1)",
+          "model::packed_logits_equal_transformers_one_by_one"),
+    fault("rope-backward", "RoPE's gradient not turned back", "model.py",
+          "_Rotate.apply(grad, cos, -sin)", "_Rotate.apply(grad, cos, sin)",
+          "model::every_parameters_gradient_equals_transformers"),
+    fault("rope-llama3", "llama3 scaling blends the wrong way", "model.py",
+          "(1 - blend) * frequencies / rope[\"factor\"] + blend * frequencies",
+          "blend * frequencies / rope[\"factor\"] + (1 - blend) * frequencies",
+          "model::packed_logits_equal_transformers_one_by_one"),
+    fault("norm-eps", "the norm's epsilon is ignored", "model.py", ".add_(eps).rsqrt_()", ".rsqrt_()",
+          "model"),
+    fault("config-eps", "rms_norm_eps is not read", "model.py",
+          "float(raw.get(\"rms_norm_eps\", 1e-6))", "1e-6", "model"),
+    fault("gqa-repeat", "queries take another head's keys", "model.py",
+          "take = tokens[:, None] * n + torch.arange(n)[:, None]",
+          "take = tokens[:, None] * n + torch.arange(n).flip(0 if n == key_heads else ())[:, None]",
+          "model::attention_equals_its_definition_and_gradients"),
+    fault("last-norm", "the last norm is left out", "model.py",
+          "return self.model.norm(x)", "return x", "model::packed_logits_equal_transformers_one_by_one"),
+    fault("qk-norm", "Qwen3's key norm is the queries'", "model.py",
+          "rotate(self.k_norm(k), cos, sin)", "rotate(self.q_norm(k), cos, sin)",
+          "model::packed_logits_equal_transformers_one_by_one"),
+    fault("bf16-weights", "parameters are kept in bf16", "model.py",
+          "    model.to_empty(device=device)\n", "    model.to_empty(device=device).to(torch.bfloat16)\n",
+          "model::round_trip_is_exact_and_loads_in_transformers"),
+    fault("no-recompute", "--recompute does nothing", "model.py",
+          "if self.recompute and torch.is_grad_enabled():", "if False:",
+          "model::activation_bytes_are_those_that_autograd_keeps"),
+    fault("layer-number", "a compiled layer reads its number", "model.py",
+          "self.o_proj(self.attend(attend, q, k, v).flatten(1))",
+          "self.o_proj(torch.compiler.disable(attend)(self.layer, q, k, v).flatten(1))",
+          "train::compile_compiles_every_layer_alike_and_changes_nothing"),
+
+    # -- loss.py
+    fault("token-mean", "token: all targets counted below", "loss.py",
+          "counts[:, weights != 0].sum()", "counts.sum()", "loss::hand_computed_example"),
+    fault("example-mean", "example: all examples counted below", "loss.py",
+          "np.count_nonzero(own)", "len(own)", "loss"),
+    fault("span-mean", "span: mean over examples, not tokens", "loss.py",
+          "np.broadcast_to(counts.sum(0), counts.shape)", "counts * len(counts)",
+          "loss::hand_computed_example"),
+    fault("chunk-edge", "a row is left out of the last chunk", "loss.py",
+          "slice(i, min(i + size, rows))", "slice(i, min(i + size, rows - (i > 0)))",
+          "loss::chunked_loss_equals_plain_loss_with_unequal_weights"),
+    fault("chunk-weight", "every chunk has the first's weights", "loss.py",
+          "(logits, targets[chunk], coefficients[chunk], out[chunk])",
+          "(logits, targets[chunk], coefficients[:len(targets[chunk])], out[chunk])",
+          "loss::chunked_loss_equals_plain_loss_with_unequal_weights"),
+    fault("head-grad", "head's gradient from the last chunk", "loss.py",
+          "into += some.T @ x[chunk]", "into.copy_(some.T @ x[chunk])",
+          "loss::chunked_loss_equals_plain_loss_with_unequal_weights"),
+    fault("kl-sign", "KL(start || model), not the reverse", "loss.py",
+          "(log_p.exp() * (log_p - log_q))", "(log_q.exp() * (log_q - log_p))",
+          "loss::kl_is_zero_at_the_start_positive_later_and_has_the_full_gradient"),
+    fault("kl-last-chunk", "KL of the last chunk only", "loss.py",
+          "total = total + checkpoint(", "total = hidden.sum() * 0.0 + checkpoint(",
+          "loss::kl_is_zero_at_the_start_positive_later_and_has_the_full_gradient"),
+    fault("context-weight", "messages of weight 0 count", "loss.py",
+          "weights = np.zeros(len(KINDS))", "weights = np.ones(len(KINDS))", "loss::presets_and_overrides"),
+    fault("swapped-weights", "system and instruction swapped", "loss.py",
+          "enumerate((template, system, instruction, completion))",
+          "enumerate((template, instruction, system, completion))", "loss::presets_and_overrides"),
+    fault("noise-scale", "noise by the row's length", "loss.py",
+          "scale = alpha / math.sqrt(length * width)", "scale = alpha / math.sqrt(len(batch.ids) * width)",
+          "loss::neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the_documents_length"),
+
+    # -- data.py
+    fault("no-shift", "a token is its own target", "data.py",
+          "dataset.ids[source + 1].astype(np.int64)", "dataset.ids[source].astype(np.int64)",
+          "data::batch_shifts_and_counts_positions_within_each_document"),
+    fault("input-kinds", "kinds of the input, not the target", "data.py",
+          "kinds = dataset.kinds[source + 1]", "kinds = dataset.kinds[source]",
+          "data::batch_shifts_and_counts_positions_within_each_document"),
+    fault("positions", "positions go on over documents", "data.py",
+          "(dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,\n"
+          "              positions, cu_seqlens",
+          "(dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,\n"
+          "              np.arange(len(source)), cu_seqlens",
+          "data::batch_shifts_and_counts_positions_within_each_document"),
+    fault("one-document", "attention over the whole row", "data.py",
+          "cu_seqlens.astype(np.int32)", "cu_seqlens[[0, -1]].astype(np.int32)",
+          "train::packing_and_micro_batch_size_do_not_change_the_trajectory"),
+    fault("first-counted", "the first token counted as target", "data.py",
+          "np.bincount(kinds[1:], minlength=len(KINDS))", "np.bincount(kinds, minlength=len(KINDS))",
+          "data::dataset_holds_what_tokenizing_one_by_one_gives"),
+    fault("cut-too-much", "truncation is off by one", "data.py",
+          "ids, kinds = ids[:max_length], kinds[:max_length]",
+          "ids, kinds = ids[:max_length - 1], kinds[:max_length - 1]", "data::overlong_policies_are_counted"),
+    fault("same-epochs", "every epoch in the same order", "data.py",
+          "np.random.default_rng([seed, epoch])", "np.random.default_rng([seed])",
+          "data::plan_depends_on_seed_and_epoch"),
+    fault("last-step", "an epoch's last, partial step lost", "data.py",
+          "for i in range(0, len(order), batch_size)]\n",
+          "for i in range(0, len(order) - batch_size + 1, batch_size)]\n",
+          "data::plan_has_every_example_once_and_steps_that_packing_does_not_change"),
+    fault("pack-loses", "an example that finds no room lost", "data.py",
+          "            if not heap:\n                break\n",
+          "            if not heap:\n                continue\n",
+          "data::plan_has_every_example_once_and_steps_that_packing_does_not_change"),
+    fault("weight-0", "answers of weight 0 are trained", "data.py",
+          "own = CONTEXT if ends_turn and previous.get(\"weight\") == 0 else COMPLETION", "own = COMPLETION",
+          "templates::weight_zero_makes_context_of_a_message_and_its_end_of_turn"),
+    fault("end-of-turn", "the end of a turn is not trained", "data.py",
+          "Piece(token, kind if i < 2 else TEMPLATE, special=i % 2 == 1)",
+          "Piece(token, kind if i < 1 else TEMPLATE, special=i % 2 == 1)",
+          "data::the_end_of_turn_is_a_target_and_the_first_answer_token_too"),
+    fault("key-length", "cache key without max_length", "data.py",
+          "        max_length, overlong,\n    ]", "        overlong,\n    ]",
+          "data::cache_key_follows_all_that_matters"),
+    fault("key-overlong", "cache key without overlong", "data.py",
+          "        max_length, overlong,\n    ]", "        max_length,\n    ]",
+          "data::cache_key_follows_all_that_matters"),
+    fault("key-named", "cache key without the named tokens", "data.py",
+          "        tokenizer.named_tokens, template.source,", "        template.source,",
+          "data", "tokenizer"),
+    fault("key-date", "cache key without template's date", "data.py",
+          "template.date if template.uses_date else None,", "None,", "data", "tokenizer"),
+
+    # -- train.py
+    fault("not-usable", "trains what has no targets", "train.py",
+          "collate(train_set, usable[examples], tables[i])", "collate(train_set, examples, tables[i])",
+          "train::examples_with_nothing_to_train_on_change_no_step"),
+    fault("other-counts", "counts of other examples", "train.py",
+          "counts[usable[np.concatenate([m for r in micro_batches for m in r])]]",
+          "counts[np.concatenate([m for r in micro_batches for m in r])]",
+          "train::examples_with_nothing_to_train_on_change_no_step"),
+    fault("decay-norms", "weight decay on norms too", "train.py",
+          "\"weight_decay\": 0.0}]", "\"weight_decay\": config.weight_decay}]",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("no-decay", "weight decay on nothing", "train.py",
+          "\"weight_decay\": config.weight_decay}", "\"weight_decay\": 0.0}",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("betas", "AdamW's betas are swapped", "train.py",
+          "betas=(config.beta1, config.beta2)", "betas=(config.beta2, config.beta1)",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("adam-eps", "AdamW's epsilon is PyTorch's", "train.py", "eps=config.adam_eps", "eps=1e-8",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("same-noise", "the same NEFTune noise every step", "train.py",
+          "config.neftune_alpha, config.seed,\n                                      step)",
+          "config.neftune_alpha, config.seed,\n                                      0)",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("kl-quiet", "KL's reference without the noise", "train.py",
+          "start = reference(batch.ids, batch.positions, batch.cu_seqlens, noise)",
+          "start = reference(batch.ids, batch.positions, batch.cu_seqlens)",
+          "train::every_flag_of_the_objective_and_the_optimizer_means_what_a_plain_loop_does"),
+    fault("grad-finite", "gradient norm not checked", "train.py",
+          "math.isfinite(loss_value) and math.isfinite(grad_norm) and", "math.isfinite(loss_value) and",
+          "train::what_is_not_finite_stops_the_run_before_the_weights_change"),
+    fault("kl-finite", "KL not checked", "train.py",
+          "math.isfinite(grad_norm) and math.isfinite(kl_value)", "math.isfinite(grad_norm)",
+          "train::what_is_not_finite_stops_the_run_before_the_weights_change"),
+    fault("blame-another", "a non-finite loss: wrong record", "train.py",
+          "dataset.where(batch.examples[document])", "dataset.where(document)",
+          "train::the_records_whose_loss_is_not_finite_are_named_with_their_lines"),
+    fault("free-seed", "resumes with another seed", "train.py",
+          "if name not in FREE}", "if name not in FREE | {\"seed\"}}",
+          "train::every_flag_that_changes_the_weights_is_refused_on_resume_with_another_value"),
+    fault("free-batch-size", "resumes with another batch size", "train.py",
+          "if name not in FREE}", "if name not in FREE | {\"batch_size\"}}",
+          "train::every_flag_that_changes_the_weights_is_refused_on_resume_with_another_value"),
+    fault("max-steps-lr", "the schedule ignores --max-steps", "train.py",
+          "learning_rate(config, step, total_steps)",
+          "learning_rate(config, step, config.epochs * per_epoch)",
+          "train::a_runs_learning_rates_are_those_written_here_and_so_is_their_number"),
+    fault("max-steps-cap", "--max-steps capped at --epochs", "train.py",
+          "total_steps = config.max_steps or config.epochs * per_epoch",
+          "total_steps = min(config.max_steps or 10**9, config.epochs * per_epoch)",
+          "train::a_runs_learning_rates_are_those_written_here_and_so_is_their_number"),
+    fault("constant", "a constant schedule decays", "train.py", "\"constant\": 1.0", "\"constant\": left",
+          "train::a_runs_learning_rates_are_those_written_here_and_so_is_their_number"),
+    fault("warmup-floor", "warm-up rounded down", "train.py",
+          "math.ceil(config.warmup_ratio * total)", "math.floor(config.warmup_ratio * total)",
+          "train::a_runs_learning_rates_are_those_written_here_and_so_is_their_number"),
+    fault("clip-0", "--clip-grad-norm 0 clips at 1", "train.py",
+          "config.clip_grad_norm or math.inf", "config.clip_grad_norm or 1.0",
+          "train::without_clipping_a_large_gradient_moves_the_weights_as_it_is"),
+    fault("compile-drops", "--compile leaves out a layer", "train.py",
+          "        for layer in raw_model.model.layers:\n",
+          "        for layer in raw_model.model.layers[1:]:\n",
+          "train::compile_compiles_every_layer_alike_and_changes_nothing"),
+    fault("long-eval", "long held-out examples stop a run", "train.py",
+          "capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))",
+          "capacity = config.micro_batch_tokens",
+          "train::held_out_examples_may_be_longer_than_a_micro_batch"),
+    fault("zero-not-null", "0.0 for spans not looked at", "train.py",
+          "int(of_kind[k]) if known else None", "int(of_kind[k]) if known else 0.0",
+          "train::what_was_not_computed_is_null_in_the_metrics"),
+    fault("ranks-average", "DDP's averaging is not undone", "train.py",
+          "(loss * world_size()).backward()", "loss.backward()",
+          "train::two_ranks_do_not_change_the_trajectory"),
+    fault("last-no-sync", "last micro-batch is not summed", "train.py",
+          "with contextlib.nullcontext() if last else wait_to_sync():", "with wait_to_sync():",
+          "train::two_ranks_do_not_change_the_trajectory"),
+    fault("rank-tables", "all ranks use rank 0's weights", "train.py",
+          "tables = tables[rank() * len(micro_batches[0]):]", "tables = tables[0:]",
+          "train::two_ranks_do_not_change_the_trajectory"),
+    fault("old-plan", "an epoch keeps the last one's plan", "train.py",
+          "if index == 0 or not epoch_plan:", "if not epoch_plan:",
+          "train::training_equals_a_plain_loop_in_transformers"),
+    fault("resume-plan", "a resumed run begins its epoch anew", "train.py",
+          "micro_batches = epoch_plan[index]", "micro_batches = epoch_plan[(step - first_step) % per_epoch]",
+          "train::a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same"),
+    fault("eval-rank", "all ranks evaluate the same share", "train.py",
+          "raw_model, dataset, capacity, device, rank(), world_size(), rows)",
+          "raw_model, dataset, capacity, device, 0, world_size(), rows)",
+          "train::two_ranks_do_not_change_the_trajectory"),
+
+    # -- checkpoint.py, folder.py, files.py, shard.py
+    fault("no-second", "exp_avg_sq is not loaded", "checkpoint.py",
+          "**averages, \"step\"", "**averages, \"exp_avg_sq\": torch.zeros_like(parameter), \"step\"",
+          "train::a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same"),
+    fault("step-count", "AdamW's steps count from 0 again", "checkpoint.py",
+          "\"step\": torch.tensor(steps, device", "\"step\": torch.tensor(0.0 * steps, device",
+          "train::a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same"),
+    fault("takes-damaged", "a damaged checkpoint is taken", "checkpoint.py",
+          "        if not same:\n", "        if False:\n",
+          "train::a_damaged_checkpoint_is_named_and_the_one_before_it_is_used"),
+    fault("save-dtype", "--save-dtype is ignored", "checkpoint.py",
+          "None if dtype == \"source\" else DTYPES[dtype]", "None",
+          "train::final_folder_generates_the_same_in_transformers_and_trains_again"),
+    fault("print-config", "fingerprint without config.json", "checkpoint.py",
+          "hashlib.sha256((Path(folder) / \"config.json\").read_bytes())", "hashlib.sha256()",
+          "train::a_models_fingerprint_follows_its_config_and_its_weights"),
+    fault("added-tokens", "final/ without added_tokens.json", "checkpoint.py",
+          "(\"special_tokens_map.json\", \"added_tokens.json\")", "(\"special_tokens_map.json\",)",
+          "tokenizer", "faults"),
+    fault("wrong-bos", "wrong bos_token_id in final/", "checkpoint.py",
+          "tokenizer.special[tokenizer.bos_token])", "tokenizer.special[template.end_of_turn])",
+          "tokenizer", "faults"),
+    fault("keep-lines", "a resumed run's log has gaps", "folder.py",
+          "if json.loads(line)[\"step\"] <= last_step:", "if json.loads(line)[\"step\"] < last_step:",
+          "train::a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same"),
+    fault("no-fsync", "files are renamed unflushed", "files.py",
+          "    for file in part.iterdir():\n        sync(file)\n", "",
+          "faults::a_folder_is_on_the_disk_before_it_has_its_name"),
+    fault("no-fsync-text", "small files are renamed unflushed", "files.py",
+          "            os.fsync(file.fileno())\n", "",
+          "faults::nothing_of_a_run_gets_its_name_before_it_is_on_the_disk"),
+    fault("piece-rows", "a tensor's first piece read again", "shard.py",
+          "return opened.get_slice(name)[a:b].to(mine)",
+          "return opened.get_slice(name)[first:first + b - a].to(mine)",
+          "train::two_ranks_do_not_change_the_trajectory"),
+    fault("shard-norm", "sharded: a rank's own gradient norm", "train.py",
+          "whole(norm).double()[None]", "getattr(norm, \"to_local\", lambda: norm)().double()[None]",
+          "shard::sharding_does_not_change_the_trajectory"),
+
+    # -- eval/
+    fault("rank-sums", "a rank's own sums for all ranks'", "eval/spans.py",
+          "        dist.all_reduce(sums)\n", "", "train::two_ranks_do_not_change_the_trajectory"),
+    fault("example-nll", "mean over examples weighs by tokens", "eval/spans.py",
+          "float((mine / tokens).mean())", "float(mine.sum() / tokens.sum())",
+          "spans::nll_of_every_example_and_both_means_equal_transformers"),
+    fault("exact-match", "an answer that begins right counts", "eval/generate.py",
+          "answer[\"output\"] == answer[\"expected\"]", "answer[\"output\"].startswith(answer[\"expected\"])",
+          "generate"),
+    fault("cache-place", "a step's keys are written too early", "eval/engine.py",
+          "place + j, token) for slot", "max(place + j - 1, 0), token) for slot",
+          "generate::greedy_equals_transformers_in_slots_that_are_refilled_and_alone"),
+]
+
+
+class Result(NamedTuple):
+    status: str         # noticed, timeout, not noticed or error
+    detail: str = ""    # the test that failed, or what is wrong with the fault
+    seconds: float = 0.0
+
+    @property
+    def fine(self) -> bool:
+        return self.status in ("noticed", "timeout")
+
+
+def copy_tree(folder: Path) -> Path:
+    """A copy of the tree without what runs and tools leave there."""
+    ignored = shutil.ignore_patterns(".git", "__pycache__", ".*_cache", ".venv", "runs", "docs")
+    return Path(shutil.copytree(ROOT, folder, ignore=ignored))
+
+
+def pytest(tree: Path, arguments: list[str], timeout: float) -> tuple[int | None, str]:
+    """The exit status, None if it took longer than timeout seconds, and what was printed."""
+    # No bytecode files: they tell changes by time and size, and a fault may change neither.
+    env = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        process = subprocess.Popen([sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p",
+                                    "no:cacheprovider", *arguments], cwd=tree, env=env, stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status = process.wait(timeout)
+        except BaseException as error:
+            # torchrun ends its ranks on SIGTERM, but leaves them behind on SIGKILL
+            os.killpg(process.pid, signal.SIGTERM)
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            status = None
+        out.seek(0)
+        return status, out.read()
+
+
+def try_fault(planted: Fault, known: set[str], timeout: float, all_tests: bool) -> Result:
+    text = (ROOT / planted.file).read_text()
+    if (count := text.count(planted.old)) != 1:
+        return Result("error", f"no longer applies: its text occurs {count} times in {planted.file}")
+    if missing := [test for test in planted.tests if test not in known]:
+        return Result("error", f"no such test: {missing[0]}")
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutation-") as home:
+        tree = copy_tree(Path(home) / "tree")
+        (tree / planted.file).write_text(text.replace(planted.old, planted.new))
+        status, printed = pytest(tree, list(planted.tests), timeout)
+        if status == 0 and all_tests:
+            status, printed = pytest(tree, ["tests"], 10 * timeout)
+    seconds = time.monotonic() - began
+    if status is None:
+        return Result("timeout", "", seconds)
+    if status == 0:
+        return Result("not noticed", "", seconds)
+    failed = FAILED.search(printed)
+    if status != 1 and not failed:      # 2 to 5: pytest itself could not run them
+        return Result("error", printed.strip().splitlines()[-1] if printed.strip() else f"status {status}")
+    return Result("noticed", failed[1] if failed else "", seconds)
+
+
+def known_tests(tests: list[str]) -> set[str]:
+    """Every name by which pytest can be given one of the tests in these files."""
+    files = sorted({test.split("::")[0] for test in tests if (ROOT / test.split("::")[0]).is_file()})
+    status, printed = pytest(ROOT, ["--collect-only", *files], 300)
+    if status != 0:
+        sys.exit(f"error: pytest cannot collect {' '.join(files)}:\n{printed}")
+    nodes = [line for line in printed.splitlines() if "::" in line]
+    return {name for node in nodes for name in (node, node.split("[")[0], node.split("::")[0])}
+
+
+def row(planted: Fault, result: Result) -> str:
+    """One line of at most 80 columns."""
+    by = result.detail.removeprefix("tests/test_").replace(".py::test_", ": ")
+    shown = by if result.status == "noticed" else f"{result.status.upper()} {by}".rstrip()
+    line = f"{planted.name:<16}{planted.what:<37} {shown}"
+    return line if len(line) <= 80 else line[:79] + "~"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--only", nargs="+", metavar="FAULT", default=[], help="try these faults only")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="faults at once (default 2)")
+    parser.add_argument("--timeout", type=float, default=600, metavar="SECONDS",
+                        help="for one fault; a hang counts as noticed (default 600)")
+    parser.add_argument("--all-tests", action="store_true",
+                        help="run the whole suite for a fault that its tests did not notice")
+    parser.add_argument("--list", action="store_true", help="print the faults with their tests and end")
+    args = parser.parse_args()
+    names = [each.name for each in FAULTS]
+    if unknown := set(args.only) - set(names):
+        parser.error(f"--only: there is no {', '.join(sorted(unknown))}; --list prints the names")
+    assert len(set(names)) == len(names), "two faults have the same name"
+    chosen = [each for each in FAULTS if not args.only or each.name in args.only]
+    if args.list:
+        for each in chosen:
+            print(f"{each.name:<16}{each.what:<37} {' '.join(each.tests)}")
+        return 0
+    tests = sorted({test for each in chosen for test in each.tests})
+    known = known_tests(tests)
+    status, printed = pytest(ROOT, [test for test in tests if test in known], 3600)
+    if status != 0:
+        sys.exit(f"error: without a fault these must pass:\n{printed}")
+
+    def work(planted: Fault) -> Result:
+        result = try_fault(planted, known, args.timeout, args.all_tests)
+        print(f"{result.seconds:4.0f} s  {planted.name}: {result.status} {result.detail}", file=sys.stderr,
+              flush=True)
+        return result
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = list(pool.map(work, chosen))
+    print(f"\n{'fault':<16}{'what it does':<37} noticed by")
+    for planted, result in zip(chosen, results):
+        print(row(planted, result))
+    good = sum(result.fine for result in results)
+    print(f"\n{good} of {len(results)} noticed")
+    return 0 if good == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
