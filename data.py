@@ -566,6 +566,9 @@ class Tokenizer:
             self.reference = tokenizers.Tokenizer.from_str(text)
         except Exception as error:      # the library knows no other class
             raise ValueError(f"{file}: {error}") from None
+        if dropout := spec["model"].get("dropout"):
+            raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
+                             "time; set it to null")
         self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
         self.named_tokens, self.extra_tokens = _add_special_tokens(
             self.reference, self.folder, config, spec, self.class_defaults)

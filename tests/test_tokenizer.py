@@ -375,6 +375,14 @@ def test_a_broken_file_is_named(file, content, message, tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_tokenizer_that_gives_random_ids_is_refused(tmp_path):
+    write("llama3", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(tmp_path / "tokenizer.json", model={**spec["model"], "dropout": 0.1})
+    with pytest.raises(ValueError, match="tokenizer.json: model.dropout is 0.1"):
+        Tokenizer(tmp_path)
+
+
 def test_defaults_of_classes_are_those_of_transformers(tmp_path):
     for name, defaults in CLASS_DEFAULTS.items():
         theirs = getattr(transformers, name)
