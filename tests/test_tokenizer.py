@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import transformers
+from safetensors.torch import save_file
 from tokenizers import processors
 
 import checkpoint
@@ -18,7 +19,7 @@ from data import (CLASS_DEFAULTS, NAMED, TEMPLATE, Piece, Tokenizer, check_vocab
                   load_template, tokenize)
 from eval import common, generate, likelihood, spans
 from model import load_model
-from tiny import make_records
+from tiny import make_records, weights
 
 TEXTS = ["Name a colour. Red is a colour.", " Hello  world, plum 12345", "\n\nWhere is the café?\tOù?  ", "a",
          "Be brief.\n### Response:\nIt is 21 degrees", "no 🙂 such \u4e00 characters", "e\u0301 \ufb01g"]
@@ -553,6 +554,8 @@ def test_a_record_with_a_token_beyond_the_embedding_is_named(padded, capsys):
         {"id": 10**6, **token("<beyond>", special=False)}])
     rows = json.loads((padded / "model" / "config.json").read_text())["vocab_size"]
     change(padded / "model" / "config.json", vocab_size=rows - 5)
+    save_file({name: x[:rows - 5].clone() if "embed" in name else x for name, x in weights(
+        padded / "model").items()}, padded / "model" / "model.safetensors")
     good, bad = (padded / "train.jsonl").read_text(), json.dumps({"prompt": "a <beyond>", "completion": "b"})
     (padded / "bad.jsonl").write_text(good + bad + "\n" + bad + "\n")
     message = f"bad.jsonl:7: holds '<beyond>', token {rows - 5}, but the embedding has only {rows - 5} rows"
