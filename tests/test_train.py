@@ -497,15 +497,16 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
     if field.name in ("model", "train_data", "template"):
         other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
                  "template": "tulu"}[field.name]
-    elif choices := field.metadata.get("choices"):
+    elif choices := field.metadata["choices"]:
         other = next(choice for choice in choices if choice != now)
     elif isinstance(now, bool):
         other = not now
     else:
         other = now + 1 if isinstance(now, int) else (now or 1) / 2
     before = {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
-    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?{field.name} was "):
-        run_here([*argv, *flags(**{field.name: other})])
+    more = flags(**{field.name: other}) if other is not False else ["--no-" + field.name.replace("_", "-")]
+    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?--{field.name.replace('_', '-')}[: ]"):
+        run_here([*argv, *more])
     assert before == {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
 
 
