@@ -25,6 +25,7 @@ import model as model_module
 import train
 from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
                   plan)
+from flags import flag_name
 from loss import neftune_noise, span_weights
 from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart,
                   run_here, run_many, setup, weights)
@@ -504,8 +505,9 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
     else:
         other = now + 1 if isinstance(now, int) else (now or 1) / 2
     before = {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
-    more = flags(**{field.name: other}) if other is not False else ["--no-" + field.name.replace("_", "-")]
-    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?--{field.name.replace('_', '-')}[: ]"):
+    name = flag_name(field.name)
+    more = flags(**{field.name: other}) if other is not False else [name.replace("--", "--no-")]
+    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?{name}[: ]"):
         run_here([*argv, *more])
     assert before == {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
 
