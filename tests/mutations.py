@@ -161,7 +161,7 @@ FAULTS = [
           "data::plan_has_every_example_once_and_steps_that_packing_does_not_change"),
     fault("pack-loses", "an example that finds no room lost", "data.py",
           "            if not heap:\n                break\n",
-          "            if not heap:\n                continue\n",
+          "            if not heap:\n                heap = full\n                continue\n",
           "data::plan_has_every_example_once_and_steps_that_packing_does_not_change"),
     fault("weight-0", "answers of weight 0 are trained", "data.py",
           "own = CONTEXT if ends_turn and previous.get(\"weight\") == 0 else COMPLETION", "own = COMPLETION",
@@ -257,8 +257,8 @@ FAULTS = [
     fault("last-no-sync", "last micro-batch is not summed", "train.py",
           "with contextlib.nullcontext() if last else wait_to_sync():", "with wait_to_sync():",
           "train::two_ranks_do_not_change_the_trajectory"),
-    fault("rank-tables", "all ranks use rank 0's weights", "train.py",
-          "tables = tables[rank() * len(micro_batches[0]):]", "tables = tables[0:]",
+    fault("rank-loss", "a rank's own loss is logged", "train.py",
+          "            dist.all_reduce(stats)\n", "            pass\n",
           "train::two_ranks_do_not_change_the_trajectory"),
     fault("old-plan", "an epoch keeps the last one's plan", "train.py",
           "if index == 0 or not epoch_plan:", "if not epoch_plan:",
@@ -307,7 +307,11 @@ FAULTS = [
           "return opened.get_slice(name)[first:first + b - a].to(mine)",
           "train::two_ranks_do_not_change_the_trajectory"),
     fault("shard-norm", "sharded: a rank's own gradient norm", "train.py",
-          "whole(norm).double()[None]", "getattr(norm, \"to_local\", lambda: norm)().double()[None]",
+          "norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)",
+          "norm = torch.nn.utils.get_total_norm([getattr(p.grad, \"_local_tensor\", p.grad)\n"
+          "                                              for p in raw_model.parameters()])\n"
+          "        torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(),\n"
+          "                                             config.clip_grad_norm or math.inf, norm)",
           "shard::sharding_does_not_change_the_trajectory"),
 
     # -- eval/
@@ -318,7 +322,7 @@ FAULTS = [
           "spans::nll_of_every_example_and_both_means_equal_transformers"),
     fault("exact-match", "an answer that begins right counts", "eval/generate.py",
           "answer[\"output\"] == answer[\"expected\"]", "answer[\"output\"].startswith(answer[\"expected\"])",
-          "generate"),
+          "generate::answers_of_a_run_count_as_right_if_they_are_equal_but_for_space_around_them"),
     fault("cache-place", "a step's keys are written too early", "eval/engine.py",
           "place + j, token) for slot", "max(place + j - 1, 0), token) for slot",
           "generate::greedy_equals_transformers_in_slots_that_are_refilled_and_alone"),

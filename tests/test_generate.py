@@ -289,6 +289,29 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
         module.main(argv)
 
 
+def test_answers_of_a_run_count_as_right_if_they_are_equal_but_for_space_around_them(folder, monkeypatch):
+    """What --eval-generate of a run counts, of answers given here. A record without an answer is passed over,
+    and the one behind the limit is not asked."""
+    tokenizer = Tokenizer(folder / "model")
+    said = {"one": "red", "two": " red\n", "three": "red plum", "four": "re", "five": ""}
+    records = [[{"role": "user", "content": name}, {"role": "assistant", "content": "red "}] for name in said]
+    file = folder / "counted.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n"
+                            for messages in (records[0][:1], *records, records[0])))
+
+    def given(engine, prompts, stop, longest, **more):
+        assert stop == {tokenizer.special["<|eot_id|>"]} and len(prompts) == 5
+        for name, prompt in zip(said, prompts):
+            assert tokenizer.decode(prompt).endswith(f"{name}assistant\n\n")
+        return [tokenizer.reference.encode(text, add_special_tokens=False).ids for text in said.values()]
+    monkeypatch.setattr(module, "generate", given)
+    template = load_template("llama3", tokenizer)
+    answers = module.answer_records(load_model(folder / "model"), tokenizer, template, [file], 5)
+    assert [answer["prompt"] for answer in answers] == list(said)
+    assert [answer["output"] for answer in answers] == ["red", "red", "red plum", "re", ""]
+    assert [answer["correct"] for answer in answers] == [True, True, False, False, False]
+
+
 def test_lines_are_there_as_answers_end(folder, monkeypatch):
     out, seen = folder / "live.jsonl", []
     answers = Engine.answers

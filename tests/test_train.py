@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 WEIGHTS = {"it": {COMPLETION: 1.0}, "im": {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0}}
-# What arguments() asks for, besides the flags' defaults.
+# A run's values with the flags of arguments().
 PLAIN = dict(lr=1e-2, beta1=0.9, beta2=0.98, adam_eps=1e-6, weight_decay=0.0, clip_grad_norm=1.0, warmup=1,
              neftune_alpha=0.0, kl_weight=0.0, seed=0, batch_size=6)
 
@@ -683,15 +683,15 @@ def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
             assert full.norm() > 0 and torch.cosine_similarity(full.flatten(), got.flatten(), 0) > 0.9
 
 
-def in_step(number: int, change: Callable, calls: list) -> Callable:
-    """Wraps a function that is called once a step: in that step its result goes through `change`."""
-    def wrap(original: Callable) -> Callable:
-        def wrapped(*args: object, **more: object) -> object:
-            calls.append(1)
-            result = original(*args, **more)
-            return change(result) if len(calls) == number else result
-        return wrapped
-    return wrap
+def changed_in_step(number: int, original: Callable, change: Callable) -> Callable:
+    """A function that is called once a step; in step `number` its result goes through `change`."""
+    calls = []
+
+    def function(*args: object, **more: object) -> object:
+        calls.append(1)
+        result = original(*args, **more)
+        return change(result) if len(calls) == number else result
+    return function
 
 
 @pytest.mark.parametrize("what, owner, name, change, says", [
@@ -704,7 +704,7 @@ def in_step(number: int, change: Callable, calls: list) -> Callable:
 def test_what_is_not_finite_stops_the_run_before_the_weights_change(
         folder, monkeypatch, what, owner, name, change, says):
     """Each alone: the others are finite."""
-    monkeypatch.setattr(owner, name, in_step(3, change, [])(getattr(owner, name)))
+    monkeypatch.setattr(owner, name, changed_in_step(3, getattr(owner, name), change))
     stepped = []
     original_step = torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step",
