@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from data import NAMED, Template, Tokenizer, read_json
-from files import checksum, commit, writing
+from data import NAMED, Template, Tokenizer
+from files import checksum, commit, read_json, writing
 from model import DTYPES, Llama, checkpoint_tensors, save_model, weight_files
 from ranks import from_all, from_main, is_main
 from shard import fill, stored_tensors, write_tensors
@@ -158,10 +158,11 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
     return folder
 
 
-# Fields of tokenizer_config.json that change no ids. The others belong to the class that the source named
-# (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for code that is not here.
-NEUTRAL = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
-           "model_input_names")
+# Fields of tokenizer_config.json that are kept, since they change no ids. The others belong to the class
+# that the source named (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for code
+# that is not here.
+KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
+        "model_input_names")
 
 
 def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer, template: Template) -> None:
@@ -185,7 +186,7 @@ def _write_tokenizer(folder: Path, model: Llama, tokenizer: Tokenizer, template:
         named["additional_special_tokens"] = tokenizer.extra_tokens
     write("special_tokens_map.json", named)
     found = {**tokenizer.class_defaults, **read_json(source / "tokenizer_config.json")}
-    config = {name: found[name] for name in NEUTRAL if found.get(name) is not None}
+    config = {name: found[name] for name in KEPT if found.get(name) is not None}
     if "add_prefix_space" in (splitter := spec.get("pre_tokenizer") or {}):
         config["add_prefix_space"] = splitter["add_prefix_space"]   # transformers 4 sets it to this one's
     if own:     # "image_token" and its like; transformers 4 takes them here only

@@ -41,7 +41,7 @@ import tokenizers
 import torch
 
 import ranks
-from files import checksum, commit, delete_left, writing
+from files import checksum, commit, delete_left, read_json, writing
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
@@ -289,9 +289,7 @@ class _Generation(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body).set_lineno(lineno)
 
 
-_compiled: dict[str, jinja2.Template] = {}
-
-
+@cache
 def _compile(source: str) -> jinja2.Template:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -301,13 +299,15 @@ def _compile(source: str) -> jinja2.Template:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    if source not in _compiled:
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a template is foreign code
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-        env.filters["tojson"] = tojson
-        env.globals["raise_exception"] = raise_exception
-        _compiled[source] = env.from_string(source)
-    return _compiled[source]
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a template is foreign code
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    return env.from_string(source)
+
+
+# What a template is tried with.
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) -> Template:
@@ -335,8 +335,7 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     except ValueError:
         raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    probe = render(conversation, template)
+    probe = render(PROBE, template)
     answer = [piece for piece in probe if piece.kind == COMPLETION]
     if not answer[-1].special:
         raise ValueError(
@@ -346,7 +345,7 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     content = next(i for i, piece in enumerate(answer) if piece.text == "b")
     lead = "".join(piece.text for piece in answer[:content] if not piece.special)
     return replace(template, end_of_turn=answer[-1].text, lead=lead,
-                   warning=_compare_prompts(conversation, probe, template))
+                   warning=_compare_prompts(PROBE, probe, template))
 
 
 def _compare_prompts(conversation: list[dict], pieces: list[Piece], template: Template) -> str:
@@ -388,7 +387,8 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
 
     COMPLETION is all that the model must write itself: from the end of the generation prompt, the messages
     before rendered with add_generation_prompt, to the first special token after the content. Where the text
-    does not begin with that prompt, it begins at the content. Messages' other fields go to the template.
+    does not begin with that prompt, it begins at the content. Messages' other fields go to the template. The
+    template is rendered once more for each assistant message, so time grows with the square of their number.
 
     ValueError if the template refuses the messages, or if its text cannot be taken apart into them (it drops,
     repeats or rewrites a message): better no example than a wrong mask.
@@ -435,9 +435,10 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     return [piece for piece in pieces if piece.text]
 
 
+@cache
 def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
     """Matches the special tokens' texts; nothing if there are none."""
-    return re.compile(  # re caches
+    return re.compile(
         "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
 
 
@@ -515,6 +516,8 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
 # ---------------------------------------------------------------- pieces -> tokens
 
 
+# What the tokenizers library takes for whitespace; Python adds the separators \x1c to \x1f.
+SPACES = "".join(filter(str.isspace, map(chr, range(0x3001)))).translate(dict.fromkeys(range(0x1c, 0x20)))
 # The special tokens of every name that transformers knows.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")    # how an added token is matched
@@ -657,17 +660,6 @@ class Tokenizer:
         return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file; an empty one if there is no file. ValueError names a broken file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:     # of JSON and of Unicode
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
-    return content
-
-
 def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
     """What the class that transformers would take for this folder adds to its files."""
     model = read_json(folder / "config.json")
@@ -782,9 +774,11 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
                 text += piece.text
                 kinds += [piece.kind] * len(piece.text)
                 continue
-            start = (re.match(r"[^\S\x1c-\x1f]*", text).end()
-                     if items and items[-1][2] in tokenizer.strips_right else 0)
-            end = len(text.rstrip()) if piece.text in tokenizer.strips_left else len(text)
+            start, end = 0, len(text)
+            if items and items[-1][2] in tokenizer.strips_right:
+                start = end - len(text.lstrip(SPACES))
+            if piece.text in tokenizer.strips_left:
+                end = len(text.rstrip(SPACES))
             if start < end:
                 items.append((text[start:end], kinds[start:end], None))
             if piece.text:
@@ -796,7 +790,10 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
     for encoder, wanted in ((tokenizer.first, lambda i: i == 0), (tokenizer.rest, lambda i: i > 0)):
         keys = [(e, i) for e, items in enumerate(layout) for i, item in enumerate(items)
                 if item[2] is None and wanted(i)]
-        runs = encoder.encode_batch([layout[e][i][0] for e, i in keys], add_special_tokens=False)
+        try:
+            runs = encoder.encode_batch([layout[e][i][0] for e, i in keys], add_special_tokens=False)
+        except Exception as error:      # the library knows no other class
+            raise ValueError(f"{tokenizer.folder}/tokenizer.json: {error}") from None
         encoded.update(zip(keys, runs))
 
     out = []
@@ -903,7 +900,7 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
             opened = _open_cache(folder)
         except ValueError as error:
             _move_away(folder, part.with_suffix(".old.part"), str(error))
-            print(f"warning: {error}; tokenizing anew", file=sys.stderr)
+            print(f"warning: {error}; tokenizing again", file=sys.stderr)
     if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
         try:
@@ -987,7 +984,15 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
 
     def flush(batch: list[tuple[list[Piece], int, int]]) -> None:
         nonlocal checked
-        examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
+        try:
+            examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
+        except ValueError:      # again one by one, to name the record
+            for pieces, file, line in batch:
+                try:
+                    tokenize(pieces, tokenizer)
+                except ValueError as error:
+                    raise ValueError(f"{files[file]}:{line}: {error}") from None
+            raise
         for (pieces, file, line), (ids, kinds) in zip(batch, examples):
             if checked < 64:
                 try:
@@ -1068,8 +1073,7 @@ def check_vocabulary(rows: int, tokenizer: Tokenizer, template: Template | None 
     reason = (f"the embedding has only {rows} rows; {tokenizer.folder} holds a tokenizer and a model that do "
               "not belong together, or tokens were added without resizing the model")
     if template is not None:
-        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        for piece in render(probe, template):
+        for piece in render(PROBE, template):
             if piece.special and tokenizer.special[piece.text] >= rows:
                 raise ValueError(f"--template {template.name} writes {piece.text!r}, token "
                                  f"{tokenizer.special[piece.text]}, but {reason}")
@@ -1196,32 +1200,37 @@ def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:
 COLOURS = {"template": "90", "system": "35", "instruction": "36", "completion": "32", "context": "33"}  # ANSI
 
 
-def statistics(dataset: Dataset, batch_size: int, capacity: int) -> dict:
-    """What a run would see: per kind the targets an example has (those that have any),
-    and how well steps pack."""
-    spans = {}
+def statistics(dataset: Dataset, usable: np.ndarray, batch_size: int, capacity: int) -> dict:
+    """What a run would see: per kind the targets an example has (those that have any), and how well steps
+    pack. usable: (examples,) those that it trains on, Dataset.trainable()."""
+    spans, lengths = {}, dataset.lengths[usable]
+    if not len(usable):
+        raise ValueError("no example has anything to train on; give another --loss, a larger --max-length or "
+                         "--no-require-completion")
     for kind, name in enumerate(KINDS):
-        counts = dataset.counts[:, kind]
+        counts = dataset.counts[usable, kind]
         counts = counts[counts > 0]
         if len(counts):
             spans[name] = {"examples": len(counts), "tokens": int(counts.sum()), "mean": float(counts.mean()),
                            "median": float(np.median(counts)), "p95": float(np.percentile(counts, 95)),
                            "max": int(counts.max())}
-    steps = plan(dataset.lengths, 0, 0, batch_size, capacity, 1)
-    rows = [int(dataset.lengths[m].sum()) for step in steps for m in step[0]]
-    instruction, completion = (dataset.counts[:, kind].sum() for kind in (INSTRUCTION, COMPLETION))
-    return {**dataset.report, "examples": len(dataset), "tokens": int(dataset.lengths.sum()), "spans": spans,
+    steps = plan(lengths, 0, 0, batch_size, capacity, 1)
+    rows = [int(lengths[m].sum()) for step in steps for m in step[0]]
+    instruction, completion = (dataset.counts[usable, kind].sum() for kind in (INSTRUCTION, COMPLETION))
+    return {**dataset.report, "left_out": len(dataset) - len(usable), "examples": len(usable),
+            "tokens": int(lengths.sum()), "spans": spans,
             "instruction_completion_ratio": float(instruction / completion) if completion else None,
-            "longest": int(dataset.lengths.max()) + 1, "steps_per_epoch": len(steps),
+            "longest": int(lengths.max()) + 1, "steps_per_epoch": len(steps),
             "micro_batches_per_step": len(rows) / len(steps),
             "packing_efficiency": sum(rows) / (len(rows) * capacity),
-            "padded_efficiency": float(dataset.lengths.mean() / dataset.lengths.max())}
+            "padded_efficiency": float(lengths.mean() / lengths.max())}
 
 
 def print_statistics(stats: dict, batch_size: int, capacity: int) -> None:
     print(f"{stats['records']:,} records: {stats['examples']:,} examples of {stats['tokens']:,} tokens; "
           f"{stats['truncated']:,} truncated,\n  {stats['dropped_overlong']:,} dropped as too long, "
-          f"{stats['dropped_empty']:,} dropped as empty; the longest has {stats['longest']:,} tokens")
+          f"{stats['dropped_empty']:,} dropped as empty,\n  {stats['left_out']:,} left out with nothing to "
+          f"train on; the longest has {stats['longest']:,} tokens")
     print(f"\n{'span':<12}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}{'max':>8}")
     for name, span in stats["spans"].items():
         print(f"{name:<12}{span['examples']:>10,}{span['tokens']:>12,}{span['mean']:>9.1f}"
@@ -1237,8 +1246,8 @@ def print_statistics(stats: dict, batch_size: int, capacity: int) -> None:
 
 
 def show(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool) -> str:
-    """An example's text with its spans coloured, or in marks like [instruction|...] where colours
-    are not to be had."""
+    """An example's text with its spans coloured, or in marks like [instruction|...] without
+    colour support."""
     a, b = dataset.offsets[example:example + 2]
     ids, kinds = dataset.ids[a:b].tolist(), dataset.kinds[a:b]
     out = []
@@ -1252,14 +1261,13 @@ def show(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool) -> 
     return "".join(out)
 
 
-def export(dataset: Dataset, weights: Iterable[float], file: str | Path) -> int:
+def export(dataset: Dataset, usable: np.ndarray, weights: Iterable[float], file: str | Path) -> None:
     """Write one JSON object an example, {"input_ids", "labels", "span_kinds"}; labels are unshifted, as
-    transformers wants them, -100 where the target's weight is zero. Returns how many were written."""
+    transformers wants them, -100 where the target's weight is zero. usable: (examples,) which ones."""
     trained = np.asarray(list(weights)) != 0
-    examples = dataset.trainable(weights)
     part = Path(f"{file}.part")
     with open(part, "w", encoding="utf-8") as out:
-        for e in examples:
+        for e in usable:
             a, b = dataset.offsets[e:e + 2]
             ids, kinds = dataset.ids[a:b], dataset.kinds[a:b]
             labels = np.where(trained[kinds], ids, -100)
@@ -1267,7 +1275,6 @@ def export(dataset: Dataset, weights: Iterable[float], file: str | Path) -> int:
             out.write(json.dumps({"input_ids": ids.tolist(), "labels": labels.tolist(),
                                   "span_kinds": [KINDS[kind] for kind in kinds]}) + "\n")
     os.replace(part, file)
-    return len(examples)
 
 
 def main() -> None:
@@ -1289,7 +1296,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the statistics as one JSON object")
     parser.add_argument("--export", metavar="FILE",
                         help="write ids, labels and span kinds for other trainers")
-    parser.add_argument("--loss", choices=tuple(PRESETS), default="im", help="which labels --export keeps")
+    parser.add_argument("--loss", choices=tuple(PRESETS), default="im", help="which targets are trained")
+    parser.add_argument("--require-completion", action=argparse.BooleanOptionalAction, default=True,
+                        help="leave out examples without a completion to train")
     for kind in KINDS[:4]:
         parser.add_argument(f"--{kind}-weight", type=float,
                             help=f"override the preset's weight of {kind} tokens")
@@ -1304,7 +1313,9 @@ def main() -> None:
             print(f"warning: {template.warning}", file=sys.stderr)
         dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, args.overlong,
                                args.cache_dir, progress=sys.stderr.isatty())
-        stats = statistics(dataset, args.batch_size, args.micro_batch_tokens)
+        weights = span_weights(args.loss, *(getattr(args, f"{kind}_weight") for kind in KINDS[:4]))
+        usable = dataset.trainable(weights, args.require_completion)
+        stats = statistics(dataset, usable, args.batch_size, args.micro_batch_tokens)
         if args.json:
             print(json.dumps(stats))
         else:
@@ -1315,9 +1326,8 @@ def main() -> None:
                       if colour else "")
             print(f"\n--- {dataset.where(example)} {legend}\n{show(dataset, example, tokenizer, colour)}")
         if args.export:
-            weights = span_weights(args.loss, *(getattr(args, f"{kind}_weight") for kind in KINDS[:4]))
-            print(f"{export(dataset, weights, args.export):,} examples written to {args.export}",
-                  file=sys.stderr)
+            export(dataset, usable, weights, args.export)
+            print(f"{len(usable):,} examples written to {args.export}", file=sys.stderr)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {ranks.message(error)}")
 

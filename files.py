@@ -4,6 +4,7 @@ What is written goes beside its place first, is flushed to the disk and renamed.
 tell cut files and flipped bits, not forgery.
 """
 import contextlib
+import json
 import os
 import shutil
 import time
@@ -12,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-_held: dict[Path, TextIO] = {}      # closing one of these files would give up its lock
+# POSIX releases a lock when its process closes any descriptor of the file: never open one of these again.
+_held: dict[Path, TextIO] = {}
 
 
 @contextlib.contextmanager
@@ -35,6 +37,17 @@ def write_text(path: str | Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; an empty one if there is no file. ValueError names a broken file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:     # of JSON and of Unicode
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")
+    return content
 
 
 def sync(path: Path) -> None:
@@ -74,9 +87,9 @@ def delete_left(parts: Iterable[Path], after: float = 3600) -> None:
 
 
 def lock(path: Path, owner: str) -> bool:
-    """Take a lock file for as long as this process lives, and write in it who has it. The system lets go of
-    it when the process ends, however it ends: a file that was left behind locks nothing. False where the
-    file system knows no locks. ValueError with the owner if another process has it."""
+    """Take a lock file for as long as this process lives, and write in it who has it. The system releases it
+    when the process ends, however it ends: a file that was left behind locks nothing. False where the file
+    system has no locks. ValueError with the owner if another process has it."""
     path = path.resolve()
     if path in _held:
         return True

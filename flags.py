@@ -21,8 +21,8 @@ def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: fl
     """A field of a dataclass of flags.
 
     choices, least, above, below: what the value may be; free: the flag changes where results go, how fast or
-    what is shown, but not the weights that come out, so it may change on resume; in_file: whether a --config
-    file may set it; more: as for argparse's add_argument().
+    what is shown, but not the weights, rounding apart, so it may change on resume; in_file: whether a
+    --config file may set it; more: as for argparse's add_argument().
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={
@@ -63,7 +63,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
     limit += f" and below {below}" if below < math.inf else ""
     try:
-        # by way of text, so that JSON's true is no 1, and its 1.5 no whole number
+        # Parsed from text: int(True) would be 1, and int(1.5) too.
         number = kind(str(value))
     except ValueError:
         refuse(limit)
@@ -91,7 +91,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
     for field in fields.values():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"]
-        if default not in ("", None, [], False):
+        if default is not False and default not in ("", None, []):
             help += f" (default {default})"
         more = dict(field.metadata["more"])
         if field.type is bool:

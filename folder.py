@@ -2,7 +2,7 @@
 
     OUTPUT/.lock                who writes here; locked for as long as that process lives
     OUTPUT/identity.json        all that must be the same to resume: flags that matter, data, model, template;
-                                and after how many steps the run was finished
+                                which launch wrote it, and after how many steps the run was finished
     OUTPUT/run_config.json      every flag
     OUTPUT/metrics.jsonl, eval.jsonl, checkpoints/, final/
 
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
-from data import read_json
-from files import lock, write_text, writing
+from files import lock, read_json, write_text, writing
 from flags import flag_name
 from ranks import from_all
 
 # In the order in which they are deleted: as long as identity.json is there, the rest is known to be a run's.
-OURS = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
+RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
 # These may differ on resume, if the steps already trained had the same learning rates under both.
 LENGTH = ("epochs", "max_steps", "warmup_ratio")
 
@@ -100,7 +99,7 @@ def check_ranks(out: Path, identity: dict, resuming: bool) -> None:
                              "that all machines see")
 
 
-# ---------------------------------------------------------------- whose it is
+# ---------------------------------------------------------------- ownership
 
 
 def launch() -> str:
@@ -118,23 +117,18 @@ def launch() -> str:
     return f"host {socket.gethostname()}, started by process {parent} of {started} {boot} {run}".rstrip()
 
 
-def started_again(out: Path) -> bool:
-    """Whether torchrun started this process in the place of one that had made the folder its own. (What
-    torchrun says of restarts, each machine counts for itself.)"""
-    owner = out / ".lock"
-    return "TORCHELASTIC_RUN_ID" in os.environ and owner.is_file() and owner.read_text() == launch()
-
-
-def _restarted(out: Path, identity: dict) -> bool:
-    """started_again(), and with the same flags and data: host and process may be alike by chance."""
+def restarted(out: Path, identity: dict) -> bool:
+    """Whether torchrun started this process in place of one that had begun this run in the folder. (Each
+    machine has its own count of torchrun's restarts, so that does not tell.) identity: as far as it is known;
+    host and process may be alike by chance."""
     old = read_json(out / "identity.json")
-    return started_again(out) and old == old | identity
+    return "TORCHELASTIC_RUN_ID" in os.environ and old == old | identity | {"launch": launch()}
 
 
-def saved_date(out: Path, anew: bool) -> str:
+def saved_date(out: Path, from_scratch: bool) -> str:
     """The date that a run in this folder was started with, so that one resumed tomorrow trains on the same
-    text; empty if there is none, or `anew` and torchrun did not start this process again."""
-    if anew and not started_again(out):
+    text; empty if there is none, or the run starts from scratch and torchrun did not restart it."""
+    if not (out / "identity.json").is_file() or (from_scratch and not restarted(out, {})):
         return ""
     return read_json(out / "run_config.json").get("date", "")
 
@@ -147,23 +141,23 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     resume, overwrite = settings["resume"], settings["overwrite"]
     if model_folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    exists = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not exists.is_dir() or not os.access(exists, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {out}: {exists} is no folder that can be written to; give another")
-    there = set(os.listdir(out)) if out.is_dir() else set()
-    strange = {name for name in there - {*OURS, ".lock"} if not name.endswith(".part")}
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {out}: {existing} is not a folder that can be written to; "
+                         "give another")
+    present = {name for name in os.listdir(out) if not name.endswith(".part")} if out.is_dir() else set()
     old = read_json(out / "identity.json")
     finished = "finished_after" in old and (out / "final").is_dir()
     metrics = out / "metrics.jsonl"
     trained = any((bool(find_checkpoints(out)), (out / "final").is_dir(),
                    metrics.is_file() and metrics.stat().st_size > 0))
 
-    if _restarted(out, identity):   # torchrun must not delete what its own run has trained
+    if restarted(out, identity):    # torchrun must not delete what its own run has trained
         if finished:
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
-    if not old and (trained or strange and not overwrite):
-        raise ValueError(f"--output-dir {out}: is not empty and holds no run of this trainer; give another")
+    if "identity.json" not in present and (present & {*RUN_FILES} or present - {".lock"} and not overwrite):
+        raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another")
     if resume not in ("auto", "never"):
         named = Path(resume)
         if overwrite and named.resolve().is_relative_to(out.resolve()):
@@ -177,8 +171,10 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     check_identity(old, identity, settings, f"--output-dir {out}", fix, LENGTH)
     if finished and all(old.get(name) == identity[name] for name in LENGTH):
         raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
+    if "finished_after" in old and not finished:
+        raise ValueError(f"--output-dir {out}: holds a finished run whose final/ is gone; {fix}")
     if resume == "never":
-        raise ValueError(f"--output-dir {out}: holds an interrupted run and --resume is never; {fix}")
+        raise ValueError(f"--output-dir {out}: holds a run and --resume is never; {fix}")
     return "resume"
 
 
@@ -188,16 +184,16 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     that the run will write; same_rates(identity, n): whether the first n steps of that run had the learning
     rates that they have in this one. ValueError as check_folder(), or if another process writes there."""
     todo = check_folder(out, identity, settings, model_folder)
-    if _restarted(out, identity):
+    if restarted(out, identity):
         say("started again by torchrun")
     if todo == "finished":
         return Start(finished=True)
-    own = find_checkpoints(out) if todo == "resume" else []
+    own = find_checkpoints(out) if todo == "resume" else []     # checkpoints
     named = Path(settings["resume"]) if settings["resume"] not in ("auto", "never") else None
     if named and own and own[-1].resolve() != named.resolve():
         # The same command again resumes the run that it has begun.
-        before = read_json(out / "run_config.json").get("resume")
-        if before is None or Path(before).resolve() != named.resolve():
+        begun_from = read_json(out / "run_config.json").get("resume")
+        if begun_from is None or Path(begun_from).resolve() != named.resolve():
             raise ValueError(f"--resume {named}: {out} has its own checkpoints, up to {own[-1].name}; leave "
                              "--resume out to resume from there, delete them to go back, or give another "
                              "--output-dir")
@@ -237,7 +233,7 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     elif todo == "resume" and start is None:
         say(f"{out}: interrupted before its first checkpoint; starting from scratch")
     if todo != "resume" or start is None:
-        for path in (out / name for name in OURS):
+        for path in (out / name for name in RUN_FILES):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if start:
         # The evaluation at this step is made again: it may not have come to its end.
@@ -257,7 +253,7 @@ def _length(identity: dict) -> str:
 
 def _write_identity(out: Path, identity: dict, finished_after: int | None = None) -> None:
     finished = {} if finished_after is None else {"finished_after": finished_after}
-    write_text(out / "identity.json", json.dumps(identity | finished, indent=2))
+    write_text(out / "identity.json", json.dumps(identity | finished | {"launch": launch()}, indent=2))
 
 
 def finish_run(out: Path, identity: dict, step: int, keep_last: bool) -> None:

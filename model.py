@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from files import read_json
 from ranks import is_main
 from shard import DTYPE_NAMES, Stored, equal, fill, first_above, stored_tensors, write_tensors
 
@@ -732,17 +733,6 @@ def resolve_model(model: str | Path) -> Path:
     return folder
 
 
-def _read_object(file: Path) -> dict:
-    """A JSON object in a file. FileNotFoundError if there is no file, ValueError if it holds no object."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file}: must be a JSON object, not {type(value).__name__}")
-    return value
-
-
 def _what_else(folder: Path) -> str:
     """What to do about a folder without a model that can be loaded."""
     if (folder / "adapter_config.json").is_file():
@@ -760,10 +750,10 @@ def read_config(folder: str | Path) -> ModelConfig:
     config.json says, as transformers does.
     """
     folder = Path(folder)
-    try:
-        raw = _read_object(folder / "config.json")
-    except FileNotFoundError:
-        raise ValueError(f"{folder / 'config.json'}: no such file; {_what_else(folder)}") from None
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; {_what_else(folder)}")
+    raw = read_json(file)
     try:
         config = ModelConfig.from_dict(raw)
     except ValueError as error:
@@ -791,7 +781,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     """The index of a checkpoint folder: tensor name -> file name, of a file in the folder.
     ValueError if it is broken."""
     index = folder / INDEX
-    names = _read_object(index).get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: weight_map must be an object of tensor names and their files")
     for tensor, name in names.items():

@@ -211,10 +211,10 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
 
 
 def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """Of a process's gradients DDP adds up the first in buckets of its own order, later ones in the order in
-    which the first became ready; and the order decides how sums over three ranks and more are rounded. So let
-    a pass of two tokens, with loss 0, come first: then a resumed run adds up as one that was not interrupted.
-    A second one makes the gradients views of those buckets, where micro-batches add theirs up in place."""
+    """DDP rebuilds its buckets after a process's first backward pass. With three or more ranks the order of
+    the buckets affects rounding. A pass over two tokens with loss 0 fixes the order before the first step, so
+    a resumed run matches an uninterrupted one bit for bit. The second pass makes the gradients views of the
+    final buckets, so that no_sync() accumulates in place."""
     ids = torch.zeros(2, dtype=torch.int64, device=device)
     for _ in range(2):
         hidden = model(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))
@@ -255,7 +255,7 @@ def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
         places += [dataset.where(batch.examples[document]) for document in bad]
     places = sorted(sum(from_all(places), []))
     if not places:
-        return "Every record's loss is finite, so the gradient overflowed: lower --lr, or try --dtype fp32."
+        return "Every record's loss is finite, so something overflowed: lower --lr, or try --dtype fp32."
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
     return f"Its loss is not finite for {', '.join(places[:8])}{more}."
 
@@ -415,9 +415,10 @@ def main(argv: list[str]) -> int:
             say(f"warning: {warning}")
 
     # -- the folder, and where to resume; only now that all that can be wrong with the input was found
-    # of final/, and of the checkpoints with AdamW's averages
+    # The bytes of final/ and of the checkpoints, each the weights and AdamW's averages in fp32. A new one is
+    # written before the oldest is deleted.
     room = parameter_count(model_config) * (DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
-                                            + 12 * (config.keep_checkpoints if config.save_every else 1))
+                                            + 12 * (config.keep_checkpoints + 1 if config.save_every else 1))
     extends = partial(same_rates, config, per_epoch)
     begin = from_main(claim(out, identity, settings, folder, room, extends, say) if is_main() else None)
     if begin.finished:
@@ -538,8 +539,9 @@ def main(argv: list[str]) -> int:
         *values, grad_norm = torch.cat([stats, whole(norm).double()[None]]).tolist()
         loss_value, kl_value, nll_sums, signals = values[0], values[1], values[2:-1], values[-1]
         if not (math.isfinite(loss_value) and math.isfinite(grad_norm) and math.isfinite(kl_value)):
-            raise ValueError(f"step {step + 1}: loss {loss_value}, gradient norm {grad_norm}: the run stops "
-                             "before this step changes the weights. " + blame(seen, train_set))
+            kl = f", KL {kl_value}" if reference is not None else ""
+            raise ValueError(f"step {step + 1}: loss {loss_value}{kl}, gradient norm {grad_norm}: the run "
+                             "stops before this step changes the weights. " + blame(seen, train_set))
         lr = learning_rate(config, step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr

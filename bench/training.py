@@ -58,7 +58,7 @@ def prepare_here(args: argparse.Namespace, folder: Path) -> None:
     dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, "truncate", cache)
     weights = span_weights(args.loss)
     usable = dataset.trainable(weights)
-    export(dataset, weights, folder / "records.jsonl")
+    export(dataset, usable, weights, folder / "records.jsonl")
     batch_size, seed, sums = choose_steps(dataset.lengths[usable], args.micro_batch_tokens,
                                           args.warmup + args.steps + 1)
     trained = dataset.counts[usable][:, weights != 0].sum() / dataset.lengths[usable].sum()

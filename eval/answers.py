@@ -17,7 +17,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from checkpoint import model_fingerprint
-from data import Template, read_json
+from data import Template
+from files import read_json
 from eval.common import gather, write_json
 from model import resolve_model
 from ranks import is_main, rank, world_size

@@ -35,6 +35,11 @@ class Loaded:
         """Made once: it lays out the weights anew, and keeps them."""
         return make_engine(self.model)
 
+    def answer(self, ids: list[int]) -> str:
+        """A generated answer's text, as a message's content."""
+        text = self.tokenizer.decode(ids)
+        return self.template.content(text) if self.template else text
+
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer."""

@@ -84,7 +84,7 @@ def look(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Seen]
                                              args.max_new_tokens, progress=bar))) if prompts else {}
     for i, one in zip(mine, seen):
         if i in outputs:
-            one.answer = loaded.template.content(loaded.tokenizer.decode(outputs[i]))
+            one.answer = loaded.answer(outputs[i])
             one.cut = len(outputs[i]) == args.max_new_tokens
     gathered = gather(list(zip(mine, seen)))
     return [one for _, one in sorted(gathered, key=lambda each: each[0])]

@@ -162,7 +162,7 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
         (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
         answers.add({"index": index, **({"sample": sample} if args.samples > 1 else {}),
                      "prompt": question[-1]["content"], "expected": expected,
-                     "output": template.content(loaded.tokenizer.decode(ids)), "tokens": len(ids),
+                     "output": loaded.answer(ids), "tokens": len(ids),
                      "finished": finished})
     new = answers.merge()
     seconds = time.monotonic() - started

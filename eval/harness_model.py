@@ -24,10 +24,10 @@ from lm_eval.models.utils import (handle_stop_sequences, has_bos_prefix, normali
 from torch import Tensor
 from tqdm import tqdm
 
-from data import read_json
 from eval.common import gather, load, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
+from files import read_json
 from model import weight_files
 from ranks import rank, shows_progress, wait, world_size
 

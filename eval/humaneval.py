@@ -92,7 +92,7 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
     for n, ids, _ in progress(made, len(todo), "sample"):
         i, s = todo[n]
         answers.add({"index": i, "sample": s, "task_id": problems[i]["task_id"],
-                     "output": tokenizer.decode(ids)})
+                     "output": loaded.answer(ids) if chat else tokenizer.decode(ids)})
     answers.merge()
     return answers
 

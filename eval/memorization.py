@@ -118,7 +118,7 @@ def answer(loaded: Loaded, records: list[dict], answers: Answers, args: argparse
             outputs = generate(loaded.engine, [r["prompt"] for r in some], loaded.stop_ids, max(limits),
                                batch_size=args.batch_size)
             for r, limit, ids in zip(some, limits, outputs):
-                output = loaded.template.content(loaded.tokenizer.decode(ids[:limit])).strip()
+                output = loaded.answer(ids[:limit]).strip()
                 answers.add({"model": loaded.name, "data": r["data"], "line": r["line"], "output": output,
                              "target": r["text"], "exact": len(ids) < limit and output == r["text"],
                              "shared_tokens": shared_prefix(ids[:limit], r["target"]),

@@ -103,7 +103,7 @@ def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], asked: dict[tuple[i
                                      Sampling(temperature, seed=args.seed), some)
         for i, ids, finished in made:
             yield {"question": some[i][0], "turn": some[i][1],
-                   "output": loaded.template.content(loaded.tokenizer.decode(ids)).strip(),
+                   "output": loaded.answer(ids).strip(),
                    "tokens": len(ids), "finished": finished, "time": time.time()}
 
 

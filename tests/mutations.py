@@ -335,7 +335,7 @@ FAULTS = [
           "if named and own and own[-1].resolve() != named.resolve():", "if False:",
           "folder::the_same_command_with_a_named_checkpoint_advances"),
     fault("false-restart", "a new launch is taken for a restart", "folder.py",
-          "return started_again(out) and old == old | identity", "return started_again(out)",
+          "old == old | identity | {\"launch\": launch()}", "old.get(\"launch\") == launch()",
           "folder::another_launch_with_the_same_names_is_no_restart"),
     fault("same-launch", "launches are told by process number", "folder.py",
           "started = Path(f\"/proc/{parent}/stat\").read_text().rpartition(\")\")[2].split()[19]",

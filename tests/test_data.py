@@ -422,7 +422,8 @@ def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path):
     from loss import weighted_nll
     from model import load_model
     dataset = load(folder)
-    data.export(dataset, span_weights(loss), tmp_path / "x.jsonl")
+    usable = dataset.trainable(span_weights(loss))
+    data.export(dataset, usable, span_weights(loss), tmp_path / "x.jsonl")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     total = labelled = 0
     rows = [json.loads(line) for line in open(tmp_path / "x.jsonl")]
@@ -434,7 +435,6 @@ def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path):
             out = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
         count = int((labels[:, 1:] != -100).sum())
         total, labelled = total + out.item() * count, labelled + count
-    usable = dataset.trainable(span_weights(loss))
     assert len(rows) == len(usable)
     batch = collate(dataset, usable, coefficients(dataset.counts[usable], span_weights(loss), "token"))
     mine = load_model(folder / "model")

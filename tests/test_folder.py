@@ -73,7 +73,7 @@ def test_a_named_checkpoint_does_not_open_the_folder_of_another_run(folder, whol
     refused(folder, "finished run|--lr was", "strange-done", resume=saved, lr=2e-2)
     (folder / "thesis").mkdir()
     (folder / "thesis" / "thesis.txt").write_text("years of work")
-    refused(folder, "holds no run of this trainer", "thesis", resume=saved)
+    refused(folder, "is not a run folder", "thesis", resume=saved)
     refused(folder, "--resume .*--lr was 0.01, is 0.02", "nowhere", resume=saved, lr=2e-2)
     refused(folder, "--overwrite would delete --resume", "strange",
             resume=folder / "strange" / "checkpoints" / "step-00000003", lr=2e-2, overwrite=True)
@@ -134,6 +134,36 @@ def test_another_launch_with_the_same_names_is_no_restart(folder, monkeypatch, c
     steps = count_steps(monkeypatch)
     assert run_here(arguments(folder, "launched", lr=2e-2, overwrite=True)) == 0
     assert len(steps) == 8 and "started again" not in capsys.readouterr().out
+
+
+def test_a_restart_does_not_take_the_run_that_is_being_deleted_for_its_own(folder, monkeypatch, capsys):
+    """--overwrite over a finished run of the same flags: killed while it is deleted, then restarted."""
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    argv = arguments(folder, "deleted", overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "launch", lambda: "an earlier one")
+        assert run_here(argv) == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        run_here(argv)
+    steps = count_steps(monkeypatch)
+    capsys.readouterr()
+    assert run_here(argv) == 0
+    assert len(steps) == 8 and "finished before" not in capsys.readouterr().out
+
+
+def test_a_folder_without_an_identity_is_never_deleted_or_written_to(folder):
+    """Other programs have files of these names too."""
+    for name in ("checkpoints/epoch=3.ckpt", "final/model.bin", "metrics.jsonl", "eval.jsonl",
+                 "run_config.json"):
+        out = folder / f"not-ours-{name.replace('/', '-')}"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("years of work")
+        for more in ({}, dict(overwrite=True)):
+            refused(folder, "is not empty and is not a run folder", out.name, **more)
 
 
 # ---------------------------------------------------------------- what was trained is kept
@@ -263,15 +293,15 @@ def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenised(folder, 
     stopped(folder, "begun", 2, monkeypatch)
     monkeypatch.setattr(train, "load_dataset", None)
     refused(folder, "holds a finished run", "whole")
-    refused(folder, "holds no run of this trainer", "taken")
+    refused(folder, "is not a run folder", "taken")
     refused(folder, "--lr was 0.01, is 0.02", "begun", lr=2e-2)
     refused(folder, "holds neither model.safetensors", "new", model=folder / "headless" / "model")
     refused(folder, "missing model.layers.2", "new", model=folder / "misfit" / "model")
-    refused(folder, "file is no folder that can be written to", "file")
-    refused(folder, "file is no folder that can be written to", "file/below")
+    refused(folder, "file is not a folder that can be written to", "file")
+    refused(folder, "file is not a folder that can be written to", "file/below")
     refused(folder, "step-99: not a whole checkpoint", "new", resume=folder / "step-99")
     monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
-    refused(folder, "is no folder that can be written to", "new")
+    refused(folder, "is not a folder that can be written to", "new")
 
 
 # ---------------------------------------------------------------- what differs, by name
@@ -335,6 +365,8 @@ def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkey
     stopped(folder, "linear", 3, monkeypatch)
     with pytest.raises(ValueError, match="3 steps that are trained would have had other learning rates"):
         run_here(arguments(folder, "linear", epochs=4))
+    shutil.rmtree(folder / "flat-long" / "final")
+    refused(folder, "holds a finished run whose final/ is gone", "flat-long", **flat, epochs=3)
     # without its last checkpoint there is nothing to resume
     run_here(arguments(folder, "bare", **{**flat, "save_every": 0}))
     with pytest.raises(ValueError, match="last checkpoint was not kept .*--model .*bare/final"):

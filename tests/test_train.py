@@ -460,7 +460,7 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     refused("--model .*other/model: other weights", "half", model=folder / "other" / "model")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("years of work")
-    refused("holds no run", "foreign")
+    refused("is not a run folder", "foreign")
     run_here(arguments(folder, "foreign", overwrite=True))
     assert (folder / "foreign" / "thesis.txt").read_text() == "years of work"
     refused("holds the --model itself", "done", model=folder / "done" / "final", overwrite=True)
