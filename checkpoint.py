@@ -159,8 +159,8 @@ def export(output: str | Path, model: Llama, tokenizer: Tokenizer, template: Tem
 
 
 # Fields of tokenizer_config.json that are kept, since they change no ids. The others belong to the class
-# that the source named (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for code
-# that is not here.
+# that the source named (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for
+# code that is not here.
 KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
         "model_input_names")
 

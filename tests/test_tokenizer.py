@@ -376,6 +376,32 @@ def test_a_broken_file_is_named(file, content, message, tmp_path):
         Tokenizer(tmp_path)
 
 
+def test_a_token_that_takes_whitespace_on_its_left_takes_what_transformers_lets_it_take(tmp_path):
+    """Python's str.isspace() counts \\x1c to \\x1f, the tokenizers library does not."""
+    write("llama3", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["lstrip"] = token["content"] == "<|eot_id|>"
+    change(tmp_path / "tokenizer.json", added_tokens=spec["added_tokens"])
+    tokenizer, theirs = Tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("red \n", "red\x1c", "red \x1f", "red\u3000\u2028", "\x1d", " "):
+        pieces = [Piece(text, TEMPLATE), Piece("<|eot_id|>", TEMPLATE, special=True)]
+        expected = theirs(text + "<|eot_id|>", add_special_tokens=False).input_ids
+        assert tokenize(pieces, tokenizer)[0] == expected
+
+
+def test_text_that_a_tokenizer_cannot_encode_is_named_with_its_record(tmp_path):
+    write("unigram", tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(tmp_path / "tokenizer.json", model={**spec["model"], "unk_id": None})
+    tokenizer = Tokenizer(tmp_path)
+    (tmp_path / "x.jsonl").write_text("".join(
+        json.dumps({"prompt": text, "completion": "a"}) + "\n" for text in ("red", "\u4e00")))
+    with pytest.raises(ValueError, match="x.jsonl:2: .*tokenizer.json: "):
+        load_dataset([tmp_path / "x.jsonl"], tokenizer, load_template("plain", tokenizer), 99, "error",
+                     tmp_path / "cache")
+
+
 def test_a_tokenizer_that_gives_random_ids_is_refused(tmp_path):
     write("llama3", tmp_path)
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
