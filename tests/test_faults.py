@@ -184,7 +184,7 @@ def test_a_damaged_token_cache_is_made_anew(folder, undisturbed, capsys):
         (made / name).write_bytes(spoil(whole[name]))
         capsys.readouterr()
         run_here(arguments(folder, "cached", **argv))
-        assert "is damaged; tokenizing anew" in capsys.readouterr().err
+        assert "is damaged; tokenizing again" in capsys.readouterr().err
         assert {file.name: file.read_bytes() for file in made.iterdir()} == whole
     capsys.readouterr()
     run_here(arguments(folder, "cached", **argv))
@@ -227,7 +227,7 @@ def test_a_damaged_token_cache_of_another_owner_is_replaced_though_its_files_can
                         else delete(path, *a, **k))
     before = (made / "ids.bin").read_bytes()
     assert run_here(argv) == 0
-    assert "is damaged; tokenizing anew" in capsys.readouterr().err
+    assert "is damaged; tokenizing again" in capsys.readouterr().err
     assert (made / "ids.bin").read_bytes() != before
     assert run_here(argv) == 0
     assert "damaged" not in capsys.readouterr().err
@@ -244,7 +244,7 @@ def test_a_token_cache_that_cannot_be_read_is_named_and_made_anew(damaged, monke
     os.link(made / "ids.bin", made.parent.parent / "kept")      # so that no new file gets its number
     monkeypatch.setattr(data, "open", denied, raising=False)
     assert run_here(argv) == 0
-    assert f"{made}/ids.bin: cannot be read (Permission denied); tokenizing anew" in capsys.readouterr().err
+    assert f"{made}/ids.bin: cannot be read (Permission denied); tokenizing again" in capsys.readouterr().err
 
 
 def test_the_files_that_were_checked_are_those_that_are_mapped(damaged, monkeypatch):
@@ -324,12 +324,12 @@ def holder(folder):
 
 
 def test_two_runs_cannot_have_one_folder_and_a_lock_that_was_left_behind_locks_nothing(folder, holder):
-    (folder / "held" / "checkpoints").mkdir(exist_ok=True)
+    (folder / "held" / "notes.txt").touch()
     argv = arguments(folder, "held", overwrite=True, max_steps=1)
     with pytest.raises(ValueError, match=r"--output-dir .*held: another process is writing there \(host a, "
                                          r"process 1\); wait for its end, or give another folder"):
         run_here(argv)
-    assert sorted(path.name for path in (folder / "held").iterdir()) == [".lock", "checkpoints"]
+    assert sorted(path.name for path in (folder / "held").iterdir()) == [".lock", "notes.txt"]
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert (folder / "held" / ".lock").read_text() == "host a, process 1"

@@ -309,7 +309,7 @@ def test_a_wrong_value_in_config_json_is_named_with_what_it_must_be(name, value,
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("content, says", [("[1]", "must be a JSON object, not list"), ("{", "Expecting")])
+@pytest.mark.parametrize("content, says", [("[1]", "holds a JSON list, not an object"), ("{", "Expecting")])
 def test_a_config_json_that_is_no_object_is_named(content, says, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json: {says}"):
@@ -565,7 +565,8 @@ def test_a_tensor_that_is_not_where_the_index_says_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("{", "Expecting property name"), ("[]", "must be a JSON object, not list"), ("{}", "weight_map must be"),
+    ("{", "Expecting property name"), ("[]", "holds a JSON list, not an object"),
+    ("{}", "weight_map must be"),
     ('{"weight_map": null}', "weight_map must be"), ('{"weight_map": {}}', "weight_map must be"),
     ('{"weight_map": {"a": 1}}', "a is in 1; that must be a file in this folder"),
     ('{"weight_map": {"a": ["x"]}}', "a is in .'x'.; that must be"),
