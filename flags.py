@@ -61,7 +61,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     kind = int if field.type is int else float
     limit = "a whole number" if kind is int else "a finite number"
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
-    limit += f" and below {below}" if below < math.inf else ""
+    limit += f" and below {below:g}" if below < math.inf else ""
     try:
         # Parsed from text: int(True) would be 1, and int(1.5) too.
         number = kind(str(value))
@@ -107,16 +107,22 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
 
 
 def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, object]:
-    """The flags that a --config file gives. What is null or empty there is not given; what only a command
-    line may ask for (to delete a run, say) is left out."""
+    """The flags that a --config file gives. null and an empty list mean absent; what only a command line may
+    ask for (to delete a run, say) is left out."""
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names = [name.removeprefix("--").replace("-", "_") for name, _ in pairs]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{', '.join(twice)} stands there more than once")
+        return dict(zip(names, (value for _, value in pairs)))
+
     try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"))
+        saved = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=unique)
         if not isinstance(saved, dict):
             raise ValueError("must be one JSON object, {\"flag\": value, ...}")
-        saved = {name.removeprefix("--").replace("-", "_"): value for name, value in saved.items()}
         if unknown := sorted(saved.keys() - fields.keys()):
-            raise ValueError(f"unknown names {', '.join(unknown)}")
+            raise ValueError(f"unknown flags {', '.join(unknown)}")
         return {name: check_flag(fields[name], value) for name, value in saved.items()
-                if fields[name].metadata["in_file"] and value not in (None, "", [])}
+                if fields[name].metadata["in_file"] and value is not None and not (
+                    value == [] and fields[name].type == list[str])}
     except (OSError, ValueError) as error:
         raise ValueError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None

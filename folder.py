@@ -30,8 +30,10 @@ LENGTH = ("epochs", "max_steps", "warmup_ratio")
 
 
 class Start(NamedTuple):
-    """resume: the checkpoint to start from, if any; finished: there is nothing left to do."""
+    """resume: the checkpoint to start from, if any; evaluated: eval.jsonl has an evaluation before that;
+    finished: there is nothing left to do."""
     resume: Path | None = None
+    evaluated: bool = False
     finished: bool = False
 
 
@@ -143,8 +145,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {out}: {existing} is not a folder that can be written to; "
-                         "give another")
+        raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
     present = {name for name in os.listdir(out) if not name.endswith(".part")} if out.is_dir() else set()
     old = read_json(out / "identity.json")
     finished = "finished_after" in old and (out / "final").is_dir()
@@ -158,10 +159,13 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         overwrite, resume = False, "auto" if resume == "never" else resume
     if "identity.json" not in present and (present & {*RUN_FILES} or present - {".lock"} and not overwrite):
         raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another")
-    if resume not in ("auto", "never"):
+    if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         named = Path(resume)
         if overwrite and named.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--overwrite would delete --resume {named}; give another --output-dir")
+        if saved := find_checkpoints(named):
+            raise ValueError(f"--resume {named}: is the folder of a run; name one of its checkpoints, such "
+                             f"as {saved[-1]}, or resume it with --output-dir {named}")
         check_identity(read_state(named)["identity"], identity, settings, f"--resume {named}",
                        "give the flags it was started with", LENGTH)
     if overwrite:
@@ -178,11 +182,18 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     return "resume"
 
 
+def _begun_from(out: Path, checkpoint: str) -> bool:
+    """Whether the run in OUTPUT was begun with --resume CHECKPOINT, and has checkpoints of its own since."""
+    before = read_json(out / "run_config.json").get("resume", "")
+    return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
+
+
 def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: int,
-          same_rates: Callable[[dict, int], bool], say: Callable[[str], None]) -> Start:
+          other_length: Callable[[dict, int], str], say: Callable[[str], None]) -> Start:
     """Make OUTPUT this run's. identity: what must be the same to resume; settings: every flag; room: bytes
-    that the run will write; same_rates(identity, n): whether the first n steps of that run had the learning
-    rates that they have in this one. ValueError as check_folder(), or if another process writes there."""
+    that the run will write; other_length(identity, n): why the first n steps of a run with that identity, of
+    another length, are not the first n of this one, or "". ValueError as check_folder(), or if another
+    process writes there."""
     todo = check_folder(out, identity, settings, model_folder)
     if restarted(out, identity):
         say("started again by torchrun")
@@ -190,14 +201,12 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         return Start(finished=True)
     own = find_checkpoints(out) if todo == "resume" else []     # checkpoints
     named = Path(settings["resume"]) if settings["resume"] not in ("auto", "never") else None
-    if named and own and own[-1].resolve() != named.resolve():
-        # The same command again resumes the run that it has begun.
-        begun_from = read_json(out / "run_config.json").get("resume")
-        if begun_from is None or Path(begun_from).resolve() != named.resolve():
-            raise ValueError(f"--resume {named}: {out} has its own checkpoints, up to {own[-1].name}; leave "
-                             "--resume out to resume from there, delete them to go back, or give another "
-                             "--output-dir")
-        named = None
+    if named and own and _begun_from(out, str(named)):
+        named = None    # the same command again resumes the run that it has begun
+    elif named and own and own[-1].resolve() != named.resolve():
+        raise ValueError(f"--resume {named}: {out} has its own checkpoints, up to {own[-1].name}; leave "
+                         "--resume out to resume from there, delete them to go back, or give another "
+                         "--output-dir")
     if named:
         check_files(named)
 
@@ -218,12 +227,11 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         step = state["step"]
         check_identity(state["identity"], identity, settings, str(start),
                        "it is another run's: delete it, or give another --output-dir", LENGTH)
-        if not same_rates(state["identity"], step):
-            raise ValueError(
-                f"{start}: with {_length(identity)}, not {_length(state['identity'])}, the {step} steps that "
-                "are trained would have had other learning rates, or are too many; only a run with "
-                "--schedule constant and as many warm-up steps can be extended. Start a new one from its "
-                f"result instead: --model {out / 'final'} --output-dir ANOTHER")
+        if reason := other_length(state["identity"], step):
+            result = "" if todo != "resume" or not (out / "final").is_dir() else (
+                f", or start a new run from its result: --model {out / 'final'} --output-dir ANOTHER")
+            raise ValueError(f"{start}: cannot be resumed with {_length(identity)}: {reason}. Give "
+                             f"{_length(state['identity'])} again{result}")
     elif todo == "resume" and (out / "final").is_dir():
         raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
                          "--save-every for that); start a new one from its result: "
@@ -234,17 +242,22 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         say(f"{out}: interrupted before its first checkpoint; starting from scratch")
     if todo != "resume" or start is None:
         for path in (out / name for name in RUN_FILES):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError as error:
+                raise ValueError(f"--output-dir {out}: {path} cannot be deleted ({error.strerror}); delete "
+                                 "it, or give another --output-dir") from None
     if start:
-        # The evaluation at this step is made again: it may not have come to its end.
         keep_lines(out / "metrics.jsonl", step)
-        keep_lines(out / "eval.jsonl", step - 1)
+        keep_lines(out / "eval.jsonl", step)
         say(f"resuming after step {step} from {start}")
     if (free := shutil.disk_usage(out).free) < room:
-        say(f"warning: --output-dir {out}: {free / 1e9:.1f} GB are free, the run will write {room / 1e9:.1f}")
+        say(f"warning: --output-dir {out}: {free / 1e6:,.0f} MB are free, the run will write "
+            f"{room / 1e6:,.0f} MB")
     _write_identity(out, identity)
     write_text(out / "run_config.json", json.dumps(settings, indent=2))
-    return Start(start)
+    return Start(start, bool(start) and (out / "eval.jsonl").is_file() and (
+        out / "eval.jsonl").stat().st_size > 0)
 
 
 def _length(identity: dict) -> str:

@@ -36,7 +36,8 @@ from data import (CACHE_DIR, COMPLETION, KINDS, TEMPLATES, Batch, Dataset, Token
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
 from flags import flag, flag_name, given_flags
-from folder import LENGTH, append_line, check_folder, check_ranks, claim, finish_run, saved_date
+from folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
+                    saved_date)
 from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
                   sums_by_kind, weighted_nll)
 from machine import Reserve, keep_freed_memory, peak_memory_mb
@@ -77,7 +78,7 @@ class Config:
                                            least=0)
     normalize: str = flag("token", "what the loss is a mean over, within a step", choices=NORMALIZE)
     neftune_alpha: float = flag(0.0, "noise on the embeddings while training (the paper: 5); 0: none",
-                                least=0)
+                                least=0, below=1e6)
     kl_weight: float = flag(0.0, "adds this times KL(model || starting model) on the trained targets; 0: "
                             "none", least=0)
     # optimisation; the paper's values
@@ -192,13 +193,17 @@ def count_steps(config: Config, per_epoch: int) -> int:
     return config.max_steps or config.epochs * per_epoch
 
 
-def same_rates(config: Config, per_epoch: int, identity: dict, steps: int) -> bool:
-    """Whether a run of another length had the same learning rates in its first `steps` steps, so that this
-    one can resume it and end as if it had been this one from the start. identity: the other run's."""
+def other_length(config: Config, per_epoch: int, identity: dict, steps: int) -> str:
+    """Why this run cannot resume one of another length after `steps` steps, and end as if it had been this
+    one from the start; "" if it can. identity: the other run's."""
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
     total, others = count_steps(config, per_epoch), count_steps(other, per_epoch)
-    return steps <= total and all(
-        learning_rate(config, step, total) == learning_rate(other, step, others) for step in range(steps))
+    if steps > total:
+        return f"{steps} steps are trained, and this run would have only {total}"
+    if any(learning_rate(config, step, total) != learning_rate(other, step, others) for step in range(steps)):
+        return (f"the {steps} steps that are trained would have had other learning rates; only a run with "
+                "--schedule constant and as many warm-up steps can be extended")
+    return ""
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
@@ -255,7 +260,8 @@ def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
         places += [dataset.where(batch.examples[document]) for document in bad]
     places = sorted(sum(from_all(places), []))
     if not places:
-        return "Every record's loss is finite, so something overflowed: lower --lr, or try --dtype fp32."
+        return ("Every record's loss is finite, so something else overflowed: lower --lr, --kl-weight and "
+                "the weights of spans, or try --dtype fp32.")
     more = f" and {len(places) - 8} more" if len(places) > 8 else ""
     return f"Its loss is not finite for {', '.join(places[:8])}{more}."
 
@@ -287,18 +293,21 @@ def describe(config: Config) -> str:
 
 
 def print_change(before: dict, after: dict) -> None:
-    """The table at the end: held-out NLL of each kind of span before and after."""
+    """The table at the end: held-out NLL of each kind of span in two evaluations, lines of eval.jsonl; "-"
+    where the first did not have the same records."""
     say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
     say(f"{'data':<13}{'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
+    measured = {before["contents"][name]: kinds for name, kinds in before["data"].items()}
     for name, kinds in after["data"].items():
         for kind, now in kinds.items():
-            then = before["data"].get(name, {}).get(kind, now)["nll_token_mean"]
-            say(f"{name[:12]:<13}{kind:<12}{now['tokens']:>9,}{then:>12.4f}{now['nll_token_mean']:>9.4f}"
-                f"{now['nll_token_mean'] - then:>+9.4f}")
+            then = measured.get(after["contents"][name], {}).get(kind, {}).get("nll_token_mean")
+            value = now["nll_token_mean"]
+            old, change = ("-", "-") if then is None else (f"{then:.4f}", f"{value - then:+.4f}")
+            say(f"{name[-12:]:<13}{kind:<12}{now['tokens']:>9,}{old:>12}{value:>9.4f}{change:>9}")
     if "exact_match" in after:
-        match, count = after["exact_match"], after["answers"]
-        say(f"\nexact match on {count} held-out answers: {before.get('exact_match', 0):.1%} before, "
-            f"{match:.1%} after")
+        same = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
+        say(f"\nexact match on {after['answers']} held-out answers: "
+            + (f"{before['exact_match']:.1%} before, " if same else "") + f"{after['exact_match']:.1%} after")
 
 
 def show_answers(answers: list[dict]) -> None:
@@ -419,8 +428,8 @@ def main(argv: list[str]) -> int:
     # written before the oldest is deleted.
     room = parameter_count(model_config) * (DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
                                             + 12 * (config.keep_checkpoints + 1 if config.save_every else 1))
-    extends = partial(same_rates, config, per_epoch)
-    begin = from_main(claim(out, identity, settings, folder, room, extends, say) if is_main() else None)
+    begin = from_main(claim(out, identity, settings, folder, room, partial(other_length, config, per_epoch),
+                            say) if is_main() else None)
     if begin.finished:
         say(f"{out}/final was finished before")
         return finish(0)
@@ -448,7 +457,8 @@ def main(argv: list[str]) -> int:
 
     def evaluate(step: int) -> tuple[dict, list[dict]]:
         """Held-out NLL by file and kind, at the ends exact matches too; rank 0 writes them to eval.jsonl."""
-        result: dict = {"step": step, "data": {}}
+        result: dict = {"step": step, "data": {},
+                        "contents": {name: each.content for name, each in zip(names, eval_sets)}}
         answers: list[dict] = []
         with autocast:
             for name, dataset in zip(names, eval_sets):
@@ -471,7 +481,9 @@ def main(argv: list[str]) -> int:
         return result, answers
 
     # Until here, and in the first evaluation, Ctrl-C ends the run at once: nothing would be lost.
-    if due(first_step):
+    if due(first_step) or (eval_sets and not begin.evaluated):
+        if is_main():   # what is there may be of an evaluation that did not come to its end
+            keep_lines(out / "eval.jsonl", first_step - 1)
         after, answers = evaluate(first_step)
 
     # -- the loop

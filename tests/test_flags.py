@@ -35,9 +35,10 @@ def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
     ("count", 0, "--count 0: must be a whole number, 1 or more"), ("count", 1.5, "--count 1.5: must be a"),
     ("count", True, "--count true"), ("count", "1e3", "--count 1e3"),
     ("mode", "c", "--mode c: must be one of a, b"), ("mode", 1, "--mode 1: must be text"),
+    ("mode", "", '--mode "": must be text, and not empty'), ("mode", [], r"--mode \[\]: must be text"),
     ("files", [1], r"--files \[1\]: must be one name or a list"), ("files", {"a": 1}, "--files"),
     ("files", [""], "--files"), ("fast", "no", "--fast no: must be true or false"), ("fast", 1, "--fast 1"),
-    ("delete", "no", ""), ("unheard_of", 1, "unknown names unheard_of")])
+    ("delete", "no", ""), ("unheard_of", 1, "unknown flags unheard_of")])
 def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, says):
     if not says:
         assert given(tmp_path, {name: value}) == {}
@@ -56,9 +57,9 @@ def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
     assert given(tmp_path, saved) == given_flags(Some, argv, "some.py", "") == expected
     assert given(tmp_path, saved, ["--no-fast", "--rate", "2", "--files", "a", "b"]) == {
         **expected, "fast": False, "rate": 2.0, "files": ["a", "b"]}
-    # what is null or empty is not given; dashes are as good as underscores
-    assert given(tmp_path, {"rate": None, "files": [], "mode": "", "--count": 2}) == {"count": 2}
-    for broken in ("[]", "{", '"text"'):
+    # what is null or an empty list is not given; dashes are as good as underscores
+    assert given(tmp_path, {"rate": None, "files": [], "--count": 2}) == {"count": 2}
+    for broken in ("[]", "{", '"text"', '{"rate": 1, "rate": 2}', '{"rate": 1, "--rate": 2}'):
         with pytest.raises(ValueError, match="--config .*config.json: "):
             given(tmp_path, broken)
 
@@ -66,7 +67,7 @@ def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
 def test_deleting_resuming_and_looking_are_never_read_from_a_file(tmp_path):
     """A saved run_config.json of a run that was started with --overwrite would delete what it repeats."""
     config = train.Config(model="m", train_data=["t.jsonl"], lr=0.5, overwrite=True, resume="never",
-                          dry_run=2)
+                          dry_run=2, output_dir="o", date="2026-01-05")
     (tmp_path / "run_config.json").write_text(json.dumps(vars(config)))
     again = train.parse_args(["--config", str(tmp_path / "run_config.json")])
     assert (again.overwrite, again.resume, again.dry_run, again.lr) == (False, "auto", 0, 0.5)

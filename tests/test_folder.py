@@ -1,6 +1,7 @@
 """The folder of a run: whose it is, what resumes in it and from where, and that nothing trained is lost."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -109,6 +110,19 @@ def test_the_same_command_with_a_named_checkpoint_advances(folder, whole, monkey
     assert run_here(arguments(folder, "queued", resume=saved)) == 0
     assert same_weights(folder / "queued", whole)
     refused(folder, "holds a finished run", "queued", resume=saved)
+
+
+def test_a_run_with_its_own_checkpoints_no_longer_needs_the_one_it_began_from(folder, whole, monkeypatch):
+    saved = shutil.copytree(whole / "checkpoints" / "step-00000003", folder / "lent")
+    stopped(folder, "orphan", 2, monkeypatch, resume=saved)
+    shutil.rmtree(saved)
+    assert run_here(arguments(folder, "orphan", resume=saved)) == 0
+    assert same_weights(folder / "orphan", whole)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(folder, whole):
+    refused(folder, "whole: is the folder of a run; name one of its checkpoints, such as .*step-00000008, or "
+            "resume it with --output-dir", "none", resume=whole)
 
 
 # ---------------------------------------------------------------- launches
@@ -227,10 +241,10 @@ def test_an_evaluation_that_was_cut_off_is_made_again_on_resume(folder, monkeypa
 
 def test_too_little_room_is_said_before_training(folder, monkeypatch, capsys):
     run_here(arguments(folder, "roomy", max_steps=1))
-    assert "GB are free" not in capsys.readouterr().out
+    assert "MB are free" not in capsys.readouterr().out
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
     run_here(arguments(folder, "crammed", max_steps=1))
-    assert "crammed: 0.0 GB are free" in capsys.readouterr().out
+    assert "crammed: 0 MB are free, the run will write 0 MB" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- nothing trained yet
@@ -297,11 +311,11 @@ def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenised(folder, 
     refused(folder, "--lr was 0.01, is 0.02", "begun", lr=2e-2)
     refused(folder, "holds neither model.safetensors", "new", model=folder / "headless" / "model")
     refused(folder, "missing model.layers.2", "new", model=folder / "misfit" / "model")
-    refused(folder, "file is not a folder that can be written to", "file")
-    refused(folder, "file is not a folder that can be written to", "file/below")
+    refused(folder, "file is not a writable folder", "file")
+    refused(folder, "file is not a writable folder", "file/below")
     refused(folder, "step-99: not a whole checkpoint", "new", resume=folder / "step-99")
     monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
-    refused(folder, "is not a folder that can be written to", "new")
+    refused(folder, "is not a writable folder", "new")
 
 
 # ---------------------------------------------------------------- what differs, by name
@@ -341,8 +355,9 @@ def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkey
     run_here(arguments(folder, "extended", **constant, epochs=2))   # 8 steps, 1 of warm-up
     refused(folder, "holds a finished run", "extended", **constant, epochs=2)
     before = state_of(folder / "extended")
-    with pytest.raises(ValueError, match="with --epochs 3 --max-steps 0 --warmup-ratio 0.1, not --epochs 2.*"
-                                         "8 steps that are trained would have had other learning rates.*"
+    with pytest.raises(ValueError, match="cannot be resumed with --epochs 3 --max-steps 0 --warmup-ratio 0.1"
+                                         ": the 8 steps that are trained would have had other learning rates.*"
+                                         "Give --epochs 2 .* again, or start a new run from its result: "
                                          "--model .*extended/final --output-dir ANOTHER"):
         run_here(arguments(folder, "extended", **constant, epochs=3))
     assert {k: v for k, v in state_of(folder / "extended").items() if ".lock" not in k} == {
@@ -359,11 +374,11 @@ def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkey
     assert [(r["step"], r["lr"]) for r in metrics(folder / "flat")] == [
         (r["step"], r["lr"]) for r in metrics(folder / "flat-long")]
     assert run_here(arguments(folder, "flat", **flat, max_steps=13)) == 0   # by steps as well
-    with pytest.raises(ValueError, match="12 steps that are|13 steps that are"):
+    with pytest.raises(ValueError, match="--epochs 2 .*: 13 steps are trained, .* would have only 8"):
         run_here(arguments(folder, "flat", **flat, epochs=2))               # shorter than it is
     # a stopped run too; and a linear one is refused, whatever the warm-up
     stopped(folder, "linear", 3, monkeypatch)
-    with pytest.raises(ValueError, match="3 steps that are trained would have had other learning rates"):
+    with pytest.raises(ValueError, match="3 steps that are trained would .* Give --epochs 2 .* again$"):
         run_here(arguments(folder, "linear", epochs=4))
     shutil.rmtree(folder / "flat-long" / "final")
     refused(folder, "holds a finished run whose final/ is gone", "flat-long", **flat, epochs=3)
@@ -385,6 +400,34 @@ def test_held_out_files_of_like_names_each_keep_their_result(folder):
     assert list(data) == [str(files[0]), str(files[1]), "x-0"]
     counts = [sum(kind["tokens"] for kind in kinds.values()) for kinds in data.values()]
     assert len(set(counts)) == 3
+
+
+def table(printed: str) -> list[list[str]]:
+    """The rows about completions of the table at the end: data, span, tokens, before, after, change."""
+    return [line.split() for line in printed.splitlines() if re.match(r"\S+ +completion +[\d,]+ ", line)]
+
+
+def test_the_table_at_the_end_compares_the_same_records_only(folder, whole, monkeypatch, capsys):
+    a, b = (make_records(folder / f"held-{name}.jsonl", 4, seed=ord(name)) for name in "ab")
+    # began from a checkpoint: measured there
+    run_here(arguments(folder, "from-3", eval_data=a, resume=whole / "checkpoints" / "step-00000003"))
+    printed = capsys.readouterr().out
+    assert "at step 3 and step 8" in printed
+    assert [json.loads(line)["step"] for line in open(folder / "from-3" / "eval.jsonl")] == [3, 8]
+    # resumed with another file
+    stopped(folder, "more-files", 3, monkeypatch, eval_data=a)
+    run_here(arguments(folder, "more-files", eval_data=[a, b]))
+    first, second = table(capsys.readouterr().out)
+    before, after = (json.loads(line)["data"] for line in open(folder / "more-files" / "eval.jsonl"))
+    shown = [x["held-a"]["completion"]["nll_token_mean"] for x in (before, after)]
+    assert [float(x) for x in first[3:]] == pytest.approx([*shown, shown[1] - shown[0]], abs=1e-4)
+    assert [second[3], second[5]] == ["-", "-"]
+    # the same name, other records
+    stopped(folder, "other-records", 3, monkeypatch, eval_data=a)
+    shutil.copy(b, a)
+    run_here(arguments(folder, "other-records", eval_data=a))
+    ((*_, then, now, change),) = table(capsys.readouterr().out)
+    assert (then, change) == ("-", "-") and float(now) > 0
 
 
 def test_a_file_given_twice_to_train_on_is_said(folder, capsys):

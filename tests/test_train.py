@@ -776,7 +776,8 @@ def test_a_runs_learning_rates_are_those_written_here_and_so_is_their_number(fol
 def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
     config = train.parse_args(arguments(folder, "x", lr="1", clip_grad_norm="0", neftune_alpha="1e-4"))
     assert config.lr == 1.0 and config.neftune_alpha == 1e-4 and config.loss == "im" and config.epochs == 2
-    (tmp_path / "c.json").write_text(json.dumps({**vars(config), "loss": "it", "seed": 7}))
+    saved = {**vars(config), "loss": "it", "seed": 7, "date": "2026-01-05"}
+    (tmp_path / "c.json").write_text(json.dumps(saved))
     again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9"])
     assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
     embedded = train.parse_args([])
