@@ -13,6 +13,7 @@ a run and nothing else.
 Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 """
 import argparse
+import contextlib
 import gzip
 import hashlib
 import heapq
@@ -52,7 +53,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "cha
 # Switches of other trainers and servers with the value that changes nothing here. On a message the first
 # seven say whether it is trained.
 NEUTRAL = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0,
-           "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0}
+           "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
+           "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
 TRAINS = tuple(NEUTRAL)[:7]
 # Other fields that change what is trained or served elsewhere: {name, as a pattern: why it is refused}.
 REFUSED = {
@@ -63,10 +65,15 @@ REFUSED = {
     r"|prefix|prefill|add_generation_prompt|continue_final_message":
         "which would not be trained as it is served: write it into the messages as text, or remove it",
     r"(train|training|trainable|loss|masks?|masked)(_\w+)?|(\w+_)?loss_(mask|scale|weight)s?"
-    r"|((sample|example|token|turn)_)?weights?|labels?|(chosen|rejected)(_\w+)?":
+    r"|((sample|example|token|turn)_)?weights?|labels?|(chosen|rejected)(_\w+)?"
+    r"|(is|do|no|to|should|compute|with)_?(train\w*|loss)|supervised?|include|ignored?|skip(ped)?|channel":
         "which would change here what is trained: mark messages that are not to be trained with "
         "\"weight\": 0, leave out records that are not, and remove the field",
 }
+
+# Fields whose text belongs to the conversation, in one layout or another.
+TEXTS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix", "system_message",
+         "developer")
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
 
@@ -124,14 +131,19 @@ def to_messages(record: dict) -> list[dict]:
         turns = record["conversations"]
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-        messages = [{**{field: value for field, value in turn.items() if field not in ("from", "value")},
-                     "role": SHAREGPT_ROLES.get(str(turn.get("from")), turn.get("from")),
-                     "content": turn.get("value")} for turn in turns]
+        messages = []
+        for number, turn in enumerate(map(_present, turns), 1):
+            role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+            role = SHAREGPT_ROLES.get(str(role), role)
+            if turn.get("role", role) != role or turn.get("content", content) != content:
+                raise ValueError(f"message {number} has 'from' and 'value' besides another 'role' or "
+                                 "'content': keep one of them")
+            messages.append({**turn, "role": role, "content": content})
     elif "prompt" in record and "completion" in record:
         messages = [{"role": "user", "content": record["prompt"]},
                     {"role": "assistant", "content": record["completion"]}]
     elif "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input") or ""]
+        parts = [record["instruction"], record.get("input", "")]
         if not all(isinstance(part, str) for part in parts):
             raise ValueError("'instruction' and 'input' must be text")
         messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
@@ -148,7 +160,15 @@ def to_messages(record: dict) -> list[dict]:
             messages = [{"role": "system", "content": record[field]}, *messages]
         elif record.get(field, "") not in ("", *given):
             raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
-    return [_message(message, number) for number, message in enumerate(messages, 1)]
+    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
+    for field in TEXTS:
+        text = record.get(field)
+        if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
+            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
+                             "write it into them, or remove the field")
+    if "messages" in record and record.get("conversations"):
+        raise ValueError("has both 'messages' and 'conversations': keep one of them")
+    return messages
 
 
 def _present(fields: dict) -> dict:
@@ -162,7 +182,7 @@ def _refuse(fields: dict, owner: str) -> None:
         if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
             continue
         for pattern, reason in REFUSED.items():
-            if re.fullmatch(pattern, field):
+            if re.fullmatch(pattern, field, re.IGNORECASE):
                 raise ValueError(f"{owner} has {field!r}, {reason}")
 
 
@@ -176,7 +196,7 @@ def _message(message: dict, number: int) -> dict:
     switches = {field: rest.pop(field) for field in TRAINS if field in rest}
     for field, value in switches.items():
         if value not in (0, 1):
-            raise ValueError(f"message {number} has the {field} {value!r}; it must be 0 or 1, false or true")
+            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
     weights = {int(value == NEUTRAL[field]) for field, value in switches.items()}
     if len(weights) > 1:
         raise ValueError(f"message {number} is to be trained and not to be trained: "
@@ -344,26 +364,31 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
             f"{tokenizer.folder}")
     content = next(i for i, piece in enumerate(answer) if piece.text == "b")
     lead = "".join(piece.text for piece in answer[:content] if not piece.special)
-    return replace(template, end_of_turn=answer[-1].text, lead=lead,
-                   warning=_compare_prompts(PROBE, probe, template))
+    template = replace(template, end_of_turn=answer[-1].text, lead=lead)
+    warnings = []
+    for before in ([], [{"role": "system", "content": "s"}], PROBE):
+        with contextlib.suppress(ValueError):   # the template takes no such conversation
+            warnings.append(_compare_prompts([*before, *PROBE], template))
+    return replace(template, warning=next(filter(None, warnings), ""))
 
 
-def _compare_prompts(conversation: list[dict], pieces: list[Piece], template: Template) -> str:
+def _compare_prompts(conversation: list[dict], template: Template) -> str:
     """A warning where the generation prompt for the conversation's last message is not what its text is
-    trained behind; else ""."""
-    prompt = _generation_prompt(conversation[:-1], template)
+    trained after; else ""."""
+    prompt, pieces = _generation_prompt(conversation[:-1], template), render(conversation, template)
     if prompt is None:
-        return f"template {template.name} renders no generation prompt: answers are trained behind none"
+        return f"template {template.name} renders no generation prompt: answers are trained without one"
     kinds = [piece.kind for piece in pieces]
-    trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION)])
+    first = len(kinds) - kinds[::-1].index(INSTRUCTION)     # behind the last question
+    trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION, first)])
     if "".join(piece.text for piece in pieces).startswith(prompt):
         return ""
     # Up to the question's end they are usually the same, and that says nothing.
-    asked = "".join(piece.text for piece in pieces[:kinds.index(INSTRUCTION) + 1])
+    asked = "".join(piece.text for piece in pieces[:first])
     start = len(asked) if prompt.startswith(asked) else 0
     return (f"template {template.name}: the generation prompt is {prompt[start:]!r}, but the trained text "
-            f"has {trained[start:]!r} in its place, so answers are trained behind other text than they are "
-            "generated behind; to make both the same, edit a copy and give it as --template FILE.jinja")
+            f"has {trained[start:]!r} in its place, so answers are trained after other text than they are "
+            "generated after; to make both the same, edit a copy and give it as --template FILE.jinja")
 
 
 def _generation_prompt(messages: list[dict], template: Template) -> str | None:
@@ -403,6 +428,7 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
                              f"special token {token[0]!r}, which would not stay text there: remove it")
     parts = _take_apart(shown, template, add_generation_prompt)
     text = "".join(part or "" for part in parts)
+    ends = (template.end_of_turn, template.tokens.get("eos_token"))
     pieces: list[Piece] = []
 
     def add(text: str, kind: int) -> None:
@@ -412,7 +438,8 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     for i, literal in enumerate(parts[::2]):
         content = parts[2 * i + 1] if i < len(messages) else None
         end = special.search(literal) if turn is not None else None
-        end = end.end() if end else 0
+        # Not every template ends every answer; the next special token is then another message's.
+        end = end.end() if end and (not template.end_of_turn or end[0] in ends) else 0
         start, kind = len(literal), TEMPLATE
         if content is not None:
             answers = messages[i]["role"] == "assistant"

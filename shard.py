@@ -171,6 +171,8 @@ def stored_tensors(files: list[Path], chosen: dict[str, Path] | None = None) -> 
     chosen = chosen or {}
     for file in files:
         try:
+            with open(file, "rb"):  # says why it cannot be read, unlike safe_open
+                pass
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
                     if chosen.get(name, file) != file:

@@ -9,13 +9,20 @@ the usual way. A step's examples and all its denominators are known before it st
 micro-batch size nor the number of ranks changes what a step optimises. And every run reports the loss of each
 kind of span, trained or not.
 """
+import sys
+
+INTERRUPTED = "error: interrupted before training began; nothing is lost"
+if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported: one line too
+    sys.excepthook = lambda kind, error, trace: (
+        print(INTERRUPTED, file=sys.stderr) if kind is KeyboardInterrupt
+        else sys.__excepthook__(kind, error, trace))
+
 import contextlib
 import dataclasses
 import json
 import math
 import os
 import signal
-import sys
 import textwrap
 import time
 from dataclasses import dataclass
@@ -617,7 +624,7 @@ def run(argv: list[str]) -> int:
         return main(argv)
     except KeyboardInterrupt:
         if is_main():
-            print("error: interrupted before training began; nothing is lost", file=sys.stderr)
+            print(INTERRUPTED, file=sys.stderr)
         leave(128 + signal.SIGINT)
     except Exception as error:
         report_error(error)

@@ -756,6 +756,27 @@ def test_ids_served_and_ids_trained_make_up_the_whole(world, template, tokenizer
     assert trained[-1] == theirs.convert_tokens_to_ids(loaded.end_of_turn)
 
 
+def test_the_next_messages_first_token_does_not_end_an_answer(world):
+    """A template that ends the last answer only: what follows an earlier one is another message's header."""
+    template = world.inline("{% for m in messages %}{{ '<|im_start|>' + m.role + ':' + m.content }}"
+                            "{% if loop.last and m.role == 'assistant' %}{{ '<|im_end|>' }}{% endif %}"
+                            "{% endfor %}"
+                            "{% if add_generation_prompt %}{{ '<|im_start|>assistant:' }}{% endif %}", "qwen")
+    pieces = render(conversation("uaua", ["w", "x", "y", "z"]), template)
+    assert [piece.text for piece in pieces if piece.kind == COMPLETION] == ["x", "z", "<|im_end|>"]
+
+
+def test_a_prompt_that_differs_only_after_a_system_message_or_a_second_turn_gives_a_warning(world):
+    for start, prompt in (("messages[0].role == 'system'", "R"), ("messages | length > 2", "S")):
+        template = world.inline(
+            "{% for m in messages %}{{ 'U:' if m.role != 'assistant' else 'Q:' }}{{ m.content }}"
+            "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}{% if START %}PROMPT:{% else %}Q:{% endif %}{% endif %}"
+            .replace("START", start).replace("PROMPT", prompt))
+        assert f"the generation prompt is '{prompt}:'" in template.warning
+        assert "has 'Q:' in its place" in template.warning
+
+
 @pytest.mark.parametrize("template, tokenizer", PAIRS)
 def test_only_a_prompt_that_is_not_trained_behind_gives_a_warning(world, template, tokenizer):
     warning = world.template(template, tokenizer).warning
