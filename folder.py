@@ -66,7 +66,7 @@ def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, s
     # what a hash stands for, in words
     words = {"model": f"--model {settings['model']}: other weights or another config.json",
              "tokenizer": f"--model {settings['model']}: another tokenizer",
-             "template": f"--template {settings['template']}: another text",
+             "template": f"--template {settings['template']}: its text has changed",
              "tokens": "the same records give other tokens (data.py or a library has changed)"}
     differ = []
     for name in sorted(new.keys() - {*skip}):
@@ -79,6 +79,7 @@ def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, s
         elif name == "train_data":
             differ.append(f"--train-data: {len(now)} file(s), not those of before")
         else:
+            was, now = ("not given" if value is None else value for value in (was, now))
             differ.append(words.get(name, f"{flag_name(name)} was {was}, is {now}"))
     if differ:
         raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")

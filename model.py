@@ -738,7 +738,7 @@ def _what_else(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return ("it holds an adapter; merge it into its base model (peft's merge_and_unload and "
                 "save_pretrained) and give the folder of the result")
-    return ("a checkpoint folder holds config.json, tokenizer.json and *.safetensors; weights in another "
+    return ("a checkpoint folder needs config.json, tokenizer.json and *.safetensors; weights in another "
             "format, like pytorch_model.bin, can be converted with transformers' "
             "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
 

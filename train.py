@@ -240,14 +240,14 @@ class Signals:
     so the step in hand is finished and saved."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.doing = 0, "finishing this step, then saving"
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
     def ask(self, number: int, _: object) -> None:
         # torchrun's TERM may follow another rank's error
         if not self.number and "WORLD_SIZE" not in os.environ:
-            say(f"{signal.Signals(number).name}: finishing this step, then saving")
+            say(f"{signal.Signals(number).name}: {self.doing}")
         self.number = self.number or number
 
 
@@ -431,6 +431,7 @@ def main(argv: list[str]) -> int:
             say(f"warning: {warning}")
 
     # -- the folder, and where to resume; only now that all that can be wrong with the input was found
+
     # The bytes of final/ and of the checkpoints, each the weights and AdamW's averages in fp32. A new one is
     # written before the oldest is deleted.
     room = parameter_count(model_config) * (DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
@@ -598,6 +599,8 @@ def main(argv: list[str]) -> int:
         if interrupted or step == total_steps or (config.save_every and step % config.save_every == 0):
             checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
                                        config.keep_checkpoints)
+        if step == total_steps:
+            stop.doing = "finishing the last evaluation and the export"
         if interrupted:
             bar.close()
             say(f"stopped after step {step} of {total_steps}; the same command resumes from here")

@@ -335,7 +335,7 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named",
             **{**base, "train_data": data[:1]})
     refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})
-    refused(folder, "--template .*: another text[)]", "named", **{**base, "template": "llama3"})
+    refused(folder, "--template .*: its text has changed[)]", "named", **{**base, "template": "llama3"})
     refused(folder, "--max-length was 120, is 90[)]", "named", **base, max_length=90)
     tokenizer = folder / "model" / "tokenizer.json"
     text = tokenizer.read_text()
