@@ -39,7 +39,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     """A flag's value from a command line (text) or from JSON, in the flag's type.
     ValueError that names the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
-        shown = value if isinstance(value, str) and value else json.dumps(value)
+        shown = value if isinstance(value, str) and value and field.type is not bool else json.dumps(value)
         raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
 
     if field.type == list[str]:
@@ -53,10 +53,10 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
         return value
     choices, (least, above, below) = field.metadata["choices"], field.metadata["limits"]
     if field.type is str:
-        if not isinstance(value, str) or not value:
-            refuse("text, and not empty")
         if choices and value not in choices:
             refuse(f"one of {', '.join(choices)}")
+        if not isinstance(value, str) or not value:
+            refuse("text, and not empty")
         return value
     kind = int if field.type is int else float
     limit = "a whole number" if kind is int else "a finite number"
@@ -120,7 +120,7 @@ def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, o
         if not isinstance(saved, dict):
             raise ValueError("must be one JSON object, {\"flag\": value, ...}")
         if unknown := sorted(saved.keys() - fields.keys()):
-            raise ValueError(f"unknown flags {', '.join(unknown)}")
+            raise ValueError(f"unknown flags {', '.join(map(repr, unknown))}")
         return {name: check_flag(fields[name], value) for name, value in saved.items()
                 if fields[name].metadata["in_file"] and value is not None and not (
                     value == [] and fields[name].type == list[str])}

@@ -147,8 +147,13 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
-    present = {name for name in os.listdir(out) if not name.endswith(".part")} if out.is_dir() else set()
-    old = read_json(out / "identity.json")
+    # A full disk may leave these before there is an identity.
+    present = set(os.listdir(out) if out.is_dir() else ()) - {
+        ".lock", "identity.json.part", "run_config.json.part"}
+    try:
+        old = read_json(out / "identity.json")
+    except ValueError as error:
+        raise ValueError(f"--output-dir {out}: {error}; give another --output-dir, or delete it") from None
     finished = "finished_after" in old and (out / "final").is_dir()
     metrics = out / "metrics.jsonl"
     trained = any((bool(find_checkpoints(out)), (out / "final").is_dir(),
@@ -158,8 +163,11 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         if finished:
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
-    if "identity.json" not in present and (present & {*RUN_FILES} or present - {".lock"} and not overwrite):
-        raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another")
+    # Other programs have files of these names too; only identity.json, by its content, says whose they are.
+    if "launch" not in old and present and not (overwrite and present.isdisjoint(
+            name for run_file in RUN_FILES for name in (run_file, f"{run_file}.part"))):
+        raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
+                         "or delete it")
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         named = Path(resume)
         if overwrite and named.resolve().is_relative_to(out.resolve()):
@@ -167,7 +175,11 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         if saved := find_checkpoints(named):
             raise ValueError(f"--resume {named}: is the folder of a run; name one of its checkpoints, such "
                              f"as {saved[-1]}, or resume it with --output-dir {named}")
-        check_identity(read_state(named)["identity"], identity, settings, f"--resume {named}",
+        try:
+            state = read_state(named)
+        except ValueError as error:
+            raise ValueError(f"--resume {error}; name one like RUN/checkpoints/step-00000100") from None
+        check_identity(state["identity"], identity, settings, f"--resume {named}",
                        "give the flags it was started with", LENGTH)
     if overwrite:
         return "delete" if trained else "start"
@@ -211,16 +223,6 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     if named:
         check_files(named)
 
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        if not lock(out / ".lock", launch()):
-            say(f"warning: {out}/.lock cannot be locked here; see to it that no other run writes there")
-    except ValueError as error:
-        raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
-
-    for part in unfinished_checkpoints(out):
-        say(f"{part.name} was not written to its end and is ignored")
-        shutil.rmtree(part)
     start = newest_whole(out, say) if own and named is None else named
     step = 0
     if start:
@@ -237,6 +239,17 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
                          "--save-every for that); start a new one from its result: "
                          f"--model {out / 'final'} --output-dir ANOTHER")
+
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        if not lock(out / ".lock", launch()):
+            say(f"warning: {out}/.lock cannot be locked here; see to it that no other run writes there")
+    except ValueError as error:
+        raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
+
+    for part in unfinished_checkpoints(out):
+        say(f"{part.name} was not written to its end and is ignored")
+        shutil.rmtree(part)
     if todo == "delete":
         say(f"{out}: deleting the run that is there")
     elif todo == "resume" and start is None:

@@ -16,6 +16,7 @@ class Some:
     share: float | None = flag(None, "a number, or none", least=0, below=1)
     count: int = flag(3, "a whole number", least=1)
     mode: str = flag("a", "a word", choices=("a", "b"))
+    name: str = flag("", "any text")
     files: list[str] = flag(list, "names")
     fast: bool = flag(False, "yes or no")
     delete: bool = flag(False, "only on the command line", in_file=False)
@@ -34,11 +35,12 @@ def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
     ("share", 1, "--share 1: must be a finite number, 0 or more and below 1"), ("share", -1, "--share -1"),
     ("count", 0, "--count 0: must be a whole number, 1 or more"), ("count", 1.5, "--count 1.5: must be a"),
     ("count", True, "--count true"), ("count", "1e3", "--count 1e3"),
-    ("mode", "c", "--mode c: must be one of a, b"), ("mode", 1, "--mode 1: must be text"),
-    ("mode", "", '--mode "": must be text, and not empty'), ("mode", [], r"--mode \[\]: must be text"),
+    ("mode", "c", "--mode c: must be one of a, b"), ("mode", 1, "--mode 1: must be one of a, b"),
+    ("mode", "", '--mode "": must be one of'), ("mode", ["a"], r'--mode \["a"\]: must be one of'),
+    ("name", "", '--name "": must be text, and not empty'), ("name", [], r"--name \[\]: must be text"),
     ("files", [1], r"--files \[1\]: must be one name or a list"), ("files", {"a": 1}, "--files"),
-    ("files", [""], "--files"), ("fast", "no", "--fast no: must be true or false"), ("fast", 1, "--fast 1"),
-    ("delete", "no", ""), ("unheard_of", 1, "unknown flags unheard_of")])
+    ("files", [""], "--files"), ("fast", "no", '--fast "no": must be true or false'), ("fast", 1, "--fast 1"),
+    ("delete", "no", ""), ("unheard_of", 1, "unknown flags 'unheard_of'")])
 def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, says):
     if not says:
         assert given(tmp_path, {name: value}) == {}
