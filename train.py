@@ -410,7 +410,7 @@ def main(argv: list[str]) -> int:
         f"{per_epoch:,} an epoch\n  of {report['records']:,} records {report['truncated']:,} were truncated, "
         f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
         f"{len(train_set) - len(usable):,} left out with nothing to train on")
-    say_what_differs(config, train_set, incomplete, model_config.raw.get("max_position_embeddings"))
+    say_what_differs(config, train_set, incomplete, model_config.max_position_embeddings)
 
     if config.dry_run:
         say(estimate.forecast(config, folder, compute, use_cuda, lengths, train_set.counts[usable],

@@ -58,7 +58,7 @@ class HarnessModel(TemplateLM):
         if self.words.eos_token not in self.words.special:
             raise ValueError(f"{self.words.folder}/tokenizer_config.json names no eos_token that the "
                              "tokenizer has; the harness needs one to end answers with")
-        own_length = self.model.config.raw.get("max_position_embeddings")
+        own_length = self.model.config.max_position_embeddings
         self.max_length = int(max_length or own_length or MAX_LENGTH)
         automatic = str(batch_size).startswith("auto")
         self.batch_size = ANSWERS if automatic else int(batch_size)
