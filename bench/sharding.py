@@ -42,12 +42,13 @@ def point(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    import checkpoint
+    from runtime import checkpoint
     import train
-    from loss import weighted_nll
-    from machine import keep_freed_memory
+    from kernels.head import weighted_nll
+    from runtime.machine import keep_freed_memory
     from model import load_model
-    from shard import part, shard, whole
+    from runtime.distributed import shard, whole
+    from runtime.weights import part
 
     keep_freed_memory()
     dist.init_process_group("gloo")

@@ -18,13 +18,13 @@ import secrets
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from data import render, to_messages, tokenize
+from chat import render, to_messages, tokenize
 from eval.answers import Answers, made_with
 from eval.common import (Loaded, Parser, check_values, load, mean_and_error, progress,
                          read_objects, run, start_ranks, write_json)
 from eval.engine import Sampling
 from eval.sandbox import run_python
-from ranks import is_main
+from runtime.distributed import is_main
 
 FIELDS = ("task_id", "prompt", "test", "entry_point")
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loss import weighted_nll  # noqa: E402
+from kernels.head import weighted_nll  # noqa: E402
 from model import load_model  # noqa: E402
-from shard import part, shard  # noqa: E402
+from runtime.distributed import shard  # noqa: E402
+from runtime.weights import part  # noqa: E402
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from data import Tokenizer, render, tokenize
+from chat import Tokenizer, render, tokenize
 from eval import compare, examples, spans
 from eval.common import load
 from eval.curves import Line, panel, smoothed, ticks

@@ -12,7 +12,7 @@ import transformers
 import eval.engine as engine
 import eval.generate as module
 import tokenizers_for_tests as cast
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model

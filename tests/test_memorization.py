@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval import memorization
 from tiny import arguments as train_arguments
 from tiny import flags, make_model, run_here, run_module

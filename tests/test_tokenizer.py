@@ -11,12 +11,14 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import processors
 
-import checkpoint
+from runtime import checkpoint
+from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from data import (CLASS_DEFAULTS, NAMED, TEMPLATE, Piece, Tokenizer, check_vocabulary, load_dataset,
-                  load_template, tokenize)
+from chat import Piece, TEMPLATE, Tokenizer, check_vocabulary, load_template, tokenize
+from data import load_dataset
+from runtime.tokenizer import CLASS_DEFAULTS, NAMED
 from eval import common, generate, likelihood, spans
 from model import load_model
 from tiny import make_records, weights
@@ -447,7 +449,7 @@ def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_0
     tokenizer = Tokenizer(source)
     folder.mkdir()
     model = SimpleNamespace(config=SimpleNamespace(raw=raw, vocab_size=rows))
-    checkpoint._write_tokenizer(folder, model, tokenizer, load_template(template, tokenizer))
+    tokenizer_files.write_tokenizer(folder, model, tokenizer, load_template(template, tokenizer))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return tokenizer
 
