@@ -505,7 +505,7 @@ class Tokenizer:
 
     named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
     plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
-    first and rest: for text whose special tokens are not to be parsed, at the start and behind a token.
+    at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
 
     ValueError if the folder has none, or only SentencePiece's tokenizer.model, or if text could become a
     special token that it only spells.
@@ -557,7 +557,7 @@ class Tokenizer:
         self._encode_content_with(spec)
 
     def _encode_content_with(self, spec: dict) -> None:
-        """Make `first` and `rest` of tokenizer.json's content: `</s>` in content stays text for them.
+        """Make both encoders of tokenizer.json's content: `</s>` in content stays text for them.
 
         Not to split at special tokens is not enough: a vocabulary that holds `</s>` as a piece finds it in
         a text, or in what the normaliser makes of `\uff1c/s\uff1e`. So they know special tokens by names
@@ -590,16 +590,16 @@ class Tokenizer:
             model["merges"] = [[a, b] for a, b in pairs
                                if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
         text = json.dumps(spec)
-        self.first = self.rest = tokenizers.Tokenizer.from_str(text)
+        self.at_start = self.after_special = tokenizers.Tokenizer.from_str(text)
         # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run
         # that comes after a special token is encoded by a twin that adds none.
         if '"prepend_scheme": "first"' in text:
-            self.rest = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
+            self.after_special = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
                                                                    '"prepend_scheme": "never"'))
         # Every special token, in full-width letters too, and a character that no vocabulary has.
         wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
         for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
-            for encoder in {self.first, self.rest}:
+            for encoder in {self.at_start, self.after_special}:
                 try:
                     ids = encoder.encode(text, add_special_tokens=False).ids
                 except Exception:   # the library knows no other class: no unknown token, no such text
@@ -658,7 +658,7 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
         layout.append(items)
 
     encoded = {}
-    for encoder, wanted in ((tokenizer.first, lambda i: i == 0), (tokenizer.rest, lambda i: i > 0)):
+    for encoder, wanted in ((tokenizer.at_start, lambda i: i == 0), (tokenizer.after_special, lambda i: i > 0)):
         keys = [(e, i) for e, items in enumerate(layout) for i, item in enumerate(items)
                 if item[2] is None and wanted(i)]
         try:
@@ -700,7 +700,7 @@ def check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
 
     text = "".join(piece.text for piece in pieces)
     spelled = {piece.kind for piece in pieces if not piece.special and
-               served(piece.text) != tokenizer.first.encode(piece.text, add_special_tokens=False).ids}
+               served(piece.text) != tokenizer.at_start.encode(piece.text, add_special_tokens=False).ids}
     if spelled and TEMPLATE not in spelled:
         return 0
     if served(text) != ids:

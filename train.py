@@ -41,7 +41,7 @@ from eval.spans import example_sums, summary
 from kernels.head import nll, weighted_nll
 from loss import NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
 from model import Llama, ModelConfig, load_model, parameter_count, read_config, stored_weights
-from runtime.checkpoint import exporting, load_checkpoint, save_checkpoint
+from runtime.checkpoint import new_folder, load_checkpoint, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
@@ -455,7 +455,7 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
 def export(model: Llama, config: Config, source: Source) -> None:
     """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained. All ranks call,
     rank 0 writes."""
-    with exporting(Path(config.output_dir) / "final") as folder:
+    with new_folder(Path(config.output_dir) / "final") as folder:
         save_model(model, folder, None if config.save_dtype == "source" else DTYPES[config.save_dtype])
         if is_main():
             template = source.template

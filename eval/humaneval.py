@@ -86,7 +86,7 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
             prompts.append(tokenize(render(asked, loaded.template, add_generation_prompt=True), tokenizer)[0])
         else:   # without the line break at its end: an indented line begins with it, as one token
             start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
-            prompts.append(start + tokenizer.first.encode(text.rstrip(), add_special_tokens=False).ids)
+            prompts.append(start + tokenizer.at_start.encode(text.rstrip(), add_special_tokens=False).ids)
     made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
                                  Sampling(args.temperature, args.top_p, 0, args.seed), todo)
     for n, ids, _ in progress(made, len(todo), "sample"):

@@ -27,7 +27,7 @@ from runtime.weights import (DTYPE_NAMES, Stored, checkpoint_tensors, fill, save
 
 
 @contextlib.contextmanager
-def exporting(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is
     deleted. On other ranks than 0 it is only a name."""
     part = folder.with_name(f"{folder.name}.part")
@@ -53,7 +53,7 @@ def save_checkpoint(output: str | Path, step: int, model: nn.Module, optimizer: 
     ValueError if the optimizer keeps something other than tensors and numbers."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
     tensors, numbers = _optimizer_state(model, optimizer)
-    with exporting(folder) as part:
+    with new_folder(folder) as part:
         sums = save_model(model, part, torch.float32)
         sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", tensors)
         if is_main():

@@ -95,12 +95,12 @@ def equal(one: Stored, other: Stored) -> bool:
 # ---------------------------------------------------------------- rows of a tensor
 
 
-def part(x: Tensor) -> Tensor:
+def local_rows(x: Tensor) -> Tensor:
     """What of x is on this rank, sharing its memory; x itself if it is not sharded."""
     return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
 
 
-def rows_of(x: Tensor, owner: int) -> tuple[int, int]:
+def row_range(x: Tensor, owner: int) -> tuple[int, int]:
     """The first row that a rank has, and the first after its own. Shares are equal, the last may be smaller
     or empty, as FSDP2 makes them: of 10 rows 4 ranks have (0, 3), (3, 6), (6, 9), (9, 10)."""
     rows = x.shape[0]
@@ -128,14 +128,14 @@ def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
                              "damaged or was saved by a run that diverged")
         return piece
 
-    mine, divided = part(x), isinstance(x, DTensor)
-    first = rows_of(x, rank())[0]
+    mine, divided = local_rows(x), isinstance(x, DTensor)
+    first = row_range(x, rank())[0]
     if everywhere:
-        for a, b in _slices(x, *rows_of(x, rank())):
+        for a, b in _slices(x, *row_range(x, rank())):
             mine[a - first:b - first] = read(a, b)
         return
     for owner in range(x.device_mesh.size() if divided else 1):
-        for a, b in _slices(x, *rows_of(x, owner)):
+        for a, b in _slices(x, *row_range(x, owner)):
             piece = read(a, b) if is_main() else mine.new_empty(b - a, *x.shape[1:])
             if not divided:
                 dist.broadcast(piece, 0)
@@ -147,13 +147,13 @@ def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
                 mine[a - first:b - first] = piece
 
 
-def pieces(x: Tensor) -> Iterator[Tensor]:
+def stream_rows(x: Tensor) -> Iterator[Tensor]:
     """On rank 0 all rows of x in order, on the CPU, a piece at a time; on the others nothing. Of a sharded
     tensor every rank must ask: the others send their rows."""
-    mine, start = part(x), rows_of(x, rank())[0]
+    mine, start = local_rows(x), row_range(x, rank())[0]
     owners = x.device_mesh.size() if isinstance(x, DTensor) else 1
     for owner in range(owners):
-        for a, b in _slices(x, *rows_of(x, owner)):
+        for a, b in _slices(x, *row_range(x, owner)):
             if owner == rank():
                 piece = mine[a - start:b - start].contiguous()
                 if owner:
@@ -168,8 +168,8 @@ def pieces(x: Tensor) -> Iterator[Tensor]:
 def first_above(tensors: dict[str, Tensor], limit: float) -> str:
     """Name of the first tensor with a number that is larger than limit, or less than -limit; "" if there is
     none. Every rank must ask, each looks at its rows, and all get the same answer."""
-    own = next((name for name, x in tensors.items() if part(x).numel()
-                and max(abs(edge.item()) for edge in part(x).aminmax()) > limit), "")
+    own = next((name for name, x in tensors.items() if local_rows(x).numel()
+                and max(abs(edge.item()) for edge in local_rows(x).aminmax()) > limit), "")
     return next(filter(None, from_all(own)), "")
 
 
@@ -194,7 +194,7 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
         if is_main():
             write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
-            for piece in pieces(x):
+            for piece in stream_rows(x):
                 write(piece.to(dtype or x.dtype).view(torch.uint8).numpy().data)
     return crc
 
