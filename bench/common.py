@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -67,11 +68,12 @@ def child(command: list[str], threads: int, checkout: Path = REPOSITORY) -> None
             raise RuntimeError(f"{' '.join(command[:3])}: exit status {status}\n{log.read()[-2000:].strip()}")
 
 
-def json_child(command: list[str], threads: int) -> dict:
-    """child() that writes its result, one JSON object, to the file named by --result."""
+def json_child(command: list[str], threads: int, flags: Sequence[str] = ()) -> dict:
+    """child() that writes its result, one JSON object, to the file named by --result. flags: of train.py,
+    given after `--`."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
-        child([*command, "--result", str(file)], threads)
+        child([*command, "--result", str(file), *(["--", *flags] if flags else [])], threads)
         return json.loads(file.read_text())
 
 

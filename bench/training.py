@@ -1,46 +1,69 @@
-"""Training speed of train.py, next to another checkout of it or to itself with other flags.
+"""Training speed of train.py, next to another checkout of it, to itself with other flags, to other trainers,
+and to the matrix products of its step alone.
 
     python -m bench.training --model DIR --train-data FILE --compare /path/to/another/checkout
     python -m bench.training --model DIR --train-data FILE --ranks 1 2 --variant=--shard -- --dtype fp32
+    pip install -r bench/requirements.txt
+    python -m bench.training --model DIR --train-data FILE --peers trl transformers --limit --profile
 
 Each contender runs in processes of its own, and contenders take turns, because the speed of a machine drifts:
 a ratio compares two runs of one round. What follows `--` is given to every train.py. A batch size whose
-records fit into --micro-batch-tokens makes one micro-batch a step; a larger one makes several.
+records fit into --micro-batch-tokens makes one micro-batch a step; a larger one makes several. --peers are
+described in bench/peers.py, --limit and --profile in bench/step.py.
 
 tokens/s counts real tokens, never padding; trained/s counts those that the loss is on. first/later: the first
-step's time over the median of the measured ones. peak: memory of rank 0, in GB. Of several rounds medians are
-shown, with ranges in brackets. The last line printed is one JSON object with all of it.
+step's time over the median of the measured ones. peak: memory of rank 0. limit: share of the step's time that
+its matrix products alone take. Of several rounds medians are shown, with ranges in brackets. The last line
+printed is one JSON object with all of it.
 """
 import argparse
+import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from bench.common import REPOSITORY, child, cores, hardware, in_turn, print_machine, print_table, spread
+from bench.common import (REPOSITORY, child, cores, hardware, in_turn, json_child, print_machine, print_table,
+                          spread)
 
 THIS = "train.py"
+PEERS = ("trl", "trainer", "transformers")
 
 
-def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, batch_size: int,
-              folder: Path) -> dict:
+def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, folder: Path) -> dict:
     """Run a checkout's train.py and read its metrics.jsonl."""
-    # The first and the last step also compute the NLL of spans that are not trained: one step more than is
-    # measured, and the last is left out.
+    # The first and the last step also compute the NLL of spans that are not trained. So there is one step
+    # more than is measured, and the last is left out.
     steps = args.warmup + args.steps + 1
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    child([*(launcher if ranks > 1 else []), str(checkout / "train.py"), "--model", args.model,
-           "--train-data", *args.train_data, "--loss", args.loss, "--max-length", str(args.max_length),
-           "--micro-batch-tokens", str(args.micro_batch_tokens), "--batch-size", str(batch_size),
-           "--max-steps", str(steps), "--log-every", str(10**9), "--cache-dir", str(folder / "cache"),
-           "--output-dir", str(folder / "run"), "--overwrite", *flags],
+    child([*(launcher if ranks > 1 else []), str(checkout / "train.py"), "--max-steps", str(steps),
+           "--log-every", str(10**9), "--output-dir", str(folder / "run"), "--overwrite", *flags],
           max(1, args.threads // ranks), checkout)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][:-1]
     columns = ([line[key] for line in lines] for key in ("seconds", "tokens", "trained_tokens"))
     return summary(*columns, lines[-1]["peak_memory_mb"] / 1024, args.warmup)
+
+
+def run_peer(name: str, flags: list[str], args: argparse.Namespace) -> dict:
+    run = json_child(["-m", "bench.peers", name, "--steps", str(args.warmup + args.steps), "--padded-rows",
+                      str(args.padded_rows)], args.threads, flags)
+    columns = (run[key] for key in ("seconds", "tokens", "trained", "peak_memory_gb"))
+    return {**summary(*columns, args.warmup), "note": run["note"]}
+
+
+def add_limit(run: dict, flags: list[str], args: argparse.Namespace) -> None:
+    """Time the matrix products of a step like that of `run`, and add their share of its time to it."""
+    micro_batches = math.ceil(run["tokens_per_step"] / args.micro_batch_tokens)
+    tokens, trained = (round(run[key] / micro_batches) for key in ("tokens_per_step", "trained_per_step"))
+    limit = json_child(["-m", "bench.step", "limit", "--tokens", str(tokens), "--trained", str(trained),
+                        "--repeats", str(args.steps)], args.threads, flags)
+    mean_step = run["tokens_per_step"] / run["tokens_per_second"]
+    run.update(limit=limit, limit_share=micro_batches * limit["seconds"] / mean_step)
 
 
 def summary(seconds: list[float], tokens: list[int], trained: list[int], peak_gb: float, warmup: int) -> dict:
@@ -48,7 +71,8 @@ def summary(seconds: list[float], tokens: list[int], trained: list[int], peak_gb
     later = seconds[warmup:]
     return {"tokens_per_second": sum(tokens[warmup:]) / sum(later),
             "trained_tokens_per_second": sum(trained[warmup:]) / sum(later),
-            "tokens_per_step": statistics.mean(tokens[warmup:]), "step_seconds": statistics.median(later),
+            "tokens_per_step": statistics.mean(tokens[warmup:]),
+            "trained_per_step": statistics.mean(trained[warmup:]), "step_seconds": statistics.median(later),
             "first_over_later": seconds[0] / statistics.median(later), "peak_memory_gb": peak_gb,
             "all_seconds": seconds}
 
@@ -59,7 +83,8 @@ def commit(checkout: Path) -> str:
 
 
 def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str) -> dict[str, list[dict]]:
-    """Run all contenders once a round. One that fails is left out from then on, but train.py ends it all."""
+    """Run all contenders once a round. One that fails is left out from then on; if train.py fails, this ends.
+    """
     runs: dict[str, list[dict]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in in_turn(list(contenders), number):
@@ -68,12 +93,13 @@ def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str
             except RuntimeError as error:
                 if name == THIS:
                     sys.exit(f"error: {error}")
-                print(f"{name} does not run and is left out: {error}", file=sys.stderr)
+                print(f"{name} failed and is left out: {error}", file=sys.stderr)
                 del contenders[name], runs[name]
                 continue
             runs[name].append(run)
+            note = f" ({run['note']})" if "note" in run else ""
             print(f"{setting}, round {number + 1}: {name}: {run['tokens_per_second']:,.1f} tokens/s, "
-                  f"{run['peak_memory_gb']:.2f} GB", flush=True)
+                  f"{run['peak_memory_gb']:.2f} GB{note}", flush=True)
     return runs
 
 
@@ -85,8 +111,20 @@ def table_rows(runs: dict[str, list[dict]], setting: list[str]) -> list[list[str
         shown = [("tokens_per_step", 0), ("trained_tokens_per_second", 1), ("step_seconds", 2),
                  ("first_over_later", 2), ("peak_memory_gb", 2)]
         cells = [f"{statistics.median(run[key] for run in of_name):,.{digits}f}" for key, digits in shown]
-        rows.append([name, *setting, spread(speeds[name], 1), *cells, spread(ratios, 2) if ratios else ""])
+        limits = [100 * run["limit_share"] for run in of_name if "limit_share" in run]
+        rows.append([name, *setting, spread(speeds[name], 1), *cells, spread(limits, 0) if limits else "",
+                     spread(ratios, 2) if ratios else ""])
     return rows
+
+
+def print_profile(result: dict) -> None:
+    profiled = result["profiled"]
+    print(f"\na step of {profiled['tokens']:,} tokens, {profiled['trained_tokens']:,} of them trained: "
+          f"{result['seconds']:.2f} s, {profiled['seconds']:.2f} s under the profiler")
+    total = {key: sum(part[key] for part in result["parts"]) for key in ("forward", "backward", "share")}
+    rows = [[part["name"], f"{part['forward']:.3f}", f"{part['backward']:.3f}", f"{part['share']:.1%}"]
+            for part in [*result["parts"], {"name": "sum", **total}]]
+    print_table(["part", "forward s", "backward s", "share"], rows, [28, 12, 12, 9])
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +144,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--compare", type=Path, action="append", default=[], metavar="CHECKOUT",
                         help="another checkout of this repository; may be repeated")
     parser.add_argument("--variant", action="append", default=[], metavar="FLAGS",
-                        help="train.py again with more flags, as --variant='--recompute'; may be repeated")
+                        help="train.py again with more flags, as --variant=--recompute; may be repeated")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="on one rank")
+    parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
+    parser.add_argument("--limit", action="store_true", help="time the matrix products of a step alone")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     split = argv.index("--") if "--" in argv else len(argv)
     args, passed = parser.parse_args(argv[:split]), argv[split + 1:]
     if min(args.steps, args.warmup, args.rounds, *args.ranks, *args.batch_size) < 1:
@@ -115,31 +157,46 @@ def main(argv: list[str]) -> None:
         if not (checkout / "train.py").is_file():
             parser.error(f"--compare {checkout}: has no train.py; name the root of a checkout")
 
-    checkouts = {THIS: (REPOSITORY, passed)}
-    checkouts |= {f"{checkout}": (checkout.resolve(), passed) for checkout in args.compare}
-    checkouts |= {variant: (REPOSITORY, passed + variant.split()) for variant in args.variant}
-    machine, results, rows = hardware("numpy", "tokenizers"), [], []
+    checkouts = {THIS: (REPOSITORY, [])}
+    checkouts |= {str(checkout): (checkout.resolve(), []) for checkout in args.compare}
+    checkouts |= {variant: (REPOSITORY, variant.split()) for variant in args.variant}
+    machine = hardware("numpy", "tokenizers", *(("transformers", "trl", "accelerate") if args.peers else ()))
     print_machine(machine, args.threads)
-    commits = {name: commit(checkout) for name, (checkout, _) in checkouts.items()}
-    print(", ".join(f"{name}: {commits[name]}" for name in commits if name not in args.variant))
-    for ranks in args.ranks:
-        for batch_size in args.batch_size:
-            with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-                contenders: dict[str, Callable[[], dict]] = {}
-                for number, (name, (checkout, flags)) in enumerate(checkouts.items()):
-                    folder = Path(temporary) / str(number)
-                    contenders[name] = lambda checkout=checkout, flags=flags, folder=folder: run_train(
-                        checkout, flags, args, ranks, batch_size, folder)
-                runs = measure(contenders, args.rounds, f"{ranks} ranks, batch {batch_size}")
+    commits = {str(checkout): commit(checkout) for checkout in (REPOSITORY, *args.compare)}
+    print(", ".join(f"{checkout}: {name}" for checkout, name in commits.items()))
+    results, rows, profiles = [], [], []
+    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
+        folder = Path(temporary)
+        for ranks, batch_size in itertools.product(args.ranks, args.batch_size):
+            flags = ["--model", args.model, "--train-data", *args.train_data, "--loss", args.loss,
+                     "--max-length", str(args.max_length), "--micro-batch-tokens",
+                     str(args.micro_batch_tokens), "--batch-size", str(batch_size), "--cache-dir",
+                     str(folder / "cache"), *passed]
+
+            def ours(checkout: Path, more: list[str]) -> dict:
+                run = run_train(checkout, flags + more, args, ranks, folder)
+                if args.limit and ranks == 1 and checkout == REPOSITORY and not more:
+                    add_limit(run, flags, args)
+                return run
+
+            contenders = {name: partial(ours, *of_name) for name, of_name in checkouts.items()}
+            if ranks == 1:
+                contenders |= {name: partial(run_peer, name, flags, args) for name in args.peers}
+            runs = measure(contenders, args.rounds, f"ranks {ranks}, batch {batch_size}")
             rows += table_rows(runs, [str(ranks), str(batch_size)])
             results.append({"ranks": ranks, "batch_size": batch_size, "runs": runs})
+            if args.profile and ranks == 1:
+                profiles.append(json_child(["-m", "bench.step", "profile", "--warmup", str(args.warmup),
+                                            "--repeats", str(args.steps)], args.threads, flags))
     print()
-    width = 2 + max(len(name) for name in checkouts)
+    width = 2 + max(len(row[0]) for row in rows)
     print_table(["", "ranks", "batch", "tokens/s", "tokens/step", "trained/s", "step s", "first/later",
-                 "peak GB", f"{THIS} / this"], rows, [width, 6, 7, 24, 13, 11, 9, 13, 9, 19])
+                 "peak GB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 24, 13, 11, 9, 13, 9, 12, 19])
+    for each in profiles:
+        print_profile(each)
     settings = {name: str(value) for name, value in vars(args).items()}
     print(json.dumps({"hardware": machine, "commits": commits, "settings": settings, "passed": passed,
-                      "results": results}))
+                      "results": results, "profiles": profiles}))
 
 
 if __name__ == "__main__":
