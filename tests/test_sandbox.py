@@ -1,4 +1,7 @@
-"""Programs that mean harm: each must fail or be stopped, and leave the machine as it was."""
+"""Programs that mean harm: each must fail or be stopped, and leave the machine as it was.
+
+Each is written so that it does little harm even if the sandbox is broken: no signal to all processes, no file
+written or mode changed where it would last."""
 import os
 import shutil
 import socket
@@ -38,7 +41,7 @@ def test_a_harmless_program_finishes_and_its_output_comes_back():
     ("assert 1 == 2, 'no'", "AssertionError: no"), ("x = (", "SyntaxError: '(' was never closed"),
     ("raise SystemExit", "exit status 0"), ("import sys; sys.exit(7)", "exit status 7"),
     ("import os; os._exit(0)", "exit status 0"), ("import os; os._exit(113)", "exit status 113"),
-    ("import os; os.killpg(0, 9)", "exit status 137"), ("import os; os.kill(-1, 9)", "ProcessLookupError"),
+    ("import os; os.killpg(0, 9)", "exit status 137"),
     ("import ctypes; ctypes.string_at(0)", "exit status 139"), ("'\ud800'", "UnicodeEncodeError"),
     ("import os; os.closerange(0, 64)", "exit status"),
     ("import os; os.execv('/usr/bin/true', ['true'])", "exit status 0"),
@@ -51,7 +54,7 @@ def test_one_that_leaves_before_its_end_has_failed_whatever_its_status_and_outpu
 
 @isolated
 def test_a_program_that_is_cut_off_swallows_nothing_of_its_test():
-    assert not run_python(['x = """', 'y = """; assert False; """'], 5, 128).finished
+    assert not run_python(['x = """', 'assert False  # """'], 5, 128).finished
 
 
 @isolated
@@ -74,12 +77,12 @@ def test_it_cannot_make_processes_or_threads(how):
     assert not done.finished and "made" not in done.output
 
 
-# Ways to hold 512 MB, four times what is allowed.
+# Ways to hold 400 MB or more, three times what is allowed, in files below the limit of a file's size.
 MEMORY = {
     "malloc": "x = bytearray(2**29)",
     "many small pieces": "x = [bytearray(2**20) for i in range(512)]",
     "a shared mapping": "x = mmap.mmap(-1, 2**29)\nfor i in range(0, 2**29, 4096): x[i] = 1",
-    "memfd": "x = os.memfd_create('x')\nfor i in range(512): assert os.write(x, bytes(2**20)) == 2**20",
+    "memfd": "for i in range(50): assert os.write(os.memfd_create('x'), bytes(2**23)) == 2**23",
     "SysV": """
 libc.shmat.restype = ctypes.c_void_p
 for i in range(16):
@@ -88,14 +91,15 @@ for i in range(16):
     at = ctypes.c_void_p(libc.shmat(part, None, 0))
     ctypes.memset(at, 1, 2**25)
     libc.shmdt(at)""",
-    "/tmp": "x = open('/tmp/x', 'wb')\nfor i in range(512): x.write(bytes(2**20))",
-    "/dev/shm": "x = open('/dev/shm/x', 'wb')\nfor i in range(512): x.write(bytes(2**20))",
+    "/tmp": "for i in range(50): open(f'/tmp/{i}', 'wb').write(bytes(2**23))",
+    "/dev/shm": "for i in range(50): open(f'/dev/shm/{i}', 'wb').write(bytes(2**23))",
     "files without content": "for i in range(9): open(f'{i}', 'w')",
     "a new file system": "assert libc.unshare(0x10020000) == 0",
     "pages in a pipe": """
 class Piece(ctypes.Structure):
     _fields_ = [('address', ctypes.c_void_p), ('size', ctypes.c_size_t)]
-assert libc.vmsplice(os.pipe()[1], ctypes.byref(Piece(ctypes.addressof(libc), 8)), 1, 0) == 8""",
+buffer = ctypes.create_string_buffer(8)
+assert libc.vmsplice(os.pipe()[1], ctypes.byref(Piece(ctypes.addressof(buffer), 8)), 1, 0) == 8""",
 }
 
 
@@ -129,11 +133,8 @@ for folder in ('/tmp', '/run', '/home', '/dev', '/root'):
     print(folder, os.listdir(folder))
 print(*os.listdir('/'))
 for folder, _, _ in os.walk('/'):
-    try:
-        open(folder + '/new', 'w')
-    except OSError as error:
-        continue
-    print('could write in', folder)
+    if os.access(folder, os.W_OK):
+        print('could write in', folder)
 """).splitlines()
     interpreter = Path(sys.base_prefix).parts[1:]
     for line in found[:5]:
@@ -175,26 +176,28 @@ print(any(data.raw), libc.prctl(39, 0, 0, 0, 0), libc.unshare(0x10000000),
 
 
 @isolated
-def test_it_sees_and_kills_nothing_outside():
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as bystander:
-        assert printed(f"""
-import os, signal
+def test_it_sees_no_process_outside():
+    # signal 0 only asks whether a signal could be sent: a broken sandbox must not cost us our processes
+    assert printed(f"""
+import os
 print(os.path.exists('/proc'), os.getpid())
-for pid in ({os.getpid()}, {bystander.pid}):
+os.kill(os.getpid(), 0)
+for pid in ({os.getpid()}, {os.getppid()}):
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, 0)
     except ProcessLookupError:
         print('none')
 """).splitlines() == ["False 2", "none", "none"]
-        assert bystander.poll() is None
-        bystander.communicate(b"\n")
-    assert bystander.returncode == 0
 
 
 @isolated
-def test_bwraps_own_process_cannot_be_traced():
+def test_the_memory_of_bwraps_own_process_cannot_be_used():
     attach = 16
-    assert printed(f"import ctypes\nprint(ctypes.CDLL(None).ptrace({attach}, 1, None, None))") == "-1"
+    assert printed(f"""
+import ctypes
+libc = ctypes.CDLL(None)
+print(libc.ptrace({attach}, 1, None, None), libc.process_vm_writev(1, None, 0, None, 0, 0))
+""") == "-1 -1"
 
 
 @isolated
