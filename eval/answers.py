@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterable
 from hashlib import file_digest, sha256
 from pathlib import Path
 
-from checkpoint import model_fingerprint
-from data import Template
+from chat import Template
 from eval.common import gather, write_json
-from files import read_json, write_text
-from model import resolve_model
-from ranks import is_main, rank, world_size
+from runtime.distributed import is_main, rank, world_size
+from runtime.files import read_json, write_text
+from runtime.weights import model_fingerprint, resolve_model
 
 HEADER = b'{"settings": '       # how a file with its settings in the first line begins
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from chat_server import ChatServer, refusal, text_of
-from data import TEMPLATES
+from chat import TEMPLATES
 from eval import open_ended
 from eval.engine import Engine
 from tiny import WORDS, flags, make_model, run_module
@@ -20,7 +20,7 @@ CATEGORIES = ("math", "writing", "stem", "coding", "other")
 def folder(tmp_path_factory) -> Path:
     """A model, five questions of either benchmark, and answers of somebody else."""
     folder = tmp_path_factory.mktemp("open_ended")
-    (make_model(folder / "run" / "final") / "chat_template.jinja").write_text(TEMPLATES["llama3"])
+    (make_model(folder / "run" / "final") / "chat_template.jinja").write_text(TEMPLATES["llama3"].read_text())
     alpaca = [{"dataset": f"set {i % 2}", "instruction": " ".join(WORDS[i:i + 4]), "output": f"theirs {i}",
                "generator": "somebody"} for i in range(5)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
