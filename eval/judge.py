@@ -21,6 +21,7 @@ from eval.common import gather, mean_and_error, read_objects
 # ---------------------------------------------------------------- prompts
 
 PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")      # our own, in FastChat's format
+NOT_REQUESTED = "not requested"       # the reason of jobs that were left when requests kept failing
 
 
 def prompt_name(pair: bool, checked: bool, second: bool) -> str:
@@ -137,7 +138,7 @@ def judge_all(judge: str, jobs: list[Job], file: str, workers: int
     answers.merge()
     lines = {job: answers.lines.get((judge, job.hash)) for job in jobs}
     return ({job: line["verdict"] for job, line in lines.items() if line},
-            {job: reasons.get((judge, job.hash), "not requested") for job, line in lines.items() if not line})
+            {job: reasons.get((judge, job.hash), NOT_REQUESTED) for job, line in lines.items() if not line})
 
 
 # ---------------------------------------------------------------- results

@@ -26,7 +26,8 @@ from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run, start_ranks,
                          write_json)
 from eval.engine import Sampling
-from eval.judge import Job, connect, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
+from eval.judge import (NOT_REQUESTED, Job, connect, judge_all, make_jobs, print_summary, read_prompts, summary,
+                        values_of)
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.weights import resolve_model
@@ -253,7 +254,8 @@ def main(argv: list[str]) -> None:
                   f"{args.output}.judgments")
     write_json(args.json, result)
     if failed:
-        reasons = [f"{job}: {reason}" for job, reason in failed.items()][:3] + ["..."] * (len(failed) > 3)
+        reasons = [f"{job}: {reason}" for job, reason in failed.items() if reason != NOT_REQUESTED]
+        reasons = reasons[:3] + ["..."] * (len(failed) > 3)
         raise ValueError(f"--judge {args.judge}: {len(failed):,} of {len(failed) + result['verdicts']:,} "
                          f"verdicts are missing ({'; '.join(reasons)}); the same command requests only those")
 
