@@ -26,8 +26,8 @@ from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run, start_ranks,
                          write_json)
 from eval.engine import Sampling
-from eval.judge import (NOT_REQUESTED, Job, connect, judge_all, make_jobs, print_summary, read_prompts, summary,
-                        values_of)
+from eval.judge import (NOT_REQUESTED, Job, connect, judge_all, make_jobs, print_summary, read_prompts,
+                        summary, values_of)
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.weights import resolve_model
