@@ -29,8 +29,8 @@ from eval.page import make_page
 from eval.results import make_tables, parts_of, read_results
 from eval.tables import (Run, as_json, configuration, last_evaluations, print_table, read_run, shorten,
                          training)
-from files import write_text
-from ranks import is_main
+from runtime.files import write_text
+from runtime.distributed import is_main
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

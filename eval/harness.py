@@ -23,7 +23,7 @@ from pathlib import Path
 
 from eval import paper_suite
 from eval.common import Parser, run, write_json
-from ranks import is_main, world_size
+from runtime.distributed import is_main, world_size
 
 # The options that lm_eval.simple_evaluate takes by the same name.
 PASSED_ON = ("model_args", "num_fewshot", "batch_size", "limit", "samples", "write_out", "log_samples",

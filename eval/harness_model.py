@@ -23,12 +23,12 @@ from lm_eval.models.utils import (handle_stop_sequences, has_bos_prefix, normali
                                   postprocess_generated_text)
 from torch import Tensor
 
-from checkpoint import model_fingerprint
 from eval.common import gather, load, progress, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
-from files import read_json
-from ranks import rank, shows_progress, wait, world_size
+from runtime.distributed import rank, shows_progress, wait, world_size
+from runtime.files import read_json
+from runtime.weights import model_fingerprint
 
 log = logging.getLogger("lm_eval.spantune")
 # How many answers are generated at once with --batch_size auto.

@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Attend, Llama, check_ids, compute_dtype
+from eval.engine import check_ids
+from kernels.layers import compute_dtype
+from model import Attend, Llama
 
 # The most queries in one attention call. It bounds the memory of masks and scores.
 TILE = 128

@@ -6,7 +6,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 
-from data import KINDS
+from chat import KINDS
 from eval.curves import Line, panel
 from eval.examples import Example, Seen
 from eval.tables import SPANS, Cell, Run, Table, cell_text, series

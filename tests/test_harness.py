@@ -21,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import forks
 import tokenizers_for_tests
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval import harness, likelihood, paper_suite
 from eval.common import Loaded
 from eval.engine import Engine
@@ -462,11 +462,11 @@ from functools import partial
 import datasets, lm_eval.tasks
 datasets.config.HF_DATASETS_CACHE = {str(folder / 'cache')!r}
 lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)
-import ranks
+from runtime import distributed
 from eval import common, harness, harness_model
 found = harness_model.log_likelihoods
 def counted(model, requests, capacity):
-    with open(f"computed{{ranks.rank()}}", "a") as out:
+    with open(f"computed{{distributed.rank()}}", "a") as out:
         print(len(requests), file=out)
     return found(model, requests, capacity)
 harness_model.log_likelihoods = counted
