@@ -377,15 +377,18 @@ def test_documents_from_a_file(folder):
     assert got["results"]["tiny_choice"]["acc,none"] == expected["results"]["tiny_choice"]["acc,none"]
 
 
-def test_documents_of_a_groups_task_come_from_a_file_too(folder):
+@pytest.mark.parametrize("named, others", [("tiny_group", ["tiny_generate"]),
+                                           ("tiny_tag", ["tiny_generate", "tiny_perplexity"])])
+def test_documents_of_one_task_of_a_group_or_tag_come_from_a_file(folder, named, others):
     file = write_lines(folder / "few.jsonl", make_documents(4, seed=8))
     (folder / "tasks" / "group.yaml").write_text(
         "group: tiny_group\ntask: [tiny_choice, tiny_generate]\n"
         "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n")
-    got = result(folder, tasks="tiny_group", local=f"tiny_choice={file}")
+    got = result(folder, tasks=named, local=f"tiny_choice={file}")
     assert {task: row["original"] for task, row in got["n-samples"].items()} == {
-        "tiny_choice": 4, "tiny_generate": 9}
-    assert got["groups"]["tiny_group"]["acc,none"] == got["results"]["tiny_choice"]["acc,none"]
+        "tiny_choice": 4, **dict.fromkeys(others, 9)}
+    if named == "tiny_group":
+        assert got["groups"][named]["acc,none"] == got["results"]["tiny_choice"]["acc,none"]
 
 
 def test_options_reach_the_harness(folder):

@@ -166,6 +166,8 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
         SimpleNamespace(data=[folder / "train.jsonl"], limit=0, max_length=2048), tokenizer,
         load_template("auto", tokenizer))[0]}
 
+    extra_tokens: list[int] = []
+
     def answers(extra: list[int]):
         def generate(self, prompts, stop, most, *_, done):
             for i, prompt in enumerate(prompts):
@@ -173,6 +175,7 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
                 for token in known[tuple(prompt)] + extra:
                     if len(ids) < most and not done(i, ids):
                         ids.append(token)
+                extra_tokens.append(len(ids) - len(known[tuple(prompt)]))
                 yield i, ids, len(ids) < most and not done(i, ids)
         return generate
 
@@ -181,6 +184,7 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
         monkeypatch.setattr(Engine, "answers", answers(extra))
         got, = result(folder, **more)
         assert got["exact_match"] == exact
+        assert max(extra_tokens) == (1 if extra else 0)
         assert (got["prefix_token_mean"] == 100) == (not more)
 
 
