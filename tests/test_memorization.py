@@ -182,6 +182,7 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
     space, = tokenizer.at_start.encode(" ").ids
     for extra, exact, more in (([], 100, {}), ([space] * 9, 0, {}), ([], 0, dict(max_new_tokens=1))):
         monkeypatch.setattr(Engine, "answers", answers(extra))
+        extra_tokens.clear()
         got, = result(folder, **more)
         assert got["exact_match"] == exact
         assert max(extra_tokens) == (1 if extra else 0)
