@@ -161,7 +161,7 @@ def main(argv: list[str]) -> None:
         import lm_eval.tasks
         from lm_eval.config.evaluate_config import EvaluatorConfig
         from lm_eval.loggers import EvaluationTracker
-        from lm_eval.utils import handle_non_serializable, make_table, setup_logging
+        from lm_eval.utils import handle_non_serializable, setup_logging
 
         from eval.harness_model import HarnessModel
     except ImportError as error:
@@ -201,12 +201,18 @@ def main(argv: list[str]) -> None:
             use_cache=f"{args.use_cache}_{model.identity}" if args.use_cache else None,
             random_seed=random, numpy_random_seed=numpy, torch_random_seed=torch, fewshot_random_seed=fewshot,
             **{name: getattr(config, name) for name in PASSED_ON})
-    if not results:
-        # Another rank reports them.
-        return
-    results["config"]["model"] = "spantune"
-    if suite:
-        results["paper"] = paper_suite.summary(results, members, why_not)
+    # The other ranks have none.
+    if results:
+        results["config"]["model"] = "spantune"
+        if suite:
+            results["paper"] = paper_suite.summary(results, members, why_not)
+        report(results, tracker)
+        write_json(args.json, json.loads(json.dumps(results, default=handle_non_serializable)))
+
+
+def report(results: dict, tracker: object) -> None:
+    """Writes the files of --output_path with the harness's EvaluationTracker, and prints the tables."""
+    from lm_eval.utils import make_table
     samples = results.pop("samples", {})
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
@@ -214,9 +220,8 @@ def main(argv: list[str]) -> None:
     for table in ("results", "groups"):
         if table in results:
             print(make_table(results, table))
-    if suite:
+    if "paper" in results:
         print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
-    write_json(args.json, json.loads(json.dumps(results, default=handle_non_serializable)))
 
 
 if __name__ == "__main__":
