@@ -1,4 +1,4 @@
-"""Soak test: small trainings that are killed, stopped, damaged and starved of disk must end bit for bit equal.
+"""Soak test: small trainings that are killed, stopped, damaged and starved of disk must end with equal bits.
 
     python -m bench.faults [--runs 12] [--seed 0] [--ranks 1 2] [--folder DIR]
 
