@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Batch
-from model import compute_dtype
+from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
+from data import Batch
+from kernels.head import chunks
 
 # Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is no template token, so IM counts it.
 PRESETS = {
@@ -28,9 +29,6 @@ PRESETS = {
     "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
 }
 NORMALIZE = ("token", "example", "span")
-CHUNK_LOGITS = 2**25  # logits held at once: 64 MB in bf16
-CACHED_LOGITS = 2**20  # of them in fp32 at once on a CPU: 4 MB stay in its cache
-WORDS = 2**13  # rows of the head's gradient added to at once, for the same reason
 
 
 def span_weights(loss: str, template: float | None = None, system: float | None = None,
@@ -78,82 +76,6 @@ def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.
                      where=denominator > 0)
 
 
-# ---------------------------------------------------------------- negative log-likelihood
-
-
-def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """(R,) NLL of each target in nats, from all logits at once:
-    the definition the chunked path is tested against."""
-    logits = (hidden @ head_weight.T).float()                                   # (R, V)
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-
-def _chunks(rows: int, vocabulary: int) -> list[slice]:
-    """Equal slices of at most CHUNK_LOGITS logits."""
-    count = -(-rows * vocabulary // CHUNK_LOGITS)
-    size = -(-rows // max(1, count))
-    return [slice(i, min(i + size, rows)) for i in range(0, rows, max(1, size))]
-
-
-@torch.no_grad()
-def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """nll_reference() in chunks, without a gradient:
-    hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
-    dtype = compute_dtype(hidden)
-    hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
-    out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for chunk in _chunks(*hidden.shape[:1], len(head_weight)):
-        out[chunk] = nll_reference(hidden[chunk], head_weight, targets[chunk])
-    return out
-
-
-class _WeightedNLL(torch.autograd.Function):
-    """sum(coefficients * NLL), with the gradients made while the logits are at hand.
-
-    A chunk's logits are needed once forward and once backward, and are too many to keep;
-    recomputing them costs a fourth matrix product where three do.
-    The gradient of a chunk is coefficient * (softmax - one-hot).
-    """
-
-    @staticmethod
-    def forward(ctx, hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor
-                ) -> tuple[Tensor, Tensor]:
-        dtype = compute_dtype(hidden)
-        x, weight = hidden.to(dtype), head_weight.to(dtype)
-        out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
-        grad_hidden = torch.empty_like(x)
-        block = max(1, (CACHED_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS) // len(weight))
-        grad_weight = torch.zeros_like(head_weight)                             # fp32: summed over chunks
-        for chunk in _chunks(len(targets), len(weight)):
-            logits = x[chunk] @ weight.T                                        # (rows, V)
-            parts = (y.split(block) for y in (logits, targets[chunk], coefficients[chunk], out[chunk]))
-            for some, target, scale, into in zip(*parts):
-                target, scale = target[:, None], scale[:, None]
-                exp = some.float()
-                highest, at_target = exp.amax(1, keepdim=True), exp.gather(1, target)
-                total = exp.sub_(highest).exp_().sum(1, keepdim=True)
-                into.copy_((highest + total.log() - at_target).squeeze(1))
-                some.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))     # now the gradient
-            torch.mm(logits, weight, out=grad_hidden[chunk])
-            for some, into in zip(logits.split(WORDS, 1), grad_weight.split(WORDS)):
-                into += some.T @ x[chunk]
-        ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
-        ctx.mark_non_differentiable(out)
-        return (coefficients * out).sum(), out
-
-    @staticmethod
-    def backward(ctx, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight.mul_(grad_loss), None, None
-
-
-def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficients: Tensor
-                 ) -> tuple[Tensor, Tensor]:
-    """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,). Returns the loss, a
-    scalar with a graph (0 for no rows), and the (R,) NLL in nats without one. One backward pass only."""
-    return _WeightedNLL.apply(hidden, head_weight, targets, coefficients)
-
-
 def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
     """values: (R,) fp32 of targets of `kinds` (R,) -> (K,) float64 sums."""
     return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(
@@ -178,7 +100,7 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
         return (scale * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
     total = hidden.sum() * 0.0
-    for chunk in _chunks(len(hidden), len(head_weight)):
+    for chunk in chunks(len(hidden), len(head_weight)):
         total = total + checkpoint(chunk_kl, hidden[chunk], head_weight, reference_hidden[chunk].detach(),
                                    coefficients[chunk], use_reentrant=False)
     return total
@@ -195,3 +117,4 @@ def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) 
         scale = alpha / math.sqrt(length * width)
         rows.uniform_(-scale, scale, generator=torch.Generator().manual_seed(state))
     return noise.to(batch.ids.device)
+

@@ -3,11 +3,12 @@
     python train.py                                                   the embedded default, under a minute
     python train.py --model DIR --train-data FILE --eval-data FILE --loss im --output-dir runs/im
     torchrun --nproc-per-node 2 train.py --model ...                  the same run, on two ranks
+    python -m eval.look --model DIR --train-data FILE ...             what such a run will do
 
-Reads top to bottom: configuration, then main(): setup, data, model, optimizer, loop. Two things differ from
-the usual way. A step's examples and all its denominators are known before it starts, so neither packing nor
-micro-batch size nor the number of ranks changes what a step optimises. And every run reports the loss of each
-kind of span, trained or not.
+Reads top to bottom: flags, optimization, the loss of a micro-batch, then main(): data, model, loop. Two
+things differ from the usual way. A step's examples and all its denominators are known before it starts, so
+neither packing nor micro-batch size nor the number of ranks changes what a step optimizes. And every run
+reports the loss of each kind of span, trained or not.
 """
 import sys
 
@@ -17,44 +18,42 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported: one line t
         print(INTERRUPTED, file=sys.stderr) if kind is KeyboardInterrupt
         else sys.__excepthook__(kind, error, trace))
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import signal
-import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import estimate
-from data import (CACHE_DIR, COMPLETION, KINDS, TEMPLATES, Batch, Dataset, Tokenizer, cache_parts,
-                  check_vocabulary, collate, load_dataset, load_template, plan, steps_per_epoch)
+from chat import COMPLETION, KINDS, TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
+from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, load_dataset
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
-from flags import flag, flag_name, given_flags
-from folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
-                    saved_date)
-from loss import (NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, nll, span_weights,
-                  sums_by_kind, weighted_nll)
-from machine import Reserve, keep_freed_memory, peak_memory_mb
-from model import (DTYPES, activation_bytes, load_model, parameter_count, read_config, resolve_model,
-                   stored_weights)
-from ranks import (first_of_machine, from_all, from_main, is_main, join_ranks, leave, rank, report_error,
-                   shows_progress, wait, world_size)
-from shard import release, shard, whole
+from kernels.head import nll, weighted_nll
+from loss import NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
+from model import Llama, ModelConfig, load_model, parameter_count, read_config, stored_weights
+from runtime.checkpoint import new_folder, load_checkpoint, save_checkpoint
+from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
+                                 join_ranks, leave, rank, release, report_error, shard, shows_progress,
+                                 sync_gradients, unwrap, whole, world_size)
+from runtime.flags import flag, flag_name, given_flags
+from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
+                            saved_date)
+from runtime.machine import keep_freed_memory, peak_memory_mb
+from runtime.report import Progress, StopSignal, describe, print_change, say, show_answers
+from runtime.tokenizer import write_tokenizer
+from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
 
-# ---------------------------------------------------------------- configuration
+# ---------------------------------------------------------------- flags
 
 
 @dataclass
@@ -107,13 +106,11 @@ class Config:
     dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything",
                       choices=("bf16", "fp32"))
     device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), free=True)
-    shard: bool = flag(False, "under torchrun: each rank holds a part of parameters, gradients and averages",
-                       free=True)
+    shard: bool = flag(False, "under torchrun: each rank holds a part of the parameters, gradients and "
+                       "optimizer state", free=True)
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
                            free=True)
     compile: bool = flag(False, "torch.compile the decoder layers", free=True)
-    dry_run: int = flag(0, "only say what a run on so many ranks takes: steps, packing, memory", least=0,
-                        free=True, in_file=False, nargs="?", const=world_size(), metavar="RANKS")
     # output
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR", free=True)
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start from scratch", free=True,
@@ -131,6 +128,16 @@ class Config:
     log_every: int = flag(10, "steps between looks at the NLL of spans that are not trained on", least=1,
                           free=True)
 
+    @property
+    def span_weights(self) -> np.ndarray:
+        """(K,) what a target of each kind counts. ValueError for weights that leave nothing to train."""
+        return span_weights(self.loss, self.template_weight, self.system_weight, self.instruction_weight,
+                            self.completion_weight)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
 
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 # What the embedded default needs other than the paper's values: a small model learns with a high rate.
@@ -139,17 +146,18 @@ EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "t
                 beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
 
 
-def parse_args(argv: list[str]) -> Config:
-    """Flags over --config's file over the embedded default (if no model is named)
-    over the class's defaults."""
-    given = given_flags(Config, argv, "train.py", __doc__.split("\n\n")[0])
+def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "train.py",
+               description: str = __doc__.split("\n\n")[0]) -> Config:
+    """Flags over --config's file over the embedded default (if no model is named) over the class's defaults.
+    flags: Config, or a subclass with more of them. ValueError for what they may not be."""
+    given = given_flags(flags, argv, program, description)
     embedded = "model" not in given
     if embedded:
         if "train_data" in given:
             raise ValueError("--train-data is given but no --model: name the checkpoint folder to train")
         answers = {"eval_generate": 0} if given.get("shard") else {}
         given = EMBEDDED | answers | given
-    config = Config(**given)
+    config = flags(**given)
     if not config.output_dir:
         name = "quickstart" if embedded else Path(config.model).resolve().name or "model"
         config.output_dir = str(Path("runs") / f"{name}-{config.loss}")
@@ -177,22 +185,32 @@ def validate(config: Config) -> None:
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
     need("device", config.device != "cuda" or torch.cuda.is_available(),
          "cpu here: PyTorch finds no CUDA device")
-    span_weights(config.loss, config.template_weight, config.system_weight, config.instruction_weight,
-                 config.completion_weight)
+    _ = config.span_weights     # raises
 
 
-# ---------------------------------------------------------------- functions with an invariant
+# ---------------------------------------------------------------- optimization
+
+
+def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Any optimizer of torch.optim will do: all that it keeps for a parameter is saved and resumed. A group's
+    own lr stays the same multiple of --lr throughout the schedule."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
+                             fused=True)
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:
-    """Of the step with index `step` out of `total`; above 0 from the first to the last."""
+    """The learning rate of the step with index `step` out of `total`; above 0 from the first to the last."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    left = (total - step) / (total - warmup)    # 1 at the peak, one step's worth at the end
-    factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)),
-              "constant": 1.0}[config.schedule]
-    return config.lr * factor
+    # 1 at the peak, one step's worth at the end
+    left = (total - step) / (total - warmup)
+    factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}
+    return config.lr * factor[config.schedule]
 
 
 def count_steps(config: Config, per_epoch: int) -> int:
@@ -204,128 +222,244 @@ def other_length(config: Config, per_epoch: int, identity: dict, steps: int) -> 
     """Why this run cannot resume one of another length after `steps` steps, and end as if it had been this
     one from the start; "" if it can. identity: the other run's."""
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
-    total, others = count_steps(config, per_epoch), count_steps(other, per_epoch)
+    total, other_total = count_steps(config, per_epoch), count_steps(other, per_epoch)
     if steps > total:
         return f"{steps} steps are trained, and this run would have only {total}"
-    if any(learning_rate(config, step, total) != learning_rate(other, step, others) for step in range(steps)):
+    if any(learning_rate(config, i, total) != learning_rate(other, i, other_total) for i in range(steps)):
         return (f"the {steps} steps that are trained would have had other learning rates; only a run with "
                 "--schedule constant and as many warm-up steps can be extended")
     return ""
 
 
-def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.AdamW:
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.adam_eps,
-                             fused=True)
+def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Batch, config: Config, step: int,
+                     log_untrained: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """What this micro-batch adds to the step's loss, with a graph; statistics that are summed over
+    micro-batches and ranks, of which each number is logged by its name; and (R,) the trained targets' NLL."""
+    noise = None
+    if config.neftune_alpha:
+        width = unwrap(model).config.hidden_size
+        noise = neftune_noise(batch, width, config.neftune_alpha, config.seed, step)
+    hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)         # (N, C)
+    # Only after the forward pass, which gathers a sharded one.
+    head = unwrap(model).head_weight
+    trained, untrained = batch.trained, batch.untrained
+    loss, trained_nll = weighted_nll(hidden[trained], head, batch.targets[trained],
+                                     batch.coefficients[trained])
+    statistics = {"loss": loss, "nll": sums_by_kind(trained_nll, batch.kinds[trained])}
+    if reference is not None:
+        with torch.no_grad():
+            start = reference(batch.ids, batch.positions, batch.cu_seqlens, noise)
+        kl = kl_divergence(hidden[trained], head, start[trained], reference.head_weight,
+                           batch.coefficients[trained])
+        statistics["kl"] = kl
+        loss = loss + config.kl_weight * kl
+    if log_untrained:   # no gradient
+        values = nll(hidden.detach()[untrained], head, batch.targets[untrained])
+        statistics["nll"] = statistics["nll"] + sums_by_kind(values, batch.kinds[untrained])
+    return loss, statistics, trained_nll
 
 
-def settle_buckets(model: DistributedDataParallel, device: torch.device) -> None:
-    """DDP rebuilds its buckets after a process's first backward pass. With three or more ranks the order of
-    the buckets affects rounding. A pass over two tokens with loss 0 fixes the order before the first step, so
-    a resumed run matches an uninterrupted one bit for bit. The second pass makes the gradients views of the
-    final buckets, so that no_sync() accumulates in place."""
-    ids = torch.zeros(2, dtype=torch.int64, device=device)
-    for _ in range(2):
-        hidden = model(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))
-        loss, _ = weighted_nll(hidden, model.module.head_weight, ids, torch.zeros(2, device=device))
-        loss.backward()
-        model.zero_grad(set_to_none=False)
+# ---------------------------------------------------------------- what a run is made from
 
 
-class Signals:
-    """SIGTERM and Ctrl-C ask for a stop; the loop looks between steps,
-    so the step in hand is finished and saved."""
-
-    def __init__(self) -> None:
-        self.number, self.doing = 0, "finishing this step, then saving"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, _: object) -> None:
-        # torchrun's TERM may follow another rank's error
-        if not self.number and "WORLD_SIZE" not in os.environ:
-            say(f"{signal.Signals(number).name}: {self.doing}")
-        self.number = self.number or number
+class Source(NamedTuple):
+    """The checkpoint that a run starts from."""
+    folder: Path
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    template: Template
 
 
-def say(text: str = "") -> None:
-    """Print on rank 0, above the progress bar."""
-    if is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+def open_source(config: Config) -> Source:
+    """All but the weights of --model, checked as far as that is cheap. Sets config.date. ValueError for what
+    is wrong with the folder, the template or the date."""
+    folder, out = resolve_model(config.model), Path(config.output_dir)
+    model_config = read_config(folder)
+    stored_weights(folder, model_config)
+    tokenizer = Tokenizer(folder)
+    config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
+                            or date.today().isoformat())
+    template = load_template(config.template, tokenizer, config.date)
+    config.date = template.date
+    if template.warning:
+        say(f"warning: {template.warning}")
+    check_vocabulary(model_config.vocab_size, tokenizer, template)
+    return Source(folder, model_config, tokenizer, template)
 
 
-def blame(seen: list[tuple[Batch, torch.Tensor]], dataset: Dataset) -> str:
-    """Which records have a target whose NLL is not finite;
-    seen: this rank's micro-batches with their rows' NLL."""
-    places: list[str] = []
-    for batch, values in seen:
-        bad = batch.documents[batch.rows][~values.isfinite()].unique().tolist()
-        places += [dataset.where(batch.examples[document]) for document in bad]
-    places = sorted(sum(from_all(places), []))
-    if not places:
-        return ("Every record's loss is finite, so something else overflowed: lower --lr, --kl-weight and "
-                "the weights of spans, or try --dtype fp32.")
-    more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-    return f"Its loss is not finite for {', '.join(places[:8])}{more}."
+def run_identity(config: Config, source: Source) -> dict[str, object]:
+    """All that must be the same to resume, as JSON can hold it, as far as it is known before the data is
+    tokenized."""
+    parts = cache_parts(config.train_data, source.tokenizer, source.template, config.max_length,
+                        config.overlong)
+    identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
+                if not f.metadata["free"]}
+    return identity | {"model": model_fingerprint(source.folder), "train_data": parts["data"],
+                       "tokenizer": [parts["tokenizer"], parts["special_tokens"]],
+                       "template": parts["template"], "date": parts["date"]}
 
 
-def say_what_differs(config: Config, train_set: Dataset, incomplete: int, positions: int | None) -> None:
-    """Where a run is not what its flags suggest: examples without a completion, files given twice, examples
-    longer than the model has seen. incomplete: examples without a completion to train."""
+def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict[str, Dataset]]:
+    """The training set, (examples,) the indices of those to train on, and the held-out sets by name. One
+    process of each machine tokenizes, the others read what it wrote. ValueError for bad records, and if
+    nothing is left to train on."""
+    def load(files: list[str]) -> Dataset:
+        dataset = load_dataset(files, source.tokenizer, source.template, config.max_length, config.overlong,
+                               config.cache_dir, progress=shows_progress())
+        check_embedding(dataset, source.model_config.vocab_size, source.tokenizer)
+        return dataset
+
+    names = [Path(file).name.split(".")[0] for file in config.eval_data]
+    names = [file if names.count(name) > 1 else name for name, file in zip(names, config.eval_data)]
+    with first_of_machine():
+        train_set = load(config.train_data)
+        eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
+    usable = train_set.trainable(config.span_weights, config.require_completion)
+    if not len(usable):
+        cut_off = config.require_completion and not train_set.counts[:, COMPLETION].any()
+        raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
+                         f"{config.template}: " + (
+                             f"no completion is left of any (--max-length {config.max_length} cut off "
+                             f"{train_set.report['truncated']:,}); --no-require-completion trains without"
+                             if cut_off else "every target's span has weight 0"))
+    return train_set, usable, eval_sets
+
+
+def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, world_size: int) -> Steps:
+    """The batches of one rank. ValueError if --micro-batch-tokens is less than an example has."""
+    return Steps(dataset, usable, partial(coefficients, weights=config.span_weights,
+                                          normalize=config.normalize),
+                 config.seed, config.batch_size, config.micro_batch_tokens, rank, world_size)
+
+
+def describe_data(config: Config, source: Source, train_set: Dataset, usable: np.ndarray, per_epoch: int
+                  ) -> str:
+    """What will be trained on; and where that is not what the flags suggest: examples without a completion,
+    files given twice, examples longer than the model was trained for."""
+    report, lengths = train_set.report, train_set.lengths[usable]
+    incomplete = int((train_set.counts[:, COMPLETION] == 0).sum())
+    lines = [f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; "
+             f"{count_steps(config, per_epoch):,} steps, {per_epoch:,} an epoch",
+             f"  of {report['records']:,} records {report['truncated']:,} were truncated, "
+             f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
+             f"  {len(train_set) - len(usable):,} left out with nothing to train on"]
     if incomplete and config.require_completion:
-        say(f"  {incomplete:,} of these have no completion (cut off at --max-length, or of weight 0): left "
-            "out under every\n  --loss, so that losses compare on the same examples; "
-            "--no-require-completion keeps them")
+        lines += [f"  {incomplete:,} of these have no completion (cut off at --max-length, or of weight 0): "
+                  "left out under every", "  --loss, so that losses compare on the same examples; "
+                  "--no-require-completion keeps them"]
     elif incomplete:
-        say(f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it does "
-            "not:\n  losses compared with --no-require-completion have other examples and other steps")
+        lines += [f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it "
+                  "does not:", "  losses compared with --no-require-completion have other examples and other "
+                  "steps"]
     if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
-        say(f"warning: --train-data names {twice} file(s) more than once; their records count as often")
+        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count as often"]
+    positions = source.model_config.max_position_embeddings
     if positions and config.max_length > positions:
         longer = int((train_set.lengths > positions).sum())
-        say(f"warning: --max-length {config.max_length} is more than the model's max_position_embeddings, "
-            f"{positions};\n  {longer:,} examples are longer than that")
+        lines += [f"warning: --max-length {config.max_length} is more than the model's "
+                  f"max_position_embeddings, {positions};", f"  {longer:,} examples are longer than that"]
+    return "\n".join(lines)
 
 
-def describe(config: Config) -> str:
-    text = " ".join(f"{f.name}={getattr(config, f.name)}".replace(" ", "\0")
-                    for f in dataclasses.fields(config) if getattr(config, f.name) not in ("", None, []))
-    wrapped = textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
-                            break_on_hyphens=False)
-    return "configuration\n" + wrapped.replace("\0", " ")
+# ---------------------------------------------------------------- what the loop asks for
 
 
-def print_change(before: dict, after: dict) -> None:
-    """The table at the end: held-out NLL of each kind of span in two evaluations, lines of eval.jsonl; "-"
-    where the first did not have the same records."""
-    say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
-    say(f"{'data':<13}{'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
-    measured = {before["contents"][name]: kinds for name, kinds in before["data"].items()}
-    for name, kinds in after["data"].items():
-        for kind, now in kinds.items():
-            then = measured.get(after["contents"][name], {}).get(kind, {}).get("nll_token_mean")
-            value = now["nll_token_mean"]
-            old, change = ("-", "-") if then is None else (f"{then:.4f}", f"{value - then:+.4f}")
-            say(f"{name[-12:]:<13}{kind:<12}{now['tokens']:>9,}{old:>12}{value:>9.4f}{change:>9}")
-    if "exact_match" in after:
-        same = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
-        say(f"\nexact match on {after['answers']} held-out answers: "
-            + (f"{before['exact_match']:.1%} before, " if same else "") + f"{after['exact_match']:.1%} after")
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
-def show_answers(answers: list[dict]) -> None:
-    """Two prompts with their answers: of a right and a wrong answer one each, if there are both."""
-    chosen = [next((a for a in answers if a["correct"] is right), None) for right in (True, False)]
-    for answer in [a for a in chosen if a] or answers[:2]:
-        for name in ("prompt", "expected", "output"):
-            text = answer[name] if len(answer[name]) < 600 else (
-                answer[name][:300] + " [...] " + answer[name][-300:])
-            say(textwrap.fill(f"{name + ':':<10}{text}", 79, subsequent_indent=" " * 10,
-                              initial_indent="\n" if name == "prompt" else ""))
+def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
+    """The weights of --model on this rank, its share of them with --shard."""
+    divide = None
+    if config.shard and world_size() > 1:
+        divide = partial(shard, device=device, dtype=config.compute_dtype)
+    model = load_model(folder, device, divide)
+    model.recompute = config.recompute
+    if warning := model.choose_attention(config.compute_dtype):
+        say(f"warning: {warning}")
+    return model
+
+
+def check_finite(step: int, totals: dict, grad_norm: float, trained: list[tuple[Batch, Tensor]],
+                 dataset: Dataset) -> None:
+    """ValueError, on every rank, if a sum of the step or its gradient is not finite; it names the records.
+    trained: this rank's micro-batches with the NLL of their trained targets. All ranks call."""
+    numbers = {name: value for name, value in totals.items() if isinstance(value, float)}
+    if all(map(math.isfinite, [*numbers.values(), grad_norm])):
+        return
+    places: list[str] = []
+    for batch, values in trained:
+        bad = batch.documents[batch.trained][~values.isfinite()].unique().tolist()
+        places += [dataset.where(batch.examples[document]) for document in bad]
+    places = sorted(sum(from_all(places), []))
+    reason = ("Every record's loss is finite, so something else overflowed: lower --lr, --kl-weight and the "
+              "weights of spans, or try --dtype fp32.")
+    if places:
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        reason = f"Its loss is not finite for {', '.join(places[:8])}{more}."
+    shown = ", ".join(f"{name} {value}" for name, value in numbers.items() if name != "stop")
+    raise ValueError(f"step {step}: {shown}, gradient norm {grad_norm}: the run stops before this step "
+                     f"changes the weights. {reason}")
+
+
+def step_record(step: int, epoch: float, totals: dict, counts: np.ndarray, weights: np.ndarray,
+                logs_untrained: bool, lr: float, grad_norm: float, seconds: float, memory: float
+                ) -> dict[str, float | None]:
+    """A line of metrics.jsonl. totals: the step's sums by name; counts: (E, K) its targets; memory: MB."""
+    of_kind = counts.sum(0)
+    numbers, tokens = dict(totals), int(of_kind.sum())
+    nll_sums = numbers.pop("nll")
+    record = {"step": step, "epoch": epoch, "loss": numbers.pop("loss"), "lr": lr, "grad_norm": grad_norm}
+    for kind in ("completion", "instruction", "system", "template"):
+        k = KINDS.index(kind)
+        known = of_kind[k] > 0 and (logs_untrained or weights[k] != 0)
+        record[f"nll_{kind}"] = nll_sums[k] / int(of_kind[k]) if known else None
+    return record | numbers | {
+        "tokens": tokens, "trained_tokens": int(of_kind[weights != 0].sum()), "padding_tokens": 0,
+        "tokens_per_second": tokens / seconds, "peak_memory_mb": memory, "seconds": seconds}
+
+
+def evaluation_due(config: Config, step: int, total_steps: int) -> bool:
+    """Whether to evaluate after `step` steps."""
+    every = config.eval_every > 0 and step % config.eval_every == 0
+    return bool(config.eval_data) and (every or step in (0, total_steps))
+
+
+def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source: Source, step: int,
+             total_steps: int) -> tuple[dict, list[dict]]:
+    """Held-out NLL by file and kind, and at both ends of the run exact matches of answers: what rank 0 adds
+    to eval.jsonl, and the answers. All ranks call."""
+    device = model.head_weight.device
+    result: dict = {"step": step, "data": {}, "contents": {name: x.content for name, x in eval_sets.items()}}
+    answers: list[dict] = []
+    with autocast(config, device):
+        for name, dataset in eval_sets.items():
+            bar = partial(tqdm, desc=f"evaluating on {name}", leave=False, disable=not shows_progress())
+            capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
+            sums = example_sums(model, dataset, capacity, device, rank(), world_size(), bar)
+            result["data"][name] = summary(sums, dataset.counts)
+        if config.eval_generate and step in (0, total_steps) and is_main():
+            answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
+                                     config.eval_generate)
+    release(model)
+    if answers:
+        result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
+    if is_main():
+        append_line(Path(config.output_dir) / "eval.jsonl", result)
+    for name, kinds in result["data"].items():
+        say(f"step {step}: {name}: " + ", ".join(f"{kind} {value['nll_token_mean']:.4f}"
+                                                 for kind, value in kinds.items()))
+    return result, answers
+
+
+def export(model: Llama, config: Config, source: Source) -> None:
+    """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained. All ranks call,
+    rank 0 writes."""
+    with new_folder(Path(config.output_dir) / "final") as folder:
+        save_model(model, folder, None if config.save_dtype == "source" else DTYPES[config.save_dtype])
+        if is_main():
+            template = source.template
+            write_tokenizer(folder, source.tokenizer, template.source, template.end_of_turn, model.config.raw)
 
 
 # ---------------------------------------------------------------- the run
@@ -336,288 +470,123 @@ def main(argv: list[str]) -> int:
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
-    device, sharded = join_ranks(config.device), config.shard and world_size() > 1
-    use_cuda = device.type == "cuda"
-
-    def finish(status: int) -> int:
-        """End all ranks together."""
-        wait()
-        if world_size() > 1:
-            leave(status)
-        return status
-
-    compute = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+    device, out = join_ranks(config.device), Path(config.output_dir)
     say(describe(config))
-    if config.shard and not sharded:
+    if config.shard and world_size() == 1:
         say("warning: --shard does nothing on one rank")
 
-    # -- what is cheap to check comes before the data is tokenised
-    folder, out = resolve_model(config.model), Path(config.output_dir)
-    model_config = read_config(folder)
-    stored_weights(folder, model_config)
-    tokens = min(config.micro_batch_tokens, config.batch_size * config.max_length)
-    averages = 8 * parameter_count(model_config) // (world_size() if sharded else 1)      # AdamW's, bytes
-    reserve = Reserve(0 if use_cuda or config.dry_run else averages
-                      + activation_bytes(model_config, tokens, compute, config.recompute))
-    tokenizer = Tokenizer(folder)
-    config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
-                            or date.today().isoformat())
-    template = load_template(config.template, tokenizer, config.date)
-    config.date = template.date
-    if template.warning:
-        say(f"warning: {template.warning}")
-    check_vocabulary(model_config.vocab_size, tokenizer, template)
-    parts = cache_parts(config.train_data, tokenizer, template, config.max_length, config.overlong)
-    identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if not f.metadata["free"]}
-    identity |= {"model": checkpoint.model_fingerprint(folder), "train_data": parts["data"],
-                 "tokenizer": [parts["tokenizer"], parts["special_tokens"]], "template": parts["template"],
-                 "date": parts["date"]}
-    settings = dataclasses.asdict(config)
-    if is_main() and not config.dry_run:
-        check_folder(out, identity, settings, folder)
+    # What is cheap to check comes before the data is tokenized.
+    source = open_source(config)
+    identity, settings = run_identity(config, source), asdict(config)
+    if is_main():
+        check_folder(out, identity, settings, source.folder)
 
-    # -- data: one process of each machine tokenises, the others read what it wrote
-    def load(files: list[str]) -> Dataset:
-        return load_dataset(files, tokenizer, template, config.max_length, config.overlong, config.cache_dir,
-                            progress=shows_progress())
-
-    with first_of_machine():
-        train_set, eval_sets = load(config.train_data), [load([file]) for file in config.eval_data]
-    check_vocabulary(model_config.vocab_size, tokenizer, datasets=[train_set, *eval_sets])
-    names = [Path(file).name.split(".")[0] for file in config.eval_data]
-    names = [file if names.count(name) > 1 else name for name, file in zip(names, config.eval_data)]
-
-    weights = span_weights(config.loss, config.template_weight, config.system_weight,
-                           config.instruction_weight, config.completion_weight)
-    usable = train_set.trainable(weights, config.require_completion)    # (examples,) indices into train_set
-    report = train_set.report
-    incomplete = int((train_set.counts[:, COMPLETION] == 0).sum())
-    if not len(usable):
-        raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
-                         f"{config.template}: " + (
-                             f"no completion is left of any (--max-length {config.max_length} cut off "
-                             f"{report['truncated']:,}); --no-require-completion trains without"
-                             if incomplete == len(train_set) and config.require_completion
-                             else "every target's span has weight 0"))
-    lengths = train_set.lengths[usable]
-    if (longest := int(lengths.max())) > config.micro_batch_tokens:
-        raise ValueError(f"--micro-batch-tokens {config.micro_batch_tokens}: an example has {longest} "
-                         "tokens; raise it, or lower --max-length")
-    per_epoch = steps_per_epoch(len(usable), config.batch_size)
-    total_steps = count_steps(config, per_epoch)
-    say(f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; {total_steps:,} steps, "
-        f"{per_epoch:,} an epoch\n  of {report['records']:,} records {report['truncated']:,} were truncated, "
-        f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,\n  "
-        f"{len(train_set) - len(usable):,} left out with nothing to train on")
-    say_what_differs(config, train_set, incomplete, model_config.max_position_embeddings)
-
-    if config.dry_run:
-        say(estimate.forecast(config, folder, compute, use_cuda, lengths, train_set.counts[usable],
-                              weights != 0))
-        return finish(0)
-
+    # Data: the examples of each step, and what each of their targets counts, are known from here on.
+    train_set, usable, eval_sets = load_data(config, source)
+    weights = config.span_weights
+    steps = make_steps(config, train_set, usable, rank(), world_size())
+    total_steps = count_steps(config, steps.per_epoch)
+    say(describe_data(config, source, train_set, usable, steps.per_epoch))
     identity["tokens"] = train_set.content
-    everywhere = {"eval_data": [each.content for each in eval_sets], "torch": torch.__version__}
+    everywhere = {"eval_data": [each.content for each in eval_sets.values()], "torch": torch.__version__}
     check_ranks(out, identity | everywhere, resuming=config.resume == "auto" and not config.overwrite)
 
-    # -- model
-    divide = partial(shard, device=device, dtype=compute) if sharded else None
-    raw_model = load_model(folder, device, divide)
-    raw_model.recompute = config.recompute
-    reference = load_model(folder, device, divide).requires_grad_(False) if config.kl_weight else None
-    for each in filter(None, (raw_model, reference)):
-        if warning := each.choose_attention(compute):
-            say(f"warning: {warning}")
+    # Model: the one to train and, for KL, the one it started as.
+    raw_model = prepare_model(config, source.folder, device)
+    reference = None
+    if config.kl_weight:
+        reference = prepare_model(config, source.folder, device).requires_grad_(False)
 
-    # -- the folder, and where to resume; only now that all that can be wrong with the input was found
-
-    # The bytes of final/ and of the checkpoints, each the weights and AdamW's averages in fp32. A new one is
-    # written before the oldest is deleted.
-    room = parameter_count(model_config) * (DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
-                                            + 12 * (config.keep_checkpoints + 1 if config.save_every else 1))
-    begin = from_main(claim(out, identity, settings, folder, room, partial(other_length, config, per_epoch),
-                            say) if is_main() else None)
-    if begin.finished:
+    # The folder is touched only now, when nothing can be wrong with the input any more. AdamW's checkpoints
+    # hold three numbers a parameter, and a new one is written before the oldest is deleted.
+    checkpoints = config.keep_checkpoints + 1 if config.save_every else 1
+    final_bytes = DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
+    room = parameter_count(source.model_config) * (final_bytes + 12 * checkpoints)
+    start = from_main(claim(out, identity, settings, source.folder, room,
+                            partial(other_length, config, steps.per_epoch), say) if is_main() else None)
+    if start.finished:
         say(f"{out}/final was finished before")
         return finish(0)
 
-    # -- optimizer
-    reserve.release()   # to averages and DDP's buckets
     optimizer = make_optimizer(raw_model, config)
-    first_step = checkpoint.load_checkpoint(begin.resume, raw_model, optimizer) if begin.resume else 0
+    lr_factors = [group["lr"] / config.lr for group in optimizer.param_groups]
+    step = first_step = load_checkpoint(start.resume, raw_model, optimizer) if start.resume else 0
     if config.compile:
         for layer in raw_model.model.layers:
             layer.compile(dynamic=True)
-    model, wait_to_sync = raw_model, contextlib.nullcontext
-    if world_size() > 1 and not sharded:
-        model = DistributedDataParallel(raw_model, device_ids=[device] if use_cuda else None,
-                                        gradient_as_bucket_view=True)
-        wait_to_sync = model.no_sync    # a sharded model would have to keep whole gradients meanwhile
-        with autocast:
-            settle_buckets(model, device)
+    with autocast(config, device):
+        model = data_parallel(raw_model, device)
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size()} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
 
-    def due(step: int) -> bool:
-        return bool(eval_sets) and (step in (0, total_steps)
-                                    or config.eval_every > 0 and step % config.eval_every == 0)
-
-    def evaluate(step: int) -> tuple[dict, list[dict]]:
-        """Held-out NLL by file and kind, at the ends exact matches too; rank 0 writes them to eval.jsonl."""
-        result: dict = {"step": step, "data": {},
-                        "contents": {name: each.content for name, each in zip(names, eval_sets)}}
-        answers: list[dict] = []
-        with autocast:
-            for name, dataset in zip(names, eval_sets):
-                capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
-                rows = partial(tqdm, desc=f"evaluating on {name}", leave=False,
-                               disable=not shows_progress())
-                sums = example_sums(raw_model, dataset, capacity, device, rank(), world_size(), rows)
-                result["data"][name] = summary(sums, dataset.counts)
-            if config.eval_generate and step in (0, total_steps) and is_main():
-                answers = answer_records(raw_model, tokenizer, template, config.eval_data,
-                                         config.eval_generate)
-        release(raw_model)
-        if answers:
-            result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
-        if is_main():
-            append_line(out / "eval.jsonl", result)
-            for name, kinds in result["data"].items():
-                say(f"step {step}: {name}: " + ", ".join(f"{kind} {value['nll_token_mean']:.4f}"
-                                                         for kind, value in kinds.items()))
-        return result, answers
-
-    # Until here, and in the first evaluation, Ctrl-C ends the run at once: nothing would be lost.
-    if due(first_step) or (eval_sets and not begin.evaluated):
-        if is_main():   # what is there may be of an evaluation that did not come to its end
+    if evaluation_due(config, first_step, total_steps) or (eval_sets and not start.evaluated):
+        if is_main():   # an evaluation of this step that was interrupted may have left its line
             keep_lines(out / "eval.jsonl", first_step - 1)
-        after, answers = evaluate(first_step)
+        after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps)
 
-    # -- the loop
-    stop = Signals()
-    epoch_plan: list = []
+    # The loop. From here on a signal lets the current step end; before, it ends the run, and nothing is lost.
+    stop, progress = StopSignal(), Progress(first_step, total_steps)
     say(f"ready to train after {time.monotonic() - started:.1f} s")
-    terminal = shows_progress()     # a bar there, lines in a log file
-    bar = tqdm(total=total_steps, initial=first_step, disable=not terminal, unit="step", dynamic_ncols=True)
-    step = first_step
     while step < total_steps:
         began = time.monotonic()
-        epoch, index = divmod(step, per_epoch)
-        if index == 0 or not epoch_plan:
-            epoch_plan = plan(lengths, config.seed, epoch, config.batch_size, config.micro_batch_tokens,
-                              world_size())
-        micro_batches = epoch_plan[index]                       # [rank][micro-batch] -> indices into `usable`
-        counts = train_set.counts[usable[np.concatenate([m for r in micro_batches for m in r])]]
-        table = coefficients(counts, weights, config.normalize)  # (examples of the step, K)
-        tables = np.split(table, np.cumsum([len(m) for r in micro_batches for m in r])[:-1])
-        tables = tables[rank() * len(micro_batches[0]):]        # this rank's come first now
-        look = ((step + 1) % config.log_every == 0 or step == 0
-                or step + 1 == total_steps)                     # at untrained spans too
-
-        # What the ranks add up: loss, KL, whether to stop, NLL by kind.
-        objective, divergence = torch.zeros((), device=device), torch.zeros((), device=device)
-        sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
-        seen: list[tuple[Batch, torch.Tensor]] = []
-        for i, examples in enumerate(micro_batches[rank()]):
-            batch = collate(train_set, usable[examples], tables[i])
-            rest = (batch.coefficients == 0).nonzero().squeeze(1)   # before the device has it: no waiting
-            batch, rest = batch.to(device), rest.to(device)
-            noise = None
-            if config.neftune_alpha:
-                noise = neftune_noise(batch, model_config.hidden_size, config.neftune_alpha, config.seed,
-                                      step)
-            last = i + 1 == len(micro_batches[rank()])
-            with contextlib.nullcontext() if last else wait_to_sync():
-                with autocast:
-                    hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)     # (N, C)
-                    rows = batch.rows
-                    loss, values = weighted_nll(hidden[rows], raw_model.head_weight, batch.targets[rows],
-                                                batch.coefficients[rows])
-                    sums += sums_by_kind(values, batch.kinds[rows])
-                    seen.append((batch, values))
-                    objective += loss.detach()
-                    if reference is not None:
-                        with torch.no_grad():
-                            start = reference(batch.ids, batch.positions, batch.cu_seqlens, noise)
-                        kl = kl_divergence(hidden[rows], raw_model.head_weight, start[rows],
-                                           reference.head_weight, batch.coefficients[rows])
-                        divergence += kl.detach()
-                        loss = loss + config.kl_weight * kl
-                    if look:  # the spans that carry no weight: no gradient
-                        values = nll(hidden.detach()[rest], raw_model.head_weight, batch.targets[rest])
-                        sums += sums_by_kind(values, batch.kinds[rest])
-                (loss * world_size()).backward()  # gradients are averaged over ranks, the loss is their sum
-
-        # -- the one place where the host waits for the device
-        stats = torch.cat([torch.stack([objective, divergence]).double(), sums,
-                           torch.tensor([float(stop.number)], dtype=torch.float64, device=device)])
-        if world_size() > 1:
-            dist.all_reduce(stats)
+        log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
+        batches, counts = steps[step]
+        sums, trained = Sums(), []
+        for i, batch in enumerate(batches):
+            batch = batch.to(device)
+            sync_gradients(model, now=i == len(batches) - 1)
+            with autocast(config, device):
+                loss, statistics, trained_nll = micro_batch_loss(model, reference, batch, config, step,
+                                                                 log_untrained)
+            # DDP and FSDP average gradients over the ranks; the step's loss is the ranks' sum.
+            (loss * world_size()).backward()
+            sums.add(statistics)
+            trained.append((batch, trained_nll))
         release(reference)
+
+        # One sum over the ranks, and the only place where the host waits for the device.
+        sums.add({"stop": torch.tensor(float(stop.number), device=device)})
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
-        *values, grad_norm = torch.cat([stats, whole(norm).double()[None]]).tolist()
-        loss_value, kl_value, nll_sums, signals = values[0], values[1], values[2:-1], values[-1]
-        if not (math.isfinite(loss_value) and math.isfinite(grad_norm) and math.isfinite(kl_value)):
-            kl = f", KL {kl_value}" if reference is not None else ""
-            raise ValueError(f"step {step + 1}: loss {loss_value}{kl}, gradient norm {grad_norm}: the run "
-                             "stops before this step changes the weights. " + blame(seen, train_set))
+        totals, [grad_norm] = sums.over_ranks(whole(norm))
+        check_finite(step + 1, totals, grad_norm, trained, train_set)
+
         lr = learning_rate(config, step, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        for group, factor in zip(optimizer.param_groups, lr_factors):
+            group["lr"] = lr * factor
         optimizer.step()
-        # DDP's gradients stay views of its buckets: new ones, made under no_sync(), would be beside them.
+        # DDP's gradients stay views of its buckets.
         optimizer.zero_grad(set_to_none=model is raw_model)
         step += 1
 
-        # -- what came of it
-        of_kind = counts.sum(0)
-        seconds = time.monotonic() - began
-        tokens = int(of_kind.sum())
-        record = {"step": step, "epoch": step / per_epoch, "loss": loss_value, "lr": lr,
-                  "grad_norm": grad_norm}
-        for kind in ("completion", "instruction", "system", "template"):
-            k = KINDS.index(kind)
-            known = of_kind[k] > 0 and (look or weights[k] != 0)
-            record[f"nll_{kind}"] = nll_sums[k] / int(of_kind[k]) if known else None
-        if reference is not None:
-            record["kl"] = kl_value
-        record.update(tokens=tokens, trained_tokens=int(of_kind[weights != 0].sum()), padding_tokens=0,
-                      tokens_per_second=tokens / seconds, peak_memory_mb=peak_memory_mb(device),
-                      seconds=seconds)
+        stopping = totals.pop("stop") > 0 and step < total_steps
+        record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr,
+                             grad_norm, time.monotonic() - began, peak_memory_mb(device))
         if is_main():
             append_line(out / "metrics.jsonl", record)
-        bar.update()
-        shown = [f"{name} {record[key]:.3f}" for name, key in (
-            ("loss", "loss"), ("completion", "nll_completion"), ("instruction", "nll_instruction"))
-            if record[key] is not None]
-        bar.set_postfix_str(" ".join(shown) + f" {record['tokens_per_second']:,.0f} tok/s")
-        if look and not terminal:
-            say(f"step {step}/{total_steps}: {', '.join(shown)}, {record['tokens_per_second']:,.0f} tokens/s")
-        interrupted = signals > 0 and step < total_steps
-        # The last step is always saved, and before it is evaluated: whatever fails then, nothing is lost.
-        if interrupted or step == total_steps or (config.save_every and step % config.save_every == 0):
-            checkpoint.save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
-                                       config.keep_checkpoints)
+        progress.update(record, line=log_untrained)
+
+        # The last step is always saved, before it is evaluated: whatever fails then, nothing is lost.
+        if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
+            save_checkpoint(out, step, raw_model, optimizer, {"identity": identity}, config.keep_checkpoints)
         if step == total_steps:
             stop.doing = "finishing the last evaluation and the export"
-        if interrupted:
-            bar.close()
+        if stopping:
+            progress.close()
             say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
             return finish(128 + (stop.number or signal.SIGTERM))
-        if due(step):
-            after, answers = evaluate(step)
-    bar.close()
+        if evaluation_due(config, step, total_steps):
+            after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps)
+    progress.close()
 
-    # -- the end
+    # The end: what training has changed, and the folder to use.
     if eval_sets and is_main():
         print_change(json.loads((out / "eval.jsonl").read_text().splitlines()[0]), after)
         show_answers(answers)
-    checkpoint.export(out, raw_model, tokenizer, template, config.save_dtype)
+    export(raw_model, config, source)
     if is_main():
         finish_run(out, identity, step, keep_last=config.save_every > 0)
-        say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
-            f"{time.monotonic() - started:.0f} s in all")
+    say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
+        f"{time.monotonic() - started:.0f} s in all")
     return finish(0)
 
 
@@ -631,7 +600,7 @@ def run(argv: list[str]) -> int:
         leave(128 + signal.SIGINT)
     except Exception as error:
         report_error(error)
-        if dist.is_initialized():
+        if world_size() > 1:
             leave(1)
         return 1
 

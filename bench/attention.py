@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.common import cores, hardware, print_table
-from model import attention, attention_reference
-from machine import keep_freed_memory
+from kernels.attention import attention, attention_reference
+from runtime.machine import keep_freed_memory
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:

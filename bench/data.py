@@ -36,8 +36,9 @@ def restart_peak() -> float:
 
 def tokenise(args: argparse.Namespace) -> dict:
     """Into a fresh cache, and again from it; loading the tokenizer and the template is not counted."""
-    from data import Tokenizer, load_dataset, load_template
-    from model import resolve_model
+    from chat import Tokenizer, load_template
+    from data import load_dataset
+    from runtime.weights import resolve_model
     tokenizer = Tokenizer(resolve_model(args.model))
     template = load_template(args.template, tokenizer)
     with tempfile.TemporaryDirectory() as cache:
@@ -71,8 +72,9 @@ def packing(args: argparse.Namespace) -> dict:
     """Of an epoch of each file: micro-batches a step, the fewest that its tokens could fit, and how full they
     are. Rows are as long as their tokens, so what is not filled is not computed either: there is no
     padding."""
-    from data import Tokenizer, load_dataset, load_template, plan
-    from model import resolve_model
+    from chat import Tokenizer, load_template
+    from data import load_dataset, plan
+    from runtime.weights import resolve_model
     tokenizer = Tokenizer(resolve_model(args.model))
     template = load_template(args.template, tokenizer)
     rows = []

@@ -67,14 +67,17 @@ def one(args: argparse.Namespace) -> None:
     import numpy as np
     import torch
 
-    import estimate
+    from eval import estimate
+    import data
+    import model
+    from runtime import distributed
     import train
-    from machine import peak_memory_mb
+    from runtime.machine import peak_memory_mb
     from model import read_config
 
     cpu = torch.device("cpu")
     seen = {"largest": 0, "trained": 0, "other": 0}
-    collate, load_model, Reserve = train.collate, train.load_model, train.Reserve
+    collate, load_model, Reserve = data.collate, model.load_model, train.Reserve
 
     def full(lengths: np.ndarray, *_: object) -> list:
         first = np.arange(np.searchsorted(lengths.cumsum(), args.tokens, "right"))
@@ -100,7 +103,7 @@ def one(args: argparse.Namespace) -> None:
 
     begun: dict = {}
     train.Reserve = lambda size: begun.setdefault("reserve", Later(size))
-    train.collate, train.load_model, train.plan = counting, watching, full
+    data.collate, model.load_model, data.plan = counting, watching, full
     train.checkpoint.export = lambda *_: None
     flags = ["--model", args.model, "--train-data", *args.train_data, "--max-length", "1024", "--max-steps",
              "2", "--micro-batch-tokens", str(max(args.tokens, 1024)), "--device", "cpu", "--cache-dir",
@@ -111,7 +114,7 @@ def one(args: argparse.Namespace) -> None:
         os._exit = lambda status: None      # how train.py ends under torchrun
         status = train.run(flags)
     assert status == 0
-    if train.is_main():
+    if distributed.is_main():
         parts = estimate.memory(read_config(Path(args.model)), seen, torch.bfloat16, args.ranks, args.shard,
                                 args.recompute, False)
         Path(args.result).write_text(json.dumps({
@@ -125,7 +128,8 @@ def one(args: argparse.Namespace) -> None:
 
 def make_wide(folder: Path) -> None:
     """A checkpoint of random weights that is nearly all layers."""
-    from model import Llama, ModelConfig, init_weights, save_model
+    from model import Llama, ModelConfig, init_weights
+    from runtime.weights import save_model
     source = REPOSITORY / "quickstart" / "model"
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):

@@ -13,7 +13,7 @@ import argparse
 
 import torch
 
-import estimate
+from eval import estimate
 from bench.common import print_table
 from model import ModelConfig, parameter_count
 

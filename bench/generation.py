@@ -24,8 +24,9 @@ def run_here(args: argparse.Namespace) -> dict:
     """One run, in the child: {"outputs": ids without the stop, "seconds", "new_tokens"}."""
     import torch
 
-    from data import Tokenizer, load_template, read_records, render, tokenize
-    from model import load_model, resolve_model
+    from chat import Tokenizer, load_template, read_records, render, tokenize
+    from model import load_model
+    from runtime.weights import resolve_model
     folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
     tokenizer = Tokenizer(folder)
     template = load_template(args.template, tokenizer)
@@ -37,7 +38,7 @@ def run_here(args: argparse.Namespace) -> dict:
     if args.run != "transformers":
         from eval.common import make_engine
         from eval.engine import LOOKUP
-        from machine import keep_freed_memory
+        from runtime.machine import keep_freed_memory
         keep_freed_memory(shapes=1024)      # as eval.generate does
         engine = make_engine(load_model(folder).requires_grad_(False).to(dtype))
 

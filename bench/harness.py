@@ -34,8 +34,8 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 def make_task(args: argparse.Namespace, folder: Path) -> int:
     """Writes the task and its questions; returns the tokens of their contexts."""
-    from data import Tokenizer, read_records
-    from model import resolve_model
+    from chat import Tokenizer, read_records
+    from runtime.weights import resolve_model
     encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""
     for messages, _ in read_records(args.data):
         text, answer = text + messages[-2]["content"], messages[-1]["content"].strip()

@@ -26,21 +26,23 @@ VARIANTS = ("none", "keep", "shapes", "reserve")
 
 def one(args: argparse.Namespace) -> None:
     """A run of train.py without what the variant leaves out."""
+    from runtime import folder
+    from runtime import machine
     import train
     if args.variant == "none":
-        train.keep_freed_memory = lambda: None
+        machine.keep_freed_memory = lambda: None
     if args.variant in ("none", "keep"):
         os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "1024"
     if args.variant != "reserve":
         train.Reserve.__init__ = lambda self, size: setattr(self, "thread", None)
     faults: list[int] = []
-    append_line = train.append_line
+    append_line = folder.append_line
 
     def counting(path: Path, record: dict) -> None:
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         append_line(path, record)
 
-    train.append_line = counting
+    folder.append_line = counting
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         status = train.run(["--model", args.model, "--train-data", *args.train_data, "--max-length", "1024",
                             "--batch-size", str(args.batch_size), "--max-steps", str(args.steps),

@@ -11,9 +11,12 @@ import json
 import numpy as np
 import torch
 
-from data import CACHE_DIR, Tokenizer, collate, load_dataset, load_template
-from loss import coefficients, span_weights, weighted_nll
-from model import load_model, resolve_model
+from chat import Tokenizer, load_template
+from data import CACHE_DIR, collate, load_dataset
+from kernels.head import weighted_nll
+from loss import coefficients, span_weights
+from model import load_model
+from runtime.weights import resolve_model
 
 
 def main() -> None:

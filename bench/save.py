@@ -23,12 +23,13 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
+from runtime import checkpoint
 import train
 from bench.common import cores, hardware, print_table
-from loss import weighted_nll
-from machine import keep_freed_memory
-from model import Llama, load_model, resolve_model
+from kernels.head import weighted_nll
+from runtime.machine import keep_freed_memory
+from model import Llama, load_model
+from runtime.weights import resolve_model
 
 PIECE = 2**26
 DOCUMENT = 256

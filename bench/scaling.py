@@ -37,8 +37,8 @@ def point(args: argparse.Namespace) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     import train
-    from loss import weighted_nll
-    from machine import keep_freed_memory
+    from kernels.head import weighted_nll
+    from runtime.machine import keep_freed_memory
     from model import Llama, ModelConfig, init_weights
 
     keep_freed_memory()

@@ -42,12 +42,13 @@ def point(args: argparse.Namespace) -> None:
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    import checkpoint
+    from runtime import checkpoint
     import train
-    from loss import weighted_nll
-    from machine import keep_freed_memory
+    from kernels.head import weighted_nll
+    from runtime.machine import keep_freed_memory
     from model import load_model
-    from shard import part, shard, whole
+    from runtime.distributed import shard, whole
+    from runtime.weights import local_rows
 
     keep_freed_memory()
     dist.init_process_group("gloo")
@@ -87,7 +88,7 @@ def point(args: argparse.Namespace) -> None:
         norm = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)).item()
         optimizer.step()
         if step + 1 == args.warmup + args.steps:
-            state = sum(part(x).numel() * x.itemsize for p in raw.parameters()
+            state = sum(local_rows(x).numel() * x.itemsize for p in raw.parameters()
                         for x in (p, p.grad, *optimizer.state[p].values()))
         optimizer.zero_grad(set_to_none=model is raw)
         seconds.append(time.monotonic() - began)

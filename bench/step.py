@@ -23,13 +23,17 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-import loss as loss_module
+from kernels import head
+from kernels import attention as attention_kernels
+from kernels import layers
 import model as model_module
 import train
-from data import Tokenizer, collate, load_dataset, load_template, plan
+from chat import Tokenizer, load_template
+from data import collate, load_dataset, plan
 from loss import coefficients, span_weights
-from machine import Reserve, keep_freed_memory
-from model import activation_bytes, load_model, parameter_count, read_config, resolve_model
+from runtime.machine import Reserve, keep_freed_memory
+from model import activation_bytes, load_model, parameter_count, read_config
+from runtime.weights import resolve_model
 
 # ---------------------------------------------------------------- floor
 
@@ -95,8 +99,8 @@ def mark(model: torch.nn.Module) -> None:
             NORMS if isinstance(module, model_module.RMSNorm) else None)
         if part:
             module.forward = wrapped(module.forward, part)
-    model_module.attention = wrapped(model_module.attention, ATTENTION)
-    model_module.rotate = wrapped(model_module.rotate, NORMS)
+    attention_kernels.attention = wrapped(attention_kernels.attention, ATTENTION)
+    layers.rotate = wrapped(layers.rotate, NORMS)
 
 
 def by_shapes(event: object, feed_forward: int, vocabulary: int) -> str | None:
@@ -162,7 +166,7 @@ def step_profile(args: argparse.Namespace) -> dict:
                 hidden = model(batch.ids, batch.positions, batch.cu_seqlens)
                 with record_function("part:" + HEAD):
                     rows = batch.rows
-                    value, _ = loss_module.weighted_nll(hidden[rows], model.head_weight, batch.targets[rows],
+                    value, _ = head.weighted_nll(hidden[rows], model.head_weight, batch.targets[rows],
                                                         batch.coefficients[rows])
             value.backward()
             with record_function("part:" + CLIP):

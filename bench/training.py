@@ -49,9 +49,11 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def prepare_here(args: argparse.Namespace, folder: Path) -> None:
-    from data import Tokenizer, export, load_dataset, load_template
+    from chat import Tokenizer, load_template
+    from data import load_dataset
+    from train import export
     from loss import span_weights
-    from model import resolve_model
+    from runtime.weights import resolve_model
     tokenizer = Tokenizer(resolve_model(args.model))
     template = load_template(args.template, tokenizer)
     cache = folder / "cache"

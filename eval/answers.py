@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterable
 from hashlib import file_digest, sha256
 from pathlib import Path
 
-from checkpoint import model_fingerprint
-from data import Template
-from files import read_json
+from runtime.weights import model_fingerprint
+from chat import Template
+from runtime.files import read_json
 from eval.common import gather, write_json
-from model import resolve_model
-from ranks import is_main, rank, world_size
+from runtime.weights import resolve_model
+from runtime.distributed import is_main, rank, world_size
 
 FIRST = b'{"settings": '    # how a file begins that holds its settings itself
 

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
+from chat import TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
 from eval.engine import Engine
-from files import write_text
-from machine import Reserve, keep_freed_memory
-from model import Llama, load_model, resolve_model
-from ranks import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
+from runtime.files import write_text
+from runtime.machine import keep_freed_memory
+from model import Llama, load_model
+from runtime.weights import resolve_model
+from runtime.distributed import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
 
 
 @dataclass
@@ -32,8 +33,8 @@ class Loaded:
 
     @cached_property
     def engine(self) -> Engine:
-        """Made once: it lays out the weights anew, and keeps them."""
-        return make_engine(self.model)
+        """Made once: it holds a copy of the linear layers."""
+        return Engine(self.model)
 
     def answer(self, ids: list[int]) -> str:
         """A generated answer's text, as a message's content."""
@@ -84,7 +85,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
     template = load_template(args.template, tokenizer, args.date) if args.template else None
-    check_vocabulary(model.config.vocab_size, tokenizer, template)
+    if template:
+        check_vocabulary(model.config.vocab_size, tokenizer, template)
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 
@@ -120,15 +122,6 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
     if not objects:
         raise ValueError(f"{file}: is empty")
     return objects
-
-
-def make_engine(model: Llama) -> Engine:
-    """An engine, its weights and cache in large pages that are taken at once, not page by page as a cache
-    grows."""
-    if model.head_weight.device.type == "cpu":
-        weights = sum(weight.nbytes for weight in model.parameters())
-        Reserve(weights + 2**29).release()
-    return Engine(model)
 
 
 def start_ranks(args: argparse.Namespace) -> torch.device:

@@ -35,8 +35,8 @@ from eval.common import Parser, load, run, start_ranks, write_json
 from eval.examples import Example, Response, read_examples, respond
 from eval.results import (SPANS, Run, Table, configuration, held_out_points, last_evaluations,
                           make_tables, read_result, read_results, read_run, training, training_points)
-from files import write_text
-from ranks import is_main
+from runtime.distributed import is_main
+from runtime.files import write_text
 
 WIDTH = 80                  # columns of the terminal
 POINTS = 100                # of a curve: more cannot be told apart

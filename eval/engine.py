@@ -2,16 +2,18 @@
 
     for number, ids, stopped in Engine(model).answers(prompts, stop, max_new_tokens): ...
 
-A fixed number of slots runs at once; when an answer ends, the next prompt takes its slot. A step is one
-packed row, as in training: all of the prompts that are new, and of other documents the last token and those
-that Document.guess expects to follow it. What is chosen behind a token counts only if all guesses up to there
-were right: answers are the same as token by token, but for rounding, and come faster.
+The model's own layers run, with attention over the cache passed in. A fixed number of slots runs at once;
+when an answer ends, the next prompt takes its slot. A step is one packed row, as in training: all of the
+prompts that are new, and of other documents the last token and those that Document.guess expects to follow
+it. What is chosen after a token counts only if all guesses up to there were right: answers are the same as
+token by token, but for rounding, and come faster.
 
 Shapes: B slots, T places in the cache, H query heads, G key/value heads, D head size, C width,
 N packed tokens, V vocabulary.
 """
+import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,10 +21,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Llama, RMSNorm, check_ids, compute_dtype, rms_norm
+from kernels.layers import compute_dtype
+from model import Llama, ModelConfig
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
+
+
+def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
+    """ValueError unless all token ids of the sequences, such as prompts, have a row in the embedding."""
+    largest = max(map(max, filter(len, sequences)), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(f"a text holds token {largest}, the embedding has only {config.vocab_size} rows; "
+                         "tokenizer and model do not belong together, or tokens were added without resizing "
+                         "the model")
+
 
 # ---------------------------------------------------------------- choosing a token
 
@@ -133,11 +146,9 @@ class Cache:
     """Keys and values of the slots' documents, (2, B, G, T, D) for each layer, in the dtype to compute in.
     What is behind a document's end is finite, and nobody looks at it."""
 
-    def __init__(self, model: Llama, slots: int):
-        config, weight = model.config, model.head_weight
-        self.layers = [torch.zeros(2, slots, config.num_key_value_heads, 0, config.head_dim,
-                                   dtype=compute_dtype(weight), device=weight.device)
-                       for _ in range(config.num_hidden_layers)]
+    def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device):
+        self.layers = [torch.zeros(2, slots, config.num_key_value_heads, 0, config.head_dim, dtype=dtype,
+                                   device=device) for _ in range(config.num_hidden_layers)]
 
     def fit(self, places: int) -> None:
         """Make T `places`, rounded up to 32, or leave it up to a third larger. No larger: a product of
@@ -158,14 +169,16 @@ class Cache:
         first = which // heads * count * heads + which % heads
         return ((slots[:, None] * heads + first) * size + places[:, None]).flatten()
 
-    def write(self, layer: int, rows: Tensor, kv: Tensor) -> None:
-        """kv: (N, 2 * G, D), keys and values."""
-        self.layers[layer].view(-1, kv.shape[-1]).index_copy_(0, rows, kv.reshape(-1, kv.shape[-1]))
+    def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v: (N, G, D), to where rows() says."""
+        keys_and_values = torch.cat([k, v], 1).flatten(0, 1)                    # (N * 2 * G, D)
+        stored = self.layers[layer]
+        stored.view(-1, stored.shape[-1]).index_copy_(0, rows, keys_and_values.to(stored.dtype))
 
     def attention(self, slots: Tensor, nth: Tensor, places: Tensor, queries: int
                   ) -> Callable[[int, Tensor], Tensor]:
         """For tokens in the cache, (N,) each: the slot, the token's number among the slot's, the place.
-        queries: H. Returns what they attend with: (layer, heads (N, H + 2 G, D)) -> (N, H * D).
+        queries: H. Returns what they attend with: (layer, q (N, H, D)) -> (N, H, D).
 
         All queries that share keys are lines of one product, S lines for each of B * G. Slots with fewer
         tokens than others leave lines to chance, and nothing but the two products is done for those."""
@@ -174,58 +187,57 @@ class Cache:
         most = (int(nth.max()) + 1) * group                                             # S
         product = slots[:, None] * keys + head // group                                 # (N, H)
         line = nth[:, None] * group + head % group                                      # (N, H)
-        there = (product * most + line).flatten()
-        here = torch.zeros(count * keys * most, dtype=torch.int64, device=device)       # there's inverse
-        first = torch.arange(len(slots), device=device)[:, None] * (queries + 2 * keys)
-        here[there] = (first + head).flatten()
+        line_of_query = (product * most + line).flatten()
+        query_of_line = torch.zeros(count * keys * most, dtype=torch.int64, device=device)
+        query_of_line[line_of_query] = torch.arange(len(line_of_query), device=device)
         unseen = torch.arange(total, device=device) > places[:, None]
         mask = torch.where(unseen, -math.inf, 0.0)[:, None]                             # (N, 1, T), fp32
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor) -> Tensor:
             k, v = self.layers[layer].flatten(1, 2)                                     # (B * G, T, D)
-            q = heads.view(-1, size).index_select(0, here).view(-1, most, size)
-            # Keys first: the other way round they would be laid out anew, which takes as long again.
-            scores = torch.bmm(k, q.transpose(1, 2)).transpose(1, 2)[product, line]     # (N, H, T)
-            some = torch.add(mask, scores, alpha=size ** -0.5).softmax(-1).to(q.dtype)
-            weights = q.new_empty(len(here), total).index_copy_(0, there, some.flatten(0, 1))
+            lines = q.to(k.dtype).flatten(0, 1).index_select(0, query_of_line).view(-1, most, size)
+            # Keys first: the other way round they would be copied, which takes as long again.
+            scores = torch.bmm(k, lines.transpose(1, 2)).transpose(1, 2)[product, line]     # (N, H, T)
+            probabilities = torch.add(mask, scores, alpha=size ** -0.5).softmax(-1).to(k.dtype)
+            weights = k.new_empty(len(query_of_line), total)
+            weights.index_copy_(0, line_of_query, probabilities.flatten(0, 1))
             out = torch.bmm(weights.view(-1, most, total), v)
-            return out.view(-1, size).index_select(0, there).view(-1, queries * size)
+            return out.view(-1, size).index_select(0, line_of_query).view(-1, queries, size)
 
         return attend
 
 
-def packed(dtype: torch.dtype, *linears: nn.Module, order: Tensor | None = None) -> Callable[..., Tensor]:
-    """(x (N, in), residual (N, out) or None) -> what the linears make of x, side by side, with the residual
-    added. order: of their outputs, instead of as they come. Their weights are cast and put together once; in
-    bf16 on the CPU also laid out as oneDNN's product wants them, which else every call does again: with 16
-    rows all of SmolLM2-135M's products take 10 ms a step then, not 14 (two cores)."""
-    weight, bias = linears[0].weight, getattr(linears[0], "bias", None)
-    if len(linears) > 1:
-        weight = torch.cat([linear.weight for linear in linears])
-        bias = None if bias is None else torch.cat([linear.bias for linear in linears])
-    if order is not None:
-        weight, bias = weight[order], None if bias is None else bias[order]
-    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    ops = torch.ops.mkldnn
-    if not (weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-            and ops._is_mkldnn_bf16_supported()):
-        return lambda x, residual=None: (F.linear(x, weight, bias) if residual is None else
-                                         residual + F.linear(x, weight, bias))
-    weight = ops._reorder_linear_weight(weight.detach())
+class PackedLinear(nn.Module):
+    """A linear layer whose bf16 weights are laid out once as oneDNN's product on the CPU wants them, which
+    else every call does again: with 16 rows all of SmolLM2-135M's products take 10 ms a step instead of 14
+    (two cores)."""
 
-    def product(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if residual is not None and residual.dtype == dtype:
-            return ops._linear_pointwise.binary(x, residual, weight, bias, "add")
-        out = ops._linear_pointwise(x, weight, bias, "none", [], "")
-        return out if residual is None else residual + out
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach()), bias
 
-    return product
+    @staticmethod
+    def supported(weight: Tensor) -> bool:
+        return (weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+                and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(torch.bfloat16)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def normed(norm: RMSNorm, order: Tensor | slice = slice(None)) -> Callable[[Tensor], Tensor]:
-    """x (..., C) -> norm(x), without the way through autograd. order: that of x's numbers, if not its own."""
-    weight = norm.weight[order]
-    return lambda x: rms_norm(x, weight, norm.eps)[0]
+def copy_for_generation(model: Llama, dtype: torch.dtype) -> Llama:
+    """A copy whose linear layers are cast once, not in every step; all other tensors are the model's."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            shared |= {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in module.parameters()}
+    copied = copy.deepcopy(model, shared)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and PackedLinear.supported(child.weight):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+    return copied
 
 
 class Engine:
@@ -233,74 +245,40 @@ class Engine:
 
     @torch.no_grad()
     def __init__(self, model: Llama):
-        self.model, self.dtype, config = model, compute_dtype(model.head_weight), model.config
-        # The two numbers that RoPE turns together are put side by side, in queries and keys alike: one
-        # product of complex numbers then, and what queries and keys make together is the same.
-        size, keys = config.head_dim, config.num_key_value_heads
-        pairs = torch.arange(size, device=model.head_weight.device).view(2, -1).T.flatten()
-        heads = config.num_attention_heads + 2 * keys
-        order = torch.arange(heads * size, device=pairs.device).view(-1, size)
-        order = torch.cat([order[:-keys, pairs], order[-keys:]]).flatten()
-        self.layers = []
-        for layer in model.model.layers:
-            own, mlp = layer.self_attn, layer.mlp
-            self.layers.append((
-                normed(layer.input_layernorm),
-                packed(self.dtype, own.q_proj, own.k_proj, own.v_proj, order=order),
-                config.qk_norm and [normed(norm, pairs) for norm in (own.q_norm, own.k_norm)],
-                packed(self.dtype, own.o_proj),
-                normed(layer.post_attention_layernorm),
-                packed(self.dtype, mlp.gate_proj, mlp.up_proj),
-                packed(self.dtype, mlp.down_proj)))
-        self.norm = normed(model.model.norm)
-        self.head = packed(self.dtype, model.lm_head or model.model.embed_tokens)
+        head_weight = model.head_weight
+        self.dtype, self.device = compute_dtype(head_weight), head_weight.device
+        self.model = copy_for_generation(model, self.dtype)
+        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        head_weight = head_weight.to(self.dtype)
+        self.head = (PackedLinear(head_weight) if PackedLinear.supported(head_weight)
+                     else lambda hidden: F.linear(hidden, head_weight))
 
-    def forward(self, ids: Tensor, places: Tensor, attend: Callable[[int, Tensor], Tensor]) -> Tensor:
-        """What the model computes, from the packed weights: ids, places (N,) -> hidden states (N, C).
-        attend: (layer, heads (N, H + 2 G, D)) -> (N, H * D); heads are queries, keys and values, in place."""
-        config = self.model.config
-        queries, turned = config.num_attention_heads, config.num_attention_heads + config.num_key_value_heads
-        angles = places[:, None, None].float() * self.model.frequencies.to(ids.device)
-        turn = torch.polar(torch.ones_like(angles), angles)                     # (N, 1, D / 2), complex
-        x = self.model.model.embed_tokens(ids)
-        for i, (norm, qkv, qk_norms, o, mlp_norm, gate_up, down) in enumerate(self.layers):
-            heads = qkv(norm(x)).unflatten(-1, (-1, config.head_dim))
-            qk = heads[:, :turned]
-            if qk_norms:
-                qk = torch.cat([f(part) for f, part in zip(qk_norms, qk.tensor_split([queries], 1))], 1)
-            qk = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * turn    # (N, H + G, D / 2)
-            heads[:, :turned] = torch.view_as_real(qk).flatten(2)
-            x = o(attend(i, heads), x)
-            gate, up = gate_up(mlp_norm(x)).chunk(2, -1)
-            x = down(F.silu(gate).mul_(up), x)
-        return self.norm(x)
-
-    def step(self, cache: Cache, going: dict[int, tuple[int, list[int]]], new: dict[int, list[int]]
+    def step(self, cache: Cache, running: dict[int, tuple[int, list[int]]], new: dict[int, list[int]]
              ) -> Tensor:
-        """Go on in some slots, {slot: (place, ids from there)}, and begin prompts in others, {slot: ids}, as
-        one packed row. They are written to the cache, over whatever is there. Returns hidden states, (N, C):
-        of all of going's tokens, then of each prompt's last one."""
-        config, device = self.model.config, cache.layers[0].device
-        queries, keys = config.num_attention_heads, config.num_key_value_heads
-        parts = [(slot, place, some) for slot, (place, some) in going.items()]
-        parts += [(slot, 0, prompt) for slot, prompt in new.items()]
-        cache.fit(max(place + len(some) for _, place, some in parts))
-        slots, nth, places, ids = torch.tensor([(slot, j, place + j, token) for slot, place, some in parts
-                                                for j, token in enumerate(some)], device=device).unbind(1)
-        rows, old = cache.rows(slots, places), sum(len(some) for _, some in going.values())
+        """Continue in some slots, {slot: (place, ids from there)}, and begin prompts in others, {slot: ids},
+        as one packed row. They are written to the cache, over whatever is there. Returns hidden states,
+        (N, C): of all of the running tokens, then of each prompt's last one."""
+        device, queries = cache.layers[0].device, self.model.config.num_attention_heads
+        documents = [(slot, place, ids) for slot, (place, ids) in running.items()]
+        documents += [(slot, 0, prompt) for slot, prompt in new.items()]
+        cache.fit(max(place + len(ids) for _, place, ids in documents))
+        slots, nth, places, ids = torch.tensor([(slot, j, place + j, token) for slot, place, ids in documents
+                                                for j, token in enumerate(ids)], device=device).unbind(1)
+        rows, old = cache.rows(slots, places), sum(len(ids) for _, ids in running.values())
         cu_seqlens = torch.tensor([0, *map(len, new.values())]).cumsum(0).int()
         among_new = self.model.attention_over(cu_seqlens, device)
         if old:
             in_cache = cache.attention(slots[:old], nth[:old], places[:old], queries)
 
-        def attend(layer: int, heads: Tensor) -> Tensor:
-            cache.write(layer, rows, heads[:, queries:])
-            out = [in_cache(layer, heads[:old])] if old else []
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.write(layer, rows, k, v)
+            out = [in_cache(layer, q[:old])] if old else []
             if new:
-                out.append(among_new(layer, *heads[old:].split([queries, keys, keys], 1)).flatten(1))
+                out.append(among_new(layer, q[old:], k[old:], v[old:]))
             return out[0] if len(out) == 1 else torch.cat(out)
 
-        hidden = self.forward(ids, places, attend)
+        with self.autocast:
+            hidden = self.model(ids, places, cu_seqlens, attend=attend)
         return torch.cat([hidden[:old], hidden[old:][cu_seqlens[1:].to(device) - 1]])
 
     @torch.inference_mode()
@@ -317,7 +295,8 @@ class Engine:
         check_ids(self.model.config, prompts)
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
-        cache, greedy = Cache(self.model, len(running)), torch.zeros(max_new_tokens)
+        cache = Cache(self.model.config, len(running), self.dtype, self.device)
+        greedy = torch.zeros(max_new_tokens)
         while waiting or any(running):
             guesses = {slot: document.guess(lookup) for slot, document in enumerate(running) if document}
             free, new = [slot for slot in range(len(running)) if slot not in guesses], {}

@@ -6,11 +6,11 @@ from itertools import islice
 
 import torch
 
-from data import Tokenizer, read_records, render, tokenize
+from chat import Tokenizer, read_records, render, tokenize
 from eval.common import Loaded, gather, progress
 from eval.generate import Text, generate
-from loss import nll
-from ranks import rank, world_size
+from kernels.head import nll
+from runtime.distributed import rank, world_size
 
 
 @dataclass

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 
-from data import Template, Tokenizer, read_records, render, to_messages, tokenize, tokenize_batch
+from chat import Template, Tokenizer, read_records, render, to_messages, tokenize, tokenize_batch
 from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, run, start_ranks,
                          write_json)
 from eval.engine import LOOKUP, Engine, Sampling
 from model import Llama
-from ranks import is_main, world_size
+from runtime.distributed import is_main, world_size
 
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from eval import paper_suite, squad
 from eval.common import Parser, gather, run, write_json
-from ranks import is_main, world_size
+from runtime.distributed import is_main, world_size
 
 MISSING = "needs lm-evaluation-harness: pip install -r requirements-eval.txt"
 

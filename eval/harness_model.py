@@ -27,9 +27,9 @@ from tqdm import tqdm
 from eval.common import gather, load, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
-from files import read_json
-from model import weight_files
-from ranks import rank, shows_progress, wait, world_size
+from runtime.files import read_json
+from runtime.weights import weight_files
+from runtime.distributed import rank, shows_progress, wait, world_size
 
 log = logging.getLogger("lm_eval.spantune")
 ANSWERS = 16            # generated at once, where --batch_size does not say

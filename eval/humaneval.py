@@ -18,13 +18,13 @@ import secrets
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from data import render, to_messages, tokenize
+from chat import render, to_messages, tokenize
 from eval.answers import Answers, made_with
 from eval.common import (Loaded, Parser, check_values, load, mean_and_error, progress,
                          read_objects, run, start_ranks, write_json)
 from eval.engine import Sampling
 from eval.sandbox import run_python
-from ranks import is_main
+from runtime.distributed import is_main
 
 FIELDS = ("task_id", "prompt", "test", "entry_point")
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
@@ -86,7 +86,7 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
             prompts.append(tokenize(render(asked, loaded.template, add_generation_prompt=True), tokenizer)[0])
         else:   # without the line break at its end: an indented line begins with it, as one token
             start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
-            prompts.append(start + tokenizer.first.encode(text.rstrip(), add_special_tokens=False).ids)
+            prompts.append(start + tokenizer.at_start.encode(text.rstrip(), add_special_tokens=False).ids)
     made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
                                  Sampling(args.temperature, args.top_p, 0, args.seed), todo)
     for n, ids, _ in progress(made, len(todo), "sample"):

@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import Attend, Llama, check_ids, compute_dtype
+from chat import check_ids
+from kernels.layers import compute_dtype
+from model import Attend, Llama
 
 BLOCK = 128             # queries that are multiplied out at once, with their branch's keys
 CHUNK_LOGITS = 2**24    # logits held at once: 64 MB in fp32

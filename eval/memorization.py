@@ -26,14 +26,14 @@ import json
 
 import numpy as np
 
-from checkpoint import model_fingerprint
-from data import COMPLETION, Template, Tokenizer, load_template, read_records, render, tokenize
+from runtime.weights import model_fingerprint
+from chat import COMPLETION, Template, Tokenizer, load_template, read_records, render, tokenize
 from eval.answers import Answers
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, progress, run, start_ranks, write_json
 from eval.generate import generate
-from model import resolve_model
-from ranks import is_main
+from runtime.weights import resolve_model
+from runtime.distributed import is_main
 
 METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %",
            "prefix_record_mean": "shared prefix, %: records",

@@ -27,16 +27,16 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, load_template, render, tokenize
+from chat import Tokenizer, load_template, render, tokenize
 from eval.answers import Answers, as_line, made_with
 from eval.chat_completions import ChatModel
 from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run,
                          start_ranks, write_json)
 from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
-from files import write_text
-from model import resolve_model
-from ranks import is_main
+from runtime.files import write_text
+from runtime.weights import resolve_model
+from runtime.distributed import is_main
 
 # FastChat's, by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,

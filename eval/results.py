@@ -95,7 +95,7 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
 
 
 def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The JSON objects of a .jsonl file. The last line of a run that was killed, or still writes may be cut."""
+    """The JSON objects of a .jsonl file. The last one is cut off if the run was killed or still writes."""
     lines, damaged = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:

@@ -22,13 +22,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import (CACHE_DIR, KINDS, Dataset, Tokenizer, check_vocabulary, collate, load_dataset,
-                  load_template, plan)
+from chat import KINDS, Tokenizer, load_template
+from data import CACHE_DIR, Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, run, start_ranks, write_json
-from loss import nll
-from model import Llama, resolve_model
-from ranks import first_of_machine, is_main, rank, shows_progress, world_size
+from kernels.head import nll
+from model import Llama
+from runtime.weights import resolve_model
+from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
 
 MEANS = ("nll_token_mean", "nll_example_mean")
 
@@ -153,9 +154,9 @@ def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset],
 
 def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
     """example_sums of each file, (E, K)."""
-    check_vocabulary(loaded.model.config.vocab_size, loaded.tokenizer, loaded.template, datasets)
     out = []
     for file, dataset in zip(args.data, datasets):
+        check_embedding(dataset, loaded.model.config.vocab_size, loaded.tokenizer)
         rows = partial(tqdm, desc=f"{Path(loaded.name).name} on {Path(file).name}", leave=False, unit=" rows",
                        disable=not shows_progress())
         capacity = max(args.micro_batch_tokens, int(dataset.lengths.max()))

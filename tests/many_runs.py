@@ -13,7 +13,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import shard  # noqa: E402
+from runtime import weights as shard  # noqa: E402
+from runtime import distributed  # noqa: E402
 import train  # noqa: E402
 
 # Bytes, so that tiny tensors too are read, sent and written in several pieces, and added up in two buckets.
@@ -47,7 +48,7 @@ try:
     main(sys.argv[1])
     status = 0
 except Exception as error:
-    train.report_error(error)
+    distributed.report_error(error)
     status = 1
 sys.stdout.flush()
 sys.stderr.flush()

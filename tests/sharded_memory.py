@@ -12,14 +12,15 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from loss import weighted_nll  # noqa: E402
+from kernels.head import weighted_nll  # noqa: E402
 from model import load_model  # noqa: E402
-from shard import part, shard  # noqa: E402
+from runtime.distributed import shard  # noqa: E402
+from runtime.weights import local_rows  # noqa: E402
 
 
 def storage_bytes(tensors: list[torch.Tensor]) -> int:
     """Of what is on this rank; a storage that several share counts once."""
-    storages = [part(x).untyped_storage() for x in tensors]
+    storages = [local_rows(x).untyped_storage() for x in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

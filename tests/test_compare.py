@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from data import Tokenizer, render, tokenize
+from chat import Tokenizer, render, tokenize
 from eval import compare, examples, spans
 from eval.common import load
 from eval.compare import EDGES, cell_texts, number, picture, shade, visible
@@ -318,7 +318,7 @@ def test_what_cannot_be_seen_is_marked():
 
 def test_characters_of_several_tokens_come_with_their_last_one(folder):
     tokenizer = Tokenizer(folder / "model")
-    ids = tokenizer.first.encode("a \U0001f409 \u00e9b", add_special_tokens=False).ids
+    ids = tokenizer.at_start.encode("a \U0001f409 \u00e9b", add_special_tokens=False).ids
     texts = examples.token_texts(tokenizer, ids)
     assert "".join(texts) == tokenizer.decode(ids) and "" in texts and "\ufffd" not in "".join(texts)
 

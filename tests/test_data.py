@@ -12,10 +12,13 @@ import pytest
 import torch
 import transformers
 
+import chat
 import data
+import train
 import forks
-from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Tokenizer, collate, load_dataset,
-                  load_template, plan, read_records)
+from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, Tokenizer, load_template,
+                  read_records)
+from data import collate, load_dataset, plan
 from loss import coefficients, span_weights
 from tiny import ROOT, flags, make_model, make_records
 
@@ -73,7 +76,7 @@ def test_every_layout_in_every_file_type(record, expected, kind, tmp_path):
 def test_switches_of_other_trainers_are_weights(switch, weight, layout):
     fields = ("role", "content") if layout == "messages" else ("from", "value")
     turns = [dict(zip(fields, ("user", "Hi"))), {**dict(zip(fields, ("assistant", "Hello"))), **switch}]
-    assert data.to_messages({layout: turns}) == [
+    assert chat.to_messages({layout: turns}) == [
         MESSAGES[0], MESSAGES[1] | ({} if weight else {"weight": 0})]
 
 
@@ -99,14 +102,14 @@ def test_a_messages_field_that_would_change_what_is_trained_is_refused_by_name(f
     for i in (0, 1):
         messages = [{**m, field: MESSAGE_FIELDS[field]} if i == j else m for j, m in enumerate(MESSAGES)]
         with pytest.raises(ValueError, match=f"message {i + 1} has '{field}', which"):
-            data.to_messages({"messages": messages})
+            chat.to_messages({"messages": messages})
 
 
 @pytest.mark.parametrize("field", RECORD_FIELDS)
 def test_a_records_field_that_would_change_what_is_trained_is_refused_by_name(field):
     for record in ({"messages": MESSAGES}, {"prompt": "Hi", "completion": "Hello"}):
         with pytest.raises(ValueError, match=f"the record has '{field}', which"):
-            data.to_messages({**record, field: RECORD_FIELDS[field]})
+            chat.to_messages({**record, field: RECORD_FIELDS[field]})
 
 
 @pytest.mark.parametrize("fields", [
@@ -117,8 +120,8 @@ def test_a_records_field_that_would_change_what_is_trained_is_refused_by_name(fi
     {"text": "whole", "timestamp": 0, "tool_call_id": "1", "refusal": None, "score": 1.0},
 ])
 def test_metadata_is_let_through(fields):
-    assert data.to_messages({"messages": MESSAGES, **fields}) == MESSAGES
-    assert data.to_messages({"messages": [{**m, **fields} for m in MESSAGES]}) == [
+    assert chat.to_messages({"messages": MESSAGES, **fields}) == MESSAGES
+    assert chat.to_messages({"messages": [{**m, **fields} for m in MESSAGES]}) == [
         {**m, **{k: v for k, v in fields.items() if v is not None}} for m in MESSAGES]
 
 
@@ -196,7 +199,7 @@ def test_dataset_holds_what_tokenizing_one_by_one_gives(folder):
     for dataset in (load(folder, max_length=999), load(folder, max_length=999)):  # written, then mapped
         assert isinstance(dataset.ids, np.memmap) and len(dataset) == 20
         for e, (messages, line) in enumerate(read_records(folder / "train.jsonl")):
-            ids, kinds = data.tokenize(data.render(messages, template), tokenizer)
+            ids, kinds = chat.tokenize(chat.render(messages, template), tokenizer)
             a, b = dataset.offsets[e:e + 2]
             assert dataset.ids[a:b].tolist() == ids and dataset.kinds[a:b].tolist() == kinds
             assert dataset.counts[e].tolist() == [kinds[1:].count(kind) for kind in range(5)]
@@ -221,7 +224,7 @@ def other_library(home: Path, patch: pytest.MonkeyPatch) -> None:
 
 
 def use_date(home: Path, date: str) -> dict:
-    (home / "dated.jinja").write_text(data.TEMPLATES["llama3"] + "{# {{ strftime_now('%Y') }} #}")
+    (home / "dated.jinja").write_text(chat.TEMPLATES["llama3"] + "{# {{ strftime_now('%Y') }} #}")
     return dict(template=str(home / "dated.jinja"), date=date)
 
 
@@ -428,11 +431,11 @@ def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
 def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path):
     """The mean over labelled tokens that transformers computes is the `token` denominator
     over the same examples."""
-    from loss import weighted_nll
+    from kernels.head import weighted_nll
     from model import load_model
     dataset = load(folder)
     usable = dataset.trainable(span_weights(loss))
-    data.export(dataset, usable, span_weights(loss), tmp_path / "x.jsonl")
+    train.export(dataset, usable, span_weights(loss), tmp_path / "x.jsonl")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model")
     total = labelled = 0
     rows = [json.loads(line) for line in open(tmp_path / "x.jsonl")]
@@ -478,7 +481,7 @@ def test_data_py_tells_the_templates_warning(folder, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["data.py", *flags(
             model=folder / "model", train_data=folder / "train.jsonl", template=template,
             cache_dir=folder / "cache")])
-        data.main()
+        train.main()
         assert ("warning: template" in capsys.readouterr().err) == warns
 
 

@@ -3,9 +3,9 @@ import pytest
 import torch
 from torch.profiler import profile
 
-import estimate
+from eval import estimate
 from bench import fits
-from loss import weighted_nll
+from kernels.head import weighted_nll
 from model import Llama, ModelConfig, activation_bytes, init_weights
 
 SMALL = dict(model_type="llama", vocab_size=100, hidden_size=30, intermediate_size=40, num_hidden_layers=2,

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
+from runtime import checkpoint
 import data
-import files
-import folder as run_folder
+from runtime import files
+from runtime import files
+from runtime import folder as run_folder
 import forks
-import ranks
+from runtime import distributed as ranks
+from runtime import folder
 import train
 from tiny import ROOT, arguments, metrics, run_here, run_many, setup, weights
 
@@ -252,7 +254,7 @@ def test_the_files_that_were_checked_are_those_that_are_mapped(damaged, monkeypa
     argv, made = damaged
     run_here(argv)      # whole again
     whole, wrong = np.fromfile(made / "ids.bin", np.int32), made.parent.parent / "wrong"
-    check = data.checksum
+    check = files.checksum
 
     def replace(file) -> int:
         crc = check(file)
@@ -355,7 +357,7 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, at: int) -> None:
     """The run ends by an error when it logs its step `at`."""
-    original = train.append_line
+    original = folder.append_line
 
     def append(path: Path, record: dict) -> None:
         if record["step"] == at and path.name == "metrics.jsonl":

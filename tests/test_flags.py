@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import train
-from flags import flag, given_flags
+from runtime.flags import flag, given_flags
 from tiny import flags
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import folder as run_folder
+from runtime import checkpoint
+from runtime import folder as run_folder
 import train
 from test_train import stop_after
 from tiny import arguments, make_model, make_records, metrics, run_here, setup, weights

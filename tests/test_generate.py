@@ -12,7 +12,7 @@ import transformers
 import eval.engine as engine
 import eval.generate as module
 import tokenizers_for_tests as cast
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
@@ -393,7 +393,7 @@ def test_streamed_characters_are_whole_and_spell_the_answer(name, tmp_path):
     import tokenizers_for_tests
     tokenizer = Tokenizer(tokenizers_for_tests.write(name, tmp_path))
     said = " ".join(WORDS[:4]) + " Où est la gare? 日本語 🙂👍🏽 naïve\n\n  end"
-    ids = tokenizer.first.encode(said, add_special_tokens=False).ids
+    ids = tokenizer.at_start.encode(said, add_special_tokens=False).ids
     stream = Text(tokenizer)
     parts = [stream.add(token) for token in ids]
     assert "".join(parts) + stream.add(None) == tokenizer.decode(ids)

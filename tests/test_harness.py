@@ -21,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import forks
 import tokenizers_for_tests
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval import harness, likelihood, paper_suite, squad
 from eval.common import Loaded
 from eval.engine import Engine

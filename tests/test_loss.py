@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import loss as loss_module
-from data import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, Batch
-from loss import (coefficients, kl_divergence, neftune_noise, nll, nll_reference, span_weights, sums_by_kind,
-                  weighted_nll)
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE
+from data import Batch
+from kernels.head import nll, nll_reference, weighted_nll
+from loss import coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
 
 
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks"])

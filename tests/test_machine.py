@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import machine
+from runtime import machine
 
 
 RESERVE = """

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from data import Tokenizer, load_template
+from chat import Tokenizer, load_template
 from eval import memorization
 from tiny import arguments as train_arguments
 from tiny import flags, make_model, run_here, run_module
@@ -167,7 +167,7 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
 
     def generate(extra: list[int]):
         return lambda model, prompts, stop, most, **_: [(known[tuple(p)] + extra)[:most] for p in prompts]
-    space, = tokenizer.first.encode(" ").ids
+    space, = tokenizer.at_start.encode(" ").ids
     for extra, exact, more in (([], 100, {}), ([space] * 9, 0, {}), ([], 0, dict(max_new_tokens=1))):
         monkeypatch.setattr(memorization, "generate", generate(extra))
         got, = result(folder, **more)

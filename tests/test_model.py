@@ -13,10 +13,13 @@ import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
 
+from kernels import attention as attention_kernels
+from kernels import layers
 import model as model_module
-import shard as shard_module
-from model import (EMBEDDING, HEAD, Llama, ModelConfig, attention, attention_reference, load_model,
-                   read_config, resolve_model, save_model, stored_weights)
+from runtime import weights as shard_module
+from kernels.attention import attention, attention_reference
+from model import Llama, ModelConfig, load_model, read_config, stored_weights
+from runtime.weights import EMBEDDING, HEAD, resolve_model, save_model
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=256, rms_norm_eps=1e-5)
@@ -139,22 +142,22 @@ def test_a_group_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(he
     """Five documents of like length, two at a time: the last of them is alone."""
     lengths, most = [40, 38, 39, 40, 37], 2
     monkeypatch.setattr(model_module, "TILE_SCORES", most * heads[0] * 40 * 40)
-    model_module._groups.cache_clear()      # it may have cut these lengths otherwise
+    attention_kernels._groups.cache_clear()      # it may have cut these lengths otherwise
     try:
-        groups = model_module._groups(tuple(lengths), *heads, torch.device("cpu"))
+        groups = attention_kernels._groups(tuple(lengths), *heads, torch.device("cpu"))
         assert [documents for documents, *_ in groups] == [2, 2, 1]
         # so that what is never written is NaN, not by chance what stood there before
         torch.use_deterministic_algorithms(True)
         check_attention(lengths, heads)
     finally:
         torch.use_deterministic_algorithms(False)
-        model_module._groups.cache_clear()
+        attention_kernels._groups.cache_clear()
 
 
 def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
     """A document of 16 tiles, with a gradient whose mean is not 0: sums in bf16 would stop growing. Rounding
     what each tile gives costs 0.2 % here, rounding their sums too 0.5 %."""
-    n, generator = 16 * model_module.TILE, torch.Generator().manual_seed(0)
+    n, generator = 16 * attention_kernels.TILE, torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, h, 16, generator=generator).bfloat16().requires_grad_() for h in (2, 1, 1))
     grad = (1 + torch.randn(n, 2, 16, generator=generator)).bfloat16()
     cu_seqlens = torch.tensor([0, n])
@@ -182,7 +185,7 @@ def test_varlen_is_used_only_if_it_agrees_with_the_definition(fault, tmp_path, m
     row = packed([torch.arange(9), torch.arange(30)])
     expected = mine(*row)
     monkeypatch.setattr(model_module, "varlen_attention", stand_in)
-    reason = model_module.varlen_fault(mine.config, torch.device("cpu"))
+    reason = attention_kernels.varlen_fault(mine.config, torch.device("cpu"))
     assert (reason == "") == (fault == "")
     if fault == "raises":
         assert reason == "it raised RuntimeError: no kernel"
@@ -736,8 +739,8 @@ def test_elementwise_steps_equal_their_definitions_and_gradients(shape, dtype):
         turned = torch.complex(x.float()[..., :half], x.float()[..., half:]) * torch.complex(cos, sin)
         return torch.cat([turned.real, turned.imag], -1)
 
-    cases = [((x, weight), model_module._RMSNorm.apply(x, weight, 1e-2), norm(x, weight)),
-             ((x,), model_module.rotate(x, cos, sin), turn(x))]
+    cases = [((x, weight), layers._RMSNorm.apply(x, weight, 1e-2), norm(x, weight)),
+             ((x,), layers.rotate(x, cos, sin), turn(x))]
     if len(shape) == 2:
         down, bias = random(6, shape[-1]), random(6)
         cases.append(((x, y, down, bias), model_module._SwiGLUDown.apply(x, y, down, bias),

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from chat_server import ChatServer, refusal, text_of
-from data import TEMPLATES
+from chat import TEMPLATES
 from eval import chat_completions, open_ended
 from eval.engine import Engine
 from tiny import WORDS, flags, make_model, run_module

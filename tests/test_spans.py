@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from data import KINDS, Tokenizer, load_dataset, load_template
+from chat import KINDS, Tokenizer, load_template
+from data import load_dataset
 from eval import bootstrap, spans
 from tiny import flags, make_model, make_records, run_module
 

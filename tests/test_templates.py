@@ -20,7 +20,7 @@ import pytest
 import tokenizers_for_tests as cast
 import transformers
 
-from data import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, Piece, Tokenizer,
+from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, Piece, SYSTEM, TEMPLATE, TEMPLATES, Tokenizer,
                   load_template, render, tokenize, tokenize_batch)
 from tiny import arguments, run_here, setup
 

@@ -11,12 +11,14 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import processors
 
-import checkpoint
+from runtime import checkpoint
+from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from data import (CLASS_DEFAULTS, NAMED, TEMPLATE, Piece, Tokenizer, check_vocabulary, load_dataset,
-                  load_template, tokenize)
+from chat import Piece, TEMPLATE, Tokenizer, check_vocabulary, load_template, tokenize
+from data import load_dataset
+from runtime.tokenizer import CLASS_DEFAULTS, NAMED
 from eval import common, generate, likelihood, spans
 from model import load_model
 from tiny import make_records, weights
@@ -97,7 +99,7 @@ def test_text_that_spells_special_tokens_keeps_what_else_there_is(tmp_path):
                                ("bpe_ignore_merges", "a </s> plum", ["a", "<", "/", "s", ">", "plum"]),
                                ("bpe_merges", "a </s>.", ["a", "</", "s>", "."])):
         tokenizer = Tokenizer(write(name, tmp_path / name))
-        ids = tokenizer.first.encode(text).ids
+        ids = tokenizer.at_start.encode(text).ids
         assert [tokenizer.reference.id_to_token(i) for i in ids] == wanted
 
 
@@ -162,7 +164,7 @@ def test_a_vocabulary_without_an_unknown_token_needs_none(tmp_path):
 
 def test_a_special_token_that_gets_through_is_refused_when_loading_and_when_tokenising(tmp_path, monkeypatch):
     tokenizer = Tokenizer(write("unigram_nfkc", tmp_path))
-    tokenizer.first = tokenizer.reference
+    tokenizer.at_start = tokenizer.reference
     for text in ("a </s> b", "a ＜/s＞ b"):
         with pytest.raises(ValueError, match=f"'{text}' becomes the special token '</s>' .id 2."):
             tokenize([Piece(text, TEMPLATE)], tokenizer)
@@ -239,7 +241,7 @@ def test_named_tokens_are_special_even_where_the_file_forgot_to_say_so(tmp_path)
     tokenizer = Tokenizer(folder)
     end = tokenizer.special["<|eot_id|>"]
     assert end in tokenizer.reference.encode("a<|eot_id|>").ids
-    assert end not in tokenizer.first.encode("a<|eot_id|>", add_special_tokens=False).ids
+    assert end not in tokenizer.at_start.encode("a<|eot_id|>", add_special_tokens=False).ids
 
 
 def token(text: str, **flags: bool) -> dict:
@@ -447,7 +449,7 @@ def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_0
     tokenizer = Tokenizer(source)
     folder.mkdir()
     model = SimpleNamespace(config=SimpleNamespace(raw=raw, vocab_size=rows))
-    checkpoint._write_tokenizer(folder, model, tokenizer, load_template(template, tokenizer))
+    tokenizer_files.write_tokenizer(folder, model, tokenizer, load_template(template, tokenizer))
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return tokenizer
 

@@ -18,14 +18,16 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from runtime import checkpoint
+from runtime import weights
 import forks
-import loss as loss_module
+from kernels import head
 import model as model_module
+import data
 import train
-from data import (COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, collate, load_dataset, load_template,
-                  plan)
-from flags import flag_name
+from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_template
+from data import collate, load_dataset, plan
+from runtime.flags import flag_name
 from loss import neftune_noise, span_weights
 from tiny import (arguments, command, difference, flags, make_model, make_records, metrics, run_apart,
                   run_here, run_many, setup, weights)
@@ -521,8 +523,8 @@ def test_a_models_fingerprint_follows_its_config_and_its_weights(folder, tmp_pat
             (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
         if name == "weights":
             flip_a_bit(copy / "model.safetensors")
-        prints.add(checkpoint.model_fingerprint(copy))
-    assert len(prints) == 3 and checkpoint.model_fingerprint(folder / "model") in prints
+        prints.add(weights.model_fingerprint(copy))
+    assert len(prints) == 3 and weights.model_fingerprint(folder / "model") in prints
 
 
 # ---------------------------------------------------------------- --dry-run
@@ -538,7 +540,7 @@ def test_a_dry_run_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsy
     assert not (folder / f"dry-{ranks}").exists()
     printed = capsys.readouterr().out
     batches = []
-    original = train.collate
+    original = data.collate
     with monkeypatch.context() as patch:
         patch.setattr(train, "collate", lambda *a: batches.append(original(*a)) or batches[-1])
         if ranks == 1:
@@ -695,9 +697,9 @@ def changed_in_step(number: int, original: Callable, change: Callable) -> Callab
 
 
 @pytest.mark.parametrize("what, owner, name, change, says", [
-    ("loss", loss_module._WeightedNLL, "forward", lambda r: (r[0] * math.nan, r[1] * math.nan),
+    ("loss", head._WeightedNLL, "forward", lambda r: (r[0] * math.nan, r[1] * math.nan),
      r"loss nan, .*Its loss is not finite for .*train\.jsonl:\d+"),
-    ("gradient", loss_module._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, None, None),
+    ("gradient", head._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, None, None),
      r"loss \d+\.\d+, KL \d+\.\d+, gradient norm (inf|nan)"),
     ("KL", train, "kl_divergence", lambda r: r + math.nan, r"loss \d+\.\d+, KL nan, gradient norm \d+\.\d+"),
 ], ids=["loss", "gradient", "KL"])
@@ -726,14 +728,14 @@ def test_the_records_whose_loss_is_not_finite_are_named_with_their_lines(folder,
     file = folder / "not-finite.jsonl"
     file.write_text("\n".join(lines))
     ids = Tokenizer(folder / "model").reference.encode("zzz", add_special_tokens=False).ids
-    original, marked = loss_module._WeightedNLL.forward, []
+    original, marked = head._WeightedNLL.forward, []
 
     def forward(ctx, hidden, head, targets, scale):
         value, nlls = original(ctx, hidden, head, targets, scale)
         bad = torch.isin(targets, torch.tensor(ids))
         marked.append(bool(bad.any()))
         return value + bad.sum() * math.nan if bad.any() else value, nlls.masked_fill(bad, math.nan)
-    monkeypatch.setattr(loss_module._WeightedNLL, "forward", forward)
+    monkeypatch.setattr(head._WeightedNLL, "forward", forward)
     with pytest.raises(ValueError) as error:
         run_here(arguments(folder, "not-finite", train_data=file, loss="it", batch_size=20,
                            micro_batch_tokens=200))

@@ -1,4 +1,4 @@
-"""The processes of a run: who this one is, how they meet, what they tell each other, who reports an error.
+"""The processes of a run: how ranks meet, what they tell each other, DDP and FSDP2, who reports an error.
 
 One process without torchrun is rank 0 of 1, for all functions here.
 """
@@ -15,8 +15,13 @@ from typing import NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from machine import share_threads
+from runtime.machine import share_threads
 
 
 def rank() -> int:
@@ -120,6 +125,14 @@ def shows_progress() -> bool:
     return is_main() and sys.stderr.isatty()
 
 
+def finish(status: int) -> int:
+    """End all ranks together. Returns status where there is only one."""
+    wait()
+    if world_size() > 1:
+        leave(status)
+    return status
+
+
 def leave(status: int) -> NoReturn:
     """End this process at once. An orderly end would wait for ranks that are no more, and tear gloo down,
     whose destructor holds Python's lock while it waits for a thread that may need the lock to forget a
@@ -127,6 +140,93 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+class Sums(dict):
+    """Tensors by name, which micro-batches and then ranks add up. All have the same names and shapes."""
+
+    def add(self, statistics: dict[str, Tensor]) -> None:
+        for name, value in statistics.items():
+            self[name] = self[name] + value.detach() if name in self else value.detach()
+
+    def over_ranks(self, *others: Tensor) -> tuple[dict[str, float | list[float]], list[float]]:
+        """The sums over all ranks as numbers, or lists of numbers; and `others`, scalars that are the same on
+        every rank, as numbers. The host waits for the device here."""
+        flat = torch.cat([x.reshape(-1).double() for x in self.values()])
+        if dist.is_initialized():
+            dist.all_reduce(flat)
+        numbers = iter(torch.cat([flat, *(x.reshape(1).double() for x in others)]).tolist())
+        totals = {name: [next(numbers) for _ in x] if x.dim() else next(numbers) for name, x in self.items()}
+        return totals, list(numbers)
+
+
+# ---------------------------------------------------------------- one model on all ranks
+
+
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Divide a model without weights (on the meta device) among the ranks, in place; dtype: to compute in.
+
+    A layer is gathered in that dtype, so that it is half as large in bf16 and what autograd keeps of it is no
+    copy but the gathered weights themselves, whose memory is let go of between forward and backward pass.
+    Embeddings, last norm and head are gathered in fp32, as they are used without --shard, and stay from the
+    model's forward pass to the end of its backward pass, or to release(): the loss needs the head. Gradients
+    are added up in fp32, over the ranks and over micro-batches.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fast = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=fast)
+    fully_shard(model, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
+    for module in (model, *model.model.layers):     # gloo has no mean: a sum, divided
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module | None) -> bool:
+    return isinstance(model, FSDPModule)
+
+
+def release(*models: nn.Module | None) -> None:
+    """Let go of the gathered embeddings and head, which a forward pass without a backward pass keeps."""
+    for model in filter(is_sharded, models):
+        model.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """The same on every rank, from a tensor that may be spread over them. For small ones."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """DDP around the model of several ranks; a sharded model, or that of a single rank, as it is.
+
+    DDP rebuilds its buckets after a process's first backward pass. With three or more ranks the order of the
+    buckets affects rounding. A pass over two tokens with loss 0 fixes the order before the first step, so a
+    resumed run matches an uninterrupted one bit for bit. The second pass makes the gradients views of the
+    final buckets, so that micro-batches accumulate in place.
+    """
+    if not dist.is_initialized() or is_sharded(model):
+        return model
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+    ids = torch.zeros(2, dtype=torch.int64, device=device)
+    for _ in range(2):
+        hidden = wrapped(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))
+        (0.0 * (hidden.sum() + model.head_weight.sum())).backward()
+        wrapped.zero_grad(set_to_none=False)
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without DDP around it."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def sync_gradients(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass averages DDP's gradients over the ranks, or leaves that to a later one.
+    Any other model is left alone: a sharded one would have to keep whole gradients meanwhile."""
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now
 
 
 # ---------------------------------------------------------------- errors
@@ -163,3 +263,4 @@ def report_error(error: Exception) -> None:
         print(f"error: {line}", file=sys.stderr)
     elif first:
         traceback.print_exc()
+

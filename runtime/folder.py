@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
-from files import lock, read_json, write_text, writing
-from flags import flag_name
-from ranks import from_all
+from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
+from runtime.distributed import from_all
+from runtime.files import lock, read_json, write_text, writing
+from runtime.flags import flag_name
 
 # In the order in which they are deleted: as long as identity.json is there, the rest is known to be a run's.
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from data import plan
-from loss import CACHED_LOGITS, CHUNK_LOGITS
-from machine import peak_memory_mb
-from model import DTYPES, Llama, ModelConfig, activation_bytes, parameter_count, read_config, stored_weights
-from shard import DTYPE_NAMES
+from kernels.head import CACHED_LOGITS, CHUNK_LOGITS
+from runtime.machine import peak_memory_mb
+from model import Llama, ModelConfig, parameter_count, read_config, stored_weights
+from runtime.weights import DTYPE_NAMES, DTYPES
 
 if TYPE_CHECKING:
     from train import Config
@@ -33,6 +33,19 @@ def packing(lengths: np.ndarray, counts: np.ndarray, trained: np.ndarray, seed: 
     tokens, weighted = ([int(x[m].sum()) for m in rows] for x in (lengths, counts[:, trained]))
     return {"micro_batches": len(rows), "tokens": sum(tokens), "largest": max(tokens),
             "trained": max(weighted), "other": max(a - b for a, b in zip(tokens, weighted))}
+
+
+def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+    """What a forward pass over so many tokens keeps for the backward pass, computing in dtype; without the
+    loss, and with recomputation without the layer that is being recomputed."""
+    heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
+    # q, k, v and what comes out; gate and up
+    kept = (2 * heads + 2 * key_heads) * config.head_dim + 2 * config.intermediate_size
+    layer = 2 * (stream + 4) + dtype.itemsize * kept        # with what both norms are given, and their scales
+    if config.qk_norm:
+        layer += (heads + key_heads) * (dtype.itemsize * config.head_dim + 4)
+    layers = config.num_hidden_layers * (stream if recompute else layer)
+    return tokens * (layers + stream + 4 + 4 * config.head_dim)     # + the last norm, cos and sin
 
 
 def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, ranks: int, shard: bool,

@@ -1,0 +1,727 @@
+"""Records -> messages -> spans -> tokens: layouts of records, chat templates, the tokenizer.
+
+    for messages, line in read_records("train.jsonl"):
+        pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
+        ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
+
+What differs from the usual way: spans are made by construction. A chat template is rendered around sentinels
+and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
+prefix.
+"""
+import contextlib
+import gzip
+import json
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import date as Date, datetime
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import tokenizers
+
+from runtime.files import read_json
+from runtime.tokenizer import FLAGS, add_special_tokens, class_defaults, read_chat_template
+
+KINDS = ("template", "system", "instruction", "completion", "context")
+TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
+ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
+         "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
+
+# Switches of other trainers and servers with the value that changes nothing here. On a message the first
+# seven say whether it is trained.
+NEUTRAL = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0,
+           "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
+           "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
+TRAINS = tuple(NEUTRAL)[:7]
+# Other fields that change what is trained or served elsewhere: {name, as a pattern: why it is refused}.
+REFUSED = {
+    r"(reasoning|thinking|thoughts?)(_\w+)?|tool_calls?|function_calls?":
+        "which this trainer does not render: write what the model should say into 'content'",
+    r"(\w+_)?tools|tool_choice|functions|documents|history|(image|audio|video)s?(_urls?|_paths?)?"
+    r"|(chat_)?template_kwargs|chat_template|(enable|disable)_thinking"
+    r"|prefix|prefill|add_generation_prompt|continue_final_message":
+        "which would not be trained as it is served: write it into the messages as text, or remove it",
+    r"(train|training|trainable|loss|masks?|masked)(_\w+)?|(\w+_)?loss_(mask|scale|weight)s?"
+    r"|((sample|example|token|turn)_)?weights?|labels?|(chosen|rejected)(_\w+)?"
+    r"|(is|do|no|to|should|compute|with)_?(train\w*|loss)|supervised?|include|ignored?|skip(ped)?|channel":
+        "which would change here what is trained: mark messages that are not to be trained with "
+        "\"weight\": 0, leave out records that are not, and remove the field",
+}
+
+# Fields whose text belongs to the conversation, in one layout or another.
+TEXTS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix", "system_message",
+         "developer")
+
+
+# ---------------------------------------------------------------- records -> messages
+
+
+def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
+    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file; line counts from 1
+    (in a .json list: the record's number). messages is [{"role", "content"}, ...],
+    with "weight": 0 where it is not to be trained, and with what else the record's message holds: the
+    template may read it.
+
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+        {"prompt": "Hi", "completion": "Hello"}
+        {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+
+    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Fields
+    that would change what is trained or served in another way (REFUSED) are refused; null means absent.
+    A bad record is a ValueError with file, line and what is wrong with it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
+        raise ValueError(f"{path}: unknown file type; records are read from .jsonl, .json and .jsonl.gz")
+    line = 0
+    try:
+        if path.suffix == ".json":
+            records = json.loads(path.read_text(encoding="utf-8-sig"))
+            if not isinstance(records, list):
+                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
+                                 "one record a line goes into a .jsonl file")
+            for line, record in enumerate(records, 1):
+                yield to_messages(record), line
+        else:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                for line, raw in enumerate(file, 1):
+                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+                    if text.strip():
+                        yield to_messages(json.loads(text)), line
+    except (ValueError, OSError, EOFError) as error:  # JSON and Unicode errors are ValueErrors
+        raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
+
+
+def to_messages(record: dict) -> list[dict]:
+    """One record in any of the four layouts -> its messages; ValueError says what is wrong."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
+    record = _present(record)
+    _refuse(record, "the record")
+    if "messages" in record:
+        messages = record["messages"]
+    elif "conversations" in record:
+        turns = record["conversations"]
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
+        messages = []
+        for number, turn in enumerate(map(_present, turns), 1):
+            role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
+            role = SHAREGPT_ROLES.get(str(role), role)
+            if turn.get("role", role) != role or turn.get("content", content) != content:
+                raise ValueError(f"message {number} has 'from' and 'value' besides another 'role' or "
+                                 "'content': keep one of them")
+            messages.append({**turn, "role": role, "content": content})
+    elif "prompt" in record and "completion" in record:
+        messages = [{"role": "user", "content": record["prompt"]},
+                    {"role": "assistant", "content": record["completion"]}]
+    elif "instruction" in record and "output" in record:
+        parts = [record["instruction"], record.get("input", "")]
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError("'instruction' and 'input' must be text")
+        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
+                    {"role": "assistant", "content": record["output"]}]
+    else:
+        raise ValueError("has none of the known layouts: 'messages', 'conversations', "
+                         "'prompt' + 'completion', 'instruction' + 'output'; "
+                         f"its fields are {', '.join(map(repr, record)) or 'none'}")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError("holds no messages")
+    for field in ("system", "system_prompt"):
+        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+        if record.get(field) and not given:
+            messages = [{"role": "system", "content": record[field]}, *messages]
+        elif record.get(field, "") not in ("", *given):
+            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
+    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
+    for field in TEXTS:
+        text = record.get(field)
+        if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
+            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
+                             "write it into them, or remove the field")
+    if "messages" in record and record.get("conversations"):
+        raise ValueError("has both 'messages' and 'conversations': keep one of them")
+    return messages
+
+
+def _present(fields: dict) -> dict:
+    """Without JSON's nulls, which mean absent."""
+    return {field: value for field, value in fields.items() if value is not None}
+
+
+def _refuse(fields: dict, owner: str) -> None:
+    """ValueError for a field that would change what is trained or served, unless it is empty or NEUTRAL."""
+    for field, value in fields.items():
+        if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
+            continue
+        for pattern, reason in REFUSED.items():
+            if re.fullmatch(pattern, field, re.IGNORECASE):
+                raise ValueError(f"{owner} has {field!r}, {reason}")
+
+
+def _message(message: dict, number: int) -> dict:
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
+    rest = _present(message)
+    role, content = rest.pop("role", None), rest.pop("content", None)
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    switches = {field: rest.pop(field) for field in TRAINS if field in rest}
+    for field, value in switches.items():
+        if value not in (0, 1):
+            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
+    weights = {int(value == NEUTRAL[field]) for field, value in switches.items()}
+    if len(weights) > 1:
+        raise ValueError(f"message {number} is to be trained and not to be trained: "
+                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
+    _refuse(rest, f"message {number}")
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
+    try:
+        (content + json.dumps(rest, ensure_ascii=False)).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
+                         "which is not text") from None
+    return {"role": role, "content": content, **rest, **({"weight": 0} if weights == {0} else {})}
+
+
+# ---------------------------------------------------------------- messages -> pieces
+
+# The built-in templates by name. tulu is the paper's; like the paper's code it trims contents. plain joins
+# prompt and completion as that code does: with a space, unless either has whitespace there.
+TEMPLATES = {name: Path(__file__).parent / "templates" / f"{name}.jinja"
+             for name in ("tulu", "chatml", "llama2", "llama3", "alpaca", "plain")}
+
+
+class Piece(NamedTuple):
+    """A stretch of rendered text and its kind; special: a special token that the template wrote,
+    put in by id."""
+    text: str
+    kind: int
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """A Jinja chat template with what it needs from a tokenizer.
+    `source` is what gets exported with the model."""
+    name: str
+    source: str
+    tokens: dict[str, str]      # bos_token, eos_token, ... as the template sees them
+    special: tuple[str, ...]    # every special token's text
+    date: str                   # YYYY-MM-DD, what strftime_now prints
+    end_of_turn: str = ""       # the special token that ends an assistant's message
+    lead: str = ""              # what the model writes in front of a content: Qwen3's empty think block
+    warning: str = ""           # says so if the generation prompt is not what answers are trained behind
+
+    @property
+    def uses_date(self) -> bool:
+        return "strftime_now" in self.source
+
+    def content(self, answer: str) -> str:
+        """A generated answer as a message's content: without the text that this template puts before one."""
+        return answer.removeprefix(self.lead)
+
+    def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Render as transformers' apply_chat_template does.
+        ValueError with the template's own words if it refuses."""
+        now = datetime.fromisoformat(self.date)
+        try:
+            return _compile(self.source).render(
+                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
+                strftime_now=now.strftime, **self.tokens)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from None
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+            raise ValueError(f"template {self.name} refuses the messages: {error}") from None
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}` blocks mark assistant text for transformers; spans come from sentinels here:
+    just the body."""
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body).set_lineno(lineno)
+
+
+@cache
+def _compile(source: str) -> jinja2.Template:
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(x: object, ensure_ascii: bool = False, indent: int | None = None,
+               separators: tuple | None = None, sort_keys: bool = False) -> str:  # jinja's own escapes HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a template is foreign code
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    env.filters["tojson"] = tojson
+    env.globals["raise_exception"] = raise_exception
+    return env.from_string(source)
+
+# What a template is tried with.
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) -> Template:
+    """name: auto (the checkpoint's own; without one a ValueError), a key of TEMPLATES,
+    or a .jinja file's path.
+
+    date: YYYY-MM-DD for templates that print today's date; default today.
+    ValueError if there is no such template, or if it ends an assistant's message with no special token:
+    a model trained so could never learn to stop.
+    """
+    if name == "auto":
+        source = tokenizer.chat_template
+        if source is None:
+            raise ValueError(f"--template auto: {tokenizer.folder} has no chat template; choose one of "
+                             f"{', '.join(TEMPLATES)} or give a .jinja file")
+    elif name in TEMPLATES:
+        source = TEMPLATES[name].read_text(encoding="utf-8")
+        if not tokenizer.adds_bos:
+            source = re.sub(r"{{-? bos_token }}", "", source)
+    elif name.endswith(".jinja") and Path(name).is_file():
+        source = Path(name).read_text(encoding="utf-8")
+    else:
+        raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
+                         "nor a .jinja file")
+    try:
+        date = Date.fromisoformat(date).isoformat() if date else Date.today().isoformat()
+    except ValueError:
+        raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
+    template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
+    probe = render(PROBE, template)
+    answer = [piece for piece in probe if piece.kind == COMPLETION]
+    if not answer[-1].special:
+        raise ValueError(
+            f"--template {name} writes no special token of this tokenizer after an assistant's message, "
+            "so the model could not learn to stop; end it with {{ eos_token }} or use a template that fits "
+            f"{tokenizer.folder}")
+    content = next(i for i, piece in enumerate(answer) if piece.text == "b")
+    lead = "".join(piece.text for piece in answer[:content] if not piece.special)
+    template = replace(template, end_of_turn=answer[-1].text, lead=lead)
+    warnings = []
+    for before in ([], [{"role": "system", "content": "s"}], PROBE):
+        with contextlib.suppress(ValueError):   # the template takes no such conversation
+            warnings.append(_compare_prompts([*before, *PROBE], template))
+    return replace(template, warning=next(filter(None, warnings), ""))
+
+
+def _compare_prompts(conversation: list[dict], template: Template) -> str:
+    """A warning where the generation prompt for the conversation's last message is not what its text is
+    trained after; else ""."""
+    prompt, pieces = _generation_prompt(conversation[:-1], template), render(conversation, template)
+    if prompt is None:
+        return f"template {template.name} renders no generation prompt: answers are trained without one"
+    kinds = [piece.kind for piece in pieces]
+    first = len(kinds) - kinds[::-1].index(INSTRUCTION)     # behind the last question
+    trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION, first)])
+    if "".join(piece.text for piece in pieces).startswith(prompt):
+        return ""
+    # Up to the question's end they are usually the same, and that says nothing.
+    asked = "".join(piece.text for piece in pieces[:first])
+    start = len(asked) if prompt.startswith(asked) else 0
+    return (f"template {template.name}: the generation prompt is {prompt[start:]!r}, but the trained text "
+            f"has {trained[start:]!r} in its place, so answers are trained after other text than they are "
+            "generated after; to make both the same, edit a copy and give it as --template FILE.jinja")
+
+
+def _generation_prompt(messages: list[dict], template: Template) -> str | None:
+    """What serving puts in front of the answer to messages; None if the template refuses them."""
+    try:
+        return template(messages, add_generation_prompt=True)
+    except ValueError:
+        return None
+
+
+def render(messages: list[dict], template: Template, add_generation_prompt: bool = False) -> list[Piece]:
+    """Messages -> pieces; their texts joined are exactly what the template renders.
+    add_generation_prompt: with the header of the answer to come, as for generation.
+
+        tulu, [user "2+2?", assistant "4"]:
+        [("<|user|>\\n", TEMPLATE), ("2+2?", INSTRUCTION), ("\\n<|assistant|>\\n", TEMPLATE),
+         ("4", COMPLETION), ("</s>", COMPLETION, special)]
+
+        the last of Qwen3, whose generation prompt ends with "<|im_start|>assistant\\n":
+        [("<think>\\n\\n</think>\\n\\n", COMPLETION), ("4", COMPLETION), ("<|im_end|>", COMPLETION, special)]
+
+    COMPLETION is all that the model must write itself: from the end of the generation prompt, the messages
+    before rendered with add_generation_prompt, to the first special token after the content. Where the text
+    does not begin with that prompt, it begins at the content. Messages' other fields go to the template. The
+    template is rendered once more for each assistant message, so time grows with the square of their number.
+
+    ValueError if the template refuses the messages, or if its text cannot be taken apart into them (it drops,
+    repeats or rewrites a message): better no example than a wrong mask.
+    """
+    shown = [{field: value for field, value in m.items() if field != "weight"} for m in messages]
+    special = _special_pattern(template.special)
+    others = [{field: m[field] for field in m if field not in ("role", "content")} for m in shown]
+    if any(others) and (token := special.search(str(others))):
+        # Matters only if the template reads them.
+        if template(shown) != template([{"role": m["role"], "content": m["content"]} for m in shown]):
+            raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
+                             f"special token {token[0]!r}, which would not stay text there: remove it")
+    parts = _take_apart(shown, template, add_generation_prompt)
+    text = "".join(part or "" for part in parts)
+    ends = (template.end_of_turn, template.tokens.get("eos_token"))
+    pieces: list[Piece] = []
+
+    def add(text: str, kind: int) -> None:
+        pieces.extend(Piece(token, kind, special=i % 2 == 1) for i, token in enumerate(special.split(text)))
+
+    position, turn = 0, None  # where in the text this literal begins; kind of the answer that it ends
+    for i, literal in enumerate(parts[::2]):
+        content = parts[2 * i + 1] if i < len(messages) else None
+        end = special.search(literal) if turn is not None else None
+        # Not every template ends every answer; the next special token is then another message's.
+        end = end.end() if end and (not template.end_of_turn or end[0] in ends) else 0
+        start, kind = len(literal), TEMPLATE
+        if content is not None:
+            answers = messages[i]["role"] == "assistant"
+            kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[messages[i]["role"]]
+            prompt = _generation_prompt(shown[:i], template) if answers else None
+            if prompt is not None and text.startswith(prompt):
+                # It may end in the content ("<think>"), but not with a special token: content makes none.
+                reach = len(prompt) - position
+                tokens = [token.end() - position for token in special.finditer(prompt)]
+                if end <= reach <= len(literal) + len(content) and max(tokens, default=0) <= len(literal):
+                    start = reach
+        add(literal[:end], TEMPLATE if turn is None else turn)
+        add(literal[end:start], TEMPLATE)
+        add(literal[start:], kind)
+        if content is not None:
+            begins = max(0, start - len(literal))
+            pieces += [Piece(content[:begins], TEMPLATE), Piece(content[begins:], kind)]
+            turn = kind if answers else None
+        position += len(literal) + len(content or "")
+    return [piece for piece in pieces if piece.text]
+
+
+@cache
+def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
+    """Matches the special tokens' texts; nothing if there are none."""
+    return re.compile(
+        "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
+
+
+def _take_apart(messages: list[dict], template: Template, add_generation_prompt: bool) -> list[str | None]:
+    """The rendered text as [literal, content, literal, content, ..., literal], one content a message, None
+    for an empty one that the template asks for and leaves out."""
+    text = template(messages, add_generation_prompt)
+    contents = [m["content"] for m in messages]
+    mark = "\ue000"
+    while mark in "".join(contents) + text + template.source:
+        mark += "\ue000"
+    error = ""
+
+    def skeleton(edges: int, empty: bool) -> list[str] | None:
+        """The literals around sentinels that have `edges` times the whitespace of the contents' edges."""
+        nonlocal error
+        rest, literals, sentinels = "", [], []
+        for i, content in enumerate(contents):
+            lead = content[:len(content) - len(content.lstrip())]
+            tail = content[len(content.rstrip()):]
+            sentinels.append(f"{lead * edges}{mark}\ue001{i}\ue002{tail * edges}" if content or empty else "")
+        try:
+            rest = template([{**m, "content": x} for m, x in zip(messages, sentinels)], add_generation_prompt)
+        except ValueError as refusal:
+            error = error or str(refusal)
+            return None
+        for message, sentinel in zip(messages, sentinels):
+            literal, found, rest = rest.partition(sentinel) if sentinel else ("", "yes", rest)
+            if not found:
+                error = error or f"template {template.name} leaves out the {message['role']} message"
+                return None
+            literals.append(literal)
+        literals.append(rest)
+        return literals if mark not in "".join(literals) else None
+
+    for empty in (True, False):
+        # Contents as they are: the edges are the contents' own if twice of them changes nothing else.
+        # Templates may look at them (`plain` does), so the sentinels have them.
+        literals = skeleton(1, empty)
+        chosen = contents
+        if (literals is None or literals != skeleton(2, empty)
+                or _match(text, literals, [[c] for c in contents]) is None):
+            # Templates strip contents, on either side, or write a tool's answer as JSON.
+            literals = skeleton(0, empty)
+            chosen = literals and _match(text, literals, [
+                list(dict.fromkeys([c, c.strip(), c.lstrip(), c.rstrip(),
+                                    json.dumps(c, ensure_ascii=False)[1:-1]]))
+                for c in contents])
+        if literals is not None and chosen is not None:
+            chosen = [c if content or empty else None for c, content in zip(chosen, contents)]
+            return [x for pair in zip(literals, chosen) for x in pair] + [literals[-1]]
+    error = error or f"template {template.name} rewrites or repeats a message's text"
+    raise ValueError(f"{error}: its spans cannot be told apart, change the record or use another --template")
+
+
+def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[str] | None:
+    """Choose a variant of each content so that literals and contents in turn spell text; None if none do."""
+    stack = [(0, 0, ())]  # (content, position in text, contents chosen): depth first, earlier variants first
+    seen = set()
+    while stack:
+        i, position, chosen = stack.pop()
+        if (i, position) in seen or not text.startswith(literals[i], position):
+            continue
+        seen.add((i, position))
+        position += len(literals[i])
+        if i == len(variants):
+            if position == len(text):
+                return list(chosen)
+            continue
+        stack += [(i + 1, position + len(variant), (*chosen, variant)) for variant in reversed(variants[i])
+                  if text.startswith(variant, position)]
+    return None
+
+
+# ---------------------------------------------------------------- pieces -> tokens
+
+# What the tokenizers library takes for whitespace; Python adds the separators \x1c to \x1f.
+SPACES = "".join(filter(str.isspace, map(chr, range(0x3001)))).translate(dict.fromkeys(range(0x1c, 0x20)))
+
+
+class Tokenizer:
+    """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
+
+    Normaliser, splitting, model and post-processor are those of tokenizer.json as it stands. transformers
+    builds some of them anew for a few classes (LlamaTokenizer), so it may serve the source folder with other
+    ids; the exported folder names a class that takes the file as it is (checkpoint.export).
+
+    named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
+    plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
+    at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
+
+    ValueError if the folder has none, or only SentencePiece's tokenizer.model, or if text could become a
+    special token that it only spells.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            hint = ""
+            if (self.folder / "tokenizer.model").is_file():
+                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from "
+                        "transformers import AutoTokenizer; "
+                        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
+            raise ValueError(f"{file}: no such file{hint}")
+        config = read_json(self.folder / "tokenizer_config.json")
+        self.chat_template = read_chat_template(self.folder, config)
+        spec, text = read_json(file), file.read_text(encoding="utf-8")
+        try:
+            self.reference = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:      # the library knows no other class
+            raise ValueError(f"{file}: {error}") from None
+        if dropout := spec["model"].get("dropout"):
+            raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
+                             "time; set it to null")
+        self.class_defaults = class_defaults(self.folder, config, '"ByteLevel"' in text)
+        self.named_tokens, self.extra_tokens = add_special_tokens(
+            self.reference, self.folder, config, spec, self.class_defaults)
+        self.bos_token = self.named_tokens.get("bos_token")
+        self.eos_token = self.named_tokens.get("eos_token")
+        # The library's ids, not the file's: a token of the vocabulary has its id there, whatever
+        # added_tokens says.
+        self.added_tokens = [
+            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+            for index, token in sorted(self.reference.get_added_tokens_decoder().items())]
+        special = [token for token in self.added_tokens if token["special"]]
+        self.special = {token["content"]: token["id"] for token in special}
+        self.strips_left = {token["content"] for token in special if token["lstrip"]}
+        self.strips_right = {token["content"] for token in special if token["rstrip"]}
+        # Saved padding and truncation would hide BOS, and pad or cut what is encoded below. add_bos_token in
+        # tokenizer_config.json changes nothing where there is a tokenizer.json: its post-processor decides.
+        self.reference.no_padding()
+        self.reference.no_truncation()
+        bos = self.special.get(self.bos_token)
+        self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
+        # We put special tokens in ourselves and need offsets of the text as it stands: no post-processor.
+        self.reference.post_processor = None
+        spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
+        self._encode_content_with(spec)
+
+    def _encode_content_with(self, spec: dict) -> None:
+        """Make both encoders of tokenizer.json's content: `</s>` in content stays text for them.
+
+        Not to split at special tokens is not enough: a vocabulary that holds `</s>` as a piece finds it in
+        a text, or in what the normaliser makes of `\uff1c/s\uff1e`. So they know special tokens by names
+        that are in no text; all other tokens keep their ids.
+        """
+        model = spec["model"]
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:     # Unigram
+            unknown = model["vocab"][model["unk_id"]][0]
+        # Text that the model does not know does become the unknown token, but must not end a turn by that.
+        self._forbidden = {index: text for text, index in self.special.items()
+                           if text != unknown or text in (self.bos_token, self.eos_token)}
+        names = {text: f"\ue000{secrets.token_hex(16)}" for text in self.special}
+        spec["added_tokens"] = [{**token, "content": names.get(token["content"], token["content"])}
+                                for token in spec["added_tokens"]]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):        # Unigram: [piece, score], the place is the id
+            inside = {text: index for text, index in self.special.items()
+                      if index < len(vocabulary) and vocabulary[index][0] == text}
+            for text, index in inside.items():
+                vocabulary[index] = [names[text], vocabulary[index][1]]
+        else:
+            inside = {text: vocabulary.pop(text) for text in self.special if text in vocabulary}
+            vocabulary.update((names[text], index) for text, index in inside.items())
+        if model.get("unk_token") in inside:
+            model["unk_token"] = names[model["unk_token"]]
+        if model.get("merges") and inside:      # BPE must not name what is gone
+            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [[a, b] for a, b in pairs
+                               if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
+        text = json.dumps(spec)
+        self.at_start = self.after_special = tokenizers.Tokenizer.from_str(text)
+        # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run
+        # that comes after a special token is encoded by a twin that adds none.
+        if '"prepend_scheme": "first"' in text:
+            self.after_special = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
+                                                                   '"prepend_scheme": "never"'))
+        # Every special token, in full-width letters too, and a character that no vocabulary has.
+        wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
+        for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
+            for encoder in {self.at_start, self.after_special}:
+                try:
+                    ids = encoder.encode(text, add_special_tokens=False).ids
+                except Exception:   # the library knows no other class: no unknown token, no such text
+                    continue
+                self.check_content(text, ids)
+
+    def check_content(self, text: str, ids: list[int]) -> None:
+        """ValueError if a special token is among the ids of a text that only spells one."""
+        if not self._forbidden.keys().isdisjoint(ids):
+            index = next(index for index in ids if index in self._forbidden)
+            raise ValueError(
+                f"{self.folder}/tokenizer.json: in a message, {text[:80]!r} becomes the special token "
+                f"{self._forbidden[index]!r} (id {index}), which only the template may write; take the piece "
+                "out of the tokenizer's vocabulary, or give it an unk_token of its own")
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Pieces of one example -> (ids, kinds), one kind a token."""
+    return tokenize_batch([pieces], tokenizer)[0]
+
+
+def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
+    """tokenize() for many examples at once: the tokenizer uses all cores on a batch.
+
+    Special tokens come in by id; the text between two of them is encoded whole, whatever pieces it is made
+    of, so ids are those of the text as it is served. A token takes its kind from the characters it covers:
+
+        "...[/INST] Yes"  ->  "[/INST]" TEMPLATE, " Yes" COMPLETION
+
+    TEMPLATE characters that are only whitespace never take a token away from the content that it touches
+    (" Yes" above): whoever writes the content writes that token. Otherwise a token that touches TEMPLATE is
+    TEMPLATE. Of two contents in one token the earlier kind holds.
+    """
+    layout: list[list] = []  # per example: (id, kind) of a special token, or (run, kinds of its characters)
+    for pieces in examples:
+        items: list = []
+        text, kinds = "", []
+        for piece in [*pieces, Piece("", TEMPLATE, special=True)]:  # the last one only closes the last run
+            if not piece.special:
+                text += piece.text
+                kinds += [piece.kind] * len(piece.text)
+                continue
+            start, end = 0, len(text)
+            if items and items[-1][2] in tokenizer.strips_right:
+                start = end - len(text.lstrip(SPACES))
+            if piece.text in tokenizer.strips_left:
+                end = len(text.rstrip(SPACES))
+            if start < end:
+                items.append((text[start:end], kinds[start:end], None))
+            if piece.text:
+                items.append((tokenizer.special[piece.text], piece.kind, piece.text))
+            text, kinds = "", []
+        layout.append(items)
+
+    encoded = {}
+    for encoder, wanted in ((tokenizer.at_start, lambda i: i == 0), (tokenizer.after_special, lambda i: i > 0)):
+        keys = [(e, i) for e, items in enumerate(layout) for i, item in enumerate(items)
+                if item[2] is None and wanted(i)]
+        try:
+            runs = encoder.encode_batch([layout[e][i][0] for e, i in keys], add_special_tokens=False)
+        except Exception as error:      # the library knows no other class
+            raise ValueError(f"{tokenizer.folder}/tokenizer.json: {error}") from None
+        encoded.update(zip(keys, runs))
+
+    out = []
+    for e, items in enumerate(layout):
+        ids, kinds = [], []
+        for i, (run, kind, special) in enumerate(items):
+            if special is not None:
+                ids.append(run)
+                kinds.append(kind)
+                continue
+            tokenizer.check_content(run, encoded[e, i].ids)
+            ids += encoded[e, i].ids
+            for start, end in encoded[e, i].offsets:
+                kinds.append(_token_kind(run, kind, min(start, len(run) - 1), max(end, start + 1)))
+        out.append((ids, kinds))
+    return out
+
+
+def _token_kind(text: str, kinds: list[int], start: int, end: int) -> int:
+    covered = kinds[start:end]
+    if TEMPLATE not in covered:
+        return covered[0]
+    held = [kind for character, kind in zip(text[start:end], covered)
+            if kind != TEMPLATE or not character.isspace()]
+    return TEMPLATE if TEMPLATE in held or not held else held[0]
+
+
+def check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
+    """1 if the ids were checked to be those that serving gives,
+    0 if a content spells a special token, or something that the normaliser makes one of."""
+    def served(text: str) -> list[int]:
+        return tokenizer.reference.encode(text, add_special_tokens=False).ids
+
+    text = "".join(piece.text for piece in pieces)
+    spelled = {piece.kind for piece in pieces if not piece.special and
+               served(piece.text) != tokenizer.at_start.encode(piece.text, add_special_tokens=False).ids}
+    if spelled and TEMPLATE not in spelled:
+        return 0
+    if served(text) != ids:
+        raise ValueError(f"{tokenizer.folder}/tokenizer.json treats text around special tokens in a way that "
+                         f"is not supported: pieces and whole text give different ids for {text[:80]!r}")
+    bos = tokenizer.special.get(tokenizer.bos_token)
+    if tokenizer.adds_bos and ids[:2] == [bos, bos]:
+        raise ValueError(f"the template writes the BOS token {tokenizer.bos_token} twice")
+    return 1
+
+
+def check_vocabulary(rows: int, tokenizer: Tokenizer, template: Template) -> None:
+    """ValueError unless every token that the template writes has one of the embedding's `rows`. Tokens that
+    are never used, such as a padding token added without resizing, need none."""
+    for piece in render(PROBE, template):
+        if piece.special and tokenizer.special[piece.text] >= rows:
+            raise ValueError(f"--template {template.name} writes {piece.text!r}, token "
+                             f"{tokenizer.special[piece.text]}, but {too_few_rows(rows, tokenizer)}")
+
+
+def too_few_rows(rows: int, tokenizer: Tokenizer) -> str:
+    """What is wrong where a token has none of the embedding's rows."""
+    return (f"the embedding has only {rows} rows; {tokenizer.folder} holds a tokenizer and a model that do "
+            "not belong together, or tokens were added without resizing the model")

@@ -1,0 +1,210 @@
+"""The steps of a decoder layer, each next to its plain definition.
+
+    rms_norm(x, weight, eps)            x / rms(x) * weight
+    rotate(x, cos, sin)                 RoPE
+    swiglu(gate, up)                    silu(gate) * up
+    linears(x, q_proj, k_proj, ...)     [q_proj(x), k_proj(x), ...]
+
+Left to autograd, each step would keep all its intermediates for the backward pass, much of it in fp32. The
+fast paths keep what they were given and recompute the rest. The output of rms_norm and swiglu carries a
+recipe, so that linears() need not keep it either. Whatever else a linear is given, from another norm or
+activation, has no recipe and is kept as usual: nothing here has to know which modules a model is made of.
+
+torch.compile gets the definitions: it fuses them by itself.
+
+Shapes: N packed tokens, C width, D head size, F feed-forward width.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrix products of x are computed: autocast's choice, else x's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class Recipe(NamedTuple):
+    """How to recompute an activation: function(*inputs), as long as nobody has changed it in place, which
+    would have raised its version."""
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]
+    version: int
+
+
+def _with_recipe(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        out.recipe = Recipe(function, inputs, out._version)
+    return out
+
+
+# ---------------------------------------------------------------- norm
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, computed in fp32, in the dtype that products of x have."""
+    exact = x.float()
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (exact * scale * weight).to(compute_dtype(x))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm_reference(), keeping x and 1 / rms(x) for the backward pass. x: (..., C); weight: (C,)."""
+    if torch.compiler.is_compiling():
+        return rms_norm_reference(x, weight, eps)
+    out, scale = _RMSNorm.apply(x, weight, eps)
+    return _with_recipe(out, _normed, x, scale, weight)
+
+
+def _normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """x: (..., C); scale: (..., 1) fp32, 1 / rms(x)."""
+    return (x * scale).mul_(weight).to(compute_dtype(x))
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        # The norm of a vector needs no tensor of squares.
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        ctx.mark_non_differentiable(scale)
+        return _normed(x, scale, weight), scale
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, grad = x * scale, grad.float()
+        product = grad * normed
+        # The part of the gradient along x changes only rms(x), which the norm takes out.
+        along = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
+        return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None
+
+
+# ---------------------------------------------------------------- position
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (N, heads, D) by the angles of its positions, cos and sin (N, 1, D / 2), computed in fp32.
+    Dimension i pairs with i + D / 2 (Su et al. 2021, as Hugging Face's checkpoints have it)."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rotate_reference(), keeping only cos and sin for the backward pass, which turns back."""
+    return rotate_reference(x, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        exact = x.float()
+        out = exact * torch.cat([cos, cos], -1)
+        (a, b), (out_a, out_b) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
+        out_a.addcmul_(b, sin, value=-1)
+        out_b.addcmul_(a, sin)
+        return out.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _Rotate.apply(grad, cos, -sin), None, None
+
+
+# ---------------------------------------------------------------- activation
+
+
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020); gate, up: (N, F)."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """swiglu_reference(), keeping only gate and up for the backward pass."""
+    if torch.compiler.is_compiling():
+        return swiglu_reference(gate, up)
+    return _with_recipe(_SwiGLU.apply(gate, up), _gated, gate, up)
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate).mul_(up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+# ---------------------------------------------------------------- linear layers
+
+
+def linears_reference(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """What each of the modules makes of x."""
+    return [module(x) for module in modules]
+
+
+def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """linears_reference(): x (N, C) -> (N, width of the module) each. Instead of an x that has a recipe, the
+    recipe's inputs are kept, and x's gradient adds up over the modules in one tensor. Steps aside for
+    anything but a plain nn.Linear, such as an adapter or one with hooks."""
+    if torch.compiler.is_compiling() or not all(map(_is_plain, modules)):
+        return linears_reference(x, *modules)
+    parameters = [p for module in modules for p in (module.weight, module.bias)]
+    if not torch.is_grad_enabled():
+        dtype = compute_dtype(x)
+        return [_linear(x.to(dtype), w, b) for w, b in zip(parameters[::2], parameters[1::2])]
+    recipe = getattr(x, "recipe", None)
+    if recipe is None or recipe.version != x._version:
+        recipe = Recipe(lambda x: x, (x,), 0)
+    return list(_Linears.apply(x, recipe.function, len(recipe.inputs), *recipe.inputs, *parameters))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        or module._backward_pre_hooks)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class _Linears(torch.autograd.Function):
+    """x is kept as function(*inputs); parameters: weight and bias of each module."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, function: Callable[..., Tensor], count: int, *tensors: Tensor | None
+                ) -> tuple[Tensor, ...]:
+        inputs, parameters = tensors[:count], tensors[count:]
+        x = x.to(compute_dtype(x))
+        weights = [weight.to(x.dtype) for weight in parameters[::2]]
+        ctx.function, ctx.count, ctx.has_bias = function, count, [b is not None for b in parameters[1::2]]
+        ctx.save_for_backward(*inputs, *weights)
+        return tuple(_linear(x, weight, bias) for weight, bias in zip(weights, parameters[1::2]))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weights = ctx.saved_tensors[:ctx.count], ctx.saved_tensors[ctx.count:]
+        x = ctx.function(*inputs).to(weights[0].dtype)
+        grad_x = grads[0] @ weights[0]
+        for grad, weight in zip(grads[1:], weights[1:]):
+            grad_x.addmm_(grad, weight)
+        grad_parameters = []
+        for grad, has_bias in zip(grads, ctx.has_bias):
+            grad_parameters += [(grad.T @ x).float(), grad.sum(0) if has_bias else None]
+        return grad_x, None, None, *[None] * ctx.count, *grad_parameters

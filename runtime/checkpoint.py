@@ -1,0 +1,193 @@
+"""Checkpoints that a kill at any moment cannot spoil.
+
+    OUTPUT/checkpoints/step-00000020/   model.safetensors, optimizer.safetensors, state.json
+
+Each is written under another name, flushed to disk and renamed, so it is there whole or not at all.
+state.json holds the CRC-32 of every file, so that what a disk spoils later is not trained on. A checkpoint is
+the same whatever the number of ranks, with and without --shard, and any run resumes from it: rank 0 writes
+whole tensors a piece at a time, and each rank reads its rows of them. Weights and whatever tensors and
+numbers the optimizer keeps for a parameter are exact. There is no random state to save: the order of examples
+and NEFTune's noise are functions of (seed, step). Nothing is pickled.
+"""
+import contextlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from runtime.distributed import from_all, from_main, is_main
+from runtime.files import checksum, commit, writing
+from runtime.weights import (DTYPE_NAMES, Stored, checkpoint_tensors, fill, save_model, stored_tensors,
+                             write_tensors)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is
+    deleted. On other ranks than 0 it is only a name."""
+    part = folder.with_name(f"{folder.name}.part")
+    if not is_main():
+        yield part
+        return
+    try:
+        with writing(part):
+            shutil.rmtree(part, ignore_errors=True)     # of a writer that was killed
+            part.mkdir(parents=True)
+            yield part
+            shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
+            commit(part, folder)
+    except OSError:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(output: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+                    state: dict, keep: int) -> Path:
+    """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete what is older than the newest
+    `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes. Returns the folder.
+    ValueError if the optimizer keeps something other than tensors and numbers."""
+    folder = Path(output) / "checkpoints" / f"step-{step:08d}"
+    tensors, numbers = _optimizer_state(model, optimizer)
+    with new_folder(folder) as part:
+        sums = save_model(model, part, torch.float32)
+        sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", tensors)
+        if is_main():
+            state = {**state, "step": step, "optimizer": type(optimizer).__qualname__, "numbers": numbers,
+                     "crc32": sums}
+            state["state_crc32"] = _state_checksum(state)
+            (part / "state.json").write_text(json.dumps(state, indent=2))
+    if is_main():
+        for old in [p for p in find_checkpoints(output) if p.name <= folder.name][:-keep]:
+            shutil.rmtree(old)
+    return folder
+
+
+def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer
+                     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, str | None]]]:
+    """What the optimizer keeps for the model's parameters: {"exp_avg.model.norm.weight": tensor}, and its
+    numbers, {"step.model.norm.weight": (20.0, "F32")}; the dtype is None if it is no tensor."""
+    names = {dtype: name for name, dtype in DTYPE_NAMES.items()}
+    tensors, numbers = {}, {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.dtype in names:
+                if value.dim():
+                    tensors[f"{key}.{name}"] = value
+                else:
+                    numbers[f"{key}.{name}"] = value.item(), names[value.dtype]
+            elif isinstance(value, bool | int | float):
+                numbers[f"{key}.{name}"] = value, None
+            elif value is not None:
+                raise ValueError(f"{type(optimizer).__qualname__} keeps {key!r} for {name}, a "
+                                 f"{type(value).__name__}, which a checkpoint cannot hold: only tensors and "
+                                 "numbers")
+    return tensors, numbers
+
+
+def _state_checksum(state: dict) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
+
+
+def find_checkpoints(output: str | Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(p for p in (Path(output) / "checkpoints").glob("step-*")
+                  if p.suffix != ".part" and p.is_dir())
+
+
+def unfinished_checkpoints(output: str | Path) -> list[Path]:
+    """What a writer that was killed left behind."""
+    return sorted((Path(output) / "checkpoints").glob("step-*.part"))
+
+
+def read_state(folder: str | Path) -> dict:
+    """state.json of a checkpoint; ValueError if the folder is none, or the file is not as it was written."""
+    try:
+        state = json.loads((Path(folder) / "state.json").read_text())
+        if state.pop("state_crc32") != _state_checksum(state):
+            raise ValueError("state.json: is not what was written")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not a whole checkpoint of this trainer ({error})") from None
+
+
+def check_files(folder: str | Path) -> None:
+    """Read all of a checkpoint. ValueError names the file that is not as it was written."""
+    for name, crc in read_state(folder)["crc32"].items():
+        file = Path(folder) / name
+        try:
+            same = checksum(file) == crc
+        except OSError as error:
+            raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        if not same:
+            raise ValueError(f"{file}: is damaged, its checksum is not the one in state.json")
+
+
+def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that is as it was written; None if it never wrote one. Names, by say,
+    the damaged ones that are newer. ValueError if all are damaged."""
+    found = find_checkpoints(output)
+    for folder in reversed(found):
+        try:
+            check_files(folder)
+            return folder
+        except ValueError as error:
+            say(f"warning: {error}; looking for a checkpoint before it")
+    if found:
+        raise ValueError(f"--output-dir {output}: none of its {len(found)} checkpoint(s) is whole; restore "
+                         "one, or give --overwrite to start from scratch")
+    return None
+
+
+def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's weights and optimizer state into model and optimizer, bit for bit; of a sharded
+    model this rank's rows. Every rank calls; those that do not see rank 0's folder are sent theirs. Returns
+    how many steps it stands for. ValueError if a tensor is missing, or another optimizer wrote it."""
+    weights, tensors, state = from_main(
+        (checkpoint_tensors(folder), stored_tensors([Path(folder) / "optimizer.safetensors"]),
+         read_state(folder)) if is_main() else None)
+    try:
+        own_state = state if is_main() else read_state(folder)
+    except ValueError:      # this machine has no such folder
+        own_state = None
+    everywhere = all(from_all(own_state == state))
+    if state["optimizer"] != type(optimizer).__qualname__:
+        raise ValueError(f"{folder}: was written with the optimizer {state['optimizer']}, this run has "
+                         f"{type(optimizer).__qualname__}; resume with the code that it was started with, or "
+                         "give another --output-dir")
+    for name, parameter in model.named_parameters():
+        if name not in weights or weights[name].shape != list(parameter.shape):
+            raise ValueError(f"{folder}: {name} is missing, or not of the model's shape")
+        fill(parameter, weights[name], everywhere)
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    parameters = dict(model.named_parameters())
+    for stored_name, stored in tensors.items():
+        key, _, name = stored_name.partition(".")
+        value = _empty_state(parameters[name], stored)
+        fill(value, stored, everywhere)
+        optimizer.state[parameters[name]][key] = value
+    for stored_name, (number, dtype) in state["numbers"].items():
+        key, _, name = stored_name.partition(".")
+        if dtype is not None:
+            # Where torch.optim keeps its counts of steps.
+            group = groups[parameters[name]]
+            on_device = group.get("fused") or group.get("capturable")
+            number = torch.tensor(number, dtype=DTYPE_NAMES[dtype],
+                                  device=parameters[name].device if on_device else "cpu")
+        optimizer.state[parameters[name]][key] = number
+    return state["step"]
+
+
+def _empty_state(parameter: Tensor, stored: Stored) -> Tensor:
+    """A tensor for what an optimizer has stored for a parameter, divided among the ranks as that is."""
+    dtype = DTYPE_NAMES[stored.dtype]
+    if stored.shape == list(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+    value = torch.empty(stored.shape, dtype=dtype, device=parameter.device)
+    if isinstance(parameter, DTensor):
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return value

@@ -1,0 +1,97 @@
+"""What a run says: lines on the terminal or in a log file, the progress bar, the tables at its end; and the
+signals that ask it to stop."""
+import dataclasses
+import os
+import signal
+import sys
+import textwrap
+
+from tqdm import tqdm
+
+from runtime.distributed import is_main, shows_progress
+
+
+def say(text: str = "") -> None:
+    """Print on rank 0, above the progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def describe(config: object) -> str:
+    """The values of a dataclass of flags that are not empty, in lines of 79 columns."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    text = " ".join(f"{name}={value}".replace(" ", "\0") for name, value in values.items()
+                    if value not in ("", None, []))
+    wrapped = textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
+                            break_on_hyphens=False)
+    return "configuration\n" + wrapped.replace("\0", " ")
+
+
+class StopSignal:
+    """Notes SIGTERM and Ctrl-C from now on. The loop asks between steps, so the current step is finished and
+    saved. number: of the signal, 0 if none has come; doing: what the user is told will happen first."""
+
+    def __init__(self) -> None:
+        self.number, self.doing = 0, "finishing this step, then saving"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _: object) -> None:
+        # torchrun sends TERM, too, when another rank has failed: that rank's error is what to read.
+        if not self.number and "WORLD_SIZE" not in os.environ:
+            say(f"{signal.Signals(number).name}: {self.doing}")
+        self.number = self.number or number
+
+
+class Progress:
+    """A bar on a terminal; in a log file, a line now and then."""
+
+    def __init__(self, first_step: int, total_steps: int):
+        self.terminal = shows_progress()
+        self.bar = tqdm(total=total_steps, initial=first_step, disable=not self.terminal, unit="step",
+                        dynamic_ncols=True)
+
+    def update(self, record: dict, line: bool) -> None:
+        """Show one more step; record: its line of metrics.jsonl; line: whether a log file gets one."""
+        labels = {"loss": "loss", "nll_completion": "completion", "nll_instruction": "instruction"}
+        shown = [f"{label} {record[name]:.3f}" for name, label in labels.items() if record[name] is not None]
+        speed = f"{record['tokens_per_second']:,.0f}"
+        self.bar.update()
+        self.bar.set_postfix_str(f"{' '.join(shown)} {speed} tok/s")
+        if line and not self.terminal:
+            say(f"step {record['step']}/{self.bar.total}: {', '.join(shown)}, {speed} tokens/s")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def print_change(before: dict, after: dict) -> None:
+    """The table at the end: held-out NLL of each kind of span in two evaluations, lines of eval.jsonl; "-"
+    where the first did not have the same records."""
+    say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
+    say(f"{'data':<13}{'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
+    by_content = {before["contents"][name]: kinds for name, kinds in before["data"].items()}
+    for name, kinds in after["data"].items():
+        for kind, result in kinds.items():
+            value = result["nll_token_mean"]
+            old = by_content.get(after["contents"][name], {}).get(kind, {}).get("nll_token_mean")
+            shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
+            say(f"{name[-12:]:<13}{kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}{change:>9}")
+    if "exact_match" in after:
+        comparable = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
+        say(f"\nexact match on {after['answers']} held-out answers: "
+            + (f"{before['exact_match']:.1%} before, " if comparable else "")
+            + f"{after['exact_match']:.1%} after")
+
+
+def show_answers(answers: list[dict]) -> None:
+    """One right and one wrong answer with their prompts, or any two."""
+    chosen = [next((a for a in answers if a["correct"] is right), None) for right in (True, False)]
+    for answer in [a for a in chosen if a] or answers[:2]:
+        for name in ("prompt", "expected", "output"):
+            text = answer[name]
+            if len(text) >= 600:
+                text = f"{text[:300]} [...] {text[-300:]}"
+            say(textwrap.fill(f"{name + ':':<10}{text}", 79, subsequent_indent=" " * 10,
+                              initial_indent="\n" if name == "prompt" else ""))

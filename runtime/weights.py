@@ -1,0 +1,373 @@
+"""A checkpoint folder's weights in and out, a piece at a time, whole or divided among ranks.
+
+    stored = match(folder, {"model.norm.weight": [576], ...}, tied=True)
+    fill(parameter, stored["model.norm.weight"])            # this rank's rows
+    save_model(model, "out")
+
+Files know nothing of ranks. A row is a run of bytes, so the file of a sharded model is that of a whole one,
+read and written by rows, and memory stays near what the parameters need.
+"""
+import hashlib
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from runtime.distributed import from_all, is_main, rank
+from runtime.files import read_json
+
+PIECE = 2**26               # bytes read, sent or written at once
+SHARD_BYTES = 5 * 10**9     # of a weight file
+# safetensors' names
+DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+               "U8": torch.uint8, "BOOL": torch.bool}
+# Of weights, as --save-dtype calls them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+# ---------------------------------------------------------------- tensors of a file
+
+
+class Stored(NamedTuple):
+    """A tensor in a safetensors file."""
+    file: Path
+    name: str
+    shape: list[int]
+    dtype: str          # safetensors' name
+
+
+def _read(stored: Stored, a: int, b: int) -> Tensor:
+    """Rows a to b of a stored tensor."""
+    with safe_open(stored.file, framework="pt") as opened:  # anew: what was read stays mapped until it closes
+        return opened.get_slice(stored.name)[a:b]
+
+
+def stored_tensors(files: list[Path], chosen: dict[str, Path] | None = None) -> dict[str, Stored]:
+    """What files hold, by name, from their headers. chosen: the file of each name, if several hold it.
+    ValueError for a file that cannot be read, and for a name that is not in its chosen file or is in several
+    of which none is chosen."""
+    found: dict[str, Stored] = {}
+    chosen = chosen or {}
+    for file in files:
+        try:
+            with open(file, "rb"):  # says why it cannot be read, unlike safe_open
+                pass
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():
+                    if chosen.get(name, file) != file:
+                        continue
+                    if name in found:
+                        raise ValueError(f"{file}: holds {name}, and so does {found[name].file.name}; the "
+                                         "index must say which one counts")
+                    stored = opened.get_slice(name)
+                    found[name] = Stored(file, name, stored.get_shape(), stored.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    if missing := [f"{name} in {file.name}" for name, file in chosen.items() if name not in found]:
+        more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
+        raise ValueError(f"{files[0].parent}: the index names tensors that are not in their file: "
+                         f"{', '.join(missing[:8])}{more}")
+    return found
+
+
+def equal(one: Stored, other: Stored) -> bool:
+    """Whether two stored matrices hold the same numbers. A piece of each is read at a time."""
+    if one.shape != other.shape or len(one.shape) != 2:
+        return False
+    rows = _slices(torch.empty(one.shape, device="meta"), 0, one.shape[0])
+    return all(torch.equal(_read(one, a, b).float(), _read(other, a, b).float()) for a, b in rows)
+
+
+# ---------------------------------------------------------------- rows of a tensor
+
+
+def local_rows(x: Tensor) -> Tensor:
+    """What of x is on this rank, sharing its memory; x itself if it is not sharded."""
+    return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
+
+
+def row_range(x: Tensor, owner: int) -> tuple[int, int]:
+    """The first row that a rank has, and the first after its own. Shares are equal, the last may be smaller
+    or empty, as FSDP2 makes them: of 10 rows 4 ranks have (0, 3), (3, 6), (6, 9), (9, 10)."""
+    rows = x.shape[0]
+    if not isinstance(x, DTensor):
+        return 0, rows
+    share = -(-rows // x.device_mesh.size())
+    return min(owner * share, rows), min((owner + 1) * share, rows)
+
+
+def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """Rows start to end of x in pieces of PIECE bytes, or of a row."""
+    step = max(1, PIECE // (x.itemsize * x.shape[1:].numel()))
+    return ((i, min(i + step, end)) for i in range(start, end, step))
+
+
+def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
+    """Read this rank's rows of a stored tensor, and convert them to x's dtype. everywhere: whether every rank
+    sees the file; else every rank must ask, and rank 0 reads all and sends their rows. ValueError names the
+    tensor if it holds NaN or Inf."""
+    def read(a: int, b: int) -> Tensor:
+        piece = _read(stored, a, b).to(mine)
+        # One pass without a temporary, a tenth of the time of isfinite().all().
+        if not torch.stack(piece.aminmax()).isfinite().all():
+            raise ValueError(f"{stored.file}: tensor {stored.name} holds NaN or Inf; the checkpoint is "
+                             "damaged or was saved by a run that diverged")
+        return piece
+
+    mine, divided = local_rows(x), isinstance(x, DTensor)
+    first = row_range(x, rank())[0]
+    if everywhere:
+        for a, b in _slices(x, *row_range(x, rank())):
+            mine[a - first:b - first] = read(a, b)
+        return
+    for owner in range(x.device_mesh.size() if divided else 1):
+        for a, b in _slices(x, *row_range(x, owner)):
+            piece = read(a, b) if is_main() else mine.new_empty(b - a, *x.shape[1:])
+            if not divided:
+                dist.broadcast(piece, 0)
+            elif owner and is_main():
+                dist.send(piece, owner)
+            elif owner and rank() == owner:
+                dist.recv(piece, 0)
+            if not divided or rank() == owner:
+                mine[a - first:b - first] = piece
+
+
+def stream_rows(x: Tensor) -> Iterator[Tensor]:
+    """On rank 0 all rows of x in order, on the CPU, a piece at a time; on the others nothing. Of a sharded
+    tensor every rank must ask: the others send their rows."""
+    mine, start = local_rows(x), row_range(x, rank())[0]
+    owners = x.device_mesh.size() if isinstance(x, DTensor) else 1
+    for owner in range(owners):
+        for a, b in _slices(x, *row_range(x, owner)):
+            if owner == rank():
+                piece = mine[a - start:b - start].contiguous()
+                if owner:
+                    dist.send(piece, 0)
+            elif is_main():
+                piece = mine.new_empty(b - a, *x.shape[1:])
+                dist.recv(piece, owner)
+            if is_main():
+                yield piece.cpu()
+
+
+def first_above(tensors: dict[str, Tensor], limit: float) -> str:
+    """Name of the first tensor with a number that is larger than limit, or less than -limit; "" if there is
+    none. Every rank must ask, each looks at its rows, and all get the same answer."""
+    own = next((name for name, x in tensors.items() if local_rows(x).numel()
+                and max(abs(edge.item()) for edge in local_rows(x).aminmax()) > limit), "")
+    return next(filter(None, from_all(own)), "")
+
+
+def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> int:
+    """Write a safetensors file (format: safetensors' README) as it comes, without holding it; dtype: of the
+    file, default each tensor's own. Every rank calls, rank 0 writes. Returns the file's CRC-32, there."""
+    names = {kind: name for name, kind in DTYPE_NAMES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, x in tensors.items():
+        kind = dtype or x.dtype
+        start, end = end, end + x.numel() * kind.itemsize
+        header[name] = {"dtype": names[kind], "shape": list(x.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    crc = 0
+    with open(file, "wb") if is_main() else nullcontext() as out:
+        def write(data: bytes | memoryview) -> None:
+            nonlocal crc
+            out.write(data)
+            crc = zlib.crc32(data, crc)
+
+        if is_main():
+            write(len(text).to_bytes(8, "little") + text)
+        for x in tensors.values():
+            for piece in stream_rows(x):
+                write(piece.to(dtype or x.dtype).view(torch.uint8).numpy().data)
+    return crc
+
+
+# ---------------------------------------------------------------- checkpoint folders
+
+
+# What is downloaded of a hub repository besides weights. Its other files (weights for other programs, lower
+# precision, pictures) can be many times larger.
+HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+             "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+             "chat_template.json", "adapter_config.json"]
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Once a run: a folder is read several times."""
+    if is_main():
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def resolve_model(model: str | Path) -> Path:
+    """A checkpoint folder as it is; a hub id, `owner/name` or `owner/name@revision`, is downloaded (once)
+    first: tokenizer, config and template, and the weights that load_model() reads.
+    ValueError if it is neither."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
+        raise ValueError(f"--model {model}: no such folder, nor a hub id like "
+                         "owner/name or owner/name@revision")
+    from huggingface_hub import snapshot_download
+    repository, _, revision = str(model).partition("@")
+
+    def download(patterns: list[str], revision: str | None) -> Path:
+        try:
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+        except Exception as error:  # the hub's many errors all mean that the download failed
+            raise ValueError(f"--model {model}: no such folder, and the download failed: {error}") from None
+
+    folder = download([*HUB_FILES, SINGLE, INDEX], revision or None)
+    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
+        # The folder is called after the commit. A branch may have moved on since.
+        download(sorted(set(_weight_map(folder).values())), folder.name)
+    return folder
+
+
+def what_else(folder: Path) -> str:
+    """What to do about a folder without a model that can be loaded."""
+    if (folder / "adapter_config.json").is_file():
+        return ("it holds an adapter; merge it into its base model (peft's merge_and_unload and "
+                "save_pretrained) and give the folder of the result")
+    return ("a checkpoint folder needs config.json, tokenizer.json and *.safetensors; weights in another "
+            "format, like pytorch_model.bin, can be converted with transformers' "
+            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """The index of a checkpoint folder: tensor name -> file name, of a file in the folder.
+    ValueError if it is broken."""
+    index = folder / INDEX
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index}: weight_map must be an object of tensor names and their files")
+    for tensor, name in names.items():
+        if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:     # "" comes before a leading /
+            raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
+    return names
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, from its index where there is one, sorted. As in
+    transformers, model.safetensors comes before an index. ValueError if any is missing."""
+    folder = Path(folder)
+    if (folder / SINGLE).is_file():
+        if (folder / INDEX).is_file():
+            warn_once(f"{folder}: holds {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does")
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; {what_else(folder)}")
+    files = sorted({folder / name for name in _weight_map(folder).values()})
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
+    return files
+
+
+def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
+    """What the weight files of a checkpoint folder hold, by name, from their headers. A tensor that several
+    files hold is the one of the file that the index names. ValueError for files and indexes that are missing,
+    broken or do not agree."""
+    files = weight_files(folder)
+    if files == [Path(folder) / SINGLE]:
+        return stored_tensors(files)
+    return stored_tensors(files, {name: Path(folder) / file for name, file in
+                                  _weight_map(Path(folder)).items()})
+
+
+def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[str, Stored]:
+    """Where each of the wanted tensors is in a checkpoint folder, from the files' headers alone. wanted: the
+    shapes by name; tied: whether the embedding is the head, too. ValueError lists tensors that are missing,
+    surplus or of another shape or dtype."""
+    # Old files carry RoPE's table. transformers computes it from config.json too, and their copy may be
+    # rounded, or lack the scaling that config.json asks for: it is no evidence against config.json.
+    found = {name: stored for name, stored in checkpoint_tensors(folder).items()
+             if not name.endswith("rotary_emb.inv_freq")}
+    if tied and HEAD in found:
+        # The same values twice (read_config), or under the head's name only.
+        found.setdefault(EMBEDDING, found.pop(HEAD))
+    problems: list[str] = []
+    for name, stored in found.items():
+        if name not in wanted:
+            problems.append(f"surplus {name}")
+        elif stored.shape != wanted[name]:
+            problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
+        elif DTYPE_NAMES.get(stored.dtype) not in DTYPES.values():
+            problems.append(f"{name} is {stored.dtype}")
+    problems += [f"missing {name}" for name in wanted if name not in found]
+    if HEAD in wanted and HEAD not in found:
+        problems[-1] += " (if the head is the embedding, config.json must say tie_word_embeddings: true)"
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ValueError(f"{folder}: the weights do not fit config.json:\n  " + "\n  ".join(shown))
+    return found
+
+
+def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None,
+               shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+    """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the
+    file, default what the weights were loaded from; shard_bytes: the most that one file holds. fp32 instead
+    of fp16, with a warning, if fp16 would make a weight infinite. Every rank calls, rank 0 writes; there,
+    returns the CRC-32 of each weight file."""
+    folder, dtype = Path(folder), dtype or model.source_dtype
+    shards: list[list[str]] = [[]]
+    total = used = 0
+    tensors = dict(model.named_parameters())
+    if dtype == torch.float16 and (name := first_above(tensors, torch.finfo(dtype).max)):
+        warn_once(f"{folder}: {name} holds values beyond float16's range; the weights are saved as float32")
+        dtype = torch.float32
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and used + size > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used, total = used + size, total + size
+    names = ["model.safetensors"] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    sums = {file: write_tensors(folder / file, {name: tensors[name] for name in shard}, dtype)
+            for file, shard in zip(names, shards)}
+    if not is_main():
+        return {}
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    # transformers 5 reads dtype, 4 and much else torch_dtype.
+    raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    return sums
+
+
+
+def model_fingerprint(folder: str | Path) -> str:
+    """A hash that tells checkpoints apart: config.json, and of each weight file its size, header
+    and 64 samples of 64 KB. Reading all of a large model would cost minutes; training changes
+    every tensor, so samples show it."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(i * max(0, size - 65536) // 63)
+                digest.update(file.read(65536))
+    return digest.hexdigest()[:32]
+
