@@ -543,7 +543,7 @@ def test_a_difference_whose_interval_excludes_zero_is_marked(runs, folder):
         values = {"": 1.5, "_interval": [1.0, 2.0], "_minus_first": (low + high) / 2}
         entries.append(entry("im", span, **values, _minus_first_interval=[low, high]))
     page, _ = compared(runs, folder, results=write(runs / "spans.json", {"results": entries}))
-    marked = re.findall(r'<td class="clear">(\S+) <small>(.*?)</small>', page)
+    marked = re.findall(r'<td data-name="B−A" class="clear">\s+(\S+) <small>(.*?)</small>', page)
     assert marked == 2 * [("-0.300", "[-0.500, -0.100]"), ("+0.300", "[0.100, 0.500]")]
 
 
