@@ -191,7 +191,7 @@ def main(argv: list[str]) -> None:
     print()
     width = 2 + max(len(row[0]) for row in rows)
     print_table(["", "ranks", "batch", "tokens/s", "tokens/step", "trained/s", "step s", "first/later",
-                 "peak GB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 24, 13, 11, 9, 13, 9, 12, 19])
+                 "peak GB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 28, 13, 11, 9, 13, 9, 12, 19])
     for each in profiles:
         print_profile(each)
     settings = {name: str(value) for name, value in vars(args).items()}
