@@ -7,6 +7,7 @@ computes for each example by itself. Needs transformers.
 """
 import argparse
 import json
+import sys
 
 import numpy as np
 import torch
@@ -54,4 +55,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
