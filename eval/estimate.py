@@ -63,10 +63,12 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     # A layer's backward pass. FSDP has the layer as received and as used, its whole gradient, and what it
     # sends of that. Without FSDP autograd keeps the copies that linear layers compute with.
     if shard:
-        weights, at_work, gradient = 4 * outer * (1 + reference), layer * (3 * size + 2 * 4), 0
+        weights, at_work = 4 * outer * (1 + reference), layer * (3 * size + 2 * 4)
+        down, gate_and_up = 0, 0
     else:
         weights, at_work = (0, cast * layer) if recompute else (cast * layer * layers, 0)
-        gradient = 4 * gate
+        # The gradients of down_proj, and of gate_proj and up_proj, before they are added up.
+        down, gate_and_up = (4 + cast) * gate, (2 * 4 + cast) * gate
     forward = activation_bytes(config, tokens, dtype, recompute)
     recomputed = activation_bytes(config, tokens, dtype, False) // layers if recompute else 0
     backward = forward + recomputed + 4 * width * tokens        # and the gradient of the layer's output
@@ -75,9 +77,9 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     at_embeddings = 2 if shard or config.tie_word_embeddings else 1     # gradients as large as the head
     weights, activations, at_head = max(
         (weights, forward, (4 + cast) * head + loss),
-        (weights + at_work + gradient + cast * gate, backward + 2 * inner, 4 * head),       # down
-        (weights + at_work, backward + 3 * inner, 4 * head),                                # SwiGLU
-        (weights + at_work + 2 * gradient + cast * gate, backward, 4 * head),               # gate, up
+        (weights + at_work + down, backward + 2 * inner, 4 * head),      # down_proj
+        (weights + at_work, backward + 3 * inner, 4 * head),            # SwiGLU
+        (weights + at_work + gate_and_up, backward, 4 * head),                 # gate_proj and up_proj
         (weights, 4 * width * tokens, 4 * head * at_embeddings), key=sum)
     own = count / (ranks if shard else 1)
     return {"parameters": 4 * own, "gradients": 4 * own, "AdamW's averages": 8 * own,

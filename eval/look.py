@@ -6,8 +6,9 @@
     python -m eval.look ... --export FILE                                   ids and labels for other trainers
 
 It takes the steps of train.main() up to where the weights would be loaded, by the same functions, so what a
-run would refuse is refused here in the same words. Only --output-dir may be unusable: it is not touched, and
-what a run would say of it comes with the rest. Not checked: the weights' values, and free space on the disk.
+run would refuse is refused here in the same words. The token cache that is written is the run's own.
+--output-dir is not touched; where a run could not use it, that is said with the rest. Not checked: the
+weights' values, and free space on the disk.
 
 Shapes: E examples, K kinds of span.
 """
@@ -29,7 +30,7 @@ from eval import estimate
 from eval.common import check_values, run, write_json
 from loss import PRESETS, span_weights
 from model import parameter_count
-from runtime.checkpoint import find_checkpoints, read_state
+from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size
 from runtime.files import writing
 from runtime.flags import flag
@@ -39,8 +40,9 @@ from runtime.report import say
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
-FOLDER = {"start": "the run would start from scratch", "resume": "the run would resume after step {step}",
-          "delete": "the run that is there would be deleted", "finished": "the run has finished"}
+FOLDER = {"start": "the run would start", "resume": "the run would resume",
+          "delete": "the run that is there would be deleted, and the new one start",
+          "finished": "the run has finished, and would not start"}
 
 
 @dataclass
@@ -82,11 +84,12 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
     counts, lengths = dataset.counts[usable], dataset.lengths[usable]
     totals, total = counts.sum(0), train.count_steps(config, steps.per_epoch)
     packed = estimate.packing(steps.plan, lengths, counts, weights != 0)
-    memory = {
-        f"{'--shard' if shard else 'DDP' if ranks > 1 else 'plain'}{' +recompute' * recompute}":
-            estimate.memory(source.model_config, packed, config.compute_dtype, ranks, shard, recompute,
-                            config.kl_weight > 0, cuda)
-        for shard in ((False, True) if ranks > 1 else (False,)) for recompute in (False, True)}
+    memory = {}
+    for shard in (False, True) if ranks > 1 else (False,):
+        for recompute in (False, True):
+            heading = ("--shard" if shard else "DDP" if ranks > 1 else "plain") + " +recompute" * recompute
+            memory[heading] = estimate.memory(source.model_config, packed, config.compute_dtype, ranks, shard,
+                                              recompute, config.kl_weight > 0, cuda)
     return {
         "model": str(source.folder), "parameters": parameter_count(source.model_config),
         **dataset.report, "left_out": len(dataset) - len(usable), "examples": len(usable),
@@ -120,8 +123,8 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
         + f"; this run {this_run:.1%}")
     if ratio := numbers["instruction_completion_ratio"]:
         say(textwrap.fill(
-            f"instruction / completion: {ratio:.3g} in tokens. The paper: loss over instructions helps most "
-            "where this is large or examples are few (little at LIMA's 0.09).", 79,
+            f"instruction / completion: {ratio:.3g} in tokens. In the paper IM helps most where this is "
+            "large or examples are few, and little for LIMA (0.09 in words).", 79,
             subsequent_indent="  "))
     say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"
@@ -134,16 +137,21 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
 
 
 def folder_state(config: LookConfig, identity: dict, source: train.Source, per_epoch: int) -> tuple[str, str]:
-    """(what a run would find in --output-dir, as check_folder() has it, or "refused"; that in words)."""
+    """What a run would find in --output-dir, in a word (check_folder()'s, or "refused") and in a sentence."""
     out = Path(config.output_dir)
     try:
-        state, step = check_folder(out, identity, asdict(config), source.folder), 0
-        if state == "resume" and (saved := find_checkpoints(out)):
-            checkpoint = read_state(saved[-1])
-            step = checkpoint["step"]
-            if reason := train.other_length(config, per_epoch, checkpoint["identity"], step):
-                raise ValueError(f"{saved[-1]}: cannot be resumed: {reason}")
-        return state, f"{out}: {FOLDER[state].format(step=step)}"
+        state, start = check_folder(out, identity, asdict(config), source.folder), "from scratch"
+        checkpoint = Path(config.resume) if config.resume not in ("auto", "never") else None
+        if state == "resume":
+            checkpoint = newest_whole(out, say) or checkpoint
+        if checkpoint:
+            saved = read_state(checkpoint)
+            start = f"after step {saved['step']} from {checkpoint}"
+            if reason := train.other_length(config, per_epoch, saved["identity"], saved["step"]):
+                raise ValueError(f"{checkpoint}: cannot be resumed: {reason}")
+        elif state == "resume" and (out / "final").is_dir():
+            raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept")
+        return state, f"{out}: {FOLDER[state]} {start}"
     except ValueError as error:
         return "refused", f"a run would refuse: {error}"
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import forks
 import model
 import train
 from chat import CONTEXT, KINDS, Tokenizer
@@ -63,8 +64,8 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
         '"weight": 0}]}\n')
     numbers = numbers_of(folder, arguments(folder, "two", train_data=folder / "two.jsonl", loss="it"))
     printed = capsys.readouterr().out
-    assert [numbers[name] for name in ("records", "examples", "left_out", "truncated", "steps", "epochs")] == [
-        2, 1, 1, 0, 2, 2.0]
+    names = ("records", "examples", "left_out", "truncated", "steps", "epochs")
+    assert [numbers[name] for name in names] == [2, 1, 1, 0, 2, 2.0]
     encode = Tokenizer(folder / "model").reference.encode
     instruction, completion = (len(encode(text, add_special_tokens=False).ids) for text in ("red", "blue"))
     completion += 1
@@ -161,8 +162,8 @@ def test_it_takes_the_flags_of_a_run_and_its_config_file(folder):
     dict(max_length=1), dict(template="nope"), dict(date="yesterday"), dict(train_data="nowhere.jsonl"),
     dict(model="nowhere"), dict(completion_weight=0, loss="it"), dict(micro_batch_tokens=20),
     dict(overlong="error", max_length=30), dict(max_length=4), dict(eval_every=5), dict(lr="fast"),
-    dict(eval_data="nowhere.jsonl"), dict(config="nowhere.json"), dict(model="MISFIT"), dict(train_data="BAD")],
-    ids=str)
+    dict(eval_data="nowhere.jsonl"), dict(config="nowhere.json"), dict(model="MISFIT"),
+    dict(train_data="BAD")], ids=str)
 def test_what_a_run_refuses_is_refused_in_the_same_words(folder, more):
     if more == dict(model="MISFIT"):
         config = shutil.copytree(folder / "model", folder / "misfit") / "config.json"
@@ -181,8 +182,9 @@ def test_what_a_run_refuses_is_refused_in_the_same_words(folder, more):
 
 
 def test_it_refuses_what_only_it_is_asked_for(folder):
-    for more, says in ((dict(json="nowhere/x.json"), "--json nowhere/x.json"), (dict(ranks=-1), "--ranks -1"),
-                       (dict(export="nowhere/x.jsonl"), "--export nowhere"), (dict(bogus=1), "eval.look --help")):
+    for more, says in ((dict(json="nowhere/x.json"), "--json nowhere/x.json"),
+                       (dict(export="nowhere/x.jsonl"), "--export nowhere/x.jsonl"),
+                       (dict(ranks=-1), "--ranks -1"), (dict(bogus=1), "eval.look --help")):
         with pytest.raises(ValueError, match=says):
             look.main(arguments(folder, "own", **more))
 
@@ -198,13 +200,18 @@ def test_it_says_what_a_run_would_find_in_its_folder_and_writes_nothing_there(fo
     assert not (folder / "new").exists()
     run_here(arguments(folder, "done", save_every=3))
     says("done", "refused", "a run would refuse: --output-dir")
-    says("done", "delete", "done: the run that is there would be deleted", overwrite=True)
+    says("done", "delete", "done: the run that is there would be deleted, and the new one start from scratch",
+         overwrite=True)
+    run_here(arguments(folder, "short"))
+    says("short", "refused", "whose last checkpoint was not kept", epochs=3, schedule="linear")
     shutil.rmtree(folder / "done" / "final")
     identity = json.loads((folder / "done" / "identity.json").read_text())
     del identity["finished_after"]
     (folder / "done" / "identity.json").write_text(json.dumps(identity))
     shutil.rmtree(sorted((folder / "done" / "checkpoints").iterdir())[-1])
-    says("done", "resume", "done: the run would resume after step 6")
+    [*_, newest] = sorted((folder / "done" / "checkpoints").iterdir())
+    says("done", "resume", f"done: the run would resume after step 6 from {newest}")
+    says("from", "start", f"from: the run would start after step 6 from {newest}", resume=newest)
     says("done", "refused", "holds a run and --resume is never", resume="never")
     says("done", "refused", "--lr was 0.01, is 0.5", lr=0.5)
     says("done", "refused", "step-00000006: cannot be resumed: the 6 steps that are trained", epochs=5)
@@ -229,7 +236,7 @@ def test_the_quick_start_is_looked_at_without_flags_in_eighty_columns(tmp_path, 
 
 
 def test_errors_are_one_line(folder):
-    done = run_module("eval.look", arguments(folder, "x", template="nope"), check=False)
+    done = forks.run(["-m", "eval.look", *arguments(folder, "x", template="nope")])
     assert done.returncode == 1 and done.stderr.startswith("error: --template nope") and "\n" not in (
         done.stderr.strip())
 
