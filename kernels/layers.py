@@ -199,7 +199,9 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights = ctx.saved_tensors[:ctx.count], ctx.saved_tensors[ctx.count:]
+        # Asked for once: with recomputation, asking computes them.
+        saved = ctx.saved_tensors
+        inputs, weights = saved[:ctx.count], saved[ctx.count:]
         x = ctx.function(*inputs).to(weights[0].dtype)
         grad_x = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:]):
