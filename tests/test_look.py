@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import forks
 import model
+import tokenizers_for_tests
 import train
 from chat import CONTEXT, KINDS, Tokenizer
 from eval import look
@@ -273,6 +275,15 @@ def test_examples_are_shown_in_colour_on_a_terminal_and_in_marks_elsewhere(folde
     assert examples[0] == examples[1] != ""
 
 
+def test_an_example_is_shown_with_the_spaces_that_it_has(tmp_path):
+    """A SentencePiece tokenizer drops the first space of what it decodes, so no span is decoded alone."""
+    tokenizers_for_tests.write("llama2", tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    ids = np.array([tokenizer.reference.token_to_id(token) for token in ("<s>", "r", "\u2581", "b")])
+    dataset = SimpleNamespace(offsets=[0, 4], ids=ids, kinds=np.array([0, 2, 3, 3]))
+    assert look.coloured(dataset, 0, tokenizer, False) == "[template|<s>][instruction|r][completion| b]"
+
+
 def test_a_templates_warning_is_told(folder, capsys):
     for template, warns in ((ROOT / "tests" / "templates" / "distill.jinja", True), ("llama3", False)):
         look.main(arguments(folder, "warned", template=template))
@@ -282,7 +293,7 @@ def test_a_templates_warning_is_told(folder, capsys):
 # ---------------------------------------------------------------- export
 
 
-@pytest.mark.parametrize("loss", ["it", "im"])
+@pytest.mark.parametrize("loss", ["it", "im", "lm"])
 def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path, capsys):
     """The mean over labelled tokens that transformers computes is the `token` denominator over the same
     examples."""
