@@ -73,10 +73,12 @@ class _RMSNorm(torch.autograd.Function):
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
+        # No zeros in place of the gradient that scale does not have.
+        ctx.set_materialize_grads(False)
         return _normed(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed, grad = x * scale, grad.float()
         product = grad * normed
