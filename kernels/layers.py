@@ -199,7 +199,8 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weights = ctx.saved_tensors[:ctx.count], ctx.saved_tensors[ctx.count:]
+        saved = ctx.saved_tensors   # once: with --recompute, asking for them a second time is an error
+        inputs, weights = saved[:ctx.count], saved[ctx.count:]
         x = ctx.function(*inputs).to(weights[0].dtype)
         grad_x = grads[0] @ weights[0]
         for grad, weight in zip(grads[1:], weights[1:]):
