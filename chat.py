@@ -658,7 +658,8 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
         layout.append(items)
 
     encoded = {}
-    for encoder, wanted in ((tokenizer.at_start, lambda i: i == 0), (tokenizer.after_special, lambda i: i > 0)):
+    for encoder, wanted in ((tokenizer.at_start, lambda i: i == 0),
+                            (tokenizer.after_special, lambda i: i > 0)):
         keys = [(e, i) for e, items in enumerate(layout) for i, item in enumerate(items)
                 if item[2] is None and wanted(i)]
         try:

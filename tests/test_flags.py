@@ -7,7 +7,7 @@ import pytest
 
 import train
 from runtime.flags import flag, given_flags
-from tiny import flags
+from tiny import arguments, flags
 
 
 @dataclass
@@ -112,3 +112,26 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept
+
+
+def test_flags_config_file_and_their_errors(folder, tmp_path, capsys):
+    config = train.parse_args(arguments(folder, "x", lr="1", clip_grad_norm="0", neftune_alpha="1e-4"))
+    assert config.lr == 1.0 and config.neftune_alpha == 1e-4 and config.loss == "im" and config.epochs == 2
+    saved = {**vars(config), "loss": "it", "seed": 7, "date": "2026-01-05"}
+    (tmp_path / "c.json").write_text(json.dumps(saved))
+    again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9"])
+    assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
+    embedded = train.parse_args([])
+    assert Path(embedded.model).is_dir() and embedded.loss == "im" and embedded.eval_generate == 1000
+    assert train.parse_args(["--shard"]).eval_generate == 0
+    assert [train.parse_args(argv).dry_run for argv in ([], ["--dry-run"], ["--dry-run", "8"])] == [0, 1, 8]
+    for argv, says in ((["--lr", "0"], "--lr 0: must be"), (["--batch-size", "0"], "--batch-size 0"),
+                       (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
+                       (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
+                       (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
+                       (["--config", "nowhere"], "--config nowhere"),
+                       (["--max-length", "1"], "--max-length 1"), (["--dry-run", "-1"], "--dry-run -1"),
+                       (["--shard", "--compile"], "--compile"),
+                       (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
+        with pytest.raises(ValueError, match=says):
+            train.parse_args(argv)

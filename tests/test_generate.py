@@ -16,7 +16,7 @@ from chat import Tokenizer, load_template
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
-from test_model import FAMILIES, make_reference
+from references import FAMILIES, make_reference
 from tiny import WORDS, flags, make_model, make_records, run_module
 
 LENGTHS = (5, 30, 1, 12, 21, 12, 3, 40, 2)
