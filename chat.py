@@ -35,13 +35,13 @@ ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INS
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
-# Switches of other trainers and servers with the value that changes nothing here. On a message the first
-# seven say whether it is trained.
+# Switches of other trainers and servers, with the value that changes nothing here. On a message the first
+# seven decide whether it is trained.
 NEUTRAL = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0,
            "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
            "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
 TRAINS = tuple(NEUTRAL)[:7]
-# Other fields that change what is trained or served elsewhere: {name, as a pattern: why it is refused}.
+# Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
 REFUSED = {
     r"(reasoning|thinking|thoughts?)(_\w+)?|tool_calls?|function_calls?":
         "which this trainer does not render: write what the model should say into 'content'",
@@ -56,7 +56,7 @@ REFUSED = {
         "\"weight\": 0, leave out records that are not, and remove the field",
 }
 
-# Fields whose text belongs to the conversation, in one layout or another.
+# Fields whose text belongs to the conversation in one layout or another.
 TEXTS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix", "system_message",
          "developer")
 
@@ -65,19 +65,19 @@ TEXTS = ("prompt", "completion", "instruction", "input", "output", "context", "s
 
 
 def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
-    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file; line counts from 1
-    (in a .json list: the record's number). messages is [{"role", "content"}, ...],
-    with "weight": 0 where it is not to be trained, and with what else the record's message holds: the
-    template may read it.
+    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file. line counts from 1; in a
+    .json list it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages
+    that are not to be trained, and with the other fields of the record's messages, which the template may
+    read.
 
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
         {"prompt": "Hi", "completion": "Hello"}
         {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
 
-    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Fields
-    that would change what is trained or served in another way (REFUSED) are refused; null means absent.
-    A bad record is a ValueError with file, line and what is wrong with it.
+    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other
+    fields that would change what is trained or served are refused (REFUSED). null means absent. A bad record
+    is a ValueError with file, line and what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
@@ -99,12 +99,14 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
                     text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
                     if text.strip():
                         yield to_messages(json.loads(text)), line
-    except (ValueError, OSError, EOFError) as error:  # JSON and Unicode errors are ValueErrors
+    # JSON and Unicode errors are ValueErrors.
+    except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
 
 
 def to_messages(record: dict) -> list[dict]:
-    """One record in any of the four layouts -> its messages; ValueError says what is wrong."""
+    """The messages of a record in any of the four layouts. Another layout is another branch here. ValueError
+    says what is wrong with the record."""
     if not isinstance(record, dict):
         raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
     record = _present(record)
@@ -120,7 +122,7 @@ def to_messages(record: dict) -> list[dict]:
             role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
             role = SHAREGPT_ROLES.get(str(role), role)
             if turn.get("role", role) != role or turn.get("content", content) != content:
-                raise ValueError(f"message {number} has 'from' and 'value' besides another 'role' or "
+                raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
                                  "'content': keep one of them")
             messages.append({**turn, "role": role, "content": content})
     elif "prompt" in record and "completion" in record:
@@ -136,6 +138,12 @@ def to_messages(record: dict) -> list[dict]:
         raise ValueError("has none of the known layouts: 'messages', 'conversations', "
                          "'prompt' + 'completion', 'instruction' + 'output'; "
                          f"its fields are {', '.join(map(repr, record)) or 'none'}")
+    return _checked(messages, record)
+
+
+def _checked(messages: object, record: dict) -> list[dict]:
+    """The messages of a record, with its system prompt first. ValueError if one of them is not a message, or
+    if the record holds text that is in none of them."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("holds no messages")
     for field in ("system", "system_prompt"):
@@ -156,12 +164,13 @@ def to_messages(record: dict) -> list[dict]:
 
 
 def _present(fields: dict) -> dict:
-    """Without JSON's nulls, which mean absent."""
+    """The fields that are not null, which means absent."""
     return {field: value for field, value in fields.items() if value is not None}
 
 
 def _refuse(fields: dict, owner: str) -> None:
-    """ValueError for a field that would change what is trained or served, unless it is empty or NEUTRAL."""
+    """ValueError for a field that would change what is trained or served, unless its value is empty or
+    NEUTRAL."""
     for field, value in fields.items():
         if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
             continue
@@ -171,13 +180,15 @@ def _refuse(fields: dict, owner: str) -> None:
 
 
 def _message(message: dict, number: int) -> dict:
+    """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
+    wrong with it."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object with 'role' and 'content'")
-    rest = _present(message)
-    role, content = rest.pop("role", None), rest.pop("content", None)
+    fields = _present(message)
+    role, content = fields.pop("role", None), fields.pop("content", None)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    switches = {field: rest.pop(field) for field in TRAINS if field in rest}
+    switches = {field: fields.pop(field) for field in TRAINS if field in fields}
     for field, value in switches.items():
         if value not in (0, 1):
             raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
@@ -185,15 +196,15 @@ def _message(message: dict, number: int) -> dict:
     if len(weights) > 1:
         raise ValueError(f"message {number} is to be trained and not to be trained: "
                          f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
-    _refuse(rest, f"message {number}")
+    _refuse(fields, f"message {number}")
     if not isinstance(content, str):
         raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
     try:
-        (content + json.dumps(rest, ensure_ascii=False)).encode()
+        (content + json.dumps(fields, ensure_ascii=False)).encode()
     except UnicodeEncodeError:
         raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
                          "which is not text") from None
-    return {"role": role, "content": content, **rest, **({"weight": 0} if weights == {0} else {})}
+    return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -205,8 +216,8 @@ TEMPLATES = {name: Path(__file__).parent / "templates" / f"{name}.jinja"
 
 
 class Piece(NamedTuple):
-    """A stretch of rendered text and its kind; special: a special token that the template wrote,
-    put in by id."""
+    """A stretch of rendered text and its kind; special: whether it is a special token that the template
+    wrote, which is put in by id."""
     text: str
     kind: int
     special: bool = False
@@ -214,16 +225,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """A Jinja chat template with what it needs from a tokenizer.
-    `source` is what gets exported with the model."""
+    """A Jinja chat template with what it needs from a tokenizer."""
     name: str
-    source: str
+    source: str                 # exported with the model
     tokens: dict[str, str]      # bos_token, eos_token, ... as the template sees them
-    special: tuple[str, ...]    # every special token's text
-    date: str                   # YYYY-MM-DD, what strftime_now prints
+    special: tuple[str, ...]    # the texts of all special tokens
+    date: str                   # YYYY-MM-DD, printed by strftime_now
     end_of_turn: str = ""       # the special token that ends an assistant's message
-    lead: str = ""              # what the model writes in front of a content: Qwen3's empty think block
-    warning: str = ""           # says so if the generation prompt is not what answers are trained behind
+    lead: str = ""              # what the model writes before a message's content: Qwen3's empty think block
+    warning: str = ""           # if answers are trained after other text than the generation prompt
 
     @property
     def uses_date(self) -> bool:
@@ -248,8 +258,8 @@ class Template:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks mark assistant text for transformers; spans come from sentinels here:
-    just the body."""
+    """`{% generation %}` blocks mark assistant text for transformers. Spans come from sentinels here, so only
+    the block's body matters."""
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
@@ -264,27 +274,26 @@ def _compile(source: str) -> jinja2.Template:
         raise jinja2.TemplateError(message)
 
     def tojson(x: object, ensure_ascii: bool = False, indent: int | None = None,
-               separators: tuple | None = None, sort_keys: bool = False) -> str:  # jinja's own escapes HTML
+               separators: tuple | None = None, sort_keys: bool = False) -> str:
+        # Jinja's own filter escapes HTML.
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
                           sort_keys=sort_keys)
 
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(  # a template is foreign code
+    # A template is code that others wrote.
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = tojson
     env.globals["raise_exception"] = raise_exception
     return env.from_string(source)
 
-# What a template is tried with.
+# A conversation to try templates with.
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) -> Template:
-    """name: auto (the checkpoint's own; without one a ValueError), a key of TEMPLATES,
-    or a .jinja file's path.
-
-    date: YYYY-MM-DD for templates that print today's date; default today.
-    ValueError if there is no such template, or if it ends an assistant's message with no special token:
-    a model trained so could never learn to stop.
+    """name: auto (the checkpoint's own template), a key of TEMPLATES, or the path of a .jinja file; date:
+    YYYY-MM-DD for templates that print today's date, default today. ValueError if the template does not
+    exist, or ends an assistant's message without a special token: the model could never learn to stop.
     """
     if name == "auto":
         source = tokenizer.chat_template
@@ -317,23 +326,25 @@ def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) ->
     template = replace(template, end_of_turn=answer[-1].text, lead=lead)
     warnings = []
     for before in ([], [{"role": "system", "content": "s"}], PROBE):
-        with contextlib.suppress(ValueError):   # the template takes no such conversation
+        # The template may refuse such a conversation.
+        with contextlib.suppress(ValueError):
             warnings.append(_compare_prompts([*before, *PROBE], template))
     return replace(template, warning=next(filter(None, warnings), ""))
 
 
 def _compare_prompts(conversation: list[dict], template: Template) -> str:
-    """A warning where the generation prompt for the conversation's last message is not what its text is
-    trained after; else ""."""
+    """A warning if the conversation's last message is trained after other text than its generation prompt;
+    else ""."""
     prompt, pieces = _generation_prompt(conversation[:-1], template), render(conversation, template)
     if prompt is None:
         return f"template {template.name} renders no generation prompt: answers are trained without one"
     kinds = [piece.kind for piece in pieces]
-    first = len(kinds) - kinds[::-1].index(INSTRUCTION)     # behind the last question
+    # The first piece after the last question.
+    first = len(kinds) - kinds[::-1].index(INSTRUCTION)
     trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION, first)])
     if "".join(piece.text for piece in pieces).startswith(prompt):
         return ""
-    # Up to the question's end they are usually the same, and that says nothing.
+    # Up to the question's end they are usually the same, so that part is not shown.
     asked = "".join(piece.text for piece in pieces[:first])
     start = len(asked) if prompt.startswith(asked) else 0
     return (f"template {template.name}: the generation prompt is {prompt[start:]!r}, but the trained text "
@@ -342,7 +353,7 @@ def _compare_prompts(conversation: list[dict], template: Template) -> str:
 
 
 def _generation_prompt(messages: list[dict], template: Template) -> str | None:
-    """What serving puts in front of the answer to messages; None if the template refuses them."""
+    """What serving puts before the answer to these messages; None if the template refuses them."""
     try:
         return template(messages, add_generation_prompt=True)
     except ValueError:
@@ -360,19 +371,19 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
         the last of Qwen3, whose generation prompt ends with "<|im_start|>assistant\\n":
         [("<think>\\n\\n</think>\\n\\n", COMPLETION), ("4", COMPLETION), ("<|im_end|>", COMPLETION, special)]
 
-    COMPLETION is all that the model must write itself: from the end of the generation prompt, the messages
-    before rendered with add_generation_prompt, to the first special token after the content. Where the text
-    does not begin with that prompt, it begins at the content. Messages' other fields go to the template. The
-    template is rendered once more for each assistant message, so time grows with the square of their number.
+    COMPLETION is all that the model must write itself: from the end of the generation prompt (the messages
+    before, rendered with add_generation_prompt) to the first special token after the content. Where the text
+    does not begin with that prompt, it starts at the content. The template is rendered once more for each
+    assistant message, so time grows with the square of their number.
 
-    ValueError if the template refuses the messages, or if its text cannot be taken apart into them (it drops,
-    repeats or rewrites a message): better no example than a wrong mask.
+    ValueError if the template refuses the messages, or if its text cannot be taken apart into them because it
+    drops, repeats or rewrites a message: better no example than a wrong mask.
     """
     shown = [{field: value for field, value in m.items() if field != "weight"} for m in messages]
     special = _special_pattern(template.special)
     others = [{field: m[field] for field in m if field not in ("role", "content")} for m in shown]
     if any(others) and (token := special.search(str(others))):
-        # Matters only if the template reads them.
+        # This matters only if the template reads the field.
         if template(shown) != template([{"role": m["role"], "content": m["content"]} for m in shown]):
             raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
                              f"special token {token[0]!r}, which would not stay text there: remove it")
@@ -384,11 +395,12 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     def add(text: str, kind: int) -> None:
         pieces.extend(Piece(token, kind, special=i % 2 == 1) for i, token in enumerate(special.split(text)))
 
-    position, turn = 0, None  # where in the text this literal begins; kind of the answer that it ends
+    # Where in the text the literal begins, and the kind of the answer that it ends, if any.
+    position, turn = 0, None
     for i, literal in enumerate(parts[::2]):
         content = parts[2 * i + 1] if i < len(messages) else None
         end = special.search(literal) if turn is not None else None
-        # Not every template ends every answer; the next special token is then another message's.
+        # Some templates do not end every answer: the next special token is then another message's.
         end = end.end() if end and (not template.end_of_turn or end[0] in ends) else 0
         start, kind = len(literal), TEMPLATE
         if content is not None:
@@ -396,7 +408,8 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
             kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[messages[i]["role"]]
             prompt = _generation_prompt(shown[:i], template) if answers else None
             if prompt is not None and text.startswith(prompt):
-                # It may end in the content ("<think>"), but not with a special token: content makes none.
+                # The prompt may end inside the content ("<think>"), but not with a special token: no content
+                # becomes one.
                 reach = len(prompt) - position
                 tokens = [token.end() - position for token in special.finditer(prompt)]
                 if end <= reach <= len(literal) + len(content) and max(tokens, default=0) <= len(literal):
@@ -420,8 +433,8 @@ def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
 
 
 def _take_apart(messages: list[dict], template: Template, add_generation_prompt: bool) -> list[str | None]:
-    """The rendered text as [literal, content, literal, content, ..., literal], one content a message, None
-    for an empty one that the template asks for and leaves out."""
+    """The rendered text as [literal, content, literal, content, ..., literal], one content for each message,
+    None for an empty one that the template tests for and leaves out."""
     text = template(messages, add_generation_prompt)
     contents = [m["content"] for m in messages]
     mark = "\ue000"
@@ -432,33 +445,34 @@ def _take_apart(messages: list[dict], template: Template, add_generation_prompt:
     def skeleton(edges: int, empty: bool) -> list[str] | None:
         """The literals around sentinels that have `edges` times the whitespace of the contents' edges."""
         nonlocal error
-        rest, literals, sentinels = "", [], []
+        remaining, literals, sentinels = "", [], []
         for i, content in enumerate(contents):
             lead = content[:len(content) - len(content.lstrip())]
             tail = content[len(content.rstrip()):]
             sentinels.append(f"{lead * edges}{mark}\ue001{i}\ue002{tail * edges}" if content or empty else "")
         try:
-            rest = template([{**m, "content": x} for m, x in zip(messages, sentinels)], add_generation_prompt)
+            remaining = template([{**m, "content": x} for m, x in zip(messages, sentinels)],
+                                 add_generation_prompt)
         except ValueError as refusal:
             error = error or str(refusal)
             return None
         for message, sentinel in zip(messages, sentinels):
-            literal, found, rest = rest.partition(sentinel) if sentinel else ("", "yes", rest)
+            literal, found, remaining = remaining.partition(sentinel) if sentinel else ("", True, remaining)
             if not found:
                 error = error or f"template {template.name} leaves out the {message['role']} message"
                 return None
             literals.append(literal)
-        literals.append(rest)
+        literals.append(remaining)
         return literals if mark not in "".join(literals) else None
 
     for empty in (True, False):
-        # Contents as they are: the edges are the contents' own if twice of them changes nothing else.
-        # Templates may look at them (`plain` does), so the sentinels have them.
+        # First the contents as they are. Templates may test the whitespace at their edges (`plain` does), so
+        # the sentinels have it; if doubling it changes nothing else, the template does not strip it.
         literals = skeleton(1, empty)
         chosen = contents
         if (literals is None or literals != skeleton(2, empty)
                 or _match(text, literals, [[c] for c in contents]) is None):
-            # Templates strip contents, on either side, or write a tool's answer as JSON.
+            # Then contents that the template strips on either side, or writes as JSON, like a tool's answer.
             literals = skeleton(0, empty)
             chosen = literals and _match(text, literals, [
                 list(dict.fromkeys([c, c.strip(), c.lstrip(), c.rstrip(),
@@ -473,13 +487,14 @@ def _take_apart(messages: list[dict], template: Template, add_generation_prompt:
 
 def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[str] | None:
     """Choose a variant of each content so that literals and contents in turn spell text; None if none do."""
-    stack = [(0, 0, ())]  # (content, position in text, contents chosen): depth first, earlier variants first
-    seen = set()
+    # (content, position in text, contents chosen): depth first, earlier variants first.
+    stack = [(0, 0, ())]
+    tried = set()
     while stack:
         i, position, chosen = stack.pop()
-        if (i, position) in seen or not text.startswith(literals[i], position):
+        if (i, position) in tried or not text.startswith(literals[i], position):
             continue
-        seen.add((i, position))
+        tried.add((i, position))
         position += len(literals[i])
         if i == len(variants):
             if position == len(text):
@@ -492,23 +507,23 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
 
 # ---------------------------------------------------------------- pieces -> tokens
 
-# What the tokenizers library takes for whitespace; Python adds the separators \x1c to \x1f.
+# What the tokenizers library takes for whitespace; Python's includes the separators \x1c to \x1f.
 SPACES = "".join(filter(str.isspace, map(chr, range(0x3001)))).translate(dict.fromkeys(range(0x1c, 0x20)))
 
 
 class Tokenizer:
     """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
 
-    Normaliser, splitting, model and post-processor are those of tokenizer.json as it stands. transformers
-    builds some of them anew for a few classes (LlamaTokenizer), so it may serve the source folder with other
-    ids; the exported folder names a class that takes the file as it is (checkpoint.export).
+    Normalizer, splitting, model and post-processor are those of tokenizer.json as it is. For a few classes
+    (LlamaTokenizer) transformers builds some of them itself, so it may serve the source folder with other
+    ids; the exported folder names a class that takes the file as it is (runtime.tokenizer).
 
     named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
     plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
     at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
 
-    ValueError if the folder has none, or only SentencePiece's tokenizer.model, or if text could become a
-    special token that it only spells.
+    ValueError if the folder has no tokenizer.json, or if text that only spells a special token could become
+    one.
     """
 
     def __init__(self, folder: str | Path):
@@ -526,7 +541,8 @@ class Tokenizer:
         spec, text = read_json(file), file.read_text(encoding="utf-8")
         try:
             self.reference = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:      # the library knows no other class
+        except Exception as error:
+            # The library raises nothing more specific.
             raise ValueError(f"{file}: {error}") from None
         if dropout := spec["model"].get("dropout"):
             raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
@@ -536,7 +552,7 @@ class Tokenizer:
             self.reference, self.folder, config, spec, self.class_defaults)
         self.bos_token = self.named_tokens.get("bos_token")
         self.eos_token = self.named_tokens.get("eos_token")
-        # The library's ids, not the file's: a token of the vocabulary has its id there, whatever
+        # The library's ids, not the file's: a token of the vocabulary keeps its id there, whatever
         # added_tokens says.
         self.added_tokens = [
             {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
@@ -546,28 +562,28 @@ class Tokenizer:
         self.strips_left = {token["content"] for token in special if token["lstrip"]}
         self.strips_right = {token["content"] for token in special if token["rstrip"]}
         # Saved padding and truncation would hide BOS, and pad or cut what is encoded below. add_bos_token in
-        # tokenizer_config.json changes nothing where there is a tokenizer.json: its post-processor decides.
+        # tokenizer_config.json has no effect next to a tokenizer.json, whose post-processor decides.
         self.reference.no_padding()
         self.reference.no_truncation()
         bos = self.special.get(self.bos_token)
         self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
-        # We put special tokens in ourselves and need offsets of the text as it stands: no post-processor.
+        # We put special tokens in ourselves and need offsets into the text as it is: no post-processor.
         self.reference.post_processor = None
         spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
         self._encode_content_with(spec)
 
     def _encode_content_with(self, spec: dict) -> None:
-        """Make both encoders of tokenizer.json's content: `</s>` in content stays text for them.
+        """Make at_start and after_special from tokenizer.json's content: to them `</s>` in a text is text.
 
-        Not to split at special tokens is not enough: a vocabulary that holds `</s>` as a piece finds it in
-        a text, or in what the normaliser makes of `\uff1c/s\uff1e`. So they know special tokens by names
-        that are in no text; all other tokens keep their ids.
+        It is not enough not to split at special tokens: a vocabulary with the piece `</s>` finds it in text,
+        or in what the normalizer makes of `\uff1c/s\uff1e`. So these encoders know the special tokens by
+        names that no text contains. All other tokens keep their ids.
         """
         model = spec["model"]
         unknown = model.get("unk_token")
         if model.get("unk_id") is not None:     # Unigram
             unknown = model["vocab"][model["unk_id"]][0]
-        # Text that the model does not know does become the unknown token, but must not end a turn by that.
+        # Unknown text may become the unknown token, but that must not be the one that ends a turn.
         self._forbidden = {index: text for text, index in self.special.items()
                            if text != unknown or text in (self.bos_token, self.eos_token)}
         names = {text: f"\ue000{secrets.token_hex(16)}" for text in self.special}
@@ -584,25 +600,27 @@ class Tokenizer:
             vocabulary.update((names[text], index) for text, index in inside.items())
         if model.get("unk_token") in inside:
             model["unk_token"] = names[model["unk_token"]]
-        if model.get("merges") and inside:      # BPE must not name what is gone
+        if model.get("merges") and inside:
+            # BPE's merges must not name tokens that the vocabulary lacks now.
             pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
             prefix = model.get("continuing_subword_prefix") or ""
             model["merges"] = [[a, b] for a, b in pairs
                                if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
         text = json.dumps(spec)
         self.at_start = self.after_special = tokenizers.Tokenizer.from_str(text)
-        # SentencePiece's space in front of the first word: "first" is at the start of the text only, so a run
-        # that comes after a special token is encoded by a twin that adds none.
+        # SentencePiece puts a space before the first word of a text only ("first"), so text after a special
+        # token is encoded by a twin that adds none.
         if '"prepend_scheme": "first"' in text:
             self.after_special = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
                                                                    '"prepend_scheme": "never"'))
-        # Every special token, in full-width letters too, and a character that no vocabulary has.
+        # Try every special token, also in full-width letters, and a character that no vocabulary has.
         wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
         for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
             for encoder in {self.at_start, self.after_special}:
                 try:
                     ids = encoder.encode(text, add_special_tokens=False).ids
-                except Exception:   # the library knows no other class: no unknown token, no such text
+                except Exception:
+                    # Without an unknown token the library refuses such text.
                     continue
                 self.check_content(text, ids)
 
@@ -620,82 +638,94 @@ class Tokenizer:
 
 
 def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Pieces of one example -> (ids, kinds), one kind a token."""
+    """Pieces of one example -> (ids, kinds), one kind for each token."""
     return tokenize_batch([pieces], tokenizer)[0]
 
 
 def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tuple[list[int], list[int]]]:
     """tokenize() for many examples at once: the tokenizer uses all cores on a batch.
 
-    Special tokens come in by id; the text between two of them is encoded whole, whatever pieces it is made
-    of, so ids are those of the text as it is served. A token takes its kind from the characters it covers:
+    Special tokens are put in by id; the text between two of them is encoded as a whole, whatever pieces it is
+    made of, so the ids are those of the text as it is served. A token takes its kind from the characters it
+    covers:
 
         "...[/INST] Yes"  ->  "[/INST]" TEMPLATE, " Yes" COMPLETION
 
-    TEMPLATE characters that are only whitespace never take a token away from the content that it touches
-    (" Yes" above): whoever writes the content writes that token. Otherwise a token that touches TEMPLATE is
-    TEMPLATE. Of two contents in one token the earlier kind holds.
+    If a token's TEMPLATE characters are all whitespace, it belongs to the content that it touches (" Yes"
+    above): whoever writes the content writes that token. Otherwise a token that touches TEMPLATE is TEMPLATE.
+    If it covers two contents, it has the kind of the first.
     """
-    layout: list[list] = []  # per example: (id, kind) of a special token, or (run, kinds of its characters)
-    for pieces in examples:
-        items: list = []
-        text, kinds = "", []
-        for piece in [*pieces, Piece("", TEMPLATE, special=True)]:  # the last one only closes the last run
-            if not piece.special:
-                text += piece.text
-                kinds += [piece.kind] * len(piece.text)
-                continue
-            start, end = 0, len(text)
-            if items and items[-1][2] in tokenizer.strips_right:
-                start = end - len(text.lstrip(SPACES))
-            if piece.text in tokenizer.strips_left:
-                end = len(text.rstrip(SPACES))
-            if start < end:
-                items.append((text[start:end], kinds[start:end], None))
-            if piece.text:
-                items.append((tokenizer.special[piece.text], piece.kind, piece.text))
-            text, kinds = "", []
-        layout.append(items)
-
+    layout = [_runs(pieces, tokenizer) for pieces in examples]
     encoded = {}
-    for encoder, wanted in ((tokenizer.at_start, lambda i: i == 0),
-                            (tokenizer.after_special, lambda i: i > 0)):
-        keys = [(e, i) for e, items in enumerate(layout) for i, item in enumerate(items)
-                if item[2] is None and wanted(i)]
+    for encoder, is_at_start in ((tokenizer.at_start, True), (tokenizer.after_special, False)):
+        keys = [(e, i) for e, runs in enumerate(layout) for i, run in enumerate(runs)
+                if not run.special and (i == 0) == is_at_start]
         try:
-            runs = encoder.encode_batch([layout[e][i][0] for e, i in keys], add_special_tokens=False)
-        except Exception as error:      # the library knows no other class
+            results = encoder.encode_batch([layout[e][i].text for e, i in keys], add_special_tokens=False)
+        except Exception as error:
+            # The library raises nothing more specific.
             raise ValueError(f"{tokenizer.folder}/tokenizer.json: {error}") from None
-        encoded.update(zip(keys, runs))
+        encoded.update(zip(keys, results))
 
     out = []
-    for e, items in enumerate(layout):
+    for e, runs in enumerate(layout):
         ids, kinds = [], []
-        for i, (run, kind, special) in enumerate(items):
-            if special is not None:
-                ids.append(run)
-                kinds.append(kind)
+        for i, (text, kinds_of_text, special) in enumerate(runs):
+            if special:
+                ids.append(tokenizer.special[text])
+                kinds += kinds_of_text
                 continue
-            tokenizer.check_content(run, encoded[e, i].ids)
+            tokenizer.check_content(text, encoded[e, i].ids)
             ids += encoded[e, i].ids
             for start, end in encoded[e, i].offsets:
-                kinds.append(_token_kind(run, kind, min(start, len(run) - 1), max(end, start + 1)))
+                kinds.append(_token_kind(text, kinds_of_text, min(start, len(text) - 1), max(end, start + 1)))
         out.append((ids, kinds))
     return out
 
 
+class _Run(NamedTuple):
+    """A special token and its kind, or the text between two of them and the kind of each character."""
+    text: str
+    kinds: list[int]
+    special: bool
+
+
+def _runs(pieces: list[Piece], tokenizer: Tokenizer) -> list[_Run]:
+    """The pieces of one example, joined between special tokens, without the whitespace that those strip."""
+    runs: list[_Run] = []
+    text, kinds = "", []
+    # The last piece only ends the last text.
+    for piece in [*pieces, Piece("", TEMPLATE, special=True)]:
+        if not piece.special:
+            text += piece.text
+            kinds += [piece.kind] * len(piece.text)
+            continue
+        start, end = 0, len(text)
+        if runs and runs[-1].special and runs[-1].text in tokenizer.strips_right:
+            start = end - len(text.lstrip(SPACES))
+        if piece.text in tokenizer.strips_left:
+            end = len(text.rstrip(SPACES))
+        if start < end:
+            runs.append(_Run(text[start:end], kinds[start:end], False))
+        if piece.text:
+            runs.append(_Run(piece.text, [piece.kind], True))
+        text, kinds = "", []
+    return runs
+
+
 def _token_kind(text: str, kinds: list[int], start: int, end: int) -> int:
+    """The kind of the token that covers text[start:end]; kinds: of the text's characters."""
     covered = kinds[start:end]
     if TEMPLATE not in covered:
         return covered[0]
-    held = [kind for character, kind in zip(text[start:end], covered)
-            if kind != TEMPLATE or not character.isspace()]
-    return TEMPLATE if TEMPLATE in held or not held else held[0]
+    without_space = [kind for character, kind in zip(text[start:end], covered)
+                     if kind != TEMPLATE or not character.isspace()]
+    return TEMPLATE if TEMPLATE in without_space or not without_space else without_space[0]
 
 
 def check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
-    """1 if the ids were checked to be those that serving gives,
-    0 if a content spells a special token, or something that the normaliser makes one of."""
+    """1 if the ids were found to be those that serving gives, 0 if a content spells a special token, or
+    something that the normalizer makes one of. ValueError if they differ, or BOS is written twice."""
     def served(text: str) -> list[int]:
         return tokenizer.reference.encode(text, add_special_tokens=False).ids
 

@@ -41,7 +41,7 @@ from eval.spans import example_sums, summary
 from kernels.head import nll, weighted_nll
 from loss import NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
 from model import Llama, ModelConfig, load_model, parameter_count, read_config, stored_weights
-from runtime.checkpoint import new_folder, load_checkpoint, save_checkpoint
+from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
@@ -554,6 +554,9 @@ def main(argv: list[str]) -> int:
         for group, factor in zip(optimizer.param_groups, lr_factors):
             group["lr"] = lr * factor
         optimizer.step()
+        if step == first_step:
+            # Raises now, rather than at the first save, if this optimizer cannot be saved.
+            optimizer_state(raw_model, optimizer)
         # DDP's gradients stay views of its buckets.
         optimizer.zero_grad(set_to_none=model is raw_model)
         step += 1

@@ -17,8 +17,8 @@ WORDS = 2**13           # rows of the head's gradient that are added to at once,
 
 
 def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """(R,) NLL of each target in nats, from all logits at once:
-    the definition the chunked path is tested against."""
+    """(R,) NLL of each target in nats, from all logits at once: the definition that the chunked paths are
+    tested against."""
     logits = (hidden @ head_weight.T).float()                                   # (R, V)
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
@@ -32,8 +32,8 @@ def chunks(rows: int, vocabulary: int) -> list[slice]:
 
 @torch.no_grad()
 def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
-    """nll_reference() in chunks, without a gradient:
-    hidden (R, C), head_weight (V, C), targets (R,) -> (R,) fp32."""
+    """nll_reference() in chunks, without a gradient: hidden (R, C), head_weight (V, C), targets (R,) ->
+    (R,) fp32."""
     dtype = compute_dtype(hidden)
     hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
@@ -43,11 +43,10 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
 
 
 class _WeightedNLL(torch.autograd.Function):
-    """sum(coefficients * NLL), with the gradients made while the logits are at hand.
+    """sum(coefficients * NLL), with the gradients computed in the forward pass.
 
-    A chunk's logits are needed once forward and once backward, and are too many to keep;
-    recomputing them costs a fourth matrix product where three do.
-    The gradient of a chunk is coefficient * (softmax - one-hot).
+    A chunk's logits are needed forward and backward, and are too many to keep. Recomputing them would cost a
+    fourth matrix product where three do. The gradient of the logits is coefficient * (softmax - one-hot).
     """
 
     @staticmethod
@@ -62,16 +61,17 @@ class _WeightedNLL(torch.autograd.Function):
         for chunk in chunks(len(targets), len(weight)):
             logits = x[chunk] @ weight.T                                        # (rows, V)
             parts = (y.split(block) for y in (logits, targets[chunk], coefficients[chunk], out[chunk]))
-            for some, target, scale, into in zip(*parts):
+            for part, target, scale, nll_of_part in zip(*parts):
                 target, scale = target[:, None], scale[:, None]
-                exp = some.float()
+                exp = part.float()
                 highest, at_target = exp.amax(1, keepdim=True), exp.gather(1, target)
                 total = exp.sub_(highest).exp_().sum(1, keepdim=True)
-                into.copy_((highest + total.log() - at_target).squeeze(1))
-                some.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))     # now the gradient
+                nll_of_part.copy_((highest + total.log() - at_target).squeeze(1))
+                # The logits are not needed any more: their memory takes their gradient.
+                part.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))
             torch.mm(logits, weight, out=grad_hidden[chunk])
-            for some, into in zip(logits.split(WORDS, 1), grad_weight.split(WORDS)):
-                into += some.T @ x[chunk]
+            for part, grad_of_words in zip(logits.split(WORDS, 1), grad_weight.split(WORDS)):
+                grad_of_words += part.T @ x[chunk]
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         ctx.mark_non_differentiable(out)
         return (coefficients * out).sum(), out

@@ -28,18 +28,20 @@ from runtime.weights import (DTYPE_NAMES, Stored, checkpoint_tensors, fill, save
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which appears as `folder` when this ends; if it fails, as on a full disk, it is
-    deleted. On other ranks than 0 it is only a name."""
+    """Gives a folder to fill, which appears as `folder` at the end, complete and flushed to disk; an error,
+    as of a full disk, deletes it. Ranks other than 0 get only the name."""
     part = folder.with_name(f"{folder.name}.part")
     if not is_main():
         yield part
         return
     try:
         with writing(part):
-            shutil.rmtree(part, ignore_errors=True)     # of a writer that was killed
+            # A killed writer may have left one.
+            shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             yield part
-            shutil.rmtree(folder, ignore_errors=True)   # damaged, or of a run that was resumed from before it
+            # One that exists is damaged, or of a run that was resumed from an earlier step.
+            shutil.rmtree(folder, ignore_errors=True)
             commit(part, folder)
     except OSError:
         shutil.rmtree(part, ignore_errors=True)
@@ -48,17 +50,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def save_checkpoint(output: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
                     state: dict, keep: int) -> Path:
-    """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete what is older than the newest
-    `keep`. state: JSON-able, given back by read_state. Every rank calls, rank 0 writes. Returns the folder.
-    ValueError if the optimizer keeps something other than tensors and numbers."""
+    """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete all but the newest `keep`.
+    state: JSON-able, returned by read_state. All ranks call, rank 0 writes. Returns the folder. ValueError as
+    optimizer_state()."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
-    tensors, numbers = _optimizer_state(model, optimizer)
+    tensors, numbers = optimizer_state(model, optimizer)
     with new_folder(folder) as part:
         sums = save_model(model, part, torch.float32)
         sums["optimizer.safetensors"] = write_tensors(part / "optimizer.safetensors", tensors)
         if is_main():
-            state = {**state, "step": step, "optimizer": type(optimizer).__qualname__, "numbers": numbers,
-                     "crc32": sums}
+            state = {**state, "step": step, "optimizer": type(optimizer).__qualname__, "crc32": sums,
+                     "numbers": numbers}
             state["state_crc32"] = _state_checksum(state)
             (part / "state.json").write_text(json.dumps(state, indent=2))
     if is_main():
@@ -67,10 +69,11 @@ def save_checkpoint(output: str | Path, step: int, model: nn.Module, optimizer: 
     return folder
 
 
-def _optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer
-                     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, str | None]]]:
-    """What the optimizer keeps for the model's parameters: {"exp_avg.model.norm.weight": tensor}, and its
-    numbers, {"step.model.norm.weight": (20.0, "F32")}; the dtype is None if it is no tensor."""
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer
+                    ) -> tuple[dict[str, Tensor], dict[str, tuple[float, str | None]]]:
+    """What the optimizer keeps for the model's parameters: tensors, {"exp_avg.model.norm.weight": tensor},
+    and numbers with their dtype, {"step.model.norm.weight": (20.0, "F32")}, or None if it is not a tensor.
+    ValueError if it keeps anything else."""
     names = {dtype: name for name, dtype in DTYPE_NAMES.items()}
     tensors, numbers = {}, {}
     for name, parameter in model.named_parameters():
@@ -100,23 +103,24 @@ def find_checkpoints(output: str | Path) -> list[Path]:
 
 
 def unfinished_checkpoints(output: str | Path) -> list[Path]:
-    """What a writer that was killed left behind."""
+    """What killed writers left behind."""
     return sorted((Path(output) / "checkpoints").glob("step-*.part"))
 
 
 def read_state(folder: str | Path) -> dict:
-    """state.json of a checkpoint; ValueError if the folder is none, or the file is not as it was written."""
+    """state.json of a checkpoint. ValueError if the folder is not one, or the file has changed since it was
+    written."""
     try:
         state = json.loads((Path(folder) / "state.json").read_text())
         if state.pop("state_crc32") != _state_checksum(state):
-            raise ValueError("state.json: is not what was written")
+            raise ValueError("state.json has changed since it was written")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint of this trainer ({error})") from None
 
 
 def check_files(folder: str | Path) -> None:
-    """Read all of a checkpoint. ValueError names the file that is not as it was written."""
+    """Read all of a checkpoint. ValueError names a file that has changed since it was written."""
     for name, crc in read_state(folder)["crc32"].items():
         file = Path(folder) / name
         try:
@@ -128,8 +132,8 @@ def check_files(folder: str | Path) -> None:
 
 
 def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that is as it was written; None if it never wrote one. Names, by say,
-    the damaged ones that are newer. ValueError if all are damaged."""
+    """The newest undamaged checkpoint of a run, None if it never wrote one. say: is told of newer ones that
+    are damaged. ValueError if all are."""
     found = find_checkpoints(output)
     for folder in reversed(found):
         try:
@@ -144,15 +148,16 @@ def newest_whole(output: str | Path, say: Callable[[str], None] = print) -> Path
 
 
 def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's weights and optimizer state into model and optimizer, bit for bit; of a sharded
-    model this rank's rows. Every rank calls; those that do not see rank 0's folder are sent theirs. Returns
-    how many steps it stands for. ValueError if a tensor is missing, or another optimizer wrote it."""
+    """Put a checkpoint's weights and optimizer state into model and optimizer, bit for bit; this rank's rows
+    if the model is sharded. All ranks call; those that do not see rank 0's folder are sent theirs. Returns
+    the number of finished steps. ValueError if a tensor is missing, or it is another optimizer's."""
     weights, tensors, state = from_main(
         (checkpoint_tensors(folder), stored_tensors([Path(folder) / "optimizer.safetensors"]),
          read_state(folder)) if is_main() else None)
     try:
         own_state = state if is_main() else read_state(folder)
-    except ValueError:      # this machine has no such folder
+    except ValueError:
+        # This machine does not have the folder.
         own_state = None
     everywhere = all(from_all(own_state == state))
     if state["optimizer"] != type(optimizer).__qualname__:
@@ -173,7 +178,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     for stored_name, (number, dtype) in state["numbers"].items():
         key, _, name = stored_name.partition(".")
         if dtype is not None:
-            # Where torch.optim keeps its counts of steps.
+            # torch.optim keeps its step counts on the CPU unless it needs them on the device.
             group = groups[parameters[name]]
             on_device = group.get("fused") or group.get("capturable")
             number = torch.tensor(number, dtype=DTYPE_NAMES[dtype],
@@ -183,7 +188,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
 
 
 def _empty_state(parameter: Tensor, stored: Stored) -> Tensor:
-    """A tensor for what an optimizer has stored for a parameter, divided among the ranks as that is."""
+    """A tensor to read an optimizer's stored tensor into, divided among the ranks as its parameter is."""
     dtype = DTYPE_NAMES[stored.dtype]
     if stored.shape == list(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)

@@ -44,8 +44,8 @@ def local_rank() -> int:
 
 
 def join_ranks(device: str) -> torch.device:
-    """The device of this rank, which has its share of the machine's cores then; under torchrun all ranks
-    meet. device: auto, cpu or cuda. ValueError if there is no CUDA."""
+    """Give this rank its share of the cores and, under torchrun, let all ranks meet. device: auto, cpu or
+    cuda. Returns this rank's device. ValueError if there is no CUDA."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
@@ -58,28 +58,31 @@ def join_ranks(device: str) -> torch.device:
 
 
 def meet(backend: str, patience: timedelta = timedelta(minutes=10)) -> None:
-    """Start torch.distributed among torchrun's ranks. ValueError if they do not all come within `patience`.
+    """Start torch.distributed among torchrun's ranks. ValueError if some have not joined within `patience`.
 
-    Ranks that torchrun starts again get the store of those before them, and would find the addresses of dead
-    processes in it (PyTorch issue 135712; how often torchrun restarted, a machine knows only for itself). So
-    every rank shows itself under a name that was never used, and rank 0 tells it a name for the meeting.
+    Restarted ranks get the same store as the ranks before them, and would find the addresses of dead
+    processes in it (PyTorch issue 135712; each machine counts torchrun's restarts for itself, so the count
+    tells nothing). So every rank registers under a fresh name, and rank 0 answers it with the name of the
+    group to join.
     """
     store, me, count = next(dist.rendezvous("env://", timeout=patience))
     name, deadline = uuid.uuid4().hex, time.monotonic() + patience.total_seconds()
     if me:
-        store.set(f"here/{me}", name)
-        name = store.get(f"meeting of {name}").decode()     # waits for it
-        store.set(f"{name}/{me}", "met")
-    told: set[bytes] = set()
+        store.set(f"registered/{me}", name)
+        name = store.get(f"group of {name}").decode()   # waits for it
+        store.set(f"{name}/{me}", "joined")
+    answered: set[bytes] = set()
     while me == 0 and not store.check([f"{name}/{other}" for other in range(1, count)]):
         for other in range(1, count):
-            if store.check([f"here/{other}"]) and (them := store.get(f"here/{other}")) not in told:
-                store.set(f"meeting of {them.decode()}", name)      # it may be a dead one's: nobody reads it
-                told.add(them)
+            key = f"registered/{other}"
+            if store.check([key]) and (registered := store.get(key)) not in answered:
+                # It may be a dead process's: then nobody reads the answer.
+                store.set(f"group of {registered.decode()}", name)
+                answered.add(registered)
         if time.monotonic() > deadline:
-            raise ValueError(f"of {count} ranks not all have come within {patience}; is --nnodes right?")
+            raise ValueError(f"only some of the {count} ranks joined within {patience}; is --nnodes right?")
         time.sleep(0.01)
-    # Hours, because one rank may have much to tokenise, to save or to answer while the others wait.
+    # Hours, because the others wait while one rank tokenizes, saves or answers.
     dist.init_process_group(backend, store=dist.PrefixStore(name, store), rank=me, world_size=count,
                             timeout=timedelta(hours=2))
 
@@ -96,7 +99,7 @@ def from_main(value: object) -> object:
 
 
 def from_all(value: object) -> list:
-    """Every rank's value, on every rank, in their order."""
+    """The values of all ranks, in their order, on every rank."""
     if not dist.is_initialized():
         return [value]
     values: list = [None] * dist.get_world_size()
@@ -105,14 +108,14 @@ def from_all(value: object) -> list:
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait for all ranks."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def first_of_machine() -> Iterator[None]:
-    """One process of each machine does this first; the others then find what it wrote."""
+    """One process of each machine runs this first; the others then find what it wrote."""
     if local_rank():
         wait()
     yield
@@ -121,7 +124,7 @@ def first_of_machine() -> Iterator[None]:
 
 
 def shows_progress() -> bool:
-    """Whether this rank has a terminal for bars."""
+    """Whether this rank writes to a terminal, where a progress bar can be seen."""
     return is_main() and sys.stderr.isatty()
 
 
@@ -134,9 +137,8 @@ def finish(status: int) -> int:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once. An orderly end would wait for ranks that are no more, and tear gloo down,
-    whose destructor holds Python's lock while it waits for a thread that may need the lock to forget a
-    barrier. Seen with PyTorch 2.13."""
+    """End this process at once. An orderly exit would wait for dead ranks, and could deadlock: gloo's
+    destructor holds Python's lock while it waits for a thread that may need the lock (PyTorch 2.13)."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -166,11 +168,12 @@ class Sums(dict):
 def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Divide a model without weights (on the meta device) among the ranks, in place; dtype: to compute in.
 
-    A layer is gathered in that dtype, so that it is half as large in bf16 and what autograd keeps of it is no
-    copy but the gathered weights themselves, whose memory is let go of between forward and backward pass.
-    Embeddings, last norm and head are gathered in fp32, as they are used without --shard, and stay from the
-    model's forward pass to the end of its backward pass, or to release(): the loss needs the head. Gradients
-    are added up in fp32, over the ranks and over micro-batches.
+    Each rank holds an equal share of the rows of every parameter, its gradient and its optimizer state, in
+    fp32. A layer is gathered just before it runs, in dtype, and freed after: half the size in bf16, and what
+    autograd keeps is the gathered weights themselves, whose memory is freed between the forward and the
+    backward pass. Embeddings, last norm and head are gathered in fp32, as they are used without --shard, and
+    stay from the forward pass to the end of the backward pass, or to release(): the loss needs the head.
+    Gradients are summed in fp32, over ranks and micro-batches.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     exact = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -178,7 +181,8 @@ def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=fast)
     fully_shard(model, mesh=mesh, mp_policy=exact, reshard_after_forward=False)
-    for module in (model, *model.model.layers):     # gloo has no mean: a sum, divided
+    for module in (model, *model.model.layers):
+        # gloo cannot average: a sum, divided.
         module.set_force_sum_reduction_for_comms(True)
 
 
@@ -187,13 +191,14 @@ def is_sharded(model: nn.Module | None) -> bool:
 
 
 def release(*models: nn.Module | None) -> None:
-    """Let go of the gathered embeddings and head, which a forward pass without a backward pass keeps."""
+    """Free the gathered embeddings and head of sharded models, which a forward pass without a backward pass
+    leaves in memory."""
     for model in filter(is_sharded, models):
         model.reshard()
 
 
 def whole(x: Tensor) -> Tensor:
-    """The same on every rank, from a tensor that may be spread over them. For small ones."""
+    """All of a tensor that may be divided among the ranks, on every rank. For small ones."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
@@ -233,7 +238,7 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 
 def message(error: Exception) -> str | None:
-    """One line for what a user can mend; None for what only a programmer can."""
+    """One line for an error that a user can fix; None for one that only a programmer can."""
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -250,15 +255,17 @@ def message(error: Exception) -> str | None:
 
 
 def report_error(error: Exception) -> None:
-    """Of an error that ends this process: one line, else the traceback; from one rank, the others just end.
-    To be called where the error was caught."""
+    """Print the error that ends this process: one line if a user can fix it, else the traceback. Only one
+    rank prints. To be called where the error is caught."""
     first = True
     if dist.is_initialized():
-        # whoever comes first has the cause; the others only lost their connection to it
-        with contextlib.suppress(RuntimeError):     # the store's host is gone
+        # The first to report has the cause; the others only lost their connection to it. If the store's host
+        # is dead, everybody reports.
+        with contextlib.suppress(RuntimeError):
             first = dist.distributed_c10d._get_default_store().add("first_error", 1) == 1
     elif rank():
-        time.sleep(5)   # rank 0 has most likely met the same, and torchrun ends us when it has said so
+        # Rank 0 has most likely met the same error, and torchrun ends the others when it has reported.
+        time.sleep(5)
     if first and (line := message(error)):
         print(f"error: {line}", file=sys.stderr)
     elif first:

@@ -1,7 +1,7 @@
-"""Files that a kill or a full disk leaves whole or absent, that tell damage, and that one process owns.
+"""Files that a kill or a full disk leaves whole or absent, whose damage shows, and that one process owns.
 
-What is written goes beside its place first, is flushed to the disk and renamed. Checksums are CRC-32: they
-tell cut files and flipped bits, not forgery.
+What is written gets a temporary name first, is flushed to disk and then renamed. Checksums are CRC-32: they
+reveal cut files and flipped bits, not forgery.
 """
 import contextlib
 import json
@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-# POSIX releases a lock when its process closes any descriptor of the file: never open one of these again.
+# POSIX releases a lock when its process closes any descriptor of the file: never open these a second time.
 _held: dict[Path, TextIO] = {}
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """An error of the system in here names the file, which those of write() and fsync() do not."""
+    """Makes an operating system's error in here name the file, which those of write() and fsync() do not."""
     try:
         yield
     except OSError as error:
@@ -29,7 +29,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Replace a file by one with this text, whole or not at all."""
+    """Replace a file's contents with this text, completely or not at all."""
     part = Path(f"{path}.part")
     with writing(path):
         with open(part, "w", encoding="utf-8") as file:
@@ -40,7 +40,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file; an empty one if there is no file. ValueError names a broken file."""
+    """The object in a JSON file, an empty one if the file does not exist. ValueError names a broken file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:     # of JSON and of Unicode
@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file's contents, or a folder's list of names, are on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         with writing(path):
@@ -61,7 +61,7 @@ def sync(path: Path) -> None:
 
 
 def commit(part: Path, folder: Path) -> None:
-    """Make the folder `part` appear under its name, only once all that is in it is on the disk."""
+    """Rename the folder `part` to its final name, once everything in it is on disk."""
     for file in part.iterdir():
         sync(file)
     sync(part)
@@ -70,7 +70,7 @@ def commit(part: Path, folder: Path) -> None:
 
 
 def checksum(file: str | Path | BinaryIO) -> int:
-    """CRC-32 of a file, given by its name or opened."""
+    """CRC-32 of a file, given by name or already open."""
     crc = 0
     with open(file, "rb") if isinstance(file, str | Path) else contextlib.nullcontext(file) as opened:
         while data := opened.read(2**24):
@@ -79,24 +79,26 @@ def checksum(file: str | Path | BinaryIO) -> int:
 
 
 def delete_left(parts: Iterable[Path], after: float = 3600) -> None:
-    """Delete folders in which nothing was written for so many seconds: their writers were killed."""
+    """Delete folders in which nothing has been written for so many seconds: their writers were killed."""
     for part in parts:
-        with contextlib.suppress(OSError):      # another process deletes it too
+        # Another process may be deleting it at the same time.
+        with contextlib.suppress(OSError):
             if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > after:
                 shutil.rmtree(part)
 
 
 def lock(path: Path, owner: str) -> bool:
-    """Take a lock file for as long as this process lives, and write in it who has it. The system releases it
-    when the process ends, however it ends: a file that was left behind locks nothing. False where the file
-    system has no locks. ValueError with the owner if another process has it."""
+    """Lock a file for as long as this process lives, and write the owner into it. The system releases the
+    lock when the process ends, however it ends: a file left behind locks nothing. Returns False where the
+    file system has no locks. ValueError with the owner's name if another process holds it."""
     path = path.resolve()
     if path in _held:
         return True
     file = open(path, "a+", encoding="utf-8")
     try:
         import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)    # NFS knows it too, unlike flock
+        # Works on NFS, too, unlike flock.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
         raise ValueError(f"another process is writing there ({file.read() or 'that just started'})") from None

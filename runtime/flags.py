@@ -20,9 +20,9 @@ def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: fl
          **more: object) -> object:
     """A field of a dataclass of flags.
 
-    choices, least, above, below: what the value may be; free: the flag changes where results go, how fast or
-    what is shown, but not the weights, rounding apart, so it may change on resume; in_file: whether a
-    --config file may set it; more: as for argparse's add_argument().
+    choices, least, above, below: what the value may be; free: whether it may change on resume, because it
+    decides where results go, how fast or what is shown, but not, rounding apart, the weights; in_file:
+    whether a --config file may set it; more: as for argparse's add_argument().
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={
@@ -36,8 +36,8 @@ def flag_name(field: str) -> str:
 
 
 def check_flag(field: dataclasses.Field, value: object) -> object:
-    """A flag's value from a command line (text) or from JSON, in the flag's type.
-    ValueError that names the flag, the value and what it may be."""
+    """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
+    the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
         shown = value if isinstance(value, str) and value and field.type is not bool else json.dumps(value)
         raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
@@ -63,11 +63,11 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
     limit += f" and below {below:g}" if below < math.inf else ""
     try:
-        # Parsed from text: int(True) would be 1, and int(1.5) too.
+        # From its text, because int(True) and int(1.5) are 1.
         number = kind(str(value))
     except ValueError:
         refuse(limit)
-    # written so that NaN fails
+    # Written so that NaN fails.
     if not ((least is None or number >= least) and (above is None or number > above) and number < below):
         refuse(limit)
     return number
@@ -81,8 +81,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:
-    """The flags that are given, checked: those on the command line over those in --config's file. flags: the
-    dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
+    """The flags that are given, checked: those on the command line override those in --config's file. flags:
+    the dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
     parser = _Parser(prog=prog, description=description, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE",
@@ -107,12 +107,12 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
 
 
 def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, object]:
-    """The flags that a --config file gives. null and an empty list mean absent; what only a command line may
-    ask for (to delete a run, say) is left out."""
+    """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
+    give (to delete a run, say) are ignored."""
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         names = [name.removeprefix("--").replace("-", "_") for name, _ in pairs]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} stands there more than once")
+            raise ValueError(f"{', '.join(twice)} is given more than once")
         return dict(zip(names, (value for _, value in pairs)))
 
     try:

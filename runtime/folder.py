@@ -1,12 +1,12 @@
-"""The folder of a run: whose it is, where to resume, and its logs.
+"""The folder of a run: which run owns it, where to resume, and its logs.
 
-    OUTPUT/.lock                who writes here; locked for as long as that process lives
+    OUTPUT/.lock                names the process that writes here, and is locked for as long as it lives
     OUTPUT/identity.json        all that must be the same to resume: flags that matter, data, model, template;
-                                which launch wrote it, and after how many steps the run was finished
+                                the launch that wrote it; once finished, the number of steps
     OUTPUT/run_config.json      every flag
     OUTPUT/metrics.jsonl, eval.jsonl, checkpoints/, final/
 
-Only rank 0 writes here. Nothing is touched before it is known that this run may.
+Only rank 0 writes here. Nothing is changed before it is known that this run may do so.
 """
 import contextlib
 import json
@@ -23,15 +23,15 @@ from runtime.distributed import from_all
 from runtime.files import lock, read_json, write_text, writing
 from runtime.flags import flag_name
 
-# In the order in which they are deleted: as long as identity.json is there, the rest is known to be a run's.
+# In the order in which they are deleted: while identity.json exists, the others are known to be a run's.
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
-# These may differ on resume, if the steps already trained had the same learning rates under both.
+# These may change on resume, if the steps already trained had the same learning rates either way.
 LENGTH = ("epochs", "max_steps", "warmup_ratio")
 
 
 class Start(NamedTuple):
-    """resume: the checkpoint to start from, if any; evaluated: eval.jsonl has an evaluation before that;
-    finished: there is nothing left to do."""
+    """resume: the checkpoint to start from, if any; evaluated: whether eval.jsonl holds an evaluation from
+    before that; finished: whether there is nothing left to do."""
     resume: Path | None = None
     evaluated: bool = False
     finished: bool = False
@@ -46,11 +46,12 @@ def append_line(path: Path, record: dict) -> None:
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Cut a .jsonl file back to the lines up to last_step, so that a resumed run writes each step once."""
+    """Remove the lines after last_step from a .jsonl file, so that a resumed run writes each step once."""
     if path.is_file():
         lines = []
         for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # a line that a kill cut short
+            # A kill may have cut the last line short.
+            with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= last_step:
                     lines.append(line + "\n")
         write_text(path, "".join(lines))
@@ -60,10 +61,11 @@ def keep_lines(path: Path, last_step: int) -> None:
 
 
 def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, skip: tuple = ()) -> None:
-    """ValueError that names every flag and file in which two runs differ. old: the identity that was saved;
-    new: of this run, or a part of it; settings: this run's flags; skip: names that may differ."""
+    """ValueError that names every flag and file in which two runs differ. old: the saved identity; new: this
+    run's, or a part of it; settings: this run's flags; where, fix: how the message begins and ends; skip:
+    names that may differ."""
     files = settings["train_data"]
-    # what a hash stands for, in words
+    # What a hash stands for.
     words = {"model": f"--model {settings['model']}: other weights or another config.json",
              "tokenizer": f"--model {settings['model']}: another tokenizer",
              "template": f"--template {settings['template']}: its text has changed",
@@ -86,33 +88,36 @@ def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, s
 
 
 def check_ranks(out: Path, identity: dict, resuming: bool) -> None:
-    """All ranks call: ValueError on all if they were not given the same, as where machines have unlike copies
-    of the data; or if the run would resume from its newest checkpoint, which rank 0 does not see."""
+    """ValueError on all ranks if they were not given the same, as where machines have different copies of the
+    data; or if the run would resume from its newest checkpoint, and rank 0 does not see it. All ranks
+    call."""
     known = find_checkpoints(out) if resuming else []
     everyone = from_all((socket.gethostname(), identity, known[-1].name if known else ""))
     host, first, newest = everyone[0]
-    for rank, (other, theirs, saved) in enumerate(everyone):
-        if differ := [f"{name} ({theirs.get(name)}, not {first[name]})" for name in first
-                      if first[name] != theirs.get(name)]:
-            raise ValueError(f"rank {rank} on {other} and rank 0 on {host} differ in {', '.join(differ)}: "
-                             "give every machine the same files, flags and versions")
+    for rank, (other_host, other, saved) in enumerate(everyone):
+        if differ := [f"{name} ({other.get(name)}, not {first[name]})" for name in first
+                      if first[name] != other.get(name)]:
+            raise ValueError(f"rank {rank} on {other_host} and rank 0 on {host} differ in "
+                             f"{', '.join(differ)}: give every machine the same files, flags and versions")
         if saved > newest:
-            raise ValueError(f"--output-dir {out}: {saved} is on {other} (rank {rank}), but not on {host}, "
-                             "where rank 0 is and would start from scratch; copy it there, or use a folder "
-                             "that all machines see")
+            raise ValueError(f"--output-dir {out}: {saved} is on {other_host} (rank {rank}), but not on "
+                             f"{host}, where rank 0 is and would start from scratch; copy it there, or use a "
+                             "folder that all machines see")
 
 
 # ---------------------------------------------------------------- ownership
 
 
 def launch() -> str:
-    """The same for a process and for those that torchrun starts in its place, and for no others. The number
-    of the parent process may come again, as in a container; its start since the host's boot does not."""
+    """Identifies the command that started this process: the same for processes that torchrun restarts, and
+    for no others. The parent's process number may be reused, as in a container; its start time is not."""
     parent = os.getppid()
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]   # ticks since boot
-    except OSError:     # not Linux
+        # In clock ticks since boot.
+        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        # Not Linux.
         boot = ""
         started = subprocess.run(["ps", "-o", "lstart=", "-p", str(parent)], capture_output=True,
                                  text=True).stdout.strip()
@@ -122,24 +127,24 @@ def launch() -> str:
 
 def restarted(out: Path, identity: dict) -> bool:
     """Whether torchrun started this process in place of one that had begun this run in the folder. (Each
-    machine has its own count of torchrun's restarts, so that does not tell.) identity: as far as it is known;
-    host and process may be alike by chance."""
+    machine counts torchrun's restarts for itself, so the count does not tell.) identity: as far as it is
+    known, since another launch's host and process number may be the same by chance."""
     old = read_json(out / "identity.json")
     return "TORCHELASTIC_RUN_ID" in os.environ and old == old | identity | {"launch": launch()}
 
 
 def saved_date(out: Path, from_scratch: bool) -> str:
-    """The date that a run in this folder was started with, so that one resumed tomorrow trains on the same
-    text; empty if there is none, or the run starts from scratch and torchrun did not restart it."""
+    """The date that the run in this folder was started with, so that a run resumed tomorrow trains on the
+    same text; empty if there is no run, or it starts from scratch and torchrun did not restart it."""
     if not (out / "identity.json").is_file() or (from_scratch and not restarted(out, {})):
         return ""
     return read_json(out / "run_config.json").get("date", "")
 
 
 def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> str:
-    """What there is to do in OUTPUT, which is only looked at: "start" from scratch, "delete" a run first,
-    "resume" one, or nothing, as one is "finished". identity: as far as it is known yet; settings: every flag.
-    ValueError where resuming or writing would be wrong."""
+    """What to do in OUTPUT: "start" from scratch, "delete" a run first, "resume" one, or nothing, because it
+    is "finished". Changes nothing. identity: as far as it is known yet; settings: every flag. ValueError
+    where resuming or writing would be wrong."""
     fix = "give another --output-dir, or --overwrite to delete it and start from scratch"
     resume, overwrite = settings["resume"], settings["overwrite"]
     if model_folder.resolve().is_relative_to(out.resolve()):
@@ -147,7 +152,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
-    # A full disk may leave these before there is an identity.
+    # A full disk may leave these behind before there is an identity.
     present = set(os.listdir(out) if out.is_dir() else ()) - {
         ".lock", "identity.json.part", "run_config.json.part"}
     try:
@@ -159,11 +164,12 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     trained = any((bool(find_checkpoints(out)), (out / "final").is_dir(),
                    metrics.is_file() and metrics.stat().st_size > 0))
 
-    if restarted(out, identity):    # torchrun must not delete what its own run has trained
+    if restarted(out, identity):
+        # torchrun must not delete what its own run has trained.
         if finished:
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
-    # Other programs have files of these names too; only identity.json, by its content, says whose they are.
+    # Other programs, too, have files of these names; only identity.json's content tells who owns them.
     if "launch" not in old and present and not (overwrite and present.isdisjoint(
             name for run_file in RUN_FILES for name in (run_file, f"{run_file}.part"))):
         raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
@@ -183,7 +189,8 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
                        "give the flags it was started with", LENGTH)
     if overwrite:
         return "delete" if trained else "start"
-    if not trained:     # a run that ended before its first step owns nothing
+    if not trained:
+        # A run that ended before its first step has nothing to lose.
         return "start"
     check_identity(old, identity, settings, f"--output-dir {out}", fix, LENGTH)
     if finished and all(old.get(name) == identity[name] for name in LENGTH):
@@ -196,26 +203,27 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
 
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
-    """Whether the run in OUTPUT was begun with --resume CHECKPOINT, and has checkpoints of its own since."""
+    """Whether the run in OUTPUT was started with --resume CHECKPOINT and has its own checkpoints since."""
     before = read_json(out / "run_config.json").get("resume", "")
     return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
 
 
 def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: int,
           other_length: Callable[[dict, int], str], say: Callable[[str], None]) -> Start:
-    """Make OUTPUT this run's. identity: what must be the same to resume; settings: every flag; room: bytes
-    that the run will write; other_length(identity, n): why the first n steps of a run with that identity, of
-    another length, are not the first n of this one, or "". ValueError as check_folder(), or if another
-    process writes there."""
+    """Make OUTPUT this run's: lock it, delete or cut back what is in the way, and write the run's identity.
+    identity: what must be the same to resume; settings: every flag; room: bytes that the run will write;
+    other_length(identity, n): why the first n steps of a run with that identity, of another length, are not
+    the first n of this one, or "". ValueError as check_folder(), or if another process writes there."""
     todo = check_folder(out, identity, settings, model_folder)
     if restarted(out, identity):
         say("started again by torchrun")
     if todo == "finished":
         return Start(finished=True)
-    own = find_checkpoints(out) if todo == "resume" else []     # checkpoints
+    own = find_checkpoints(out) if todo == "resume" else []
     named = Path(settings["resume"]) if settings["resume"] not in ("auto", "never") else None
     if named and own and _begun_from(out, str(named)):
-        named = None    # the same command again resumes the run that it has begun
+        # The same command again resumes the run that it started.
+        named = None
     elif named and own and own[-1].resolve() != named.resolve():
         raise ValueError(f"--resume {named}: {out} has its own checkpoints, up to {own[-1].name}; leave "
                          "--resume out to resume from there, delete them to go back, or give another "
@@ -284,8 +292,8 @@ def _write_identity(out: Path, identity: dict, finished_after: int | None = None
 
 
 def finish_run(out: Path, identity: dict, step: int, keep_last: bool) -> None:
-    """Note that final/ holds the run's result. keep_last: the last checkpoint was asked for; else it was only
-    for the time until now."""
+    """Record that final/ holds the run's result. keep_last: whether the last checkpoint was asked for; if
+    not, it was only a safeguard until now, and is deleted."""
     _write_identity(out, identity, step)
     if not keep_last:
         shutil.rmtree(out / "checkpoints", ignore_errors=True)

@@ -52,7 +52,8 @@ class Stored(NamedTuple):
 
 def _read(stored: Stored, a: int, b: int) -> Tensor:
     """Rows a to b of a stored tensor."""
-    with safe_open(stored.file, framework="pt") as opened:  # anew: what was read stays mapped until it closes
+    # The file is opened each time, because what was read stays mapped until it is closed.
+    with safe_open(stored.file, framework="pt") as opened:
         return opened.get_slice(stored.name)[a:b]
 
 
@@ -64,7 +65,8 @@ def stored_tensors(files: list[Path], chosen: dict[str, Path] | None = None) -> 
     chosen = chosen or {}
     for file in files:
         try:
-            with open(file, "rb"):  # says why it cannot be read, unlike safe_open
+            # Says why a file cannot be read, which safe_open does not.
+            with open(file, "rb"):
                 pass
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():
@@ -96,12 +98,12 @@ def equal(one: Stored, other: Stored) -> bool:
 
 
 def local_rows(x: Tensor) -> Tensor:
-    """What of x is on this rank, sharing its memory; x itself if it is not sharded."""
+    """The rows of x on this rank, sharing its memory; all of them if it is not sharded."""
     return x.detach().to_local() if isinstance(x, DTensor) else x.detach()
 
 
 def row_range(x: Tensor, owner: int) -> tuple[int, int]:
-    """The first row that a rank has, and the first after its own. Shares are equal, the last may be smaller
+    """The first row of a rank, and the first after its last. Shares are equal, the last ones may be smaller
     or empty, as FSDP2 makes them: of 10 rows 4 ranks have (0, 3), (3, 6), (6, 9), (9, 10)."""
     rows = x.shape[0]
     if not isinstance(x, DTensor):
@@ -111,32 +113,32 @@ def row_range(x: Tensor, owner: int) -> tuple[int, int]:
 
 
 def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Rows start to end of x in pieces of PIECE bytes, or of a row."""
+    """Rows start to end of x, cut into pieces of at most PIECE bytes or one row."""
     step = max(1, PIECE // (x.itemsize * x.shape[1:].numel()))
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
 def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
-    """Read this rank's rows of a stored tensor, and convert them to x's dtype. everywhere: whether every rank
-    sees the file; else every rank must ask, and rank 0 reads all and sends their rows. ValueError names the
-    tensor if it holds NaN or Inf."""
+    """Read this rank's rows of a stored tensor into x, in x's dtype. everywhere: whether every rank sees the
+    file; if not, all ranks must call, and rank 0 reads everything and sends the others their rows. ValueError
+    names the tensor if it holds NaN or Inf."""
     def read(a: int, b: int) -> Tensor:
-        piece = _read(stored, a, b).to(mine)
+        piece = _read(stored, a, b).to(local)
         # One pass without a temporary, a tenth of the time of isfinite().all().
         if not torch.stack(piece.aminmax()).isfinite().all():
             raise ValueError(f"{stored.file}: tensor {stored.name} holds NaN or Inf; the checkpoint is "
                              "damaged or was saved by a run that diverged")
         return piece
 
-    mine, divided = local_rows(x), isinstance(x, DTensor)
+    local, divided = local_rows(x), isinstance(x, DTensor)
     first = row_range(x, rank())[0]
     if everywhere:
         for a, b in _slices(x, *row_range(x, rank())):
-            mine[a - first:b - first] = read(a, b)
+            local[a - first:b - first] = read(a, b)
         return
     for owner in range(x.device_mesh.size() if divided else 1):
         for a, b in _slices(x, *row_range(x, owner)):
-            piece = read(a, b) if is_main() else mine.new_empty(b - a, *x.shape[1:])
+            piece = read(a, b) if is_main() else local.new_empty(b - a, *x.shape[1:])
             if not divided:
                 dist.broadcast(piece, 0)
             elif owner and is_main():
@@ -144,38 +146,39 @@ def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
             elif owner and rank() == owner:
                 dist.recv(piece, 0)
             if not divided or rank() == owner:
-                mine[a - first:b - first] = piece
+                local[a - first:b - first] = piece
 
 
 def stream_rows(x: Tensor) -> Iterator[Tensor]:
-    """On rank 0 all rows of x in order, on the CPU, a piece at a time; on the others nothing. Of a sharded
-    tensor every rank must ask: the others send their rows."""
-    mine, start = local_rows(x), row_range(x, rank())[0]
+    """Yields all rows of x in order on rank 0, on the CPU, a piece at a time; nothing on the others. If x is
+    sharded, all ranks must iterate: the others send their rows."""
+    local, start = local_rows(x), row_range(x, rank())[0]
     owners = x.device_mesh.size() if isinstance(x, DTensor) else 1
     for owner in range(owners):
         for a, b in _slices(x, *row_range(x, owner)):
             if owner == rank():
-                piece = mine[a - start:b - start].contiguous()
+                piece = local[a - start:b - start].contiguous()
                 if owner:
                     dist.send(piece, 0)
             elif is_main():
-                piece = mine.new_empty(b - a, *x.shape[1:])
+                piece = local.new_empty(b - a, *x.shape[1:])
                 dist.recv(piece, owner)
             if is_main():
                 yield piece.cpu()
 
 
 def first_above(tensors: dict[str, Tensor], limit: float) -> str:
-    """Name of the first tensor with a number that is larger than limit, or less than -limit; "" if there is
-    none. Every rank must ask, each looks at its rows, and all get the same answer."""
+    """The name of the first tensor with a number above limit or below -limit; "" if there is none. All ranks
+    must call, each checks its own rows, and all get the same answer."""
     own = next((name for name, x in tensors.items() if local_rows(x).numel()
                 and max(abs(edge.item()) for edge in local_rows(x).aminmax()) > limit), "")
     return next(filter(None, from_all(own)), "")
 
 
 def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dtype | None = None) -> int:
-    """Write a safetensors file (format: safetensors' README) as it comes, without holding it; dtype: of the
-    file, default each tensor's own. Every rank calls, rank 0 writes. Returns the file's CRC-32, there."""
+    """Write a safetensors file (format: safetensors' README) piece by piece, without holding it in memory.
+    dtype: of the file, by default each tensor's own. All ranks call, rank 0 writes and gets the file's
+    CRC-32."""
     names = {kind: name for name, kind in DTYPE_NAMES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
@@ -201,9 +204,8 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 
 # ---------------------------------------------------------------- checkpoint folders
 
-
-# What is downloaded of a hub repository besides weights. Its other files (weights for other programs, lower
-# precision, pictures) can be many times larger.
+# What is downloaded from a hub repository in addition to the weights. Its other files (weights for other
+# programs, lower precision, pictures) can be many times larger.
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
              "chat_template.json", "adapter_config.json"]
@@ -211,15 +213,14 @@ HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokeniz
 
 @cache
 def warn_once(text: str) -> None:
-    """Once a run: a folder is read several times."""
+    """Print a warning once a run, although a folder is read several times."""
     if is_main():
         print(f"warning: {text}", file=sys.stderr)
 
 
 def resolve_model(model: str | Path) -> Path:
-    """A checkpoint folder as it is; a hub id, `owner/name` or `owner/name@revision`, is downloaded (once)
-    first: tokenizer, config and template, and the weights that load_model() reads.
-    ValueError if it is neither."""
+    """The path of a checkpoint folder. A hub id, `owner/name` or `owner/name@revision`, is downloaded first,
+    unless it was before: tokenizer, config, template and weights. ValueError if it is neither."""
     folder = Path(model).expanduser()
     if folder.is_dir():
         return folder
@@ -237,13 +238,13 @@ def resolve_model(model: str | Path) -> Path:
 
     folder = download([*HUB_FILES, SINGLE, INDEX], revision or None)
     if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-        # The folder is called after the commit. A branch may have moved on since.
+        # The folder is named after the commit; the branch may have moved since.
         download(sorted(set(_weight_map(folder).values())), folder.name)
     return folder
 
 
 def what_else(folder: Path) -> str:
-    """What to do about a folder without a model that can be loaded."""
+    """What a user can do about a folder without weights that can be loaded."""
     if (folder / "adapter_config.json").is_file():
         return ("it holds an adapter; merge it into its base model (peft's merge_and_unload and "
                 "save_pretrained) and give the folder of the result")
@@ -253,21 +254,22 @@ def what_else(folder: Path) -> str:
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
-    """The index of a checkpoint folder: tensor name -> file name, of a file in the folder.
-    ValueError if it is broken."""
+    """The index of a checkpoint folder: tensor name -> name of a file in the folder. ValueError if it is
+    broken."""
     index = folder / INDEX
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise ValueError(f"{index}: weight_map must be an object of tensor names and their files")
     for tensor, name in names.items():
-        if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:     # "" comes before a leading /
+        # A leading slash splits off an empty name.
+        if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:
             raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
     return names
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, from its index where there is one, sorted. As in
-    transformers, model.safetensors comes before an index. ValueError if any is missing."""
+    """The safetensors files of a checkpoint folder, sorted: model.safetensors, or those that the index names.
+    Where a folder has both, the index is ignored, as in transformers. ValueError if a file is missing."""
     folder = Path(folder)
     if (folder / SINGLE).is_file():
         if (folder / INDEX).is_file():
@@ -282,9 +284,9 @@ def weight_files(folder: str | Path) -> list[Path]:
 
 
 def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
-    """What the weight files of a checkpoint folder hold, by name, from their headers. A tensor that several
-    files hold is the one of the file that the index names. ValueError for files and indexes that are missing,
-    broken or do not agree."""
+    """The tensors in the weight files of a checkpoint folder, by name, from the files' headers. If several
+    files hold a tensor, the index decides. ValueError for files and indexes that are missing, broken or do
+    not agree."""
     files = weight_files(folder)
     if files == [Path(folder) / SINGLE]:
         return stored_tensors(files)
@@ -294,14 +296,14 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
 
 def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[str, Stored]:
     """Where each of the wanted tensors is in a checkpoint folder, from the files' headers alone. wanted: the
-    shapes by name; tied: whether the embedding is the head, too. ValueError lists tensors that are missing,
-    surplus or of another shape or dtype."""
-    # Old files carry RoPE's table. transformers computes it from config.json too, and their copy may be
-    # rounded, or lack the scaling that config.json asks for: it is no evidence against config.json.
+    shapes by name; tied: whether the embedding is also the head. ValueError lists tensors that are missing,
+    surplus, or have another shape or dtype."""
+    # Old files contain RoPE's table. Like transformers we compute it from config.json: the stored one may be
+    # rounded, or lack the scaling that config.json asks for.
     found = {name: stored for name, stored in checkpoint_tensors(folder).items()
              if not name.endswith("rotary_emb.inv_freq")}
     if tied and HEAD in found:
-        # The same values twice (read_config), or under the head's name only.
+        # The same values under both names (read_config has compared them), or under the head's name only.
         found.setdefault(EMBEDDING, found.pop(HEAD))
     problems: list[str] = []
     for name, stored in found.items():
@@ -322,10 +324,10 @@ def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[
 
 def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None,
                shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
-    """Write config.json and the weights into an existing folder, in Hugging Face's layout; dtype: of the
-    file, default what the weights were loaded from; shard_bytes: the most that one file holds. fp32 instead
-    of fp16, with a warning, if fp16 would make a weight infinite. Every rank calls, rank 0 writes; there,
-    returns the CRC-32 of each weight file."""
+    """Write config.json and the weights into an existing folder, in Hugging Face's layout. model: a
+    model.Llama; dtype: of the file, by default that of the files it was loaded from, but fp32 with a warning
+    where fp16 would make a weight infinite; shard_bytes: the most that one file holds. All ranks call; rank 0
+    writes and gets the CRC-32 of each weight file."""
     folder, dtype = Path(folder), dtype or model.source_dtype
     shards: list[list[str]] = [[]]
     total = used = 0
@@ -350,17 +352,16 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
         weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    # transformers 5 reads dtype, 4 and much else torch_dtype.
+    # transformers 5 reads dtype; transformers 4 and many other programs torch_dtype.
     raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return sums
 
 
-
 def model_fingerprint(folder: str | Path) -> str:
-    """A hash that tells checkpoints apart: config.json, and of each weight file its size, header
-    and 64 samples of 64 KB. Reading all of a large model would cost minutes; training changes
-    every tensor, so samples show it."""
+    """A hash that tells checkpoint folders apart: of config.json, and of each weight file's size, header and
+    64 samples of 64 KB. Reading all of a large model would take minutes. Training changes every tensor, so
+    samples show it."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in weight_files(folder):
         size = path.stat().st_size
