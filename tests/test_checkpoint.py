@@ -1,17 +1,19 @@
 """Checkpoints: stopped, killed and damaged runs end bit for bit like whole ones, with any optimizer."""
-import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import forks
 import train
 from runtime import checkpoint
-from tiny import arguments, command, flip_a_bit, metrics, run_here, setup, stop_after, weights
+from tiny import (arguments, checked, command, difference, flip_a_bit, metrics, run_here, setup, stop_after,
+                  weights)
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,138 @@ def test_what_was_just_saved_is_kept_beside_later_checkpoints(folder, monkeypatc
         stop_after(patch, 2)
         run_here(arguments(folder, "back", keep_checkpoints=1))
     assert sorted(p.name for p in saved.iterdir()) == [f"step-{n:08d}" for n in (5, 6, 7)]
+
+
+# ---------------------------------------------------------------- any optimizer
+
+
+def matrices(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() == 2]
+
+
+def vectors(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.dim() == 1]
+
+
+# {name: (how it is made, what it keeps for a matrix)}
+OPTIMIZERS = {
+    "SGD": (lambda model, lr: torch.optim.SGD(model.parameters(), lr, momentum=0.9), {"momentum_buffer"}),
+    "Adafactor": (lambda model, lr: torch.optim.Adafactor(model.parameters(), lr), {"row_var", "col_var"}),
+    "Muon": (lambda model, lr: torch.optim.Muon(matrices(model), lr), {"momentum_buffer"}),
+    "RMSprop": (lambda model, lr: torch.optim.RMSprop(model.parameters(), lr, momentum=0.9, centered=True),
+                {"square_avg", "momentum_buffer", "grad_avg"}),
+    "AdamW": (lambda model, lr: torch.optim.AdamW(model.parameters(), lr, amsgrad=True),
+              {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
+}
+
+
+def train_with(monkeypatch: pytest.MonkeyPatch, make: Callable) -> None:
+    """From now on runs have the optimizer make(model, lr)."""
+    monkeypatch.setattr(train, "make_optimizer", lambda model, config: make(model, config.lr))
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    first, second = weights(one / "final"), weights(other / "final")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_any_optimizer_keeps_is_saved_and_resumed_bit_for_bit(folder, name, monkeypatch):
+    make, keeps = OPTIMIZERS[name]
+    train_with(monkeypatch, make)
+    whole, out = folder / f"whole-{name}", folder / f"stopped-{name}"
+    assert run_here(arguments(folder, whole)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert run_here(arguments(folder, out)) == 128 + signal.SIGTERM
+    tensors = load_file(out / "checkpoints" / "step-00000003" / "optimizer.safetensors")
+    matrix = "model.layers.0.mlp.up_proj.weight"
+    assert {key.removesuffix(f".{matrix}") for key in tensors if key.endswith(matrix)} == keeps
+    assert all(tensor.any() for tensor in tensors.values())
+    assert run_here(arguments(folder, out)) == 0
+    assert same_weights(out, whole)
+    assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(whole)]
+
+
+WITH_SGD = """
+import sys, torch, train
+def make_optimizer(model, config):
+    return torch.optim.SGD(model.parameters(), config.lr, momentum=0.9)
+train.make_optimizer = make_optimizer
+sys.exit(train.run(sys.argv[1:]))
+"""
+
+
+def test_another_optimizers_state_is_saved_and_resumed_in_shards(folder, monkeypatch):
+    whole, out, alone = (folder / f"{name}-sharded-SGD" for name in ("whole", "resumed", "alone"))
+    more = dict(save_every=3, keep_checkpoints=9, lr=0.1)
+    saved = whole / "checkpoints" / "step-00000003"
+    checked(forks.run(["-c", WITH_SGD, *arguments(folder, whole, **more, shard=True)], ranks=2))
+    checked(forks.run(["-c", WITH_SGD, *arguments(folder, out, **more, shard=True, resume=saved)], ranks=2))
+    assert same_weights(out, whole)
+    train_with(monkeypatch, OPTIMIZERS["SGD"][0])
+    assert run_here(arguments(folder, alone, **more)) == 0
+    assert difference(weights(whole / "final"), weights(alone / "final")) < 1e-5 < 0.01 < difference(
+        weights(folder / "model"), weights(alone / "final"))
+    name = "checkpoints/step-00000003/optimizer.safetensors"
+    ours, theirs = load_file(whole / name), load_file(alone / name)
+    assert difference(ours, theirs) < 1e-4 and {key.partition(".")[0] for key in ours} == {"momentum_buffer"}
+
+
+def test_another_optimizer_than_the_one_that_wrote_a_checkpoint_is_refused_by_name(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        train_with(patch, OPTIMIZERS["SGD"][0])
+        stop_after(patch, 3)
+        run_here(arguments(folder, "swapped"))
+    with pytest.raises(ValueError, match="step-00000003: was written with the optimizer SGD, this "
+                                         "run has AdamW"):
+        run_here(arguments(folder, "swapped"))
+
+
+class KeepsAList(torch.optim.SGD):
+    def step(self, closure: None = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["history"] = [1.0]
+
+
+class KeepsComplexNumbers(torch.optim.SGD):
+    def step(self, closure: None = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["history"] = torch.zeros(2, dtype=torch.complex64)
+
+
+@pytest.mark.parametrize("kind", [KeepsAList, KeepsComplexNumbers])
+def test_an_optimizer_that_keeps_what_cannot_be_stored_is_refused_after_its_first_step(
+        folder, kind, monkeypatch):
+    train_with(monkeypatch, lambda model, lr: kind(model.parameters(), lr))
+    says = f"{kind.__name__} keeps 'history' for model.embed_tokens.weight, a "
+    with pytest.raises(ValueError, match=says):
+        run_here(arguments(folder, kind.__name__))
+    assert not checkpoint.find_checkpoints(folder / kind.__name__)
+    assert not (folder / kind.__name__ / "metrics.jsonl").exists()
+
+
+def test_a_groups_own_rate_keeps_its_ratio_through_the_schedule_and_after_a_resume(folder, monkeypatch):
+    rates, step = [], torch.optim.SGD.step
+
+    def note(optimizer: torch.optim.SGD, *more: object) -> None:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        step(optimizer, *more)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", note)
+    train_with(monkeypatch, lambda model, lr: torch.optim.SGD(
+        [{"params": matrices(model), "lr": 0.25 * lr}, {"params": vectors(model)}], lr, momentum=0.9))
+    scheduled = dict(schedule="cosine", warmup_ratio=0.3)
+    assert run_here(arguments(folder, "whole-groups", **scheduled)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        run_here(arguments(folder, "groups", **scheduled))
+    assert run_here(arguments(folder, "groups", **scheduled)) == 0
+    assert rates[8:] == rates[:8] and len({rate for _, rate in rates}) > 4
+    assert [rate for _, rate in rates[:8]] == [row["lr"] for row in metrics(folder / "groups")]
+    assert [rate for rate, _ in rates] == pytest.approx([0.25 * rate for _, rate in rates], rel=1e-12)
+    assert same_weights(folder / "groups", folder / "whole-groups")
