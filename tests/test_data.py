@@ -1,6 +1,7 @@
 """Token cache, step plan, packed batches."""
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import chat
 import data
 from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, Tokenizer, load_template, read_records
-from data import collate, load_dataset, plan
+from data import Steps, collate, load_dataset, plan
 from loss import coefficients, span_weights
 from tiny import make_model, make_records
 
@@ -247,12 +248,13 @@ def test_batch_shifts_and_counts_positions_within_each_document(folder):
     assert batch.trained.tolist() == np.flatnonzero(batch.coefficients).tolist()
     weighted = set(batch.kinds[batch.trained].tolist())
     assert weighted == {SYSTEM, INSTRUCTION, COMPLETION}, "under IM no template or context target has weight"
-    assert {TEMPLATE, CONTEXT} <= set(batch.kinds.tolist())
+    assert {TEMPLATE, CONTEXT} <= set(batch.kinds[batch.untrained].tolist())
+    assert sorted([*batch.trained.tolist(), *batch.untrained.tolist()]) == list(range(at))
 
 
 def test_empty_batch(folder):
     batch = collate(load(folder), np.array([], np.int64), np.zeros((0, 5)))
-    assert len(batch.ids) == len(batch.trained) == 0 and batch.cu_seqlens.tolist() == [0]
+    assert len(batch.ids) == len(batch.trained) == len(batch.untrained) == 0 and batch.cu_seqlens.tolist() == [0]
 
 
 def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
@@ -263,3 +265,44 @@ def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
     tokenizer = Tokenizer(folder / "model")
     trained = [tokenizer.reference.id_to_token(i) for i in batch.targets[batch.trained].tolist()]
     assert "".join(trained) == "Hello<|eot_id|>"
+
+
+# ---------------------------------------------------------------- steps
+
+
+def contents(steps: Steps, step: int) -> dict[int, tuple]:
+    """A rank's examples of a step: {example: (ids, targets, kinds, coefficients)}."""
+    out = {}
+    for batch in steps[step][0]:
+        fields = [x.tolist() for x in (batch.ids, batch.targets, batch.kinds, batch.coefficients)]
+        for example, a, b in zip(batch.examples.tolist(), batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
+            out[example] = tuple(tuple(field[a:b]) for field in fields)
+    return out
+
+
+@pytest.mark.parametrize("normalize", ["token", "example", "span"])
+def test_a_step_is_the_same_examples_with_the_same_coefficients_on_any_ranks_and_in_any_order(
+        folder, normalize):
+    dataset = load(folder)
+    usable = dataset.trainable(span_weights("it"))[1:]
+    weigh = partial(coefficients, weights=span_weights("it"), normalize=normalize)
+
+    def steps(capacity: int, rank: int = 0, ranks: int = 1) -> Steps:
+        return Steps(dataset, usable, weigh, seed=3, batch_size=6, capacity=capacity, rank=rank,
+                     world_size=ranks)
+
+    alone, ranks = steps(10**6), [steps(150, rank, 2) for rank in range(2)]
+    assert alone.per_epoch == ranks[0].per_epoch == -(-len(usable) // 6) > 1
+    numbers = range(2 * alone.per_epoch)
+    expected = [contents(alone, step) for step in numbers]
+    for step in [*reversed(numbers), *numbers]:
+        first, second = (contents(rank, step) for rank in ranks)
+        assert len(ranks[0][step][0]) == len(ranks[1][step][0])
+        assert not first.keys() & second.keys() and first | second == expected[step] == contents(alone, step)
+        counts = dataset.counts[sorted(expected[step])]
+        for steps_of_rank in (alone, *ranks):   # those of all ranks' examples
+            assert sorted(steps_of_rank[step][1].tolist()) == sorted(counts.tolist())
+    assert max(len(ranks[0][step][0]) for step in numbers) > 1
+    for epoch in (expected[:alone.per_epoch], expected[alone.per_epoch:]):
+        assert sorted(example for step in epoch for example in step) == usable.tolist()
+    assert [*expected[0]] != [*expected[alone.per_epoch]]

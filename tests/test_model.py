@@ -78,8 +78,9 @@ def test_varlen_is_used_only_if_it_agrees_with_the_definition(fault, tmp_path, m
     mine = load_model(tmp_path)
     row = packed([torch.arange(9), torch.arange(30)])
     expected = mine(*row)
-    monkeypatch.setattr(model_module, "varlen_attention", stand_in)
-    reason = attention_kernels.varlen_fault(mine.config, torch.device("cpu"))
+    for module in (model_module, attention_kernels):
+        monkeypatch.setattr(module, "varlen_attention", stand_in)
+    reason = attention_kernels.varlen_fault(4, 2, 8, torch.device("cpu"))
     assert (reason == "") == (fault == "")
     if fault == "raises":
         assert reason == "it raised RuntimeError: no kernel"
@@ -97,25 +98,23 @@ def test_empty_row_has_a_graph_to_every_parameter(tmp_path):
     assert all(p.grad is not None and not p.grad.any() for p in mine.parameters())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("name", ["llama2-gqa-tied", "qwen3"])
-def test_activation_bytes_are_those_that_autograd_keeps(name, recompute, tmp_path):
-    make_reference(name).save_pretrained(tmp_path)
-    mine = load_model(tmp_path)
-    mine.recompute = recompute
-    own = {p.untyped_storage().data_ptr() for p in mine.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+def kept_bytes(model: Llama, row: tuple[torch.Tensor, ...]) -> int:
+    """What autograd keeps for a backward pass through model(*row), without parameters."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        model(*row)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    return sum(size for place, size in storages.items() if place not in own)
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x
-        return x
 
-    documents = [torch.arange(n) for n in (50, 60)]
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        mine(*packed(documents))
-    expected = sum(x.untyped_storage().nbytes() for at, x in kept.items() if at not in own)
-    computed = model_module.activation_bytes(mine.config, 110, torch.float32, recompute)
-    assert computed == pytest.approx(expected, rel=0.03)    # ids, and what a recomputed layer stores beside
+def test_recompute_keeps_little_more_than_each_layers_input(tmp_path):
+    make_reference("qwen3").save_pretrained(tmp_path)
+    model, row = load_model(tmp_path), packed([torch.arange(50), torch.arange(60)])
+    whole = kept_bytes(model, row)
+    model.recompute = True
+    layers, activation = 3, 110 * 32 * 4    # of SIZES, in fp32
+    assert layers * activation < kept_bytes(model, row) < (layers + 3) * activation < whole / 5
 
 
 def test_recompute_changes_no_gradient(tmp_path):
