@@ -42,8 +42,8 @@ CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune
 
 @dataclass
 class Dataset:
-    """Tokenised examples in memory-mapped files. Targets are shifted per example: target t is ids[t + 1]."""
-    files: list[str]
+    """Tokenized examples in memory-mapped files. Targets are shifted per example: target t is ids[t + 1]."""
+    files: list[str]        # of records
     ids: np.ndarray         # (all tokens,) int32
     kinds: np.ndarray       # (all tokens,) uint8
     offsets: np.ndarray     # (E + 1,) int64: example e is ids[offsets[e]:offsets[e + 1]]
@@ -54,21 +54,25 @@ class Dataset:
     content: str            # hash of the arrays themselves
 
     def __post_init__(self) -> None:
-        self.lengths = np.diff(self.offsets) - 1  # (E,) inputs of each example, one less than its tokens
+        # (E,) inputs of each example, one less than its tokens
+        self.lengths = np.diff(self.offsets) - 1
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def where(self, example: int) -> str:
+        """FILE:LINE of an example's record."""
         file, line = self.origins[example]
         return f"{self.files[file]}:{line}"
 
     def trainable(self, weights: Iterable[float], require_completion: bool = True) -> np.ndarray:
-        """Indices of the examples that have at least one target of non-zero weight; weights: (K,).
-        require_completion: and a completion target, whatever its weight: then every loss that weighs
-        completions has the same examples."""
-        some = (self.counts[:, np.asarray(list(weights)) != 0] > 0).any(axis=1)
-        return np.flatnonzero(some & (self.counts[:, COMPLETION] > 0) if require_completion else some)
+        """(examples,) indices of those with at least one target of non-zero weight. weights: (K,);
+        require_completion: only those that have a completion target, too, whatever its weight, so that every
+        loss that weighs completions has the same examples."""
+        usable = (self.counts[:, np.asarray(list(weights)) != 0] > 0).any(axis=1)
+        if require_completion:
+            usable &= self.counts[:, COMPLETION] > 0
+        return np.flatnonzero(usable)
 
 
 # A cache's files, and how they are mapped.
@@ -82,8 +86,8 @@ CODE = tuple(map(Path, (chat.__file__, runtime.tokenizer.__file__, __file__)))
 def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
                 ) -> dict[str, object]:
     """All that decides what is in a token cache, by name, as JSON can hold it: hashes of the files' contents,
-    wherever they lie, of tokenizer, template and this code; versions of libraries; flags. Only reads and
-    hashes files. ValueError for a file that cannot be read."""
+    wherever they are, of tokenizer, template and code; versions of libraries; flags. Reads and hashes files,
+    nothing more. ValueError for a file that cannot be read."""
     marks = [template.tokens, sorted(template.special), tokenizer.named_tokens, tokenizer.added_tokens]
     return {
         "data": [_file_hash(file) for file in files],
@@ -100,11 +104,11 @@ def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_
 
 def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
                  cache_dir: str | Path, progress: bool = False) -> Dataset:
-    """Tokenise files into cache_dir, or map what is there already.
+    """Tokenize files into cache_dir, or map what an earlier run has tokenized.
 
-    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. Returns a
-    Dataset; ValueError for bad records, and for a damaged cache that cannot be replaced. A cache is written
-    beside its place and renamed, so a killed writer leaves nothing behind that another run would read.
+    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. ValueError
+    for bad records, and for a damaged cache that cannot be replaced. A cache is written under another name
+    and then renamed, so a killed writer leaves nothing that another run would read.
     """
     files = [str(file) for file in files]
     parts = cache_parts(files, tokenizer, template, max_length, overlong)
@@ -131,7 +135,8 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
                     raise ValueError(f"{', '.join(files)}: changed while being read; start again")
                 commit(part, folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, with the same bytes
+            # If the folder exists, another process was first, with the same bytes.
+            if not folder.is_dir():
                 raise
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -142,9 +147,9 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
 
 
 def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The files of a token cache, mapped, and a hash of their contents. Each is opened once, checked and
-    mapped, so that nobody can put another in its place in between. ValueError names one that is not as it was
-    written or cannot be read."""
+    """The files of a token cache, memory-mapped, and a hash of their contents. Each is opened once, checked
+    and mapped, so that no other file can take its place in between. ValueError names a file that has changed
+    since it was written or cannot be read."""
     arrays, file = {}, folder / "crc32.json"
     try:
         sums = json.loads(file.read_text())
@@ -167,7 +172,8 @@ def _move_away(folder: Path, old: Path, fault: str) -> None:
     try:
         os.rename(folder, old)
     except FileNotFoundError:
-        pass    # another process was first
+        # Another process was first.
+        pass
     except OSError as error:
         raise ValueError(f"{fault}, and the folder cannot be replaced ({error.strerror}): delete it, or give "
                          "another --cache-dir") from None
@@ -186,7 +192,8 @@ def _file_hash(path: str | Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-@cache  # a run asks for its files' hashes before and after it reads them
+# A run asks for its files' hashes before and after it reads them.
+@cache
 def _hash_once(path: str, *state: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -194,6 +201,7 @@ def _hash_once(path: str, *state: int) -> str:
 
 def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,
                  overlong: str, progress: bool) -> None:
+    """Tokenize files into the cache's files; as load_dataset()."""
     offsets, origins, counts = [0], [], []
     report = Counter({"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0})
     checked = 0
@@ -202,7 +210,8 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
         nonlocal checked
         try:
             examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
-        except ValueError:      # again one by one, to name the record
+        except ValueError:
+            # Again one by one, to name the record.
             for pieces, file, line in batch:
                 try:
                     tokenize(pieces, tokenizer)
@@ -224,7 +233,8 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
                 if overlong == "drop":
                     continue
                 ids, kinds = ids[:max_length], kinds[:max_length]
-            if len(ids) < 2:  # no target
+            # Without a second token there is no target.
+            if len(ids) < 2:
                 report["dropped_empty"] += 1
                 continue
             ids_file.write(np.asarray(ids, np.int32).tobytes())
@@ -275,10 +285,10 @@ def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: 
          world_size: int) -> list[list[list[np.ndarray]]]:
     """Every step of an epoch: plan[step][rank][micro-batch] is an array of example indices. A pure function.
 
-    lengths: (E,) inputs of each example; batch_size: examples a step; capacity: most tokens of a micro-batch.
-    A step is `batch_size` examples of a seeded permutation (the last one of an epoch may be smaller),
-    whatever the capacity and the number of ranks; only how they are packed depends on those.
-    ValueError if an example exceeds capacity.
+    lengths: (E,) inputs of each example; batch_size: examples in a step; capacity: most tokens of a
+    micro-batch. A step is `batch_size` examples of a seeded permutation (an epoch's last step may be
+    smaller). Capacity and number of ranks decide only how these are packed. ValueError if an example exceeds
+    capacity.
     """
     order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
     return [pack(order[i:i + batch_size], lengths, capacity, world_size)
@@ -286,12 +296,12 @@ def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: 
 
 
 def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: int) -> list[list[np.ndarray]]:
-    """Examples of one step -> [rank][micro-batch], as few micro-batches as will do,
-    the same number on every rank.
+    """Examples of one step -> [rank][micro-batch], as few micro-batches as possible, the same number on every
+    rank.
 
-    The longest example goes first, each to the cheapest micro-batch that has room;
-    if one finds no room, another micro-batch a rank is added.
-    A document of n tokens costs n for the matrices and n * n / 4096 for attention.
+    Longest first, each example goes to the cheapest micro-batch that has room. If one finds no room, every
+    rank gets one more micro-batch and packing starts again. A document of n tokens costs n for the matrix
+    products and n * n / 4096 for attention.
     """
     sizes = lengths[examples]
     if len(examples) and sizes.max() > capacity:
@@ -303,7 +313,8 @@ def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: i
     while True:
         count = micro * world_size
         bins: list[list[int]] = [[] for _ in range(count)]
-        heap = [(0.0, b, 0) for b in range(count)]  # cost, micro-batch, tokens
+        # (cost, micro-batch, tokens)
+        heap = [(0.0, b, 0) for b in range(count)]
         for i in order:
             full = []
             while heap and heap[0][2] + tokens[i] > capacity:
@@ -319,9 +330,10 @@ def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: i
             costs = {b: cost for cost, b, _ in heap}
             by_cost = sorted(range(count), key=lambda b: (-costs[b], b))
             ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]
-            for row in range(micro):  # snake: 0 1 | 1 0 | 0 1, so that ranks come out even
-                row_bins = by_cost[row * world_size:(row + 1) * world_size]
-                for rank, b in enumerate(row_bins if row % 2 == 0 else reversed(row_bins)):
+            # Dealt out to ranks 0 1 | 1 0 | 0 1, so that all have about the same cost.
+            for turn in range(micro):
+                dealt = by_cost[turn * world_size:(turn + 1) * world_size]
+                for rank, b in enumerate(dealt if turn % 2 == 0 else reversed(dealt)):
                     ranks[rank].append(examples[np.asarray(bins[b], np.int64)])
             return ranks
         micro += 1
@@ -380,7 +392,7 @@ class Batch:
     targets: torch.Tensor       # (N,) int64
     kinds: torch.Tensor         # (N,) int64, kind of the target
     positions: torch.Tensor     # (N,) int64, from each document's start
-    cu_seqlens: torch.Tensor    # (documents + 1,) int32; stays on the CPU: lengths decide what is run
+    cu_seqlens: torch.Tensor    # (documents + 1,) int32, on the CPU: where documents begin and end
     documents: torch.Tensor     # (N,) int64, which document of the row
     coefficients: torch.Tensor  # (N,) float32, what the target's NLL counts in the step's loss
     trained: torch.Tensor       # (R,) int64, the targets whose coefficient is not zero
@@ -388,7 +400,7 @@ class Batch:
     examples: np.ndarray        # (documents,) which example of the dataset
 
     def to(self, device: torch.device) -> "Batch":
-        """To CUDA from pinned memory, so that the copy can overlap with work on the device."""
+        """The batch on the device. From pinned memory to CUDA, so that copies overlap with computation."""
         if device.type == "cpu":
             return self
         return Batch(**{name: x.pin_memory().to(device, non_blocking=True)
@@ -397,8 +409,8 @@ class Batch:
 
 
 def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:
-    """The examples as one packed row on the CPU; table: (documents, K) coefficient of each kind in each of
-    them (loss.coefficients). No examples give an empty row."""
+    """The examples as one packed row on the CPU. table: (documents, K) the coefficient of a target of each
+    kind in each of them (loss.coefficients). No examples make an empty row."""
     starts, lengths = dataset.offsets[examples], dataset.lengths[examples]
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     documents = np.repeat(np.arange(len(examples)), lengths)

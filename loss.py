@@ -1,12 +1,11 @@
-"""Which targets count and how much: span weights, denominators, the chunked loss over the head, NEFTune, KL.
+"""Which targets count and how much: span weights, denominators, NEFTune, KL.
 
 The whole of IT, IM, LM and weighted losses is one sum over a step's targets t,
 
     loss = sum_t coefficient_t * NLL_t,
 
 whose coefficients are known from the step's plan before anything is computed. So micro-batches and ranks just
-add up, and nothing is ever a mean of means. The second difference from the usual way: logits are made a chunk
-of rows at a time, only for targets whose coefficient is not zero, and their gradient in the same breath.
+add up, and nothing is ever a mean of means. The sum itself is kernels.head.weighted_nll.
 
 Shapes: E examples of a step, K kinds of span, N targets of a micro-batch, R of them with weight,
 C width, V vocabulary.
@@ -33,7 +32,7 @@ NORMALIZE = ("token", "example", "span")
 
 def span_weights(loss: str, template: float | None = None, system: float | None = None,
                  instruction: float | None = None, completion: float | None = None) -> np.ndarray:
-    """(K,) weight of each kind of target: a preset, it, im or lm, with any of its weights overridden.
+    """(K,) the weight of each kind of target: a preset, it, im or lm, with any of its weights overridden.
     CONTEXT is always 0. ValueError for a negative weight or if all are 0.
 
         span_weights("im", instruction=0.3) -> template 0, system 1, instruction 0.3, completion 1, context 0
@@ -49,13 +48,14 @@ def span_weights(loss: str, template: float | None = None, system: float | None 
 
 
 def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.ndarray:
-    """counts: (E, K) targets of each kind in each example of the step; weights: (K,). Returns the (E, K)
-    coefficient of one target's NLL in the step's loss.
+    """(E, K) the coefficient of one target's NLL in the step's loss, by its example and kind. counts: (E, K)
+    the step's targets; weights: (K,). ValueError for an unknown normalize:
 
     token    weight / number of targets in the step with non-zero weight
     example  mean over examples of each one's weighted mean, sum(weight * NLL) / sum(weight)
              (the paper's code)
-    span     weight / number of targets of this kind in the step: kinds count alike, however long they are
+    span     weight / number of targets of this kind in the step: all kinds count the same, whatever their
+             length
 
     For one example with 6 instruction and 2 completion targets under IM, a target of each counts
         token 1/8, 1/8     example 1/8, 1/8     span 1/6, 1/2
@@ -77,7 +77,7 @@ def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.
 
 
 def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
-    """values: (R,) fp32 of targets of `kinds` (R,) -> (K,) float64 sums."""
+    """(K,) float64 sums of values, (R,) fp32, by the kinds of their targets, (R,)."""
     return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(
         0, kinds, values.double())
 
@@ -87,12 +87,12 @@ def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
 
 def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_head: Tensor,
                   coefficients: Tensor) -> Tensor:
-    """sum(coefficients * KL(p || p_reference)), over the whole vocabulary at each row, in nats,
-    with a gradient to hidden and head_weight. hidden, reference_hidden: (R, C); coefficients: (R,).
-    Logits are recomputed backward.
+    """sum(coefficients * KL(p || p_reference)), over the whole vocabulary at each row, in nats, with a
+    gradient to hidden and head_weight. hidden, reference_hidden: (R, C); coefficients: (R,). Logits are
+    recomputed in the backward pass.
 
-    (The paper's code takes log p - log p_reference at the given token,
-    whose gradient is that of the loss itself.)
+    The paper's code takes log p - log p_reference at the given token instead, whose gradient is that of the
+    loss itself.
     """
     def chunk_kl(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, scale: Tensor) -> Tensor:
         log_p = (hidden @ head_weight.T).float().log_softmax(-1)                # (rows, V)
@@ -107,9 +107,9 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
 
 
 def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) -> Tensor:
-    """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's
-    own length (arXiv 2310.05914, algorithm 1). Drawn from (seed, step, example), so packing, ranks
-    and resume do not change it."""
+    """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's own
+    length (arXiv 2310.05914, algorithm 1). It depends on (seed, step, example) alone, so packing, ranks and
+    resuming do not change it."""
     lengths = batch.cu_seqlens.diff().tolist()
     noise = torch.empty(len(batch.ids), width)
     for rows, length, example in zip(noise.split(lengths), lengths, batch.examples.tolist()):

@@ -6,7 +6,7 @@
 Covers Llama 1 to 3.2, TinyLlama, SmolLM2, Mistral without a sliding window, Qwen2, Qwen2.5 and dense Qwen3.
 What a config.json asks for beyond that is refused by name. Two things differ from the usual way: there is no
 batch dimension, a micro-batch is one row of documents laid end to end; and the model stops at the last hidden
-states, because the loss needs the head for some rows only. Parameters bear Hugging Face's names, so loading
+states, because the loss needs the head for some rows only. Parameters have Hugging Face's names, so loading
 needs no map. Training, evaluation and generation all run these modules: whoever changes one changes it
 everywhere.
 
@@ -108,8 +108,7 @@ class Decoder(nn.Module):
 
 
 class Llama(nn.Module):
-    """model(ids, positions, cu_seqlens) -> hidden states (N, C),
-    to be multiplied with `head_weight` (V, C)."""
+    """model(ids, positions, cu_seqlens) -> hidden states (N, C), to be multiplied with head_weight (V, C)."""
 
     def __init__(self, config: "ModelConfig"):
         super().__init__()
@@ -117,10 +116,10 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(
             config.hidden_size, config.vocab_size, False)
-        self.recompute = False              # trade a second forward pass for the layers' activations
-        self.varlen = False                 # attention by varlen_attention()
-        self.source_dtype = torch.float32   # what the weights were loaded from
-        # A plain attribute: building on the meta device must not lose it, and no state dict should hold it.
+        self.recompute = False              # whether layers recompute activations: less memory, more time
+        self.varlen = False                 # whether attention is varlen_attention()
+        self.source_dtype = torch.float32   # of the files that the weights were loaded from
+        # Not a buffer: building on the meta device must not lose it, and no state dict should hold it.
         with torch.device("cpu"):
             self.frequencies = rope_frequencies(config)
 
@@ -129,8 +128,8 @@ class Llama(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def choose_attention(self, dtype: torch.dtype) -> str:
-        """The one switch: varlen_attention() on CUDA in bf16, if a check passes; else attention(). Returns a
-        warning if it does not."""
+        """Choose varlen_attention() on CUDA in bf16 if it passes a check, else attention(). Returns a warning
+        if the check fails, or ""."""
         device = self.head_weight.device
         if device.type != "cuda" or dtype != torch.bfloat16:
             return ""
@@ -140,17 +139,17 @@ class Llama(nn.Module):
         return fault and f"varlen_attn is not used: {fault}; the slower plain attention is"
 
     def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> Attend:
-        """What layers attend with, over a row of these documents."""
+        """The attention of a packed row with these documents, as layers call it."""
         if not self.varlen or len(cu_seqlens) < 2:
             return lambda layer, q, k, v: attention(q, k, v, cu_seqlens)
-        longest, there = int(cu_seqlens.diff().max()), cu_seqlens.to(device, non_blocking=True)
-        return lambda layer, q, k, v: varlen_attention(q, k, v, there, longest)
+        longest, on_device = int(cu_seqlens.diff().max()), cu_seqlens.to(device, non_blocking=True)
+        return lambda layer, q, k, v: varlen_attention(q, k, v, on_device, longest)
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:
-        """ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU, where documents begin
-        and end in the row; noise: (N, C), added to the embeddings; attend: replaces the attention over
-        cu_seqlens. Returns (N, C)."""
+        """Hidden states, (N, C). ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU,
+        where documents begin and end in the row; noise: (N, C), added to the embeddings; attend: replaces
+        the attention over cu_seqlens."""
         attend = attend or self.attention_over(cu_seqlens, ids.device)
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
@@ -168,8 +167,8 @@ class Llama(nn.Module):
 
 
 def rope_frequencies(config: "ModelConfig") -> Tensor:
-    """(D / 2,) fp32, radians a position. Su et al. 2021, eq. 15; `linear` is position interpolation
-    (Chen et al. 2023); `llama3` slows the low frequencies down and blends towards the high ones
+    """(D / 2,) fp32 angles in radians per position (Su et al. 2021, eq. 15). `linear` is position
+    interpolation (Chen et al. 2023); `llama3` slows the low frequencies down and blends towards the high ones
     (Llama 3.1's release)."""
     rope = config.rope
     frequencies = 1.0 / rope["rope_theta"] ** (torch.arange(0, config.head_dim, 2, dtype=torch.int64).float()
@@ -177,16 +176,16 @@ def rope_frequencies(config: "ModelConfig") -> Tensor:
     if rope["rope_type"] == "linear":
         return frequencies / rope["factor"]
     if rope["rope_type"] == "llama3":
-        # within the original context
+        # Full turns within the original context; 0 slows a frequency down, 1 leaves it as it is.
         turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        blend = ((turns - low) / (high - low)).clamp(0, 1)  # 0: low frequency, slowed; 1: high, kept
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 - blend) * frequencies / rope["factor"] + blend * frequencies
     return frequencies
 
 
 def parameter_count(config: "ModelConfig") -> int:
-    """How many numbers Llama(config) has; a tied head counts once."""
+    """The number of weights of Llama(config); a tied head counts once."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(config).parameters())
 
@@ -206,16 +205,15 @@ def init_weights(model: Llama, seed: int) -> None:
 
 # ---------------------------------------------------------------- config.json
 
-
-# What a field absent from config.json means, where families differ (transformers' config classes). A null is
-# not the same for these: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.
+# What it means if a field is absent from config.json, where families differ (transformers' config classes).
+# null is different: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.
 FAMILIES = {
     "llama": dict(),
     "mistral": dict(num_key_value_heads=8, sliding_window=4096),
     "qwen2": dict(num_key_value_heads=32, sliding_window=4096),
     "qwen3": dict(num_key_value_heads=32, head_dim=128, sliding_window=4096),
 }
-# Fields that change what the model computes and are implemented for these values only.
+# Fields that change what the model computes, with the only values that are implemented.
 ONLY = {
     "hidden_act": ("silu",), "quantization_config": (None,), "attention_dropout": (0,),
     "partial_rotary_factor": (1,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
@@ -223,7 +221,7 @@ ONLY = {
     "rope_interleaved": (None, False), "num_experts": (None, 0, 1),
     "num_local_experts": (None, 0, 1), "auto_map": (None,), "transformers_weights": (None,),
 }
-# What a field must be: in words, and the check. In Python true is a number, too, and JSON may hold NaN.
+# What a field must be, in words and as a check. In Python true is a number, and JSON may hold NaN.
 COUNT = "a whole number above 0", lambda x: type(x) is int and x > 0
 WHOLE = "a whole number, 0 or more", lambda x: type(x) is int and x >= 0
 POSITIVE = "a finite number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf
@@ -234,7 +232,7 @@ OBJECT = "an object", lambda x: type(x) is dict
 
 
 class _Fields:
-    """Fields of a JSON object; null means absent. Called with a field's name and what it must be, it returns
+    """The fields of a JSON object; null means absent. Called with a field's name and what it must be, returns
     the value, or default if it is absent. ValueError names the field, its value and what it must be."""
 
     def __init__(self, values: dict, inside: str = ""):
@@ -256,10 +254,10 @@ class _Fields:
             raise ValueError(f"config.json: {why}{', '.join(self.inside + name for name in missing)} missing")
 
     def refuse(self, only: dict[str, tuple]) -> None:
-        """ValueError for a field that has another value than those that are implemented."""
+        """ValueError for a field with a value that is not implemented."""
         for name, allowed in only.items():
             value = self.values.get(name, allowed[0])
-            # True == 1 in Python
+            # In Python True == 1.
             if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
                        for each in allowed):
                 raise ValueError(f"config.json: {self.inside}{name} = {value!r} is not implemented, "
@@ -268,7 +266,7 @@ class _Fields:
 
 @dataclass
 class ModelConfig:
-    """The part of config.json that the model needs; `raw` is the whole, written back when saving."""
+    """The fields of config.json that the model needs; raw: all of it, written back when saving."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -289,8 +287,8 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict) -> "ModelConfig":
-        """config.json's content -> ModelConfig.
-        ValueError names a field that is missing, of a wrong kind, or asks for what is not implemented."""
+        """From config.json's content. ValueError names a field that is missing, of a wrong kind, or asks for
+        something that is not implemented."""
         if not isinstance(raw, dict):
             raise ValueError(f"config.json: must be a JSON object, not {type(raw).__name__}")
         family = _Fields(raw)("model_type", TEXT)
@@ -337,8 +335,8 @@ def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int 
 
 
 def _rope(get: _Fields) -> dict:
-    """The old fields (rope_theta, rope_scaling with `type` or `rope_type`)
-    and the new one (rope_parameters) -> one. Of both objects transformers takes rope_scaling."""
+    """RoPE's type and parameters, from the old fields (rope_theta, rope_scaling with `type` or `rope_type`)
+    or the new one (rope_parameters). If there are both, rope_scaling counts, as in transformers."""
     objects = {name: get(name, OBJECT) for name in ("rope_scaling", "rope_parameters")}
     name = next((name for name in objects if objects[name]), "rope_parameters")
     values = objects[name] or {}
@@ -367,11 +365,8 @@ def _rope(get: _Fields) -> dict:
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a checkpoint folder; ValueError if it is missing, broken or not implemented.
-
-    tie_word_embeddings is what the weights say: a head that was trained on its own is kept, whatever
-    config.json says, as transformers does.
-    """
+    """config.json of a checkpoint folder. A head that differs from the embedding stays untied, whatever
+    config.json says, as in transformers. ValueError if the file is missing, broken or not implemented."""
     folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():
@@ -401,12 +396,10 @@ def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
                divide: Callable[["Llama"], None] | None = None) -> Llama:
-    """Build the model that config.json describes and fill it with the folder's weights, as fp32 parameters.
-
-    divide: shard.shard, to be given the model before it has weights; each rank then reads its rows only. They
-    are read a piece at a time, so memory stays near what the parameters need. ValueError as stored_weights(),
-    and for a tensor that holds NaN or Inf.
-    """
+    """The model that config.json describes, with the folder's weights as fp32 parameters. divide: called with
+    the model before it has weights, to divide it among ranks (distributed.shard); each rank then reads its
+    rows only. Weights are read a piece at a time, so memory stays near what the parameters need. ValueError
+    as stored_weights(), and for a tensor that holds NaN or Inf."""
     config = read_config(folder)
     stored = stored_weights(folder, config)
     with torch.device("meta"):

@@ -73,7 +73,7 @@ class Config:
     overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
     require_completion: bool = flag(True, "leave out examples without a completion to train, as where "
                                     "--max-length cuts it off, so that every --loss has the same examples")
-    cache_dir: str = flag(CACHE_DIR, "where tokenised data is kept between runs", metavar="DIR", free=True)
+    cache_dir: str = flag(CACHE_DIR, "where tokenized data is kept between runs", metavar="DIR", free=True)
     # loss
     loss: str = flag("im", "it: completions; im: instructions too; lm: every token", choices=tuple(PRESETS))
     template_weight: float | None = flag(None, "override the loss's weight of the template's own tokens",
@@ -87,7 +87,7 @@ class Config:
                                 least=0, below=1e6)
     kl_weight: float = flag(0.0, "adds this times KL(model || starting model) on the trained targets; 0: "
                             "none", least=0)
-    # optimisation; the paper's values
+    # optimization; the paper's values
     epochs: int = flag(2, "passes over the training data", least=1)
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
     batch_size: int = flag(128, "examples a step, over all ranks", least=1)

@@ -200,7 +200,8 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors   # once: with --recompute, asking for them a second time is an error
+        # Asked for once: with recomputation, asking computes them.
+        saved = ctx.saved_tensors
         inputs, weights = saved[:ctx.count], saved[ctx.count:]
         x = ctx.function(*inputs).to(weights[0].dtype)
         grad_x = grads[0] @ weights[0]
