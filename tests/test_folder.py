@@ -196,7 +196,7 @@ def test_what_fails_after_the_last_step_loses_no_training(folder, whole, failure
             patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
                 fail() if len(calls) == 2 else original(*a)))
         else:
-            patch.setattr(*{"export": (checkpoint, "export"), "notes": (train, "finish_run")}[failure], fail)
+            patch.setattr(train, {"export": "save_model", "notes": "finish_run"}[failure], fail)
         with pytest.raises(OSError):
             run_here(argv)
     assert [r["step"] for r in metrics(folder / f"end-{failure}")] == list(range(1, 9))
@@ -254,7 +254,7 @@ def test_a_folder_in_which_nothing_was_trained_belongs_to_nobody(folder, monkeyp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("example_sums", "Signals"):   # in the first evaluation, before the first step
+    for place in ("example_sums", "StopSignal"):   # in the first evaluation, before the first step
         with monkeypatch.context() as patch:
             patch.setattr(train, place, interrupted)
             left = []
@@ -383,7 +383,7 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
 # Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.
 MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume",
               "eval_every", "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device",
-              "shard", "recompute", "compile", "dry_run", "cache_dir"}
+              "shard", "recompute", "compile", "cache_dir"}
 # These may where the steps already trained stay as they were.
 MAY_IN_PART = {"epochs", "max_steps", "warmup_ratio"}
 

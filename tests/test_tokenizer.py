@@ -18,7 +18,8 @@ import train
 from chat import Piece, TEMPLATE, Tokenizer, check_vocabulary, load_template, tokenize
 from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
-from eval import common, generate, likelihood, spans
+from eval import generate, likelihood, spans
+from eval.engine import Engine
 from model import load_model
 from tiny import make_records, weights
 
@@ -620,7 +621,7 @@ def test_evaluation_names_a_token_beyond_the_embedding_too(tmp_path):
     model = load_model(tiny.make_model(tmp_path), "cpu")
     rows = model.config.vocab_size
     with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
-        generate.generate(common.make_engine(model), [[1, 2], [3, rows, 4]], {0}, 2)
+        generate.generate(Engine(model), [[1, 2], [3, rows, 4]], {0}, 2)
     for request in (([1, rows], [2]), ([1, 2], [rows])):
         with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
             list(likelihood.log_likelihoods(model, [([1], [2]), request]))
