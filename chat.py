@@ -209,10 +209,10 @@ def _message(message: dict, number: int) -> dict:
 
 # ---------------------------------------------------------------- messages -> pieces
 
-# The built-in templates by name. tulu is the paper's; like the paper's code it trims contents. plain joins
-# prompt and completion as that code does: with a space, unless either has whitespace there.
-TEMPLATES = {name: Path(__file__).parent / "templates" / f"{name}.jinja"
-             for name in ("tulu", "chatml", "llama2", "llama3", "alpaca", "plain")}
+# The built-in templates: every file in templates/, by name. tulu is the paper's; like the paper's code it
+# trims contents. plain joins prompt and completion as that code does: with a space, unless either has
+# whitespace there.
+TEMPLATES = {file.stem: file for file in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
 
 
 class Piece(NamedTuple):

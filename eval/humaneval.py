@@ -3,10 +3,10 @@
     python -m eval.humaneval --model RUN/final --data HumanEval.jsonl.gz --output samples.jsonl --execute
     python -m eval.humaneval --model RUN/final --data ... --samples 20 --temperature 0.8 --k 1 10 --execute
 
-Without --execute programs are written but not run. With it each runs in eval/sandbox.py, which must be able
-to isolate it. --format chat asks for the function in a code block of the answer; text lets the checkpoint go
-on from the problem's own text, and ends where the function does. --output keeps the samples as they come,
-then their outcomes, and the same command goes on from there. Under torchrun the ranks share the problems.
+Without --execute programs are written but not run. With it each runs isolated (eval/sandbox.py), which needs
+bwrap. --format chat asks for the function in a code block of the answer; with text the checkpoint continues
+the problem's own text until the function ends. --output gets the samples as they come, so that the same
+command resumes, and then their outcomes. Under torchrun the ranks share the problems.
 
 pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
 that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.
@@ -14,7 +14,6 @@ that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), an
 import math
 import os
 import re
-import secrets
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
@@ -29,20 +28,27 @@ from runtime.distributed import is_main
 FIELDS = ("task_id", "prompt", "test", "entry_point")
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
        "```python\n{}\n```")
-# At the start of a line these begin something else than the function that the text is in.
+# what ends a function at the start of a line
 AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
+# flag: the least and the greatest value
+LIMITS = {"seconds": (1, 86_400), "megabytes": (64, 2**20), "workers": (1, 1024)}
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """pass_at_k(4, 1, 2) -> 0.5. ValueError if there are fewer samples than k."""
-    if k > samples:
-        raise ValueError(f"--k {k}: there are only {samples} samples to a problem; raise --samples")
+    """pass_at_k(4, 1, 2) -> 0.5. ValueError if k is not from 1 to the number of samples."""
+    if not 1 <= k <= samples:
+        raise ValueError(f"--k {k}: must be from 1 to the samples of a problem, --samples {samples}")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
 def read_problems(file: str, limit: int | None) -> list[dict]:
-    """The problems' FIELDS alone; ValueError names file and line."""
+    """The problems' FIELDS alone. ValueError names the file, and the line or the problem."""
     problems = read_objects(file, FIELDS, "a problem", limit)
+    for problem in problems:
+        texts = all(isinstance(problem[name], str) for name in FIELDS)
+        if not texts or f"def {problem['entry_point']}" not in problem["prompt"]:
+            raise ValueError(f"{file}: problem {problem['task_id']}: {', '.join(FIELDS)} must be texts, and "
+                             "the prompt must define the entry_point")
     return [{name: problem[name] for name in FIELDS} for problem in problems]
 
 
@@ -59,14 +65,10 @@ def program_of(problem: dict, answer: str, chat: bool) -> str:
 
 
 def passes(problem: dict, program: str, seconds: float, megabytes: int) -> tuple[bool, str]:
-    """Whether it comes through the problem's tests to the program's last line, and if not, why."""
-    word = secrets.token_hex(8)     # printed last: leaving early is no success
-    outcome = run_python(f"{program}\n{problem['test']}\ncheck({problem['entry_point']})\nprint({word!r})",
-                         seconds, megabytes)
-    if outcome.status == 0 and outcome.output.rstrip().endswith(word):
-        return True, ""
-    last = outcome.output.strip().splitlines()[-1:]
-    return False, outcome.reason or (last[0][:200] if last else f"exit status {outcome.status}")
+    """Whether the program comes through the problem's tests, and if not, why."""
+    test = f"{problem['test']}\ncheck({problem['entry_point']})"
+    outcome = run_python([program, test], seconds, megabytes)
+    return outcome.finished, outcome.reason
 
 
 def name_of(line: dict) -> tuple[int, int]:
@@ -97,23 +99,20 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
     return answers
 
 
-def execute(answers: Answers, found: list[dict], problems: list[dict], args: Namespace) -> None:
-    """Adds {"passed", "why"} to the samples of `found` that have none, and writes them; on rank 0."""
-    todo = [line for line in found if "passed" not in line]
-
-    def attempt(line: dict) -> tuple[dict, tuple[bool, str]]:
+def execute(answers: Answers, lines: list[dict], problems: list[dict], args: Namespace) -> None:
+    """Runs the samples in `lines`, adds {"passed", "why"} to each and writes them; on rank 0."""
+    def attempt(line: dict) -> tuple[bool, str]:
         problem = problems[line["index"]]
         program = program_of(problem, line["output"], args.format == "chat")
-        return line, passes(problem, program, args.seconds, args.megabytes)
+        return passes(problem, program, args.seconds, args.megabytes)
 
+    pool = ThreadPoolExecutor(args.workers)
     try:
-        with ThreadPoolExecutor(args.workers) as pool:
-            for line, (passed, why) in progress(pool.map(attempt, todo), len(todo), "program"):
-                line.update(passed=passed, why=why)
-    except RuntimeError as error:
-        raise ValueError(f"--execute: programs cannot be isolated on this system, and none was run: {error}; "
-                         f"{args.output} has them all, to be run on another") from None
+        outcomes = progress(pool.map(attempt, lines), len(lines), "program")
+        for line, (passed, why) in zip(lines, outcomes, strict=True):
+            line.update(passed=passed, why=why)
     finally:
+        pool.shutdown(cancel_futures=True)
         answers.write()
 
 
@@ -136,8 +135,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
     args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), limit=1, samples=1, max_new_tokens=1, batch_size=1, seconds=1,
-                 megabytes=1, workers=1)
+    check_values(args, ("output", "json"), limit=1, samples=1, max_new_tokens=1, batch_size=1)
+    for flag, (least, greatest) in LIMITS.items():
+        if not least <= getattr(args, flag) <= greatest:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: must be from {least:,} to {greatest:,}")
     if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
         raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: must be 0 or more, and "
                          "above 0 and at most 1")
@@ -146,15 +147,20 @@ def main(argv: list[str]) -> None:
     for k in args.k:
         pass_at_k(args.samples, 0, k)
     problems = read_problems(args.data, args.limit)
+    if args.execute:
+        # before hours of sampling: can programs be isolated at all?
+        run_python([], args.seconds, args.megabytes)
     answers = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
-    found = {(i, s): answers.lines[i, s] for i in range(len(problems)) for s in range(args.samples)}
+    lines = [answers.lines[i, s] for i in range(len(problems)) for s in range(args.samples)]
     if not is_main():
         return
     if not args.execute:
-        print(f"{len(found):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
+        print(f"{len(lines):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
         return
-    execute(answers, list(found.values()), problems, args)
-    right = [sum(found[i, s]["passed"] for s in range(args.samples)) for i in range(len(problems))]
+    execute(answers, lines, problems, args)
+    right = [0] * len(problems)
+    for line in lines:
+        right[line["index"]] += line["passed"]
     result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
               "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for k in args.k:

@@ -1,77 +1,48 @@
-"""Verdicts of a model (chat_completions.py) on answers: grades, or which of two is better.
+"""A judge model's verdicts on answers: a grade for one answer, or which of two answers is better.
 
-Each is one prompt at temperature 0. The verdict stands in the last line of the reply, once, between double
-square brackets: [[A]], [[B]] or [[C]] (neither) for pairs, [[1]] to [[10]], decimals allowed, for grades. A
-reply without one is asked for once more, then kept with the verdict null: nothing is guessed. All replies
-are kept in a file (answers.py), by judge and prompt, so that none is paid for twice; what was refused the
-next run asks for.
+Each verdict takes one request at temperature 0. The last line of the reply must hold the verdict, once, in
+double square brackets: [[A]], [[B]] or [[C]] (neither) for a pair, [[1]] to [[10]] for a grade, decimals
+allowed. A reply without a verdict is requested a second time, then kept with the verdict null; nothing is
+guessed. Every reply is kept in a file (answers.py) by judge and prompt, so that none is paid for twice. The
+next run requests only what failed.
 """
+import asyncio
 import json
 import re
-import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import product
+from pathlib import Path
 
 from eval.answers import Answers
-from eval.chat_completions import ChatModel, ask_all
 from eval.common import gather, mean_and_error, read_objects
 
-VERDICT = re.compile(r"\[\[([^\[\]]*)\]\]")
+# ---------------------------------------------------------------- prompts
 
-# ---------------------------------------------------------------- what is asked
-
-WHAT = ("What counts is that it does what was asked for, that what it says is right, that nothing needed is "
-        "missing, and that it can be followed; ")
-HOW = {     # by whether two answers are compared
-    False: "An assistant answered a request. Grade the answer with a number from 1, of no use to the one who "
-           f"asked, to 10, hardly to be improved. {WHAT}length counts for nothing. First name its strengths "
-           "and faults in a few sentences. Then write a last line that holds only the grade in double square "
-           "brackets, such as [[4]].",
-    True: "Two assistants, A and B, answered the same request. Find out which answer serves the one who "
-          f"asked better. {WHAT}neither length nor which one stands first counts. First say in a few "
-          "sentences what sets the two apart. Then write a last line that holds only the verdict: [[A]] if "
-          "A's is better, [[B]] if B's is better, [[C]] if neither is."}
-CHECKED = " A correct answer is shown too: say where an answer departs from it, and weigh that most."
-SECOND = " There are two requests, one after the other: judge what was answered to the second."
+PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")      # our own, in FastChat's format
+NOT_REQUESTED = "not requested"       # the reason of jobs that were left when requests kept failing
 
 
 def prompt_name(pair: bool, checked: bool, second: bool) -> str:
-    """FastChat's name of the prompt for two answers, with a correct one, for the second turn."""
-    name = "pair-math-v1" if checked else "pair-v2"
-    if not pair:
-        name = "single-math-v1" if checked else "single-v1"
+    """FastChat's name of the prompt: for two answers, with a correct answer, for the second turn."""
+    name = ("single-v1", "single-math-v1", "pair-v2", "pair-math-v1")[2 * pair + checked]
     return name + "-multi-turn" * second
 
 
-def own_prompt(pair: bool, checked: bool, second: bool) -> dict[str, str]:
-    """{"system_prompt", "prompt_template"} with FastChat's placeholders."""
-    parts = []
-    for turn, n in (("_1", " 1"), ("_2", " 2")) if second else (("", ""),):
-        parts.append((f"request{n}", f"question{turn}"))
-        parts += [(f"correct answer{n}", f"ref_answer{turn or '_1'}")] * checked
-        parts += ([(f"answer{n} of {x}", f"answer_{x.lower()}{turn}") for x in "AB"] if pair
-                  else [(f"answer{n}", f"answer{turn}")])
-    return {"system_prompt": HOW[pair] + CHECKED * checked + SECOND * second,
-            "prompt_template": "\n\n".join(f"<<< {title} >>>\n{{{field}}}" for title, field in parts)}
-
-
 def read_prompts(file: str | None) -> dict[str, dict]:
-    """{name: prompt}: our own, or those of a file in the format of FastChat's judge_prompts.jsonl."""
-    kinds = list(product((False, True), repeat=3))
-    if not file:
-        return {prompt_name(*kind): own_prompt(*kind) for kind in kinds}
-    lines = read_objects(file, ("name", "system_prompt", "prompt_template"), "a prompt")
-    prompts = {line["name"]: line for line in lines}
-    if missing := [name for kind in kinds if (name := prompt_name(*kind)) not in prompts]:
+    """{name: {"system_prompt", "prompt_template"}}, from a file like FastChat's judge_prompts.jsonl."""
+    lines = read_objects(str(file or PROMPTS), ("name", "system_prompt", "prompt_template"), "a prompt")
+    prompts = {str(line["name"]): line for line in lines}
+    names = [prompt_name(*kind) for kind in product((False, True), repeat=3)]
+    if missing := [name for name in names if name not in prompts]:
         raise ValueError(f"--judge-prompts {file}: has no prompt called {', '.join(missing)}")
     return prompts
 
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to the judge. order: who stands first of a pair, "model" or "reference"; "": a grade."""
+    """One prompt to the judge. order: whose answer is A, "model" or "reference"; "" for a grade."""
     question: int
     turn: int
     order: str
@@ -93,70 +64,84 @@ class Job:
 
 def make_jobs(question: dict, turns: list[str], against: list[str] | None, prompts: dict[str, dict]
               ) -> list[Job]:
-    """Of the answers `turns` to a question: a grade a turn, or, against other answers, both orders a turn.
-    question: {"id", "turns", "reference": correct answers or None}."""
-    jobs, given = [], question["reference"]
+    """The prompts that judge `turns`, the answers to a question: one grade per turn or, against other
+    answers, both orders per turn. question: {"id", "turns", "reference": correct answers or None}."""
+    jobs = []
     for turn in range(len(question["turns"])):
-        name = prompt_name(against is not None, given is not None, turn > 0)
+        name = prompt_name(against is not None, question["reference"] is not None, turn > 0)
         for order in ("model", "reference") if against else ("",):
-            a, b = (against, turns) if order == "reference" else (turns, against)
-            values = {"question": question["turns"][0], "answer": a[0], "answer_a": a[0],
-                      "answer_b": b[0] if b else ""}
+            a, b = (against, turns) if order == "reference" else (turns, against or ["", ""])
+            texts = {"question": question["turns"], "answer": a, "answer_a": a, "answer_b": b,
+                     "ref_answer": question["reference"] or ["", ""]}
+            fields = {field: by_turn[0] for field, by_turn in texts.items()}
             for n in range(turn + 1):
-                values |= {f"question_{n + 1}": question["turns"][n], f"answer_{n + 1}": a[n],
-                           f"answer_a_{n + 1}": a[n], f"answer_b_{n + 1}": b[n] if b else "",
-                           f"ref_answer_{n + 1}": given[n] if given else ""}
+                fields |= {f"{field}_{n + 1}": by_turn[n] for field, by_turn in texts.items()}
             try:
-                user = prompts[name]["prompt_template"].format(**values)
+                user = prompts[name]["prompt_template"].format(**fields)
             except (LookupError, ValueError, AttributeError) as error:
-                raise ValueError(f"--judge-prompts: {name} asks for what is not there: {error!r}") from None
+                raise ValueError(f"--judge-prompts: {name} has a placeholder that cannot be filled: "
+                                 f"{error!r}") from None
             jobs.append(Job(question["id"], turn + 1, order, name, prompts[name]["system_prompt"], user))
     return jobs
 
 
 def verdict_of(reply: str, pair: bool) -> str | float | None:
-    """The verdict in the last line that is not empty, None if there is not exactly one.
+    """The verdict in the last line that is not empty; None unless there is exactly one.
 
         verdict_of("B is wrong.\\n[[A]]", True) -> "A"      verdict_of("Rating: [[7]]", False) -> 7.0
     """
-    found = VERDICT.findall(reply.strip().rpartition("\n")[2])
+    found = re.findall(r"\[\[([^\[\]]*)\]\]", reply.strip().rpartition("\n")[2])
     if len(found) != 1:
         return None
     if pair:
         return found[0] if found[0] in ("A", "B", "C") else None
-    grade = float(found[0]) if re.fullmatch(r"\d{1,2}(\.\d+)?", found[0]) else 0
+    grade = float(found[0]) if re.fullmatch(r"[0-9]{1,2}(\.[0-9]+)?", found[0]) else 0
     return grade if 1 <= grade <= 10 else None
 
 
-# ---------------------------------------------------------------- asking
+# ---------------------------------------------------------------- requests
 
 
-def judge_all(name: str, jobs: list[Job], file: str, workers: int
+def connect(judge: str) -> "ChatModel":  # noqa: F821
+    """The judge, not contacted yet. ValueError if the openai package is missing or the environment wrong."""
+    try:
+        from eval.chat_model import ChatModel
+    except ModuleNotFoundError:
+        raise ValueError("openai is not installed, and --judge needs it: "
+                         "pip install -r requirements-eval.txt") from None
+    return ChatModel(judge)
+
+
+def judge_all(judge: str, jobs: list[Job], file: str, workers: int
               ) -> tuple[dict[Job, str | float | None], dict[Job, str]]:
-    """The jobs' verdicts, and why others have none. Asked for, by all ranks, are those that `file` has not;
-    an interruption loses none that was given."""
-    model, lock = ChatModel(name), threading.Lock()
+    """The verdicts on the jobs, and for jobs without a reply the reason. Only what `file` does not hold yet
+    is requested; under torchrun the ranks share the requests. Every reply is written when it arrives."""
+    model = connect(judge)
+    from eval.chat_model import Failed, ask_all
     answers = Answers(file, lambda line: (line["judge"], line["prompt_hash"]), {"temperature": 0})
-    by_key = {(name, job.hash): job for job in jobs}
+    by_key = {(judge, job.hash): job for job in jobs}
 
-    def ask(key: tuple[str, str]) -> None:
+    async def ask(key: tuple[str, str]) -> None:
         job = by_key[key]
-        reply = model.ask(job.messages)
-        if verdict_of(reply, bool(job.order)) is None:
-            reply = model.ask(job.messages)
-        with lock:
-            answers.add({"judge": name, "question": job.question, "turn": job.turn, "order": job.order,
-                         "prompt": job.prompt, "prompt_hash": job.hash,
-                         "verdict": verdict_of(reply, bool(job.order)), "reply": reply})
+        for _ in range(2):
+            reply = await model.reply(job.messages)
+            verdict = verdict_of(reply or "", bool(job.order))
+            if verdict is not None:
+                break
+        if reply is None:
+            raise Failed("the server does not answer with a chat completion; check OPENAI_BASE_URL", False)
+        answers.add({"judge": judge, "question": job.question, "turn": job.turn, "order": job.order,
+                     "prompt": job.prompt, "prompt_hash": job.hash, "verdict": verdict, "reply": reply})
 
-    refused = dict(gather(list(ask_all(model, answers.missing(by_key), ask, workers).items())))
+    failed = asyncio.run(ask_all(model, answers.missing(by_key), ask, workers))
+    reasons = dict(gather(list(failed.items())))
     answers.merge()
-    lines = {job: answers.lines.get((name, job.hash)) for job in jobs}
+    lines = {job: answers.lines.get((judge, job.hash)) for job in jobs}
     return ({job: line["verdict"] for job, line in lines.items() if line},
-            {job: refused.get((name, job.hash), "not asked") for job, line in lines.items() if not line})
+            {job: reasons.get((judge, job.hash), NOT_REQUESTED) for job, line in lines.items() if not line})
 
 
-# ---------------------------------------------------------------- what comes out
+# ---------------------------------------------------------------- results
 
 
 def outcome(model_first: str, reference_first: str) -> float:
@@ -168,36 +153,38 @@ def outcome(model_first: str, reference_first: str) -> float:
 def values_of(verdicts: dict[Job, str | float | None], categories: dict[int, str], pairs: bool
               ) -> dict[tuple[str, int, int], float]:
     """{(category, question, turn): grade, or outcome of the pairs that were judged in both orders}."""
-    values, orders = {}, defaultdict(dict)
+    by_turn = defaultdict(dict)
     for job, verdict in verdicts.items():
-        if verdict is not None and job.order:
-            orders[job.question, job.turn][job.order] = verdict
-        elif verdict is not None and not pairs:
-            values[categories[job.question], job.question, job.turn] = verdict
-    for (question, turn), both in orders.items() if pairs else ():
-        if len(both) == 2:
-            values[categories[question], question, turn] = outcome(both["model"], both["reference"])
-    return values
+        if verdict is not None and bool(job.order) == pairs:
+            by_turn[categories[job.question], job.question, job.turn][job.order] = verdict
+    if not pairs:
+        return {key: grades[""] for key, grades in by_turn.items()}
+    return {key: outcome(orders["model"], orders["reference"])
+            for key, orders in by_turn.items() if len(orders) == 2}
 
 
 def summary(values: dict[tuple[str, int, int], float], name: str) -> dict:
-    """The mean as NAME, its standard error, to which a question's turns are one draw, the count; means by
-    turn where there are two, and by category."""
-    def mean(category: str | None = None, turn: int | None = None) -> float | None:
-        some = [value for (its_category, _, its_turn), value in values.items()
-                if category in (None, its_category) and turn in (None, its_turn)]
-        return sum(some) / len(some) if some else None
-
+    """The mean as `name`, its standard error and the count; means by category, and by turn if there are two.
+    For the standard error, the turns of a question are one draw."""
+    turns = sorted({turn for *_, turn in values})
     by_question = defaultdict(list)
     for (_, question, _), value in values.items():
         by_question[question].append(value)
-    total, error = mean_and_error(list(by_question.values())) if values else (None, None)
-    turns = sorted({turn for *_, turn in values})
-    turns = turns if len(turns) > 1 else []
-    categories = {category: {**{f"turn_{turn}": mean(category, turn) for turn in turns},
-                             "mean": mean(category)} for category, *_ in values}
-    return {name: total, f"{name}_standard_error": error, f"{name}_count": len(values),
-            **{f"{name}_turn_{turn}": mean(turn=turn) for turn in turns}, f"{name}_by_category": categories}
+
+    def mean(category: str | None, wanted_turns: list[int]) -> float | None:
+        chosen = [value for (its_category, _, turn), value in values.items()
+                  if category in (None, its_category) and turn in wanted_turns]
+        return sum(chosen) / len(chosen) if chosen else None
+
+    def means(category: str | None = None) -> dict[str, float | None]:
+        """{"turn_1", "turn_2", "mean"} of one category or all; only "mean" if there is one turn."""
+        by_turn = {f"turn_{turn}": mean(category, [turn]) for turn in turns if len(turns) > 1}
+        return {**by_turn, "mean": mean(category, turns)}
+
+    overall, error = means(), mean_and_error(list(by_question.values()))[1] if values else None
+    return {name: overall.pop("mean"), f"{name}_standard_error": error, f"{name}_count": len(values),
+            **{f"{name}_{column}": value for column, value in overall.items()},
+            f"{name}_by_category": {category: means(category) for category, *_ in values}}
 
 
 def print_summary(result: dict, name: str, title: str) -> None:
@@ -208,8 +195,8 @@ def print_summary(result: dict, name: str, title: str) -> None:
     columns = list(next(iter(rows.values())))
     rows["all"] = {**{column: result.get(f"{name}_{column}") for column in columns}, "mean": result[name]}
     print(f"\n{title:<24}" + "".join(f"{column.replace('_', ' '):>10}" for column in columns))
-    for row, values in rows.items():
-        cells = ("-" if value is None else f"{value:.2f}" for value in values.values())
+    for row, means in rows.items():
+        cells = ("-" if mean is None else f"{mean:.2f}" for mean in means.values())
         print(f"  {row:<22}" + "".join(f"{cell:>10}" for cell in cells))
     print(f"standard error of the mean {result[f'{name}_standard_error']:.2f}, "
           f"{result[f'{name}_count']:,} judged")

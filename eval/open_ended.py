@@ -1,22 +1,16 @@
-"""Answers to AlpacaEval's and MT-Bench's questions, as their own tools read them, and a judge's verdicts.
+"""Answers to AlpacaEval's and MT-Bench's questions, for their own tools, and a judge's verdicts on them.
 
     python -m eval.open_ended alpaca --model RUN/final --questions alpaca_eval.json --output outputs.json
     python -m eval.open_ended mt-bench --model RUN/final --questions question.jsonl --output NAME.jsonl
     python -m eval.open_ended ... --judge MODEL [--reference OTHER]
 
-alpaca: greedy answers in a file for `alpaca_eval --model_outputs`, version 1 or 2. mt-bench: two turns, the
-second in a conversation that holds the first answer, at FastChat's temperature for the question's category,
-in a file for FastChat's data/mt_bench/model_answer. A sample depends on --seed, question and turn, not on
-what runs beside it. Answers are kept in OUTPUT.answers as they come, and the same command goes on from
-there; under torchrun the ranks share the work.
+alpaca: greedy answers, for `alpaca_eval --model_outputs`. mt-bench: two turns at FastChat's temperatures, for
+its data/mt_bench/model_answer. Answers are written to OUTPUT.answers as they come, verdicts (judge.py) to
+OUTPUT.judgments; the same command resumes from there. Under torchrun the ranks share the work.
 
---judge has a model of $OPENAI_BASE_URL's judge them (judge.py). Pairs are judged in both orders; verdicts
-that are not for the same side make a tie. The win rate is wins and half the ties, in percent of the pairs
-with both verdicts. alpaca: against the outputs in the question file, or in --reference FILE;
-length-controlled win rates are left to alpaca_eval. mt-bench: a grade from 1 to 10 a turn, and pairs against
-the answers in --reference FILE if it is given; mathematics, coding and reasoning with the question's
-reference answers at hand where it has some. Our prompts are not the benchmarks', nor then are the figures:
---judge-prompts takes FastChat's own. Verdicts are kept in OUTPUT.judgments.
+Pairs are judged in both orders, and verdicts that disagree make a tie. The win rate is wins plus half the
+ties, in percent of the pairs with both verdicts. alpaca: against the outputs in the question file or in
+--reference. mt-bench: a grade from 1 to 10 per turn, and pairs against the answers in --reference.
 """
 import json
 import time
@@ -29,42 +23,49 @@ import torch
 
 from chat import Tokenizer, load_template, render, tokenize
 from eval.answers import Answers, as_line, made_with
-from eval.chat_completions import ChatModel
-from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run,
-                         start_ranks, write_json)
+from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run, start_ranks,
+                         write_json)
 from eval.engine import Sampling
-from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
+from eval.judge import (NOT_REQUESTED, Job, connect, judge_all, make_jobs, print_summary, read_prompts,
+                        summary, values_of)
+from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.weights import resolve_model
-from runtime.distributed import is_main
 
-# FastChat's, by category (its fastchat/llm_judge/common.py); 0.7 for any other
+# FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
                 "humanities": 0.1}
-CHECKED = ("math", "coding", "reasoning")   # categories that FastChat judges with a correct answer at hand
+# categories that FastChat judges with a correct answer at hand
+CHECKED = ("math", "coding", "reasoning")
+
+
+def are_texts(values: object, least: int, most: int) -> bool:
+    return (isinstance(values, list) and least <= len(values) <= most
+            and all(isinstance(value, str) for value in values))
 
 
 def read_questions(args: Namespace) -> list[dict]:
     """[{"id", "turns": [text], "category", "temperature", "reference": correct answers or None}]."""
-    if args.benchmark == "alpaca":
-        lines = read_objects(args.questions, ("instruction",), "a question", args.limit)
-        if wrong := [i for i, line in enumerate(lines) if not isinstance(line["instruction"], str)]:
-            raise ValueError(f"{args.questions}: the instruction of question {wrong[0]} is no text")
-        return [{"id": i, "turns": [line["instruction"]], "category": line.get("dataset", ""),
-                 "temperature": 0.0, "reference": None} for i, line in enumerate(lines)]
     questions = []
+    if args.benchmark == "alpaca":
+        for i, line in enumerate(read_objects(args.questions, ("instruction",), "a question", args.limit)):
+            if not are_texts([line["instruction"], line.get("dataset", "")], 2, 2):
+                raise ValueError(f"{args.questions}: instruction and dataset of question {i} must be text")
+            questions.append({"id": i, "turns": [line["instruction"]], "category": line.get("dataset", ""),
+                              "temperature": 0.0, "reference": None})
+        return questions
     for line in read_objects(args.questions, ("question_id", "category", "turns"), "a question", args.limit):
-        name, turns, given = line["question_id"], line["turns"], line.get("reference") or []
-        if not (isinstance(name, int) and name >= 0 and isinstance(turns, list) and len(turns) in (1, 2)
-                and all(isinstance(text, str) for text in turns)):
-            raise ValueError(f"{args.questions}: question {name!r} must have a whole number as its "
-                             "question_id, and one or two turns of text")
-        checked = line["category"] in CHECKED and len(given) >= len(turns)
-        questions.append({"id": name, "turns": turns, "category": line["category"],
-                          "temperature": TEMPERATURES.get(line["category"], 0.7),
-                          "reference": given if checked else None})
+        number, category, turns = line["question_id"], line["category"], line["turns"]
+        if not (isinstance(number, int) and number >= 0 and are_texts([category], 1, 1)
+                and are_texts(turns, 1, 2)):
+            raise ValueError(f"{args.questions}: question {number!r} must have a whole number as its "
+                             "question_id, one or two turns of text, and text as its category")
+        checked = category in CHECKED and are_texts(line.get("reference"), len(turns), 2)
+        questions.append({"id": number, "turns": turns, "category": category,
+                          "temperature": TEMPERATURES.get(category, 0.7),
+                          "reference": line["reference"] if checked else None})
     if len({question["id"] for question in questions}) < len(questions):
-        raise ValueError(f"{args.questions}: has several questions of one question_id")
+        raise ValueError(f"{args.questions}: several questions have the same question_id")
     return questions
 
 
@@ -72,43 +73,44 @@ def read_questions(args: Namespace) -> list[dict]:
 
 
 def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict[int, list[dict]]:
-    """{question: [{"question", "turn", "output", "tokens", "finished", "time"}, one a turn]}, made now or
-    found beside --output."""
+    """{question: [{"question", "turn", "output", "tokens", "finished", "time"}, one per turn]}; read from
+    OUTPUT.answers or generated."""
     tokenizer = Tokenizer(resolve_model(args.model))
     template = load_template(args.template, tokenizer, args.date)
-    names = ["benchmark", "model", "dtype", "max_new_tokens"] + ["seed"] * (args.benchmark == "mt-bench")
+    flags = ["benchmark", "model", "dtype", "max_new_tokens"] + ["seed"] * (args.benchmark == "mt-bench")
     answers = Answers(f"{args.output}.answers", lambda line: (line["question"], line["turn"]),
-                      made_with(args, names, template, args.questions))
-    asked = {(question["id"], turn): question
-             for question in questions for turn in range(len(question["turns"]))}
+                      made_with(args, flags, template, args.questions))
+    by_key = {(question["id"], turn): question
+              for question in questions for turn in range(len(question["turns"]))}
     loaded = None
-    for turn in (0, 1):     # the second ones need the first
-        mine = answers.missing(key for key in asked if key[1] == turn)
-        if mine:
+    # All first turns before any second one, which continues the first.
+    for turn in (0, 1):
+        missing = answers.missing(key for key in by_key if key[1] == turn)
+        if missing:
             loaded = loaded or load(args.model, args, device, cast=True)
-            for line in progress(answer_turn(loaded, mine, asked, answers, args), len(mine), "answer"):
+            for line in progress(answer_turn(loaded, missing, by_key, answers, args), len(missing), "answer"):
                 answers.add(line)
         answers.merge()
     return {question["id"]: [answers.lines[question["id"], turn] for turn in range(len(question["turns"]))]
             for question in questions}
 
 
-def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], asked: dict[tuple[int, int], dict],
+def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], by_key: dict[tuple[int, int], dict],
                 answers: Answers, args: Namespace) -> Iterator[dict]:
-    """The lines of keys, (question, turn), as they are done, those of one temperature after the other."""
-    for temperature in sorted({asked[key]["temperature"] for key in keys}):
-        some = [key for key in keys if asked[key]["temperature"] == temperature]
-        prompts = [prompt_of(loaded, asked[key], key[1], answers, args) for key in some]
-        made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
-                                     Sampling(temperature, seed=args.seed), some)
-        for i, ids, finished in made:
-            yield {"question": some[i][0], "turn": some[i][1],
-                   "output": loaded.answer(ids).strip(),
+    """The lines for keys, (question, turn), as they are generated, one temperature after the other."""
+    for temperature in sorted({by_key[key]["temperature"] for key in keys}):
+        batch = [key for key in keys if by_key[key]["temperature"] == temperature]
+        prompts = [prompt_of(loaded, by_key[key], key[1], answers, args) for key in batch]
+        generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                          Sampling(temperature, seed=args.seed), batch)
+        for i, ids, finished in generated:
+            question, turn = batch[i]
+            yield {"question": question, "turn": turn, "output": loaded.answer(ids).strip(),
                    "tokens": len(ids), "finished": finished, "time": time.time()}
 
 
 def prompt_of(loaded: Loaded, question: dict, turn: int, answers: Answers, args: Namespace) -> list[int]:
-    """The conversation up to this turn, with the answers that came before it, as ids."""
+    """The token ids of the conversation up to this turn, earlier answers included."""
     messages = []
     for n, text in enumerate(question["turns"][:turn + 1]):
         messages.append({"role": "user", "content": text})
@@ -120,71 +122,69 @@ def prompt_of(loaded: Loaded, question: dict, turn: int, answers: Answers, args:
         raise ValueError(f"{args.questions}: question {question['id']}, turn {turn + 1}: {error}") from None
 
 
-def alpaca_outputs(questions: list[dict], answers: dict[int, list[dict]], name: str) -> str:
-    """The text of AlpacaEval's model_outputs.json."""
-    outputs = [{"dataset": question["category"], "instruction": question["turns"][0],
-                "output": answers[question["id"]][0]["output"], "generator": name} for question in questions]
-    return json.dumps(outputs, indent=2, ensure_ascii=False) + "\n"
+def output_text(questions: list[dict], answers: dict[int, list[dict]], args: Namespace) -> str:
+    """AlpacaEval's model_outputs.json, or a file for FastChat's model_answer, as text."""
+    outputs, lines = [], []
+    for question in questions:
+        turns = [line["output"] for line in answers[question["id"]]]
+        outputs.append({"dataset": question["category"], "instruction": question["turns"][0],
+                        "output": turns[0], "generator": args.name})
+        # random in FastChat, but a rerun should write the same file
+        answer_id = sha256(json.dumps([args.name, question["id"], turns]).encode()).hexdigest()[:22]
+        lines.append(as_line({"question_id": question["id"], "answer_id": answer_id, "model_id": args.name,
+                              "choices": [{"index": 0, "turns": turns}],
+                              "tstamp": answers[question["id"]][-1]["time"]}))
+    if args.benchmark == "alpaca":
+        return json.dumps(outputs, indent=2, ensure_ascii=False) + "\n"
+    return "".join(lines)
 
 
-def fastchat_answers(questions: list[dict], answers: dict[int, list[dict]], name: str) -> str:
-    """The text of a file of FastChat's model_answer. answer_id, random there, is a hash here."""
-    text = ""
-    for lines in (answers[question["id"]] for question in questions):
-        number, turns = lines[0]["question"], [line["output"] for line in lines]
-        identity = sha256(json.dumps([name, number, turns]).encode()).hexdigest()[:22]
-        text += as_line({"question_id": number, "answer_id": identity, "model_id": name,
-                         "choices": [{"index": 0, "turns": turns}], "tstamp": lines[-1]["time"]})
-    return text
-
-
-# ---------------------------------------------------------------- judgement
+# ---------------------------------------------------------------- verdicts
 
 
 def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str]] | None:
-    """{question: the turns of the answers to compare with}, or None if there is nothing to compare with."""
-    if args.benchmark == "mt-bench":
-        if not args.reference:
-            return None
-        lines = read_objects(args.reference, ("question_id", "choices"), "an answer")
-        try:
-            found = {line["question_id"]: line["choices"][0]["turns"] for line in lines}
-        except (LookupError, TypeError):
-            raise ValueError(f"--reference {args.reference}: an answer must have choices, the first of which "
-                             "has turns") from None
-        wanted = {question["id"]: question["id"] for question in questions}
-    else:
-        file = args.reference or args.questions
-        found = {line["instruction"]: [line["output"]]
-                 for line in read_objects(file, ("instruction", "output"), "a model output")}
-        wanted = {question["id"]: question["turns"][0] for question in questions}
+    """{question: the turns of the answer to compare with}; None for mt-bench without --reference."""
+    file = args.reference or (args.questions if args.benchmark == "alpaca" else None)
+    if not file:
+        return None
+    try:
+        if args.benchmark == "alpaca":
+            outputs = {line["instruction"]: [line["output"]]
+                       for line in read_objects(file, ("instruction", "output"), "a model output")}
+            reference = {question["id"]: outputs.get(question["turns"][0]) for question in questions}
+        else:
+            reference = {line["question_id"]: line["choices"][0]["turns"]
+                         for line in read_objects(file, ("question_id", "choices"), "an answer")}
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"--reference {file}: is not in the format of {args.benchmark}'s answers ({error!r})"
+                         ) from None
     for question in questions:
-        if len(found.get(wanted[question["id"]], [])) < len(question["turns"]):
-            raise ValueError(f"--reference {args.reference or args.questions}: has no answer to question "
-                             f"{question['id']}: {question['turns'][0][:60]!r}")
-    return {number: found[key] for number, key in wanted.items()}
+        if not are_texts(reference.get(question["id"]), len(question["turns"]), 2):
+            raise ValueError(f"--reference {file}: has no answer to question {question['id']}: "
+                             f"{question['turns'][0][:60]!r}")
+    return reference
 
 
 def judge(questions: list[dict], answers: dict[int, list[dict]], args: Namespace
           ) -> tuple[dict, dict[Job, str]]:
-    """What to report of the verdicts, and the jobs that have none, with the reasons."""
-    prompts, against = read_prompts(args.judge_prompts), read_reference(args, questions)
+    """What to report of the verdicts, and the jobs without one, with the reasons."""
+    prompts, reference = read_prompts(args.judge_prompts), read_reference(args, questions)
     jobs: list[Job] = []
     for question in questions:
         turns = [line["output"] for line in answers[question["id"]]]
         if args.benchmark == "mt-bench":
             jobs += make_jobs(question, turns, None, prompts)
-        if against:
-            jobs += make_jobs(question, turns, against[question["id"]], prompts)
-    verdicts, refused = judge_all(args.judge, jobs, f"{args.output}.judgments", args.judge_workers)
+        if reference:
+            jobs += make_jobs(question, turns, reference[question["id"]], prompts)
+    verdicts, failed = judge_all(args.judge, jobs, f"{args.output}.judgments", args.judge_workers)
     categories = {question["id"]: question["category"] for question in questions}
     result = {"judge": args.judge, "judge_prompts": args.judge_prompts, "verdicts": len(verdicts),
-              "unparsable": list(verdicts.values()).count(None), "missing": len(refused)}
+              "unparsable": list(verdicts.values()).count(None), "missing": len(failed)}
     if args.benchmark == "mt-bench":
         result |= summary(values_of(verdicts, categories, pairs=False), "score")
-    if against:
+    if reference:
         result |= summary(values_of(verdicts, categories, pairs=True), "win_rate")
-    return result, refused
+    return result, failed
 
 
 # ---------------------------------------------------------------- the program
@@ -197,26 +197,25 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--questions", required=True, metavar="FILE",
                         help="AlpacaEval's (instruction, dataset, output), or FastChat's question.jsonl")
     parser.add_argument("--output", required=True, metavar="FILE",
-                        help=".json for alpaca, .jsonl for mt-bench; what is beside it is gone on from")
-    parser.add_argument("--name", help="of the model in the output; default: its folder's, RUN for RUN/final")
-    parser.add_argument("--limit", type=int, help="only so many questions")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at once")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer; default: 2048 and 1024, as theirs")
-    parser.add_argument("--seed", type=int, default=0, help="of sampled answers (mt-bench)")
-    parser.add_argument("--judge", metavar="MODEL", help="let it judge: a model of $OPENAI_BASE_URL's")
-    parser.add_argument("--judge-workers", type=int, default=8, help="requests at once, of each rank")
-    parser.add_argument("--judge-prompts", metavar="FILE", help="like FastChat's judge_prompts.jsonl")
-    parser.add_argument("--reference", metavar="FILE", help="answers to compare with, of --output's format")
+                        help=".json for alpaca, .jsonl for mt-bench; resumed if OUTPUT.answers exists")
+    parser.add_argument("--name", help="of the model in the output; default: its folder, RUN for RUN/final")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers generated at once")
+    parser.add_argument("--max-new-tokens", type=int, help="default: 2048 for alpaca, 1024 for mt-bench")
+    parser.add_argument("--seed", type=int, default=0, help="for sampled answers (mt-bench)")
+    parser.add_argument("--judge", metavar="MODEL", help="judge the answers with this model")
+    parser.add_argument("--judge-workers", type=int, default=8, help="requests at once, per rank")
+    parser.add_argument("--judge-prompts", metavar="FILE", help="a file like FastChat's judge_prompts.jsonl")
+    parser.add_argument("--reference", metavar="FILE", help="answers to compare with, in --output's format")
     args = parser.parse_args(argv)
     if args.max_new_tokens is None:
         args.max_new_tokens = 2048 if args.benchmark == "alpaca" else 1024
     check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, seed=0, judge_workers=1)
     ending = ".json" if args.benchmark == "alpaca" else ".jsonl"
     if not args.output.endswith(ending):
-        raise ValueError(f"--output {args.output}: must end in {ending}, by which {args.benchmark}'s own "
-                         "tool knows it")
+        raise ValueError(f"--output {args.output}: must end in {ending}, as {args.benchmark}'s tool expects")
     if Path(args.output).exists() and not Path(f"{args.output}.answers").exists():
-        raise ValueError(f"--output {args.output}: is there, but no {args.output}.answers to go on from; "
+        raise ValueError(f"--output {args.output}: exists, but without {args.output}.answers to resume from; "
                          "name another file")
     if not args.judge and (args.reference or args.judge_prompts):
         raise ValueError("--reference and --judge-prompts need --judge; give it or leave them out")
@@ -228,8 +227,9 @@ def parse_args(argv: list[str]) -> Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     device, questions = start_ranks(args), read_questions(args)
-    if args.judge:      # what can be wrong with it, before anything is answered
-        ChatModel(args.judge), read_prompts(args.judge_prompts), read_reference(args, questions)
+    if args.judge:
+        # Wrong settings and files are reported before anything is generated.
+        connect(args.judge), read_prompts(args.judge_prompts), read_reference(args, questions)
     answers = answer(questions, args, device)
     lines = [line for turns in answers.values() for line in turns]
     result = {"model": args.model, "name": args.name, "benchmark": args.benchmark, "output": args.output,
@@ -238,14 +238,13 @@ def main(argv: list[str]) -> None:
               "mean_characters": sum(len(line["output"]) for line in lines) / len(lines),
               "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if is_main():
-        as_text = alpaca_outputs if args.benchmark == "alpaca" else fastchat_answers
-        write_text(args.output, as_text(questions, answers, args.name))
+        write_text(args.output, output_text(questions, answers, args))
         print(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
               f"{result['mean_tokens']:.0f} tokens\non average; {result['finished']:,} ended within "
               f"--max-new-tokens {args.max_new_tokens}", flush=True)
-    refused: dict[Job, str] = {}
+    failed: dict[Job, str] = {}
     if args.judge:
-        verdicts, refused = judge(questions, answers, args)
+        verdicts, failed = judge(questions, answers, args)
         result |= verdicts
     if is_main():
         print_summary(result, "score", "grade, 1 to 10")
@@ -254,11 +253,11 @@ def main(argv: list[str]) -> None:
             print(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
                   f"{args.output}.judgments")
     write_json(args.json, result)
-    if refused:
-        some = "; ".join(f"{job}: {why}" for job, why in list(refused.items())[:3])
-        some += "; ..." * (len(refused) > 3)
-        raise ValueError(f"--judge {args.judge}: {len(refused):,} of {len(refused) + result['verdicts']:,} "
-                         f"verdicts are missing ({some}); the same command asks for them alone")
+    if failed:
+        reasons = [f"{job}: {reason}" for job, reason in failed.items() if reason != NOT_REQUESTED]
+        reasons = reasons[:3] + ["..."] * (len(failed) > 3)
+        raise ValueError(f"--judge {args.judge}: {len(failed):,} of {len(failed) + result['verdicts']:,} "
+                         f"verdicts are missing ({'; '.join(reasons)}); the same command requests only those")
 
 
 if __name__ == "__main__":

@@ -1,129 +1,138 @@
 """Run a Python program that nobody has read, so that the worst it can do is fail.
 
-    run_python("print('hi')", seconds=5, megabytes=512)  ->  Outcome(status=0, output="hi\\n", reason="")
+    run_python(["print('hi')"], seconds=5, megabytes=512)
+    -> Outcome(finished=True, reason="", output="hi\\n")
 
-Linux only. The program gets namespaces of its own (user, processes, mounts, network, IPC; made by util-
-linux's `unshare`), so it sees no process but itself and no network; every file system is read-only but for an
-empty temporary one, where it starts; it cannot make processes or threads (seccomp), and has limits on memory,
-CPU time, files and output. When time is up or it ends, whatever is left of it is killed with its namespace.
+bwrap (package bubblewrap) isolates it, without root. The program finds Python's standard library and /usr,
+both read-only, and otherwise empty folders: no file, socket, pipe or device of the machine, no /proc, no
+network, no environment variables. It has no capabilities and can write nothing but its output. It ends when
+its time is up, and when the process that started it is killed.
+
+What namespaces do not limit, a filter of system calls refuses (REFUSED). A single process that cannot write
+files holds memory only in its address space, so RLIMIT_AS limits all of it.
 """
-import ctypes
+import json
 import os
 import platform
+import secrets
 import shutil
-import signal
+import socket
 import struct
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from typing import IO, NamedTuple
 
-OUTPUT_BYTES = 2**16    # of its output that is kept
-# fork, vfork, clone and clone3, by machine: seccomp's name of the architecture and the calls' numbers
-CALLS = {"x86_64": (0xC000003E, (56, 57, 58, 435)), "aarch64": (0xC00000B7, (220, 435))}
+# bytes of the output that are read, from its end
+OUTPUT_BYTES = 2**16
+# what bwrap and the interpreter may take to start, on a busy machine
+START_SECONDS = 60
+NOT_ISOLATED = ("this system cannot isolate programs, so none was run. It takes Linux on x86_64 or aarch64, "
+                "bwrap (apt-get install bubblewrap) and permission to create user namespaces")
+# System calls that a program may not make: their numbers on x86_64 and on aarch64, which has no fork
+REFUSED = {
+    # a second process or thread; a user namespace, in which it would have capabilities again
+    "fork": (57, None), "vfork": (58, None), "clone": (56, 220), "clone3": (435, 435), "unshare": (272, 97),
+    # use of the memory of bwrap's own process, which has no limits
+    "ptrace": (101, 117), "process_vm_writev": (311, 271),
+    # memory outside its address space
+    "memfd_create": (319, 279), "memfd_secret": (447, 447), "shmget": (29, 194), "semget": (64, 190),
+    "msgget": (68, 186), "vmsplice": (278, 75), "bpf": (321, 280),
+    # what namespaces do not isolate: sockets to a virtual machine's host, the user's keys
+    "socket": (41, 198), "keyctl": (250, 219), "add_key": (248, 217), "request_key": (249, 218),
+    # system calls through a queue, which this filter would not see
+    "io_uring_setup": (425, 425),
+}
+# by machine: its number in the Linux audit interface, its place in REFUSED
+MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
 
 
-@dataclass
-class Outcome:
-    """status: exit status, None if it was killed; output: the end of what it printed, stdout and stderr;
-    reason: why it was stopped, "" if it ended by itself."""
-    status: int | None
-    output: str
+class Outcome(NamedTuple):
+    """finished: the program came to its end; reason: why not, else ""; output: the end of what it printed."""
+    finished: bool
     reason: str
+    output: str
 
 
-def run_python(program: str, seconds: float, megabytes: int) -> Outcome:
-    """Run `program` in a new interpreter (-I: without site packages of the user, environment or folder) for
-    at most so many seconds and so much memory. RuntimeError if this system cannot isolate it."""
-    if sys.platform != "linux" or not shutil.which("unshare") or platform.machine() not in CALLS:
-        raise RuntimeError("needs Linux on x86_64 or aarch64 with util-linux's unshare")
-    command = ["unshare", "--user", "--map-root-user", "--pid", "--net", "--mount", "--ipc", "--fork",
-               "--kill-child", "--mount-proc", sys.executable, "-I", os.path.abspath(__file__), str(seconds),
-               str(megabytes)]
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as output:
-        process = subprocess.Popen([*command, folder], stdin=subprocess.PIPE, stdout=output, stderr=output,
-                                   env={"PATH": "/usr/bin:/bin"}, start_new_session=True)
-        reason = ""
+def system_call_filter() -> bytes:
+    """REFUSED for bwrap's --seccomp: a BPF program, as in the kernel's seccomp_filter.rst."""
+    architecture, place = MACHINES[platform.machine()]
+    numbers = [both[place] for both in REFUSED.values() if both[place] is not None]
+    load, if_equal, if_at_least, give = 0x20, 0x15, 0x35, 0x06
+    allow, refuse, kill = 0x7FFF0000, 0x00050001, 0x80000000
+    # A step is an operation, how many steps to jump over if the comparison holds and if not, and a value.
+    # The call's number is at byte 0 of what the filter is given, the architecture at byte 4.
+    steps = [(load, 0, 0, 4), (if_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
+    # Numbers from 2**30 are x86_64's second set of the same calls (x32).
+    steps.append((if_at_least, len(numbers) + 1, 0, 2**30))
+    steps += [(if_equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    steps += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    return b"".join(struct.pack("HBBI", *step) for step in steps)
+
+
+def start(bwrap: str, channel: socket.socket, output: IO[bytes], *limits: int) -> subprocess.Popen:
+    """inside_sandbox.py with `limits` in the sandbox. `channel`, closed here, becomes its standard input."""
+    python = f"{sys.base_prefix}/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+    command = [bwrap, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session",
+               "--cap-drop", "ALL"]
+    for folder in ("/tmp", "/run", "/home", "/root", "/dev"):
+        command += ["--dir", folder]
+    for path in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib", python):
+        command += ["--ro-bind-try", path, path]
+    inside = os.path.join(os.path.dirname(os.path.abspath(__file__)), "inside_sandbox.py")
+    command += ["--ro-bind", inside, "/inside_sandbox.py", "--remount-ro", "/", "--chdir", "/tmp"]
+    # bwrap reads the filter from a pipe that holds all of it.
+    reader, writer = os.pipe()
+    os.write(writer, system_call_filter())
+    os.close(writer)
+    command += ["--seccomp", str(reader), python, "-I", "-S", "/inside_sandbox.py",
+                *map(str, limits)]
+    try:
+        # In a session of its own, so that Ctrl-C ends the evaluation and fails no program.
+        return subprocess.Popen(command, stdin=channel, stdout=output, stderr=output, pass_fds=[reader],
+                                env={}, start_new_session=True)
+    finally:
+        os.close(reader)
+        channel.close()
+
+
+def run_python(sources: list[str], seconds: float, megabytes: int) -> Outcome:
+    """Run `sources` one after the other in one module, for at most so many seconds and with so much memory.
+
+    They have finished only if a random token came back, which their process reads after the last line of the
+    last one, so leaving early or printing something proves nothing. A program that searches its own process
+    for the socket with the token can still cheat: there are no secrets within one interpreter.
+    ValueError, naming what to install, if this system cannot isolate it."""
+    bwrap = shutil.which("bwrap")
+    if sys.platform != "linux" or platform.machine() not in MACHINES or not bwrap:
+        raise ValueError(f"{NOT_ISOLATED} "
+                         f"(here: {sys.platform}, {platform.machine()}, {bwrap or 'no bwrap'})")
+    token, request = secrets.token_bytes(32), json.dumps(sources).encode()
+    ours, theirs = socket.socketpair()
+    with ours, tempfile.TemporaryFile() as output:
+        process = start(bwrap, theirs, output, int(seconds) + 1, megabytes)
+        started, reply, reason = b"", b"", ""
         try:
-            process.communicate(program.encode(), timeout=seconds)
+            # One byte says that the sources can be sent. By then bwrap's processes end with this one.
+            ours.settimeout(START_SECONDS)
+            started = ours.recv(1)
+            if started:
+                ours.sendall(len(request).to_bytes(8, "big") + request + token)
+                process.wait(seconds)
+                reply = ours.recv(len(token))
         except subprocess.TimeoutExpired:
             reason = f"not done after {seconds:g} s"
-        finally:    # --kill-child: the namespace's first process goes with unshare, and all others with it
-            for kill in (process.kill, lambda: os.killpg(process.pid, signal.SIGKILL)):
-                try:
-                    kill()
-                except ProcessLookupError:
-                    pass
+        except OSError:
+            # bwrap did not start in time, or the program left the token unread
+            pass
+        finally:
+            process.kill()
             process.wait()
-        size = output.seek(0, os.SEEK_END)
-        output.seek(max(0, size - OUTPUT_BYTES))
+        output.seek(max(0, output.seek(0, os.SEEK_END) - OUTPUT_BYTES))
         text = output.read().decode(errors="replace")
-    if process.returncode == NOT_ISOLATED:
-        raise RuntimeError(f"the program could not be isolated: {text.strip().splitlines()[-1]}")
-    if not reason and process.returncode < 0:
-        reason = f"killed by {signal.Signals(-process.returncode).name}"
-    return Outcome(None if reason else process.returncode, text, reason)
-
-
-# ---------------------------------------------------------------- inside
-
-NOT_ISOLATED = 113
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-def must(result: int, what: str) -> None:
-    if result != 0:
-        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
-
-
-def close_file_systems(folder: str) -> None:
-    """All that is mounted becomes read-only; an empty file system in memory appears at folder."""
-    private, recursive = 1 << 18, 1 << 14
-    must(libc.mount(None, b"/", None, private | recursive, None), "mount")
-    # struct mount_attr: set, clear, propagation, user namespace
-    read_only = struct.pack("QQQQ", 1, 0, 0, 0)
-    at_fdcwd, at_recursive, mount_setattr = -100, 0x8000, 442
-    must(libc.syscall(mount_setattr, at_fdcwd, b"/", at_recursive, read_only, len(read_only)),
-         "mount_setattr")
-    must(libc.mount(b"none", folder.encode(), b"tmpfs", 0, b"size=64m,nr_inodes=4096"), "mount")
-    os.chdir(folder)
-
-
-def give_up_rights() -> None:
-    """No capabilities, none to be gained by running another program, no new processes."""
-    set_no_new_privs, drop_bound, set_seccomp, filter_mode = 38, 24, 22, 2
-    must(libc.prctl(set_no_new_privs, 1, 0, 0, 0), "no_new_privs")
-    for capability in range(64):
-        libc.prctl(drop_bound, capability, 0, 0, 0)     # fails for those that this kernel has not
-    header, none = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    must(libc.capset(header, none), "capset")
-    architecture, calls = CALLS[platform.machine()]
-    load, jump_equal, give = 0x20, 0x15, 0x06           # BPF; 4 bytes at 4: architecture, at 0: the call
-    allow, refuse, kill = 0x7FFF0000, 0x00050000 | 1, 0x80000000    # refuse: EPERM
-    steps = [(load, 0, 0, 4), (jump_equal, 1, 0, architecture), (give, 0, 0, kill), (load, 0, 0, 0)]
-    for i, call in enumerate(calls):
-        steps.append((jump_equal, len(calls) - i, 0, call))
-    steps += [(give, 0, 0, allow), (give, 0, 0, refuse)]
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
-    program = struct.pack("HxxxxxxQ", len(steps), ctypes.addressof(code))
-    must(libc.prctl(set_seccomp, filter_mode, program, 0, 0), "seccomp")
-
-
-def inside(seconds: float, megabytes: int, folder: str) -> None:
-    import resource
-    program = sys.stdin.buffer.read()
-    try:
-        close_file_systems(folder)
-        for name, limit in (("AS", megabytes * 2**20), ("CPU", int(seconds) + 1), ("FSIZE", 2**24),
-                            ("NOFILE", 64), ("CORE", 0)):
-            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-        give_up_rights()
-    except OSError as error:
-        print(error, file=sys.stderr, flush=True)
-        os._exit(NOT_ISOLATED)
-    sys.argv = ["program"]
-    exec(compile(program, "program", "exec"), {"__name__": "__main__"})
-
-
-if __name__ == "__main__":
-    inside(float(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    last_line = (text.strip().splitlines() or [""])[-1][:200]
+    if not started:
+        raise ValueError(f"{NOT_ISOLATED} ({last_line or 'the sandbox did not start'})")
+    if reply == token:
+        return Outcome(True, "", text)
+    return Outcome(False, reason or last_line or f"exit status {process.returncode}", text)

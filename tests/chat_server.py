@@ -1,15 +1,17 @@
-"""A chat completions server for tests, in a thread: replies what a function says, remembers the requests."""
+"""A chat completions server for tests, in a thread: replies what a function says, records the requests."""
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class ChatServer:
     """say(payload, how many requests with these messages came before) -> the reply's text, or
-    (status, headers, body). requests: [(path, headers, payload)]."""
+    (status, headers, body), or an iterator of all bytes to send, status line included.
+    requests: [(path, headers, payload)]."""
 
-    def __init__(self, say: Callable[[dict, int], str | tuple]) -> None:
+    def __init__(self, say: Callable[[dict, int], str | tuple | Iterator[bytes]]) -> None:
         self.say, self.requests, lock = say, [], threading.Lock()
         outer = self
 
@@ -18,11 +20,17 @@ class ChatServer:
                 payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with lock:
                     before = sum(p["messages"] == payload["messages"] for _, _, p in outer.requests)
-                    outer.requests.append((self.path, dict(self.headers), payload))
+                    headers = {name.title(): value for name, value in self.headers.items()}
+                    outer.requests.append((self.path, headers, payload))
                 reply = outer.say(payload, before)
                 if isinstance(reply, str):
                     body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": reply}}]}
                     reply = 200, {}, json.dumps(body)
+                if not isinstance(reply, tuple):
+                    with contextlib.suppress(ConnectionError):      # the client has hung up
+                        for part in reply:
+                            self.wfile.write(part)
+                    return
                 status, headers, body = reply
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body.encode())), **headers}.items():
@@ -47,7 +55,8 @@ class ChatServer:
 
 
 def refusal(status: int, message: str, **headers: str) -> tuple:
-    return status, headers, json.dumps({"error": {"message": message}})
+    """An error in OpenAI's format; the pause before the next try is short."""
+    return status, {"Retry-After-Ms": "1", **headers}, json.dumps({"error": {"message": message}})
 
 
 def text_of(payload: dict) -> str:

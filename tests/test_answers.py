@@ -85,7 +85,7 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
         open_file(file, seed=2, top=3)
     assert file.read_text() == text and json.loads(beside.read_text()) == SETTINGS
     beside.unlink()
-    with pytest.raises(ValueError, match="unknown settings, there is no x.jsonl.settings.json"):
+    with pytest.raises(ValueError, match="unknown settings, x.jsonl.settings.json is missing"):
         open_file(file)
     assert file.read_text() == text
     assert Answers(None, name_of, {}).missing([(1,)]) == [(1,)]
@@ -95,6 +95,6 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
 @pytest.mark.parametrize("text", ["notes", "notes\n", "[]\n", '{"n": 1}\n{"m": 2}\n'])
 def test_a_file_of_another_kind_is_left_alone(tmp_path, text, header):
     (tmp_path / "x").write_text(text)
-    with pytest.raises(ValueError, match="is no output of this command|unknown settings"):
+    with pytest.raises(ValueError, match="is not an output of this command|unknown settings"):
         open_file(tmp_path / "x", header)
     assert (tmp_path / "x").read_text() == text

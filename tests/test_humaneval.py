@@ -22,9 +22,10 @@ def test_pass_at_k_is_the_share_of_all_draws_with_a_right_sample(n, right, k):
     assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
-def test_fewer_samples_than_k_is_an_error():
-    with pytest.raises(ValueError, match="--k 3: there are only 2"):
-        pass_at_k(2, 1, 3)
+@pytest.mark.parametrize("k", [-1, 0, 3])
+def test_k_is_from_1_to_the_number_of_samples(k):
+    with pytest.raises(ValueError, match=f"--k {k}: must be from 1 to .* --samples 2"):
+        pass_at_k(2, 1, k)
 
 
 RIGHT = "    return 2 * x\n"
@@ -54,10 +55,16 @@ def test_programs_out_of_answers(name):
 
 @isolated
 @pytest.mark.parametrize("body", ["import sys; sys.exit(0)", "import os; os._exit(0)", "while True: pass",
-                                  "import os; os.kill(0, 9)"])
+                                  "import os; os.kill(0, 9)", "print('passed'); raise SystemExit",
+                                  "import os; os._exit(113)", "import os; os.close(1)"])
 def test_leaving_early_or_never_is_no_success(body):
     passed, why = passes(PROBLEM, PROBLEM["prompt"] + f"    {body}\n", 1, 512)
     assert not passed and why
+
+
+@isolated
+def test_the_least_memory_is_enough_for_a_right_program():
+    assert passes(PROBLEM, PROBLEM["prompt"] + RIGHT, 10, humaneval.LIMITS["megabytes"][0])[0]
 
 
 @pytest.mark.parametrize("line", ["{", "{}", "[]"])
@@ -66,6 +73,33 @@ def test_a_wrong_problem_is_named_by_file_and_line(tmp_path, line):
     file.write_text(json.dumps(PROBLEM) + "\n" + line + "\n")
     with pytest.raises(ValueError, match=r"p\.jsonl:2: not a problem"):
         read_problems(str(file), None)
+
+
+@pytest.mark.parametrize("changes", [{"prompt": None}, {"test": 5}, {"entry_point": "triple"}])
+def test_a_problem_that_no_program_could_solve_is_named(tmp_path, changes):
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({**PROBLEM, **changes}) + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl: problem t/0: .* must be texts"):
+        read_problems(str(file), None)
+
+
+@pytest.mark.parametrize("flag, value, says", [
+    ("seconds", "nan", "nan: must be from 1 to 86,400"), ("seconds", "inf", "inf: must be from 1 to 86,400"),
+    ("seconds", "-1", "-1.0: must be from 1"), ("seconds", "1e300", r"1e\+300: must be from 1"),
+    ("megabytes", "0", "0: must be from 64 to 1,048,576"), ("megabytes", str(2**64), f"{2**64}: must be"),
+    ("workers", "0", "0: must be from 1 to 1,024"), ("workers", "99999", "99999: must be from 1 to 1,024"),
+])
+def test_limits_that_would_not_hold_are_refused(tmp_path, flag, value, says):
+    with pytest.raises(ValueError, match=f"--{flag} {says}"):
+        humaneval.main([*arguments(tmp_path, tmp_path / "out.jsonl", "chat"), f"--{flag}={value}"])
+
+
+def test_without_a_sandbox_nothing_is_generated(tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="apt-get install bubblewrap"):
+        humaneval.main([*arguments(tmp_path, output, "chat"), "--execute"])
+    assert not output.exists()
 
 
 def arguments(folder, output, format):

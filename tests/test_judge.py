@@ -1,19 +1,25 @@
 """Verdicts: how they are read, asked for, kept, and summed up, against a server of our own."""
+import base64
 import json
+import logging
+import re
+import signal
+import sys
 import time
-from email.utils import formatdate
+import traceback
+import urllib.parse
 from itertools import product
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from chat_server import ChatServer, refusal, text_of
-from eval import chat_completions
-from eval.judge import (Job, judge_all, make_jobs, outcome, prompt_name, read_prompts, summary, values_of,
-                        verdict_of)
+from eval import chat_model
+from eval.judge import (Job, connect, judge_all, make_jobs, outcome, prompt_name, read_prompts, summary,
+                        values_of, verdict_of)
 
-KEY = "sk-very-secret"
+KEY = "sk-very'secret\\key+1"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
 NAMES = ["single-v1", "single-v1-multi-turn", "single-math-v1", "single-math-v1-multi-turn", "pair-v2",
          "pair-v2-multi-turn", "pair-math-v1", "pair-math-v1-multi-turn"]
 
@@ -29,7 +35,7 @@ def serve(monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         return servers[-1]
 
-    monkeypatch.setattr(chat_completions, "PAUSE", 0.01)
+    monkeypatch.setattr(chat_model, "RETRIES", 2)
     yield start
     for server in servers:
         server.close()
@@ -104,7 +110,7 @@ def test_prompts_of_a_file_take_the_place_of_ours(tmp_path):
         read_prompts(str(file))
     lines[0]["prompt_template"] = "{color}"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match="single-v1 asks for what is not there: KeyError.'color'"):
+    with pytest.raises(ValueError, match="single-v1 has a placeholder that cannot be filled: .*'color'"):
         make_jobs(question(), ["m1", "m2"], None, read_prompts(str(file)))
 
 
@@ -175,32 +181,83 @@ def test_a_reply_without_a_verdict_is_asked_for_once_more_and_never_guessed(serv
 
 @pytest.mark.parametrize("status", [429, 500, 503, 408])
 def test_what_is_refused_for_the_moment_is_tried_again(serve, tmp_path, status):
-    server = serve(lambda payload, before: refusal(status, "later") if before < 3 else "[[9]]")
+    server = serve(lambda payload, before: refusal(status, "later") if before < 2 else "[[9]]")
     verdicts, refused = ask(grade_jobs(1), tmp_path / "v")
-    assert list(verdicts.values()) == [9.0] and not refused and len(server.requests) == 4
+    assert list(verdicts.values()) == [9.0] and not refused and len(server.requests) == 3
 
 
-@pytest.mark.parametrize("body", ["", "{", "[]", '{"choices": []}', '{"choices": [{"message": 3}]}'])
-def test_a_body_that_is_no_reply_is_tried_again(serve, tmp_path, body):
-    serve(lambda payload, before: (200, {}, body) if not before else "[[2]]")
+def test_a_server_that_is_closed_for_the_day_is_not_waited_for(serve, tmp_path):
+    server = serve(lambda payload, before: (503, {"Retry-After": "86400"}, ""))
+    assert "HTTP 503" in ask(grade_jobs(1), tmp_path / "v")[1][grade_jobs(1)[0]] and len(server.requests) == 1
+
+
+NO_REPLIES = ["", "{", "[]", '{"choices": []}', '{"choices": [{"message": 3}]}', "[" * 10**5, "<html>"]
+
+
+@pytest.mark.parametrize("body", NO_REPLIES)
+def test_a_body_that_is_no_reply_is_requested_once_more_and_then_named(serve, tmp_path, body):
+    server = serve(lambda payload, before: (200, {}, body) if not before else "[[2]]")
     assert list(ask(grade_jobs(1), tmp_path / "v")[0].values()) == [2.0]
+    server.say = lambda payload, before: (200, {}, body)
+    verdicts, refused = ask(grade_jobs(2), tmp_path / "v")
+    assert list(verdicts.values()) == [2.0] and len(server.requests) == 4
+    assert "the server does not answer with a chat completion" in list(refused.values())[0]
 
 
-def test_pauses_double_or_are_what_retry_after_says(serve, tmp_path, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(chat_completions, "PAUSE", 1.0)
-    stop = SimpleNamespace(wait=pauses.append)      # not stopped
-    for headers in ({}, {"Retry-After": "7"}, {"Retry-After": "0.5"}, {"Retry-After": "soon"},
-                    {"Retry-After": formatdate(time.time() + 100, usegmt=True)}):
-        serve(lambda payload, before: (429, headers, "") if before < 2 else "[[1]]")
-        model = chat_completions.ChatModel("gpt")
-        model.stop = stop
-        assert model.ask([{"role": "user", "content": "x"}]) == "[[1]]"
-    assert pauses[:8] == [1, 2, 7, 7, 1, 2, 1, 2] and all(98 < pause <= 100 for pause in pauses[8:])
-    serve(lambda payload, before: refusal(503, "closed for today", **{"Retry-After": "86400"}))
-    with pytest.raises(chat_completions.Refused, match="HTTP 503: closed for today"):
-        chat_completions.ChatModel("gpt").ask([])
-    assert len(pauses) == 10
+def test_text_that_is_not_unicode_can_be_kept(serve, tmp_path):
+    serve(lambda payload, before: "half \ud83d\n[[2]]")
+    assert list(ask(grade_jobs(1), tmp_path / "v")[0].values()) == [2.0]
+    assert "half ?" in (tmp_path / "v").read_text()
+
+
+def trickle(head: bytes):
+    yield head
+    for _ in range(200):    # longer than the test waits
+        time.sleep(0.05)
+        yield b" "
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\nX-Slow:", HEAD, HEAD.replace(b"200 OK", b"400 No")])
+def test_a_server_that_trickles_does_not_hold_the_run(serve, tmp_path, monkeypatch, head):
+    monkeypatch.setattr(chat_model, "TOTAL_SECONDS", 0.3)
+    serve(lambda payload, before: trickle(head))
+    start = time.monotonic()
+    _, refused = ask(grade_jobs(1), tmp_path / "v")
+    assert time.monotonic() - start < 3
+    reason = "HTTP 400: " if b"400" in head else "no complete reply within 0.3 seconds"
+    assert list(refused.values())[0].startswith(reason)
+
+
+def test_a_server_that_says_nothing_is_given_up(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_model, "READ_SECONDS", 0.1)
+    monkeypatch.setattr(chat_model, "RETRIES", 0)
+
+    def silence(head: bytes):
+        yield head
+        time.sleep(0.5)
+
+    for head in (b"", HEAD):
+        serve(lambda payload, before: silence(head))
+        _, refused = ask(grade_jobs(1), tmp_path / "v")
+        assert list(refused.values()) == ["no reply from the server (timeout); check OPENAI_BASE_URL"]
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"400 No", b"500 No", b"307 No"])
+def test_a_server_that_sends_without_end_does_not_fill_the_memory(serve, tmp_path, monkeypatch, status):
+    monkeypatch.setattr(chat_model, "MAX_REPLY_BYTES", 10**5)
+    monkeypatch.setattr(chat_model, "RETRIES", 0)
+    sent = []
+
+    def flood():
+        yield HEAD.replace(b"200 OK", status).replace(b"\r\n\r\n", b"\r\nLocation: /\r\n\r\n")
+        while len(sent) < 2000:
+            sent.append(1)
+            yield b"x" * 2**16
+
+    serve(lambda payload, before: flood())
+    reason = "the reply is longer than 100,000 bytes" if b"200" in status else f"HTTP {status[:3].decode()}: "
+    assert list(ask(grade_jobs(1), tmp_path / "v")[1].values())[0].startswith(reason)
+    assert len(sent) < 500      # the rest are the buffers of the sockets
 
 
 def test_what_fails_for_good_is_named_and_asked_for_by_the_next_run_alone(serve, tmp_path):
@@ -209,39 +266,84 @@ def test_what_fails_for_good_is_named_and_asked_for_by_the_next_run_alone(serve,
                    else refusal(400, "too long") if broken and "answer 3" in text_of(payload) else "[[5]]")
     verdicts, refused = ask(grade_jobs(5), tmp_path / "v", workers=1)
     assert {str(job): why for job, why in refused.items()} == {
-        "question 1, turn 1": "HTTP 503: down", "question 3, turn 1": "HTTP 400: too long"}
-    assert len(verdicts) == 3 and len(server.requests) == 3 + chat_completions.TRIES + 1
+        "question 1, turn 1": "HTTP 503: the server reports an error",
+        "question 3, turn 1": f"HTTP 400: {chat_model.STATUSES[400]}"}
+    assert len(verdicts) == 3 and len(server.requests) == 3 + 3 + 1
     broken, server.requests[:] = False, []
     verdicts, refused = ask(grade_jobs(5), tmp_path / "v")
     assert len(verdicts) == 5 and not refused and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("status, names", [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"),
-                                           (404, "OPENAI_BASE_URL")])
-def test_a_wrong_key_or_address_is_one_line_without_the_key(serve, tmp_path, status, names):
-    server = serve(lambda payload, before: "[[5]]" if "answer 2" not in text_of(payload)
-                   else refusal(status, f"no {KEY}\nhere {'x' * 276}{KEY}"))
-    with pytest.raises(ValueError) as caught:
-        ask(grade_jobs(40), tmp_path / "v", workers=1)
-    assert f"says HTTP {status}: no *** here xxx" in str(caught.value) and names in str(caught.value)
-    assert "\n" not in str(caught.value) and KEY[:8] not in str(caught.value)   # nor a part, where it is cut
-    kept = len((tmp_path / "v").read_text().splitlines())
-    assert 2 <= kept < 40 and len(server.requests) == kept + 1      # what was paid for is there
+                                           (404, "OPENAI_BASE_URL, .* and the model's name")])
+def test_a_wrong_key_address_or_model_stops_the_run_and_is_named(serve, tmp_path, status, names):
+    server = serve(lambda payload, before: refusal(status, "") if "answer 2" in text_of(payload) else "[[5]]")
+    verdicts, refused = ask(grade_jobs(40), tmp_path / "v", workers=1)
+    reasons = list(refused.values())
+    assert re.match(f"HTTP {status}: .*check {names}", reasons[0]) and set(reasons[1:]) == {"not requested"}
+    assert len(verdicts) == 2 and len(server.requests) == 3
+    assert len((tmp_path / "v").read_text().splitlines()) == 2      # what was paid for is kept
 
 
-def test_a_server_that_is_not_there_is_given_up_soon(serve, tmp_path):
+def echo(status: int):
+    """A response with the key, as it is and encoded, in its status line, its headers and its body."""
+    def say(payload: dict, before: int):
+        forms = [KEY, repr(KEY), json.dumps(KEY), urllib.parse.quote(KEY),
+                 base64.b64encode(KEY.encode()).decode(), KEY.encode().hex(), KEY[::-1], KEY[:9]]
+        text = " ".join(forms)
+        body = json.dumps({"error": {"message": text, "code": text, "type": text}, "detail": text})
+        yield (f"HTTP/1.1 {status} {text}\r\nX-Echo: {text}\r\nX-Request-Id: {text}\r\nRetry-After-Ms: 1\r\n"
+               f"Location: http://{KEY}\r\nContent-Type: application/json\r\n\r\n{body}").encode()
+    return say
+
+
+@pytest.mark.parametrize("status", [200, 302, 400, 401, 403, 404, 407, 422, 429, 500, 599, "no number"])
+def test_the_key_is_in_no_message_whatever_the_server_echoes(serve, tmp_path, capfd, caplog, recwarn, status):
+    serve(echo(status))
+    caplog.set_level(logging.DEBUG)
+    verdicts, refused = ask(grade_jobs(1), tmp_path / "v")
+    said = [*refused.values(), *capfd.readouterr(), caplog.text, *(str(w.message) for w in recwarn)]
+    assert not verdicts and len(refused) == 1
+    encoded = base64.b64encode(KEY.encode()).decode(), KEY.encode().hex()
+    for piece in ("very", "secret", "yrev", *(text[:8] for text in encoded)):
+        assert not any(piece in text for text in said)
+
+
+@pytest.mark.parametrize("address", ["http://me:PASSWORD@localhost/v1", "http://PASSWORD@localhost/v1",
+                                     "http://localhost/v1?api_key=PASSWORD", "http://localhost/v1#PASSWORD",
+                                     "http://localhost:PASSWORD/v1", "http:/me:PASSWORD@localhost",
+                                     "http://me:PASS/WORD@localhost", "http://[PASSWORD]/v1", "PASSWORD"])
+def test_an_address_with_a_secret_is_refused_without_quoting_it(monkeypatch, address):
+    monkeypatch.setenv("OPENAI_BASE_URL", address)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with pytest.raises(ValueError, match="OPENAI_BASE_URL: must be an address such as") as caught:
+        connect("gpt")
+    assert "PASS" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proxy", ["foo://me:PASSWORD@localhost", "http://me:PASSWORD/x@localhost"])
+def test_a_wrong_proxy_is_one_line_without_its_password(monkeypatch, proxy):
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://localhost/v1")
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(ValueError, match="--judge gpt: cannot set up a connection") as caught:
+        connect("gpt")
+    assert "PASSWORD" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_server_that_is_not_there_is_given_up_soon(serve, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat_model, "RETRIES", 0)
     serve(lambda payload, before: "").close()
     verdicts, refused = ask(grade_jobs(40), tmp_path / "v", workers=2)
-    assert not verdicts and len(refused) == 40
-    assert "Connection refused" in refused[grade_jobs(1)[0]] and list(refused.values())[-1] == "not asked"
+    assert not verdicts and len(refused) == 40 and list(refused.values())[-1] == "not requested"
+    assert refused[grade_jobs(1)[0]] == "no reply from the server (connection refused); check OPENAI_BASE_URL"
 
 
-def test_the_key_is_not_sent_to_another_address(serve, tmp_path):
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_the_key_is_not_sent_to_another_address(serve, tmp_path, status):
     other = serve(lambda payload, before: "[[5]]")
-    for status in (302, 307):
-        serve(lambda payload, before: (status, {"Location": f"{other.url}/chat/completions"}, ""))
-        _, refused = ask(grade_jobs(1), tmp_path / "v")
-        assert f"HTTP {status}" in list(refused.values())[0] and not other.requests
+    serve(lambda payload, before: (status, {"Location": f"{other.url}/chat/completions"}, ""))
+    _, refused = ask(grade_jobs(1), tmp_path / "v")
+    assert list(refused.values()) == [f"HTTP {status}: {chat_model.REDIRECT}"] and not other.requests
 
 
 def test_an_interruption_loses_no_verdict_that_was_given(serve, tmp_path, monkeypatch):
@@ -250,32 +352,37 @@ def test_an_interruption_loses_no_verdict_that_was_given(serve, tmp_path, monkey
     def interrupted(items, total, unit):
         for number, item in enumerate(items):
             if number == 5:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
             yield item
 
-    monkeypatch.setattr(chat_completions, "progress", interrupted)
+    monkeypatch.setattr(chat_model, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ask(grade_jobs(30), tmp_path / "v", workers=2)
-    kept = len((tmp_path / "v").read_text().splitlines())
-    assert 5 <= kept == len(server.requests) < 30
+    lines = len((tmp_path / "v").read_text().splitlines())
+    assert 4 <= lines <= 5      # one more request may have been under way
+    server.requests.clear()
     monkeypatch.undo()
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    assert len(ask(grade_jobs(30), tmp_path / "v")[0]) == 30 and len(server.requests) == 30
+    assert len(ask(grade_jobs(30), tmp_path / "v")[0]) == 30 and len(server.requests) == 30 - lines
 
 
-def test_without_an_address_or_with_a_wrong_one(monkeypatch):
+def test_without_an_address_or_with_a_wrong_key(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ValueError, match="--judge gpt: set OPENAI_API_KEY"):
-        chat_completions.ChatModel("gpt")
-    monkeypatch.setenv("OPENAI_BASE_URL", "file:///etc")
-    with pytest.raises(ValueError, match="OPENAI_BASE_URL file:///etc: must begin with http"):
-        chat_completions.ChatModel("gpt")
+        connect("gpt")
     for key in (KEY + "\n", "a" + KEY + " b", KEY + "…"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(ValueError, match="OPENAI_API_KEY: holds") as caught:
-            chat_completions.ChatModel("gpt")
-        assert KEY not in str(caught.value)
+            connect("gpt")
+        assert "secret" not in str(caught.value)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    monkeypatch.delitem(sys.modules, "eval.chat_model")
+    with pytest.raises(ValueError, match="openai is not installed.*requirements-eval.txt"):
+        connect("gpt")
 
 
 def test_a_server_without_a_key_is_sent_none(serve, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ def test_a_file_of_another_kind_is_left_alone(folder, tmp_path, text):
     if text.startswith('{"settings"'):      # the command's own first line, cut short
         assert result(folder, output=tmp_path / "x")
         return
-    with pytest.raises(ValueError, match="is no output of this command"):
+    with pytest.raises(ValueError, match="is not an output of this command"):
         result(folder, output=tmp_path / "x")
     assert (tmp_path / "x").read_text() == text
 

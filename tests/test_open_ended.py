@@ -8,7 +8,7 @@ import transformers
 
 from chat_server import ChatServer, refusal, text_of
 from chat import TEMPLATES
-from eval import chat_completions, open_ended
+from eval import open_ended
 from eval.engine import Engine
 from tiny import WORDS, flags, make_model, run_module
 
@@ -20,7 +20,7 @@ CATEGORIES = ("math", "writing", "stem", "coding", "other")
 def folder(tmp_path_factory) -> Path:
     """A model, five questions of either benchmark, and answers of somebody else."""
     folder = tmp_path_factory.mktemp("open_ended")
-    (make_model(folder / "run" / "final") / "chat_template.jinja").write_text(TEMPLATES["llama3"])
+    (make_model(folder / "run" / "final") / "chat_template.jinja").write_text(TEMPLATES["llama3"].read_text())
     alpaca = [{"dataset": f"set {i % 2}", "instruction": " ".join(WORDS[i:i + 4]), "output": f"theirs {i}",
                "generator": "somebody"} for i in range(5)]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
@@ -167,7 +167,6 @@ def server(monkeypatch):
     server = ChatServer(judged)
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(chat_completions, "PAUSE", 0.01)
     yield server
     server.close()
 
@@ -224,7 +223,8 @@ def test_verdicts_that_are_missing_are_counted_and_the_rest_is_reported(folder, 
                                           "no idea" if "theirs 3" in text_of(payload) else "[[C]]")
     argv = arguments(folder, "alpaca", tmp_path / "out.json", judge="gpt", json=tmp_path / "result.json")
     with pytest.raises(ValueError, match=r"2 of 10 verdicts are missing \(question 2, turn 1, model first: "
-                                         r"HTTP 400: too long; .*\); the same command asks for them alone"):
+                                         r"HTTP 400: the server does not accept .*\); the same command "
+                                         r"requests only those"):
         open_ended.main(argv)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["win_rate"], result["win_rate_count"]) == (50, 3)
@@ -271,17 +271,32 @@ def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("change", [dict(question_id="a"), dict(turns="red"), dict(turns=["a", "b", "c"]),
-                                    dict(turns=[]), dict(question_id=81)])
+                                    dict(turns=[]), dict(turns=["a", 2]), dict(question_id=81),
+                                    dict(category=["math"])])
 def test_questions_that_cannot_be_asked_are_named(folder, tmp_path, change):
     lines = [json.loads(line) for line in (folder / "mt.jsonl").read_text().splitlines()]
     lines = [lines[0], {**lines[1], **change}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"q\.jsonl: (question .* must have a whole|has several questions)"):
+    with pytest.raises(ValueError, match=r"q\.jsonl: (question .* must have a whole|several questions have)"):
         open_ended.main(arguments(folder, "mt-bench", tmp_path / "x.jsonl", questions=tmp_path / "q.jsonl"))
+
+
+@pytest.mark.parametrize("suite, line", [
+    ("alpaca", dict(instruction=[], output="a")), ("alpaca", dict(instruction=" ".join(WORDS[:4]), output=3)),
+    ("mt-bench", dict(question_id=81, choices=[])),
+    ("mt-bench", dict(question_id=[], choices=[{"turns": ["a", "b"]}])),
+    ("mt-bench", dict(question_id=81, choices=[{"turns": "two words"}])),
+])
+def test_references_that_are_not_answers_are_named(folder, tmp_path, server, suite, line):
+    (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
+    output = tmp_path / ("x.json" if suite == "alpaca" else "x.jsonl")
+    with pytest.raises(ValueError, match=r"--reference .*r\.jsonl: (is not in the format|has no answer to)"):
+        open_ended.main(arguments(folder, suite, output, judge="gpt", reference=tmp_path / "r.jsonl"))
+    assert not output.exists() and not server.requests
 
 
 def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):
     (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"x\.json: is there, but no .*x\.json\.answers to go on from"):
+    with pytest.raises(ValueError, match=r"x\.json: exists, but without .*x\.json\.answers to resume from"):
         open_ended.main(arguments(folder, "alpaca", tmp_path / "x.json"))
     assert (tmp_path / "x.json").read_text() == "[]"

@@ -1,0 +1,187 @@
+"""README's table "To change": each row is done in a copy of the core, and three steps are trained with it."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny import ROOT, arguments, difference, metrics, setup, weights
+
+# Prints an answer that generation made, after checking it token by token with the model's forward pass.
+ANSWER = """
+import sys, torch
+from eval.engine import Engine
+from model import load_model
+model, ids = load_model(sys.argv[1]), [7, 3, 11, 5]
+[(_, answer, _)] = Engine(model).answers([ids], set(), 12)
+for token in answer:
+    hidden = model(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
+    assert token == int((hidden[-1] @ model.head_weight.T).argmax()), "generation runs another model"
+    ids.append(token)
+print(answer)
+"""
+
+
+class Copy:
+    """A copy of the core that may be edited."""
+
+    def __init__(self, folder: Path):
+        self.root, self.data = folder / "copy", folder
+        for name in ("kernels", "runtime", "eval", "templates"):
+            shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for file in ROOT.glob("*.py"):
+            shutil.copy(file, self.root)
+
+    def edit(self, file: str, old: str, new: str) -> None:
+        text = (self.root / file).read_text()
+        assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
+        (self.root / file).write_text(text.replace(old, new))
+
+    def python(self, *argv: object) -> str:
+        done = subprocess.run([sys.executable, *map(str, argv)], cwd=self.root, capture_output=True,
+                              text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def train(self, out: str, **more: object) -> list[dict]:
+        """Three steps; returns the lines of metrics.jsonl."""
+        self.python("train.py", *arguments(self.data, out, **{"max_steps": 3, "log_every": 1, **more}))
+        return metrics(self.data / out)
+
+    def answer(self, folder: str) -> str:
+        return self.python("-c", ANSWER, self.data / folder)
+
+    def weights(self, out: str) -> dict[str, torch.Tensor]:
+        return weights(self.data / out / "final")
+
+
+@pytest.fixture
+def copy(tmp_path) -> Copy:
+    setup(tmp_path)
+    return Copy(tmp_path)
+
+
+def test_a_record_layout(copy):
+    copy.edit("chat.py", '    elif "prompt" in record and "completion" in record:\n',
+              '    elif "question" in record and "answer" in record:\n'
+              '        messages = [{"role": "user", "content": record["question"]},\n'
+              '                    {"role": "assistant", "content": record["answer"]}]\n'
+              '    elif "prompt" in record and "completion" in record:\n')
+    pairs = [("name a colour", "blue"), ("a fruit", "plum"), ("the sea", "is blue"), ("hello", "station")]
+    for name, (question, answer) in (("new", ("question", "answer")), ("known", ("prompt", "completion"))):
+        (copy.data / f"{name}.jsonl").write_text(
+            "".join(json.dumps({question: a, answer: b}) + "\n" for a, b in pairs))
+        copy.train(name, train_data=copy.data / f"{name}.jsonl")
+    assert difference(copy.weights("new"), copy.weights("known")) == 0
+
+
+def test_a_chat_template(copy):
+    source = (copy.root / "templates" / "llama3.jinja").read_text()
+    (copy.root / "templates" / "mine.jinja").write_text(source.replace("'<|start_header_id|>'", "'Now: '"))
+    longer = copy.train("mine", template="mine")[0]["tokens"]
+    assert longer != copy.train("llama3")[0]["tokens"]
+    exported = json.loads((copy.data / "mine" / "final" / "tokenizer_config.json").read_text())
+    assert "Now: " in exported["chat_template"]
+
+
+def test_packing(copy):
+    packed = copy.train("packed", micro_batch_tokens=200)
+    copy.edit("data.py", "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n",
+              "    if len(examples) % world_size == 0:\n"
+              "        return [[examples[i:i + 1] for i in range(rank, len(examples), world_size)]\n"
+              "                for rank in range(world_size)]\n"
+              "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n")
+    apart = copy.train("apart", micro_batch_tokens=200)
+    assert [step["tokens"] for step in apart] == [step["tokens"] for step in packed]
+    assert 0 < difference(copy.weights("apart"), copy.weights("packed")) < 1e-4
+
+
+def test_layer_norm_for_rms_norm(copy):
+    before = copy.answer("model")
+    # Without a bias, so that the same checkpoint fits.
+    copy.edit("model.py", "        return rms_norm(x, self.weight, self.eps)\n",
+              "        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, eps=self.eps)\n")
+    assert copy.answer("model") != before
+    copy.train("trained")
+    copy.answer("trained/final")
+
+
+def test_gelu(copy):
+    before = copy.answer("model")
+    copy.edit("model.py", "        return linears(swiglu(gate, up), self.down_proj)[0]\n",
+              "        return self.down_proj(nn.functional.gelu(gate) * up)\n")
+    assert copy.answer("model") != before
+    copy.train("trained")
+    copy.answer("trained/final")
+
+
+def test_a_regulariser(copy):
+    copy.edit("loss.py", "def kl_divergence(",
+              "def z_loss(hidden: Tensor, head_weight: Tensor, coefficients: Tensor) -> Tensor:\n"
+              "    return (coefficients * (hidden @ head_weight.T).float().logsumexp(-1) ** 2).sum()\n\n\n"
+              "def kl_divergence(")
+    copy.edit("train.py", "    # optimization; the paper's values\n",
+              "    z_weight: float = flag(0.0, \"adds this times the squared log-normalizer\", least=0)\n"
+              "    # optimization; the paper's values\n")
+    copy.edit("train.py", "span_weights, sums_by_kind\n", "span_weights, sums_by_kind, z_loss\n")
+    copy.edit("train.py", "    if log_untrained:",
+              "    if config.z_weight:\n"
+              "        statistics[\"z\"] = z_loss(hidden[trained], head, batch.coefficients[trained])\n"
+              "        loss = loss + config.z_weight * statistics[\"z\"]\n"
+              "    if log_untrained:")
+    without, with_it = copy.train("without"), copy.train("with", z_weight=0.1)
+    assert "z" not in without[0] and with_it[0]["z"] > 0
+    assert with_it[0]["loss"] == without[0]["loss"] and with_it[-1]["z"] < with_it[0]["z"]
+    assert difference(copy.weights("with"), copy.weights("without")) > 0
+
+
+def test_the_optimizer(copy):
+    text = (copy.root / "train.py").read_text()
+    start = text.index("    return torch.optim.AdamW(")
+    end = text.index("\n\n\n", start)
+    copy.edit("train.py", text[start:end], "    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)")
+    copy.train("whole", save_every=1, keep_checkpoints=9)
+    saved = copy.data / "whole" / "checkpoints" / "step-00000002"
+    copy.train("resumed", resume=saved)
+    assert [step["step"] for step in metrics(copy.data / "resumed")] == [3]
+    assert difference(copy.weights("resumed"), copy.weights("whole")) == 0
+
+
+def test_a_weight_by_message(copy):
+    copy.edit("chat.py", '"completion", "context")', '"completion", "context", "light")')
+    copy.edit("chat.py", "COMPLETION, CONTEXT = range", "COMPLETION, CONTEXT, LIGHT = range")
+    copy.edit("chat.py", "        if value not in (0, 1):\n", "        if value not in (0, 1, 0.5):\n")
+    copy.edit("chat.py", "    weights = {int(value == NEUTRAL[field]) for",
+              "    weights = {0.5 if value == 0.5 else int(value == NEUTRAL[field]) for")
+    copy.edit("chat.py", '**({"weight": 0} if weights == {0} else {})}',
+              '**({"weight": weights.pop()} if weights and weights != {1} else {})}')
+    copy.edit("chat.py", '            kind = CONTEXT if messages[i].get("weight") == 0 else',
+              '            kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
+    copy.edit("loss.py", "    weights = np.zeros(len(KINDS))\n",
+              "    weights = np.zeros(len(KINDS))\n    weights[LIGHT] = 0.5\n")
+    copy.edit("loss.py", "from chat import COMPLETION,", "from chat import LIGHT, COMPLETION,")
+    for name in ("full", "half"):
+        with open(copy.data / f"{name}.jsonl", "w") as out:
+            for line in (copy.data / "train.jsonl").read_text().splitlines():
+                record = json.loads(line)
+                for message in record["messages"]:
+                    message.pop("weight", None)
+                    if name == "half" and message["role"] == "assistant":
+                        message["weight"] = 0.5
+                out.write(json.dumps(record) + "\n")
+    full, half = (copy.train(name, train_data=copy.data / f"{name}.jsonl", loss="it",
+                             no_require_completion=True) for name in ("full", "half"))
+    # The first step's loss before any update: half of each answer's NLL.
+    assert half[0]["tokens"] == full[0]["tokens"]
+    assert half[0]["loss"] == pytest.approx(full[0]["loss"] / 2, rel=1e-5)
+
+
+def test_readme_names_every_change_that_is_tested_here():
+    table = (ROOT / "README.md").read_text().split("| to change |")[1].split("\n\n")[0]
+    for place in ("chat.to_messages", "templates/", "data.pack", "model.py", "loss.py", "micro_batch_loss",
+                  "make_optimizer", "chat.render"):
+        assert place in table, f"README's table does not name {place}"
