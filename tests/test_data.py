@@ -254,7 +254,8 @@ def test_batch_shifts_and_counts_positions_within_each_document(folder):
 
 def test_empty_batch(folder):
     batch = collate(load(folder), np.array([], np.int64), np.zeros((0, 5)))
-    assert len(batch.ids) == len(batch.trained) == len(batch.untrained) == 0 and batch.cu_seqlens.tolist() == [0]
+    assert len(batch.ids) == len(batch.trained) == len(batch.untrained) == 0
+    assert batch.cu_seqlens.tolist() == [0]
 
 
 def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
