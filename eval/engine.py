@@ -2,11 +2,11 @@
 
     for number, ids, stopped in Engine(model).answers(prompts, stop, max_new_tokens): ...
 
-The model's own layers run, with attention over the cache passed in. A fixed number of slots runs at once;
-when an answer ends, the next prompt takes its slot. A step is one packed row, as in training: all of the
-prompts that are new, and of other documents the last token and those that Document.guess expects to follow
-it. What is chosen after a token counts only if all guesses up to there were right: answers are the same as
-token by token, but for rounding, and come faster.
+The model's own layers run; attention over the cache is passed in. A fixed number of slots runs at once, and
+when an answer ends, the next prompt takes its slot. A step is one packed row, as in training: new prompts
+whole, and of each running document its last token with the guesses of what follows (Document.guess). A token
+counts only if all guesses before it were right, so answers are the same as token by token, but for rounding,
+and come faster.
 
 Shapes: B slots, T places in the cache, H query heads, G key/value heads, D head size, C width,
 N packed tokens, V vocabulary.
@@ -41,8 +41,8 @@ def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
 
 
 def highest(logits: Tensor) -> Tensor:
-    """logits: (B, V). Returns (B,): logits.argmax(-1), of equals the first. That takes ten times as long in
-    bf16, and of a copy in fp32 more than twice."""
+    """(B,) logits.argmax(-1), the first of equals. logits: (B, V). argmax itself takes ten times as long in
+    bf16 on a CPU, and more than twice as long on a copy in fp32."""
     parts = logits.unflatten(-1, (math.gcd(64, logits.shape[-1]), -1))          # (B, parts, V / parts)
     best = parts.amax(-1).float().argmax(-1)
     first = parts[torch.arange(len(best), device=best.device), best].float().argmax(-1)
@@ -51,34 +51,36 @@ def highest(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0: greedy. top_k 0 and top_p 1: from the whole vocabulary."""
+    """How to choose tokens. temperature 0: greedily; top_k 0 and top_p 1: from the whole vocabulary."""
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
 
     def draws(self, key: tuple[int, ...], count: int) -> Tensor:
-        """(count,) numbers in [0, 1), a prompt's own, whatever runs beside it; key: which prompt."""
+        """(count,) random numbers in [0, 1) that depend on the prompt alone, not on what runs with it. key:
+        identifies the prompt."""
         state = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)[0]
         return torch.rand(count, generator=torch.Generator().manual_seed(int(state) >> 1))
 
     def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
-        """logits: (B, V); draw: (B,) in [0, 1). Returns ids, (B,). Temperature, then top-k, then top-p, as
-        transformers does; then where the running sum of the probabilities left passes draw."""
+        """(B,) ids. logits: (B, V); draw: (B,) random numbers in [0, 1). Temperature, then top-k, then top-p,
+        as in transformers; then the id at which the cumulative probability passes draw."""
         if not self.temperature:
             return highest(logits)
         logits, ids = (logits.float() - logits.amax(-1, keepdim=True)) / self.temperature, None
         if self.top_k:
-            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))        # falling
+            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))
         if self.top_p < 1:
-            few = min(1024, logits.shape[-1]) if logits.device.type == "cpu" else logits.shape[-1]
             mass = logits.softmax(-1)
-            most = mass.topk(few)
-            if bool((most.values.sum(-1) < self.top_p).any()):                  # flat: sort it all
-                most = mass.sort(-1, descending=True)
-            ids = most.indices if ids is None else ids.gather(-1, most.indices)
-            before = most.values.double().cumsum(-1) - most.values              # of what is more probable
-            mass = most.values.masked_fill(before >= self.top_p, 0)
+            # On a CPU sorting is slow, and a few ids usually hold all of top_p.
+            likeliest = mass.topk(min(1024, mass.shape[-1]) if mass.device.type == "cpu" else mass.shape[-1])
+            if bool((likeliest.values.sum(-1) < self.top_p).any()):
+                likeliest = mass.sort(-1, descending=True)
+            ids = likeliest.indices if ids is None else ids.gather(-1, likeliest.indices)
+            # The probability of all ids that are more likely.
+            before = likeliest.values.double().cumsum(-1) - likeliest.values
+            mass = likeliest.values.masked_fill(before >= self.top_p, 0)
         else:
             mass = logits.softmax(-1)
         total = mass.double().cumsum(-1)
@@ -91,15 +93,16 @@ class Sampling:
 
 
 class Document:
-    """A prompt and its answer so far. Two tokens that stood in it before are followed by the same as then
-    often enough to guess so, and to let one step of the model check several tokens (prompt lookup decoding,
-    Saxena 2023)."""
+    """A prompt and its answer so far. If its last two tokens have occurred in it before, what followed then
+    is guessed to follow now, and one step of the model checks several tokens (prompt lookup decoding, Saxena
+    2023)."""
 
     def __init__(self, number: int, prompt: list[int], room: int, draws: Tensor):
-        """room: the most tokens of an answer; draws: (room,), what Sampling.choose takes for each."""
+        """room: the most tokens of the answer; draws: (room,) a random number for each (Sampling.choose)."""
         self.number, self.start, self.room, self.draws = number, len(prompt), room, draws
         self.ids: list[int] = []
-        self.follows: dict[tuple[int, int], int] = {}   # two tokens -> the place behind their last occurrence
+        # Two tokens -> the place after their last occurrence.
+        self.follows: dict[tuple[int, int], int] = {}
         self.trust, self.stopped, self.ended = 2, False, False
         for token in prompt:
             self.add(token)
@@ -114,7 +117,7 @@ class Document:
         return len(self.ids) - self.start
 
     def guess(self, most: int) -> list[int]:
-        """One token more than were right the last time, at the most; a loop is guessed to go on."""
+        """At most one token more than were right the last time. A repetition is guessed to continue."""
         place, guess = self.follows.get(tuple(self.ids[-2:])), []
         if place:
             for j in range(place, place + min(most, self.trust, self.room - self.made - 1)):
@@ -123,8 +126,8 @@ class Document:
 
     def take(self, chosen: list[int], guess: list[int], stop: set[int],
              done: Callable[[int, list[int]], bool] | None = None) -> None:
-        """chosen: what the model chose behind the last token and behind each guessed one. They count up to
-        the first that was not guessed, which still does. stop, done: as Engine.answers takes them."""
+        """Append chosen tokens. chosen: what the model chose after the last token and after each guess; they
+        count up to and including the first that was not guessed. stop, done: as for Engine.answers."""
         before = self.made
         for token, guessed in zip(chosen, [*guess, None]):
             if token in stop:
@@ -143,16 +146,16 @@ class Document:
 
 
 class Cache:
-    """Keys and values of the slots' documents, (2, B, G, T, D) for each layer, in the dtype to compute in.
-    What is behind a document's end is finite, and nobody looks at it."""
+    """Keys and values of the slots' documents, (2, B, G, T, D) for each layer. Beyond a document's end they
+    are finite, and never attended to."""
 
     def __init__(self, config: ModelConfig, slots: int, dtype: torch.dtype, device: torch.device):
         self.layers = [torch.zeros(2, slots, config.num_key_value_heads, 0, config.head_dim, dtype=dtype,
                                    device=device) for _ in range(config.num_hidden_layers)]
 
     def fit(self, places: int) -> None:
-        """Make T `places`, rounded up to 32, or leave it up to a third larger. No larger: a product of
-        matrices that are not dense copies them, which in every step takes longer than this now and then."""
+        """Make T `places`, rounded up to 32, unless it is up to a third larger already. Resizing now and then
+        takes less time than every step's products over places that nobody needs."""
         now, wanted = self.layers[0].shape[3], -(-places // 32) * 32
         if not wanted <= now <= wanted * 4 // 3:
             self.layers = [F.pad(layer, (0, 0, 0, wanted - now)) for layer in self.layers]     # or cuts
@@ -162,26 +165,26 @@ class Cache:
         self.layers = [layer.index_select(1, which) for layer in self.layers]
 
     def rows(self, slots: Tensor, places: Tensor) -> Tensor:
-        """slots, places: (N,). Returns (N * 2 * G,): where their keys and values are in a layer, seen as
-        (2 * B * G * T, D)."""
+        """(N * 2 * G,) the indices of keys and values in a layer seen as (2 * B * G * T, D). slots, places:
+        (N,)."""
         both, count, heads, size = self.layers[0].shape[:4]
         which = torch.arange(both * heads, device=slots.device)                 # (2 * G,)
         first = which // heads * count * heads + which % heads
         return ((slots[:, None] * heads + first) * size + places[:, None]).flatten()
 
     def write(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
-        """k, v: (N, G, D), to where rows() says."""
+        """Write k and v, (N, G, D), to these rows of a layer (rows())."""
         keys_and_values = torch.cat([k, v], 1).flatten(0, 1)                    # (N * 2 * G, D)
         stored = self.layers[layer]
         stored.view(-1, stored.shape[-1]).index_copy_(0, rows, keys_and_values.to(stored.dtype))
 
     def attention(self, slots: Tensor, nth: Tensor, places: Tensor, queries: int
                   ) -> Callable[[int, Tensor], Tensor]:
-        """For tokens in the cache, (N,) each: the slot, the token's number among the slot's, the place.
-        queries: H. Returns what they attend with: (layer, q (N, H, D)) -> (N, H, D).
+        """The attention of new tokens over the cache, (layer, q (N, H, D)) -> (N, H, D). slots, nth, places:
+        (N,) each token's slot, its number among the slot's new tokens, its place in the document; queries: H.
 
-        All queries that share keys are lines of one product, S lines for each of B * G. Slots with fewer
-        tokens than others leave lines to chance, and nothing but the two products is done for those."""
+        All queries that share keys are lines of one product, S lines for each of B * G. Slots with fewer new
+        tokens than others leave some lines unused; only the two products are computed for those."""
         device, (_, count, keys, total, size) = slots.device, self.layers[0].shape      # -, B, G, T, D
         head, group = torch.arange(queries, device=device), queries // keys
         most = (int(nth.max()) + 1) * group                                             # S
@@ -288,10 +291,10 @@ class Engine:
                 done: Callable[[int, list[int]], bool] | None = None, lookup: int = LOOKUP
                 ) -> Iterator[tuple[int, list[int], bool]]:
         """Yields (number of the prompt, ids up to and without the first of `stop`, whether there was one) as
-        answers end, short prompts first: documents of like length then run together, and a step computes
-        over the longest one's places for all. keys: names each prompt for Sampling.draws, default its number;
-        on_token(number, id) is called as tokens come; done(number, ids) says behind each whether to end there
-        too; lookup: the most tokens to guess (Document.guess)."""
+        answers end. Short prompts come first: then documents of similar length run together, which matters
+        because a step computes over the longest one's places for all. keys: identifies each prompt for
+        Sampling.draws, by default its number; on_token(number, id) is called as tokens come; done(number,
+        ids) may end an answer after any token; lookup: the most tokens to guess (Document.guess)."""
         check_ids(self.model.config, prompts)
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
@@ -305,7 +308,8 @@ class Engine:
                 draws = (sampling.draws(keys[i] if keys else (i,), max_new_tokens)
                          if sampling.temperature else greedy)
                 running[slot], new[slot] = Document(i, prompts[i], max_new_tokens, draws), prompts[i]
-            if len(free) * 4 >= len(running) and not new:   # nothing waits any more: leave free slots
+            # Nothing is waiting: drop slots that are no longer used.
+            if len(free) * 4 >= len(running) and not new:
                 cache.keep(list(guesses))
                 running = [running[slot] for slot in guesses]
                 guesses = dict(enumerate(guesses.values()))

@@ -1,221 +1,135 @@
-"""Log-likelihoods of many continuations, with every token of the prefixes that they share computed once.
+"""Log-likelihoods of many continuations. Tokens that requests share at their start are computed once.
 
     for number, total, greedy in log_likelihoods(model, [(inputs, targets), ...], capacity=4096): ...
 
-Sorted, the inputs are a tree of tokens, walked depth first: a context, then each of its continuations. The
-walk is cut into rows of `capacity` tokens, wherever that is; the keys and values of the branch that a row
-ends in are kept for the next. So four choices to one question, a header of examples that a thousand questions
-have in common, and a document longer than a row are all the same case, and memory is bounded by one row and
-one branch. Only positions that predict a target go through the head.
+The inputs are sorted, so requests that begin alike follow each other: the choices of a question, questions
+behind the same header. One key/value cache holds the inputs of the current request. The next request keeps
+what both begin with, overwrites the rest, and only its new tokens go through the model. Many requests' new
+tokens share a row, so that the linear layers work on large matrices; attention takes one request at a time.
 
-Shapes: M tokens of the tree, N of a row, H query heads, G key/value heads, D head size, C width, V
-vocabulary, r tokens of a block, p of the branch before it.
+Shapes: N tokens of a row, n of them of one request, L tokens of that request up to there, H query heads,
+G key/value heads, D head size, C width, T targets.
 """
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chat import check_ids
+from eval.engine import check_ids
 from kernels.layers import compute_dtype
 from model import Attend, Llama
 
-BLOCK = 128             # queries that are multiplied out at once, with their branch's keys
-CHUNK_LOGITS = 2**24    # logits held at once: 64 MB in fp32
+# The most queries in one attention call. It bounds the memory of masks and scores.
+TILE = 128
+# The most logits in memory at once: 64 MB in fp32.
+CHUNK_LOGITS = 2**24
 
-Request = tuple[Sequence[int], Sequence[int]]   # inputs; targets, which their last positions predict
-
-
-@torch.no_grad()
-def log_likelihood_reference(model: Llama, inputs: Sequence[int], targets: Sequence[int]
-                             ) -> tuple[float, bool]:
-    """One request alone, from all its logits: the definition that log_likelihoods() is tested against."""
-    device, n = model.head_weight.device, len(inputs)
-    hidden = model(torch.tensor(inputs, device=device), torch.arange(n, device=device),
-                   torch.tensor([0, n], dtype=torch.int32))
-    log_p = F.linear(hidden, model.head_weight.to(hidden.dtype)).float().log_softmax(-1)[n - len(targets):]
-    targets = torch.tensor(targets, device=device)
-    return (log_p.gather(1, targets[:, None]).double().sum().item(),
-            bool((log_p.argmax(-1) == targets).all()))
+# Token ids of the inputs and of the targets. The last len(targets) inputs predict the targets.
+Request = tuple[Sequence[int], Sequence[int]]
 
 
-# ---------------------------------------------------------------- the tree
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens a and b have in common at their start."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
-class Tree(NamedTuple):
-    """Requests laid out as a walk through the tree of their inputs, depth first.
-
-        inputs "a b c", "a b d", "a e"  ->  ids a b c d e, depths 0 1 2 2 1
-    """
-    ids: np.ndarray         # (M,)
-    depths: np.ndarray      # (M,) a token's position: how many tokens are before it on its branch
-    # One entry for each target of each request, in the order of `places`.
-    places: np.ndarray      # where in (M,) it is predicted
-    targets: np.ndarray
-    requests: np.ndarray    # whose it is
-    order: np.ndarray       # (requests,) in which their last targets come
-    ends: np.ndarray        # (requests,) where those are
-
-
-def make_tree(requests: list[Request]) -> Tree:
-    order = sorted(range(len(requests)), key=lambda i: list(requests[i][0]))
-    branch = np.zeros(max(len(inputs) for inputs, _ in requests), np.int64)     # places of the tokens on it
-    ids, depths, places, targets, owners, ends = [], [], [], [], [], []
-    size, before = 0, np.zeros(0, np.int64)
-    for i in order:
-        inputs, wanted = np.asarray(requests[i][0], np.int64), requests[i][1]
-        n = min(len(inputs), len(before))
-        differ = np.flatnonzero(inputs[:n] != before[:n])
-        shared = int(differ[0]) if len(differ) else n
-        new = len(inputs) - shared
-        branch[shared:len(inputs)] = np.arange(size, size + new)
-        ids.append(inputs[shared:])
-        depths.append(np.arange(shared, len(inputs)))
-        places.append(branch[len(inputs) - len(wanted):len(inputs)].copy())
-        targets.append(np.asarray(wanted, np.int64))
-        owners.append(np.full(len(wanted), i))
-        ends.append(places[-1][-1])
-        size, before = size + new, inputs
-    places, targets, owners = map(np.concatenate, (places, targets, owners))
-    by_place = np.argsort(places, kind="stable")
-    return Tree(np.concatenate(ids), np.concatenate(depths), places[by_place], targets[by_place],
-                owners[by_place], np.array(order), np.array(ends))
-
-
-# ---------------------------------------------------------------- rows
-
-
-class Block(NamedTuple):
-    """Some consecutive queries of a row, with all keys that any of them sees."""
-    start: int
-    end: int
-    keys: Tensor            # (p + r,) where they are among the kept and the row's own
-    unseen: Tensor          # (r, p + r) 0 where a query sees a key, else -inf
-
-
-def own_unseen(depths: np.ndarray) -> np.ndarray:
-    """(r,) -> (r, r): which tokens of a stretch of the walk are not on the branch of which others.
-
-    Token j is on the branch of a later token i if the walk has not come back to j's depth in between.
-    """
-    behind = np.tri(len(depths), k=-1, dtype=bool).T                            # [j, i]: i comes after j
-    between = np.where(behind, depths, depths.max() + 1)
-    lowest = np.minimum.accumulate(between, 1)
-    return ~((lowest > depths[:, None]) & np.tri(len(depths), dtype=bool).T).T
-
-
-class Rows:
-    """A tree cut into rows of at most `capacity` tokens, and what each needs of the row before it."""
-
-    def __init__(self, tree: Tree, capacity: int, device: torch.device):
-        self.tree, self.device = tree, device
-        self.bounds = [(i, min(i + capacity, len(tree.ids))) for i in range(0, len(tree.ids), capacity)]
-        self.branch = np.zeros(int(tree.depths.max()) + 1, np.int64)    # places of the tokens on it
-
-    def blocks(self, start: int, end: int) -> tuple[list[Block], Tensor]:
-        """Of the row's tokens; and where the keys to keep for the row behind it are, among the kept and the
-        row's own. To be called row by row."""
-        depths, blocks, first, kept = self.tree.depths, [], start, depths_at(self.tree, start)
-        while first < end:
-            last = min(first + BLOCK, end)
-            # where the walk has come far back, most of the branch is of no use any more
-            back = np.flatnonzero(depths[first:last] < depths[first] - BLOCK)
-            last = first + int(back[0]) if len(back) else last
-            mine = depths[first:last]
-            seen = np.minimum.accumulate(mine)      # of the branch that is there when the block begins
-            unseen = np.concatenate([np.arange(mine[0]) >= seen[:, None], own_unseen(mine)], 1)
-            keys = np.concatenate([self.where(mine[0], start, kept), np.arange(first, last) - start + kept])
-            mask = torch.zeros(unseen.shape).masked_fill_(torch.from_numpy(unseen), -torch.inf)
-            blocks.append(Block(first - start, last - start, torch.from_numpy(keys).to(self.device),
-                                mask.to(self.device)))
-            self.branch[mine] = np.arange(first, last)      # of equal depths the last counts
+def make_rows(requests: list[Request], capacity: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Yields rows of at most `capacity` tokens as lists of (request, first, last): compute tokens first to
+    last of the request's inputs. Where first == last, earlier requests have computed all of them."""
+    row, free, previous = [], capacity, []
+    for i in sorted(range(len(requests)), key=lambda i: list(requests[i][0])):
+        inputs = requests[i][0]
+        first, end = shared_prefix(previous, inputs), len(inputs)
+        while True:
+            if first < end and not free:
+                yield row
+                row, free = [], capacity
+            last = min(end, first + min(free, TILE))
+            row.append((i, first, last))
+            free -= last - first
             first = last
-        return blocks, torch.from_numpy(self.where(depths_at(self.tree, end), start, kept)).to(self.device)
-
-    def where(self, depth: int, start: int, kept: int) -> np.ndarray:
-        """Of the branch's first `depth` tokens: kept ones by their depth, behind them those of the row."""
-        places = self.branch[:depth]
-        return np.where(places < start, np.arange(depth), places - start + kept)
-
-
-def depths_at(tree: Tree, place: int) -> int:
-    """How long the branch is that goes on at a place; 0 at the end of the tree."""
-    return int(tree.depths[place]) if place < len(tree.depths) else 0
+            if first == end:
+                break
+        previous = inputs
+    if row:
+        yield row
 
 
-def attend_blocks(blocks: list[Block], keep: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Attend:
-    """Attention of each token to the branch that it ends. kept: each layer's keys and values (p, G, D) from
-    the row before; replaced by those at `keep`."""
+def attend_to_own_request(row: list[tuple[int, int, int]], cache: Tensor, group: int) -> Attend:
+    """Causal attention of each token to the inputs of its own request.
+
+    cache: (layers, 2, G, longest inputs, D), keys and values of the current request; the row's are added.
+    group: H / G, how many query heads share a key head."""
+    # The query heads of a group are attended with as further queries, so the mask repeats for each of them.
+    masks = [torch.ones(last - first, last, dtype=torch.bool, device=cache.device).tril(first)
+             .repeat(group, 1) for _, first, last in row]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer < len(kept):
-            k, v = (torch.cat([old, new]) for old, new in zip(kept[layer], (k, v)))
-        else:
-            kept.append((k, v))
-        kept[layer] = k.index_select(0, keep), v.index_select(0, keep)
-        heads, size = k.shape[1:]
-        q = (q * size ** -0.5).unflatten(1, (heads, -1))                        # (N, G, H / G, D)
-        out = torch.empty_like(q)
-        for start, end, keys, unseen in blocks:
-            queries = q[start:end].permute(1, 2, 0, 3).flatten(1, 2)            # (G, H / G * r, D)
-            mine, values = (x.index_select(0, keys).transpose(0, 1) for x in (k, v))    # (G, p + r, D)
-            scores = torch.bmm(queries, mine.transpose(1, 2)).unflatten(1, (-1, end - start))
-            weights = scores.add_(unseen.to(scores.dtype)).softmax(-1).flatten(1, 2)
-            result = torch.bmm(weights, values).unflatten(1, (-1, end - start))     # (G, H / G, r, D)
-            out[start:end] = result.permute(2, 0, 1, 3)
-        return out.flatten(1, 2)
+        out, end = torch.empty_like(q), 0
+        for (_, first, last), mask in zip(row, masks):
+            if first == last:
+                continue
+            start, end = end, end + last - first
+            cache[layer, :, :, first:last] = torch.stack((k[start:end], v[start:end])).transpose(1, 2)
+            keys, values = cache[layer, :, None, :, :last]                              # (1, G, L, D)
+            queries = q[start:end].unflatten(1, (-1, group)).permute(1, 2, 0, 3)        # (G, H / G, n, D)
+            result = F.scaled_dot_product_attention(queries.flatten(1, 2)[None], keys, values, attn_mask=mask)
+            out[start:end] = result[0].unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+        return out
 
     return attend
 
 
-# ---------------------------------------------------------------- requests in, sums out
-
-
-@torch.no_grad()
-def score(model: Llama, hidden: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden: (N, C); rows, targets: (n,), rows rising. Returns the targets' log-probabilities (n,) fp32 and
-    whether each is the likeliest token (n,); a chunk of logits at a time, each row's made once."""
-    dtype = compute_dtype(hidden)
-    weight = model.head_weight.to(dtype)
-    distinct, inverse, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
-    size = max(1, CHUNK_LOGITS // len(weight))
-    values, greedy, done = [], [], 0
-    for i in range(0, len(distinct), size):
-        logits = F.linear(hidden[distinct[i:i + size]].to(dtype), weight).float()       # (rows, V)
-        mine = slice(done, done + int(counts[i:i + size].sum()))
-        row, target = inverse[mine] - i, targets[mine]
-        values.append(logits[row, target] - logits.logsumexp(-1)[row])
-        greedy.append(logits.argmax(-1)[row] == target)
-        done = mine.stop
-    return torch.cat(values), torch.cat(greedy)
+def score(model: Llama, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden: (T, C); targets: (T,). Returns the targets' log-probabilities, (T,) fp32, and whether each is
+    the most likely token, (T,) bool."""
+    weight = model.head_weight.to(compute_dtype(model.head_weight))
+    chunk = max(1, CHUNK_LOGITS // len(weight))
+    log_p, greedy = [], []
+    for states, ids in zip(hidden.to(weight.dtype).split(chunk), targets.split(chunk)):
+        logits = F.linear(states, weight).float()
+        log_p.append(logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1))
+        greedy.append(logits.argmax(-1) == ids)
+    return torch.cat(log_p), torch.cat(greedy)
 
 
 @torch.no_grad()
 def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
                     ) -> Iterator[tuple[int, float, bool]]:
-    """Yields (number of the request, log-likelihood of its targets in nats, whether each of them is the
-    likeliest token where it stands) as requests end, not in their order. Every request has a target, and no
-    fewer inputs than targets. capacity: tokens of a row."""
+    """Yields (index of the request, log-likelihood of its targets in nats, whether greedy decoding would give
+    them) as requests finish, in another order than theirs.
+
+    Each request needs at least one target and at least as many inputs as targets. capacity: tokens of a row.
+    ValueError for an id beyond the embedding."""
     if not requests:
         return
     check_ids(model.config, [ids for request in requests for ids in request])
-    device, tree = model.head_weight.device, make_tree(requests)
-    rows, kept = Rows(tree, capacity, device), []
-    totals, greedy, ended = np.zeros(len(requests)), np.ones(len(requests), bool), 0
-    for start, end in rows.bounds:
-        attend = attend_blocks(*rows.blocks(start, end), kept)
-        ids, depths = (torch.from_numpy(x[start:end]).to(device) for x in (tree.ids, tree.depths))
-        hidden = model(ids, depths, None, attend=attend)
-        mine = slice(*np.searchsorted(tree.places, (start, end)))
-        if mine.start < mine.stop:
-            values, right = score(model, hidden, torch.from_numpy(tree.places[mine] - start).to(device),
-                                  torch.from_numpy(tree.targets[mine]).to(device))
-            np.add.at(totals, tree.requests[mine], values.double().cpu().numpy())
-            np.logical_and.at(greedy, tree.requests[mine], right.cpu().numpy())
-        last = np.searchsorted(tree.ends, end)
-        for i in tree.order[ended:last]:
-            yield int(i), float(totals[i]), bool(greedy[i])
-        ended = last
+    config, device = model.config, model.head_weight.device
+    longest = max(len(inputs) for inputs, _ in requests)
+    cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, longest, config.head_dim,
+                        dtype=compute_dtype(model.head_weight), device=device)
+    group = config.num_attention_heads // config.num_key_value_heads
+    # Final hidden states of the current request. Its targets may be predicted by tokens of earlier rows.
+    states = torch.zeros(longest, config.hidden_size, device=device)
+    for row in make_rows(requests, capacity):
+        ids = [token for i, first, last in row for token in requests[i][0][first:last]]
+        positions = [place for _, first, last in row for place in range(first, last)]
+        hidden = model(torch.tensor(ids, device=device), torch.tensor(positions, device=device), None,
+                       attend=attend_to_own_request(row, cache, group))
+        # The states that predict the targets of the requests that end in this row.
+        ended, predicting, start = [], [], 0
+        for i, first, last in row:
+            inputs, targets = requests[i]
+            states[first:last] = hidden[start:start + last - first]
+            start += last - first
+            if last == len(inputs):
+                ended.append(i)
+                predicting.append(states[last - len(targets):last].clone())
+        if not ended:
+            continue
+        wanted = torch.tensor([token for i in ended for token in requests[i][1]], device=device)
+        log_p, greedy = score(model, torch.cat(predicting), wanted)
+        sizes = [len(requests[i][1]) for i in ended]
+        for i, values, right in zip(ended, log_p.double().cpu().split(sizes), greedy.cpu().split(sizes)):
+            yield i, values.sum().item(), bool(right.all())

@@ -57,5 +57,5 @@ def make_tasks(folder: Path, count: int = 9, seed: int = 0) -> Path:
     folder.mkdir(exist_ok=True)
     file = write_lines(folder / "documents.jsonl", make_documents(count, seed))
     for name, text in TASKS.items():
-        (folder / f"{name}.yaml").write_text(f"task: {name}\n{DATA.format(file=file)}{text}")
+        (folder / f"{name}.yaml").write_text(f"task: {name}\ntag: tiny_tag\n{DATA.format(file=file)}{text}")
     return folder

@@ -9,21 +9,38 @@ from pathlib import Path
 import pytest
 import torch
 
-from tiny import ROOT, arguments, difference, metrics, setup, weights
+from tiny import ROOT, arguments, difference, metrics, run_here, setup, weights
 
-# Prints an answer that generation made, after checking it token by token with the model's forward pass.
-ANSWER = """
-import sys, torch
+# Runs in the copy's own process, and here for the core as it is.
+FUNCTIONS = """
+import json, sys, torch, train
 from eval.engine import Engine
 from model import load_model
-model, ids = load_model(sys.argv[1]), [7, 3, 11, 5]
-[(_, answer, _)] = Engine(model).answers([ids], set(), 12)
-for token in answer:
-    hidden = model(torch.tensor(ids), torch.arange(len(ids)), torch.tensor([0, len(ids)], dtype=torch.int32))
-    assert token == int((hidden[-1] @ model.head_weight.T).argmax()), "generation runs another model"
-    ids.append(token)
-print(answer)
+
+def answer(folder):
+    '''What generation makes, checked token by token with the model's forward pass.'''
+    model, ids = load_model(folder), [7, 3, 11, 5]
+    [(_, made, _)] = Engine(model).answers([ids], set(), 12)
+    for token in made:
+        count = len(ids)
+        hidden = model(torch.tensor(ids), torch.arange(count), torch.tensor([0, count], dtype=torch.int32))
+        assert token == int((hidden[-1] @ model.head_weight.T).argmax()), "generation runs another model"
+        ids.append(token)
+    return made
 """
+PROGRAM = FUNCTIONS + """
+for argument in json.loads(sys.argv[1]):
+    if isinstance(argument, str):
+        print(json.dumps(answer(argument)), file=sys.stderr)
+    else:
+        train.main(argument)
+"""
+
+
+def answer(folder: Path) -> list[int]:
+    names: dict = {}
+    exec(FUNCTIONS, names)
+    return names["answer"](folder)
 
 
 class Copy:
@@ -41,19 +58,20 @@ class Copy:
         assert text.count(old) == 1, f"{file} holds this {text.count(old)} times: {old}"
         (self.root / file).write_text(text.replace(old, new))
 
-    def python(self, *argv: object) -> str:
-        done = subprocess.run([sys.executable, *map(str, argv)], cwd=self.root, capture_output=True,
-                              text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def run(self, *steps: dict | str) -> list[list[int]]:
+        """Train three steps with these flags, or answer with the model in this folder, one after the other in
+        one process. Returns the answers."""
+        given = [str(self.data / step) if isinstance(step, str) else
+                 arguments(self.data, step["out"], max_steps=3, log_every=1,
+                           **{name: value for name, value in step.items() if name != "out"})
+                 for step in steps]
+        done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(given)], cwd=self.root, text=True,
+                              capture_output=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
-    def train(self, out: str, **more: object) -> list[dict]:
-        """Three steps; returns the lines of metrics.jsonl."""
-        self.python("train.py", *arguments(self.data, out, **{"max_steps": 3, "log_every": 1, **more}))
+    def metrics(self, out: str) -> list[dict]:
         return metrics(self.data / out)
-
-    def answer(self, folder: str) -> str:
-        return self.python("-c", ANSWER, self.data / folder)
 
     def weights(self, out: str) -> dict[str, torch.Tensor]:
         return weights(self.data / out / "final")
@@ -72,51 +90,51 @@ def test_a_record_layout(copy):
               '                    {"role": "assistant", "content": record["answer"]}]\n'
               '    elif "prompt" in record and "completion" in record:\n')
     pairs = [("name a colour", "blue"), ("a fruit", "plum"), ("the sea", "is blue"), ("hello", "station")]
-    for name, (question, answer) in (("new", ("question", "answer")), ("known", ("prompt", "completion"))):
+    files = {"new": ("question", "answer"), "known": ("prompt", "completion")}
+    for name, (question, answer) in files.items():
         (copy.data / f"{name}.jsonl").write_text(
             "".join(json.dumps({question: a, answer: b}) + "\n" for a, b in pairs))
-        copy.train(name, train_data=copy.data / f"{name}.jsonl")
+    copy.run(*(dict(out=name, train_data=f"{copy.data}/{name}.jsonl") for name in files))
     assert difference(copy.weights("new"), copy.weights("known")) == 0
 
 
 def test_a_chat_template(copy):
     source = (copy.root / "templates" / "llama3.jinja").read_text()
     (copy.root / "templates" / "mine.jinja").write_text(source.replace("'<|start_header_id|>'", "'Now: '"))
-    longer = copy.train("mine", template="mine")[0]["tokens"]
-    assert longer != copy.train("llama3")[0]["tokens"]
+    copy.run(dict(out="mine", template="mine"), dict(out="llama3"))
+    assert copy.metrics("mine")[0]["tokens"] != copy.metrics("llama3")[0]["tokens"]
     exported = json.loads((copy.data / "mine" / "final" / "tokenizer_config.json").read_text())
     assert "Now: " in exported["chat_template"]
 
 
 def test_packing(copy):
-    packed = copy.train("packed", micro_batch_tokens=200)
+    assert run_here(arguments(copy.data, "packed", max_steps=3, micro_batch_tokens=200)) == 0
     copy.edit("data.py", "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n",
               "    if len(examples) % world_size == 0:\n"
               "        return [[examples[i:i + 1] for i in range(rank, len(examples), world_size)]\n"
               "                for rank in range(world_size)]\n"
               "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n")
-    apart = copy.train("apart", micro_batch_tokens=200)
-    assert [step["tokens"] for step in apart] == [step["tokens"] for step in packed]
+    copy.run(dict(out="apart", micro_batch_tokens=200))
+    assert [step["tokens"] for step in copy.metrics("apart")] == [
+        step["tokens"] for step in copy.metrics("packed")]
     assert 0 < difference(copy.weights("apart"), copy.weights("packed")) < 1e-4
 
 
 def test_layer_norm_for_rms_norm(copy):
-    before = copy.answer("model")
     # Without a bias, so that the same checkpoint fits.
     copy.edit("model.py", "        return rms_norm(x, self.weight, self.eps)\n",
               "        return nn.functional.layer_norm(x, x.shape[-1:], self.weight, eps=self.eps)\n")
-    assert copy.answer("model") != before
-    copy.train("trained")
-    copy.answer("trained/final")
+    changed, _ = copy.run("model", dict(out="trained"), "trained/final")
+    assert changed != answer(copy.data / "model")
+    assert len(copy.metrics("trained")) == 3
 
 
 def test_gelu(copy):
-    before = copy.answer("model")
     copy.edit("model.py", "        return linears(swiglu(gate, up), self.down_proj)[0]\n",
               "        return self.down_proj(nn.functional.gelu(gate) * up)\n")
-    assert copy.answer("model") != before
-    copy.train("trained")
-    copy.answer("trained/final")
+    changed, _ = copy.run("model", dict(out="trained"), "trained/final")
+    assert changed != answer(copy.data / "model")
+    assert len(copy.metrics("trained")) == 3
 
 
 def test_a_regulariser(copy):
@@ -133,7 +151,8 @@ def test_a_regulariser(copy):
               "        statistics[\"z\"] = z_loss(hidden[trained], head, batch.coefficients[trained])\n"
               "        loss = loss + config.z_weight * statistics[\"z\"]\n"
               "    if log_untrained:")
-    without, with_it = copy.train("without"), copy.train("with", z_weight=0.1)
+    copy.run(dict(out="without"), dict(out="with", z_weight=0.1))
+    without, with_it = copy.metrics("without"), copy.metrics("with")
     assert "z" not in without[0] and with_it[0]["z"] > 0
     assert with_it[0]["loss"] == without[0]["loss"] and with_it[-1]["z"] < with_it[0]["z"]
     assert difference(copy.weights("with"), copy.weights("without")) > 0
@@ -144,10 +163,9 @@ def test_the_optimizer(copy):
     start = text.index("    return torch.optim.AdamW(")
     end = text.index("\n\n\n", start)
     copy.edit("train.py", text[start:end], "    return torch.optim.SGD(groups, lr=config.lr, momentum=0.9)")
-    copy.train("whole", save_every=1, keep_checkpoints=9)
     saved = copy.data / "whole" / "checkpoints" / "step-00000002"
-    copy.train("resumed", resume=saved)
-    assert [step["step"] for step in metrics(copy.data / "resumed")] == [3]
+    copy.run(dict(out="whole", save_every=1, keep_checkpoints=9), dict(out="resumed", resume=str(saved)))
+    assert [step["step"] for step in copy.metrics("resumed")] == [3]
     assert difference(copy.weights("resumed"), copy.weights("whole")) == 0
 
 
@@ -173,9 +191,10 @@ def test_a_weight_by_message(copy):
                     if name == "half" and message["role"] == "assistant":
                         message["weight"] = 0.5
                 out.write(json.dumps(record) + "\n")
-    full, half = (copy.train(name, train_data=copy.data / f"{name}.jsonl", loss="it",
-                             no_require_completion=True) for name in ("full", "half"))
-    # The first step's loss before any update: half of each answer's NLL.
+    copy.run(*(dict(out=name, train_data=f"{copy.data}/{name}.jsonl", loss="it", no_require_completion=True)
+               for name in ("full", "half")))
+    full, half = copy.metrics("full"), copy.metrics("half")
+    # The first step's loss, before any update: half of each answer's NLL.
     assert half[0]["tokens"] == full[0]["tokens"]
     assert half[0]["loss"] == pytest.approx(full[0]["loss"] / 2, rel=1e-5)
 

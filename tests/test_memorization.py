@@ -11,6 +11,7 @@ import transformers
 
 from chat import Tokenizer, load_template
 from eval import memorization
+from eval.engine import Engine
 from tiny import arguments as train_arguments
 from tiny import flags, make_model, run_here, run_module
 
@@ -154,7 +155,7 @@ def test_the_last_trained_answer_of_a_record_is_asked_for(folder, tmp_path):
     args.limit = 2
     assert memorization.read_targets(args, tokenizer, template)[0] == got[:2]
     args.max_length = len(got[1]["prompt"]) + len(got[1]["target"])     # one less than the whole record
-    with pytest.raises(ValueError, match="no record has a turn that counts within --max-length"):
+    with pytest.raises(ValueError, match="no record has a target within --max-length"):
         memorization.read_targets(args, tokenizer, template)
 
 
@@ -165,28 +166,41 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
         SimpleNamespace(data=[folder / "train.jsonl"], limit=0, max_length=2048), tokenizer,
         load_template("auto", tokenizer))[0]}
 
-    def generate(extra: list[int]):
-        return lambda model, prompts, stop, most, **_: [(known[tuple(p)] + extra)[:most] for p in prompts]
+    extra_tokens: list[int] = []
+
+    def answers(extra: list[int]):
+        def generate(self, prompts, stop, most, *_, done):
+            for i, prompt in enumerate(prompts):
+                ids: list[int] = []
+                for token in known[tuple(prompt)] + extra:
+                    if len(ids) < most and not done(i, ids):
+                        ids.append(token)
+                extra_tokens.append(len(ids) - len(known[tuple(prompt)]))
+                yield i, ids, len(ids) < most and not done(i, ids)
+        return generate
+
     space, = tokenizer.at_start.encode(" ").ids
     for extra, exact, more in (([], 100, {}), ([space] * 9, 0, {}), ([], 0, dict(max_new_tokens=1))):
-        monkeypatch.setattr(memorization, "generate", generate(extra))
+        monkeypatch.setattr(Engine, "answers", answers(extra))
+        extra_tokens.clear()
         got, = result(folder, **more)
         assert got["exact_match"] == exact
+        assert more or set(extra_tokens) == {1 if extra else 0}
         assert (got["prefix_token_mean"] == 100) == (not more)
 
 
-def test_going_on_asks_for_what_is_missing_only(folder, tmp_path, monkeypatch):
+def test_a_resumed_run_asks_only_for_what_is_missing(folder, tmp_path, monkeypatch):
     pytest.importorskip("sacrebleu")
     models = dict(model=[folder / "run" / "final", folder / "model"], template="llama3")
     whole = result(folder, output=tmp_path / "answers.jsonl", **models)
     lines = (tmp_path / "answers.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines) == 1 + 2 * len(PAIRS) and whole[0]["bleu"] != whole[1]["bleu"]
-    asked, original = [], memorization.generate
+    asked, original = [], Engine.answers
 
-    def generate(model, prompts, *args, **more):
+    def answers(self, prompts, *args, **more):
         asked.extend(prompts)
-        return original(model, prompts, *args, **more)
-    monkeypatch.setattr(memorization, "generate", generate)
+        return original(self, prompts, *args, **more)
+    monkeypatch.setattr(Engine, "answers", answers)
     for kept in (0, 1, 5, 13, len(lines)):
         (tmp_path / "answers.jsonl").write_bytes(b"".join(lines[:kept]) + b"".join(lines[kept:kept + 1])[:-9])
         asked.clear()
@@ -199,7 +213,7 @@ def test_going_on_asks_for_what_is_missing_only(folder, tmp_path, monkeypatch):
     (dict(max_new_tokens=3), "max_new_tokens was 0, is 3"), (dict(dtype="bf16"), "dtype was fp32, is bf16"),
     (dict(limit=2), "limit was 0, is 2"), (dict(model="other"), "other was None"),
 ])
-def test_other_settings_do_not_go_on(folder, tmp_path, more, says):
+def test_a_file_of_other_settings_is_not_resumed(folder, tmp_path, more, says):
     pytest.importorskip("sacrebleu")
     if "model" in more:
         more = dict(model=make_model(tmp_path / "other", seed=9), template="llama3")
