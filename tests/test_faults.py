@@ -89,7 +89,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
         folder, undisturbed, module, name, monkeypatch, capsys):
     disk = FullDisk(name)
     monkeypatch.setattr(module, "open", disk, raising=False)
-    out = folder / f"full-{Path(name).name}"
+    out = folder / f"full-{Path(name).stem}"
     argv = arguments(folder, out, save_every=2, cache_dir=f"{out}-cache")
     with pytest.raises(OSError) as error:
         run_here(argv)
