@@ -35,9 +35,11 @@ def main(file: str) -> None:
     os.chdir(own)
     for argv in runs:
         os._exit, exit_now = end, os._exit
-        with contextlib.suppress(Ended):
-            train.main(argv)
-        os._exit = exit_now
+        try:
+            with contextlib.suppress(Ended):
+                train.main(argv)
+        finally:
+            os._exit = exit_now
     dist.barrier()
 
 
