@@ -1,4 +1,4 @@
-"""A few records seen closely: a checkpoint's own answers, and its NLL of every token of what stands there."""
+"""What a checkpoint makes of a few records: its own answers, and its NLL of every token of the record."""
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
@@ -17,31 +17,31 @@ from runtime.distributed import rank, world_size
 class Example:
     where: str                  # file and line
     messages: list[dict]
-    question: list[dict]        # what is to be answered: all but the last message, if that is an assistant's
-    expected: str | None        # that one's text
+    question: list[dict]        # all messages, without the last one if that is an answer
+    expected: str | None        # that answer
 
 
 @dataclass
-class Seen:
+class Response:
     """What one checkpoint makes of an example. Token t has the NLL nll[t - 1]; nothing predicts the first."""
-    answer: str | None          # None: there is nothing to answer
-    cut: bool                   # it had not ended after --max-new-tokens
+    answer: str | None          # None if the example has no question
+    cut: bool                   # the answer had not ended after --max-new-tokens
     ids: list[int]
     kinds: list[int]
-    texts: list[str]            # of each token; empty where it is not the last one of a character
+    texts: list[str]            # the text that each token adds: "" until a character is complete
     nll: list[float]            # nats
 
 
 def read_examples(file: str, count: int) -> list[Example]:
-    """The first `count` records of a file; ValueError if there is none."""
+    """The first `count` records of a file. ValueError if it has none."""
     examples = []
     for messages, line in islice(read_records(file), count):
         answered = messages[-1]["role"] == "assistant"
         question = messages[:-1] if answered else messages
-        examples.append(Example(f"{file}:{line}", messages, question,
-                                messages[-1]["content"] if answered else None))
+        expected = messages[-1]["content"] if answered else None
+        examples.append(Example(f"{file}:{line}", messages, question, expected))
     if count and not examples:
-        raise ValueError(f"{file}: holds no record")
+        raise ValueError(f"{file}: has no records")
     return examples
 
 
@@ -57,16 +57,16 @@ def token_nll(loaded: Loaded, ids: list[int]) -> list[float]:
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds, special tokens too."""
+    """The text that each token adds, including special tokens."""
     text = Text(tokenizer)
     text.decode = partial(tokenizer.decode, skip_special_tokens=False)
     return [text.add(token) for token in ids]
 
 
-def look(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Seen]:
-    """One for each example; the ranks share the work. ValueError where the template refuses a record."""
-    mine, prompts, seen = range(rank(), len(examples), world_size()), {}, []
-    for i in mine:
+def respond(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Response]:
+    """A response to each example; the ranks share the work. ValueError if the template refuses a record."""
+    indices, prompts, responses = range(rank(), len(examples), world_size()), {}, []
+    for i in indices:
         example = examples[i]
         try:
             ids, kinds = tokenize(render(example.messages, loaded.template), loaded.tokenizer)
@@ -76,15 +76,18 @@ def look(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Seen]
         except ValueError as error:
             raise ValueError(f"{example.where}: {error}") from None
         ids, kinds = ids[:args.max_length], kinds[:args.max_length]
-        seen.append(Seen(None, False, ids, kinds, token_texts(loaded.tokenizer, ids),
-                         token_nll(loaded, ids) if len(ids) > 1 else []))
+        losses = token_nll(loaded, ids) if len(ids) > 1 else []
+        responses.append(Response(None, False, ids, kinds, token_texts(loaded.tokenizer, ids), losses))
     bar = partial(progress, total=len(prompts), unit="answer")
-    with loaded.autocast:
-        outputs = dict(zip(prompts, generate(loaded.engine, list(prompts.values()), loaded.stop_ids,
-                                             args.max_new_tokens, progress=bar))) if prompts else {}
-    for i, one in zip(mine, seen):
+    outputs = {}
+    if prompts:
+        with loaded.autocast:
+            generated = generate(loaded.engine, list(prompts.values()), loaded.stop_ids, args.max_new_tokens,
+                                 progress=bar)
+        outputs = dict(zip(prompts, generated))
+    for i, response in zip(indices, responses):
         if i in outputs:
-            one.answer = loaded.answer(outputs[i])
-            one.cut = len(outputs[i]) == args.max_new_tokens
-    gathered = gather(list(zip(mine, seen)))
-    return [one for _, one in sorted(gathered, key=lambda each: each[0])]
+            response.answer = loaded.answer(outputs[i])
+            response.cut = len(outputs[i]) == args.max_new_tokens
+    gathered = gather(list(zip(indices, responses)))
+    return [response for _, response in sorted(gathered, key=lambda pair: pair[0])]
