@@ -5,7 +5,6 @@ import torch
 from torch.profiler import profile
 
 from eval import estimate
-from bench import fits
 from eval.estimate import activation_bytes
 from kernels.head import weighted_nll
 from model import Llama, ModelConfig, init_weights
@@ -140,14 +139,3 @@ def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
     state = {"parameters", "gradients", "AdamW's averages", "reference model"}
     estimated = sum(size for name, size in parts.items() if name not in state)
     assert estimated / peak_of_a_step(config, 600, dtype, recompute) == pytest.approx(1.0, abs=0.1)
-
-
-def test_what_fits_where():
-    """Llama-2-7B: its published 6,738,415,616 parameters at 16 bytes are 108 GB, which divide."""
-    config = fits.read_shape("Llama-2-7B")
-    one, two, many = (fits.gigabytes(config, gpus, True, True, 1) for gpus in (1, 2, 64))
-    state = 16 * 6_738_415_616 / 1e9
-    assert state < one == fits.gigabytes(config, 1, False, True, 1) < state + 4
-    assert two - many == pytest.approx(state * (1 / 2 - 1 / 64))
-    assert fits.fewest([30.0, 24.0, 23.0, 12.0], 24) == "4"     # 24 GiB are 25.8 GB, 23.2 of them for us
-    assert fits.fewest([30.0, 24.0], 24) == "never"
