@@ -160,8 +160,7 @@ def linears_reference(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """linears_reference(): x (N, C) -> (N, width of the module) each. Instead of an x that has a recipe, the
     recipe's inputs are kept, and x's gradient adds up over the modules in one tensor. Steps aside for
-    anything but a plain nn.Linear, such as an adapter, or one with hooks or another
-    forward()."""
+    anything but a plain nn.Linear, such as an adapter, or one with hooks or another forward()."""
     if torch.compiler.is_compiling() or not all(map(_is_plain, modules)):
         return linears_reference(x, *modules)
     parameters = [p for module in modules for p in (module.weight, module.bias)]
