@@ -316,7 +316,8 @@ def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path, c
         count = int((labels[:, 1:] != -100).sum())
         total, labelled = total + out.item() * count, labelled + count
     assert any(KINDS[CONTEXT] in row["span_kinds"] for row in rows)
-    [batch], _ = train.make_steps(config, dataset, usable, 0, 1)[0]
+    [micro_batch], _ = train.make_steps(config, dataset, usable, 0, 1)[0]
+    batch = collate(dataset, *micro_batch)
     ours = model.load_model(folder / "model")
     hidden = ours(batch.ids, batch.positions, batch.cu_seqlens)
     value, _ = weighted_nll(hidden[batch.trained], ours.head_weight, batch.targets[batch.trained],
