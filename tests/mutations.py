@@ -64,7 +64,7 @@ FAULTS = [
           "out_a.addcmul_(b, sin, value=-1)", "out_a.addcmul_(b, sin, value=1)",
           "model::packed_logits_equal_transformers_one_by_one"),
     fault("rope-backward", "RoPE's gradient not turned back", "kernels/layers.py",
-          "_Rotate.apply(grad, cos, -sin)", "_Rotate.apply(grad, cos, sin)",
+          "_turned(grad, cos, -sin)", "_turned(grad, cos, sin)",
           "model::every_parameters_gradient_equals_transformers"),
     fault("rope-llama3", "llama3 scaling blends the wrong way", "model.py",
           "(1 - blend) * frequencies / rope[\"factor\"] + blend * frequencies",
