@@ -21,7 +21,7 @@ from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
 from data import Batch
 from kernels.head import chunks
 
-# Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is no template token, so IM counts it.
+# Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is not the template's, so IM counts it.
 PRESETS = {
     "it": {COMPLETION: 1.0},
     "im": {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},

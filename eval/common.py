@@ -75,8 +75,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False) -> Loaded:
-    """cast: bf16 by casting the weights, for generation, whose steps would else cast them for every token;
-    not by autocast over fp32 ones, as in training. ValueError for what is wrong with the folder."""
+    """The checkpoint in a folder or of a hub id. cast: get bf16 by casting the weights, as generation needs,
+    instead of by autocast over fp32 weights, as in training. ValueError for what is wrong with the folder."""
     folder = resolve_model(name)
     tokenizer = Tokenizer(folder)
     model = load_model(folder, device).requires_grad_(False).eval()

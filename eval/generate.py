@@ -4,8 +4,8 @@
     python -m eval.generate --model RUN/final --prompt "Name three colours."
     python -m eval.generate --model RUN/final --chat
 
---output is appended to as answers come, and a rerun of the same command goes on where it ended. Under
-torchrun the ranks share the records. How tokens are made is in engine.py.
+--output is appended to as answers come, and the same command resumes where it was interrupted. Under torchrun
+the ranks divide the records. engine.py has how tokens are generated.
 """
 import math
 import sys
@@ -27,7 +27,7 @@ from runtime.distributed import is_main, world_size
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
              batch_size: int = 64, progress: Callable = iter, lookup: int = LOOKUP) -> list[list[int]]:
-    """Greedy continuation of each prompt, in order, up to and without the first id of `stop`."""
+    """The greedy continuation of each prompt, in order, up to and excluding the first id of `stop`."""
     outputs: list[list[int]] = [[] for _ in prompts]
     answers = engine.answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)
     for i, ids, _ in progress(answers):
@@ -37,8 +37,8 @@ def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_t
 
 def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files: list[str], limit: int,
                    progress: Callable = iter) -> list[dict]:
-    """Let the model answer the last turn of the first `limit` records that end with an assistant's message.
-    Returns [{"prompt", "expected", "output", "correct"}]; correct: equal but for space around it."""
+    """Answers to the last turn of the first `limit` records that end with an assistant's message, as
+    [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace."""
     answers, prompts, longest = [], [], 1
     for file in files:
         for messages, _ in read_records(file):
@@ -47,7 +47,8 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
             pieces = render(messages[:-1], template, add_generation_prompt=True)
             prompts.append(tokenize(pieces, tokenizer)[0])
             whole = tokenize(render(messages, template), tokenizer)[0]
-            longest = max(longest, len(whole) - len(prompts[-1]))       # no longer answer can be right
+            # A longer answer could not be right.
+            longest = max(longest, len(whole) - len(prompts[-1]))
             answers.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"].strip()})
     stop = {tokenizer.special[template.end_of_turn]}
     outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
@@ -61,14 +62,15 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
 
 
 class Text:
-    """Decodes ids as they come, and holds characters back until they are whole."""
+    """Decodes ids as they come, and holds characters back until they are complete."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.decode, self.ids = tokenizer.decode, []
-        self.start = self.shown = 0     # ids[start:shown] are decoded again for the spaces between words
+        # ids[start:shown] are decoded again, for the spaces between words.
+        self.start = self.shown = 0
 
     def add(self, token: int | None) -> str:
-        """What can be shown now that token has come; None: all that there is."""
+        """The text that can be shown after this token; None: all that remains."""
         self.ids += [] if token is None else [token]
         before, text = self.decode(self.ids[self.start:self.shown]), self.decode(self.ids[self.start:])
         if token is not None and text.endswith("\ufffd"):
@@ -78,7 +80,7 @@ class Text:
 
 
 def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) -> str:
-    """Prints the answer as it is made, and returns it. Ctrl-C ends an answer of a conversation."""
+    """Print the answer as it is generated, and return it. In a conversation Ctrl-C ends the answer."""
     pieces = render(to_messages({"messages": messages}), loaded.template, add_generation_prompt=True)
     prompt = tokenize(pieces, loaded.tokenizer)[0]
     text, parts = Text(loaded.tokenizer), []
@@ -102,8 +104,9 @@ def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) 
 
 def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
     with suppress(ImportError):
-        import readline  # noqa: F401  input() then has line editing
-    print("/reset starts anew, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+        # Gives input() line editing.
+        import readline  # noqa: F401
+    print("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
     start = messages
     while True:
         try:
@@ -119,7 +122,8 @@ def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
             try:
                 messages = [*asked, {"role": "assistant",
                                      "content": reply(loaded, asked, args, len(messages))}]
-            except ValueError as error:     # the template's, or text that is not UTF-8
+            # From the template, or for text that is not UTF-8.
+            except ValueError as error:
                 print(f"error: {error}", file=sys.stderr)
 
 
@@ -131,8 +135,8 @@ def name_of(line: dict) -> tuple[int, int]:
 
 
 def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list[dict], str | None]], list]:
-    """The records as (messages to answer, the answer there), and the messages' pieces. Answered is the last
-    assistant's message; a record that ends with another has none."""
+    """The records as (messages to answer, the record's own answer), and the messages' pieces. The last
+    assistant message is the answer; a record that ends with another message has none."""
     asked, pieces = [], []
     for messages, line in islice(read_records(args.data), args.limit):
         answered = messages[-1]["role"] == "assistant"
@@ -148,19 +152,20 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
 
 
 def answer_file(loaded: Loaded, args: Namespace) -> dict:
-    """Writes or prints the answers; returns what to report. The ranks share the work."""
+    """Write or print the answers, and return what to report. The ranks divide the work."""
     template = loaded.template
     asked, pieces = read_questions(args, template)
     prompts = [ids for ids, _ in tokenize_batch(pieces, loaded.tokenizer)]
     names = ("model", "data", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
     settings = made_with(args, names, template, args.data) if args.output else {}
     answers = Answers(args.output, name_of, settings)
-    mine = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
+    missing = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
     started = time.monotonic()
-    made = loaded.engine.answers([prompts[index] for index, _ in mine], loaded.stop_ids, args.max_new_tokens,
-                                 args.batch_size, sampling(args), mine, lookup=args.prompt_lookup_num_tokens)
-    for i, ids, finished in progress(made, len(mine), "answer"):
-        (index, sample), (question, expected) = mine[i], asked[mine[i][0]]
+    made = loaded.engine.answers([prompts[index] for index, _ in missing], loaded.stop_ids,
+                                 args.max_new_tokens, args.batch_size, sampling(args), missing,
+                                 lookup=args.prompt_lookup_num_tokens)
+    for i, ids, finished in progress(made, len(missing), "answer"):
+        (index, sample), (question, expected) = missing[i], asked[missing[i][0]]
         answers.add({"index": index, **({"sample": sample} if args.samples > 1 else {}),
                      "prompt": question[-1]["content"], "expected": expected,
                      "output": loaded.answer(ids), "tokens": len(ids),

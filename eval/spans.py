@@ -3,11 +3,11 @@
     python -m eval.spans --model BASE RUN/final --data test.jsonl other.jsonl --json spans.json
     torchrun --nproc-per-node 2 -m eval.spans --model ...               the same numbers, on two ranks
 
-Sums are exact: no mean of means, whatever the packing and the number of ranks. Two means are given: over all
-tokens of a kind, and the paper's, over examples of each one's token mean. Intervals are percentiles of means
-over examples drawn anew, with replacement, from those that have the kind. Checkpoints after the first are
-compared with it on the same draws, so that what makes an example hard for both cancels; where they tokenise
-a file differently there is no common token to compare, and the command refuses.
+Sums are exact, never means of means, whatever the packing and the number of ranks. Two means are given: over
+all tokens of a kind, and the paper's, over examples of each one's token mean. Intervals are percentiles of
+bootstrap means, over examples drawn with replacement from those that have the kind. Checkpoints after the
+first are compared with it on the same draws, so that what makes an example hard for both cancels. Checkpoints
+that tokenize a file differently have no tokens in common, and are refused.
 
 Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 """
@@ -38,11 +38,12 @@ MEANS = ("nll_token_mean", "nll_example_mean")
 @torch.no_grad()
 def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.device, rank: int = 0,
                  world_size: int = 1, progress: Callable = iter) -> np.ndarray:
-    """(E, K) float64: the NLL of each example's targets, summed by kind, in nats. Ranks share the work; each
-    gets all. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
+    """(E, K) float64 sums of each example's NLL by kind, in nats. Ranks divide the work, and each gets all
+    sums. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
     rows = [row for step in plan(dataset.lengths, 0, 0, 1024, capacity, world_size) for row in step[rank]]
     sums = torch.zeros(len(dataset) * len(KINDS), dtype=torch.float64)
-    for examples in progress(rows):     # some may be empty, and still run: ranks of a sharded model run alike
+    # Some rows may be empty, and are run nevertheless: all ranks of a sharded model must do the same.
+    for examples in progress(rows):
         batch = collate(dataset, examples, np.zeros((len(examples), len(KINDS)))).to(device)
         hidden = model(batch.ids, batch.positions, batch.cu_seqlens)
         values = nll(hidden, model.head_weight, batch.targets)
@@ -55,16 +56,16 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
 
 
 def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, dict]:
-    """sums, counts: (E, K) -> by kind: nll_token_mean, and nll_example_mean, the paper's mean over
-    examples of each one's token mean (nats), with the tokens and examples that they are over.
-    Kinds without a token are left out."""
+    """By kind, nll_token_mean, and nll_example_mean, the paper's mean over examples of each one's token mean
+    (nats), with the numbers of tokens and examples. sums, counts: (E, K). Kinds without tokens are left
+    out."""
     out = {}
     for kind, name in enumerate(KINDS):
         has = counts[:, kind] > 0
         if has.any():
-            mine, tokens = sums[has, kind], counts[has, kind].astype(np.int64)
-            out[name] = {"nll_token_mean": float(mine.sum() / tokens.sum()),
-                         "nll_example_mean": float((mine / tokens).mean()),
+            nats, tokens = sums[has, kind], counts[has, kind].astype(np.int64)
+            out[name] = {"nll_token_mean": float(nats.sum() / tokens.sum()),
+                         "nll_example_mean": float((nats / tokens).mean()),
                          "tokens": int(tokens.sum()), "examples": int(has.sum())}
     return out
 
@@ -73,8 +74,8 @@ def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, dict]:
 
 
 def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """sums: (M, E) NLL of one kind; counts: (E,) its targets, all above 0.
-    Returns (2, R, M): MEANS of each resample, in nats."""
+    """(2, R, M) MEANS of each resample, in nats. sums: (M, E) NLL of one kind; counts: (E,) its targets, all
+    above 0."""
     drawn = resampled_sums(np.stack([*sums, *(sums / counts), counts], 1), resamples, seed)
     checkpoints, examples = sums.shape
     return np.stack([drawn[:, :checkpoints] / drawn[:, -1:], drawn[:, checkpoints:-1] / examples])
@@ -82,9 +83,9 @@ def resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: 
 
 def compare(sums: np.ndarray, counts: np.ndarray, resamples: int, confidence: float, seed: int
             ) -> list[dict[str, dict]]:
-    """sums: (M, E, K), counts: (E, K) -> summary() of each checkpoint, and by kind its perplexities, from the
-    second on X_minus_first for X of MEANS, and X_interval for all of them but the perplexities: [low, high],
-    or None without resamples or with fewer than two examples."""
+    """summary() of each checkpoint; added by kind: its perplexities; from the second checkpoint on
+    X_minus_first for X of MEANS; and X_interval for all but the perplexities, [low, high], or None without
+    resamples or with fewer than two examples. sums: (M, E, K); counts: (E, K)."""
     out = [summary(each, counts) for each in sums]
     for kind, name in enumerate(KINDS):
         has = counts[:, kind] > 0
@@ -120,7 +121,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Those that load_data, evaluate and compare need beside --data."""
+    """The flags that load_data, evaluate and compare need, other than --data."""
     parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
                         help="what to do with longer ones")
@@ -131,7 +132,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
-    """[checkpoint][file]; one process of each machine tokenises, the others read what it wrote."""
+    """The data as [checkpoint][file]. One process of each machine tokenizes, the others read its files."""
     data = []
     with first_of_machine():
         for name in args.model:
@@ -144,17 +145,18 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
 
 def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset], other: list[Dataset]
                  ) -> None:
-    """ValueError if of two checkpoints, by name, the other tokenises a file otherwise than the first one."""
-    for file, theirs, mine in zip(files, first, other):
-        if theirs.key != mine.key and not all(np.array_equal(getattr(theirs, x), getattr(mine, x))
-                                              for x in ("offsets", "ids", "kinds")):
-            raise ValueError(f"{file}: {names[1]} tokenises it otherwise than {names[0]} does (another "
+    """ValueError if the second of two checkpoints tokenizes a file differently from the first. names: of the
+    checkpoints."""
+    for file, a, b in zip(files, first, other):
+        if a.key != b.key and not all(np.array_equal(getattr(a, x), getattr(b, x))
+                                      for x in ("offsets", "ids", "kinds")):
+            raise ValueError(f"{file}: {names[1]} tokenizes it differently from {names[0]} (another "
                              "tokenizer or template), so their NLL a token cannot be compared; give "
                              "--template if that is the difference, or evaluate each in its own call")
 
 
 def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
-    """example_sums of each file, (E, K)."""
+    """example_sums() of each file, (E, K)."""
     out = []
     for file, dataset in zip(args.data, datasets):
         check_embedding(dataset, loaded.model.config.vocab_size, loaded.tokenizer)
@@ -187,21 +189,21 @@ def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]],
     print(f"{'':5}" + 2 * f"{'NLL':>9} {f'{100 * confidence:g}% interval':>18}{'ppl':>9}")
     for name, row in checkpoints[0].items():
         print(f"{name}: {row['tokens']:,} tokens in {row['examples']:,} examples")
-        for m, mine in enumerate(each[name] for each in checkpoints):
-            print(f"{m + 1:<5}{cells(mine)}")
+        for m, result in enumerate(each[name] for each in checkpoints):
+            print(f"{m + 1:<5}{cells(result)}")
             if m:
-                print(f"{f'{m + 1}-1':<5}{cells(mine, '_minus_first')}")
+                print(f"{f'{m + 1}-1':<5}{cells(result, '_minus_first')}")
 
 
 def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]]) -> list[dict]:
-    """One file's results as --json has them, of compare()'s."""
+    """One file's results of compare(), as --json has them."""
     return [{"data": file, "model": name, "span": kind, **row}
             for name, kinds in zip(names, checkpoints) for kind, row in kinds.items()]
 
 
 def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
                    args: argparse.Namespace) -> None:
-    """A line for each checkpoint, file and example: where it stands, and its NLL sums (nats) and targets."""
+    """Write a line for each checkpoint, file and example: its place, NLL sums (nats) and targets by kind."""
     part = Path(f"{file}.part")
     with open(part, "w", encoding="utf-8") as out:
         for m, name in enumerate(args.model):
@@ -221,7 +223,7 @@ def main(argv: list[str]) -> None:
     data = load_data(args)
     for name, datasets in zip(args.model, data):
         check_tokens(args.data, (args.model[0], name), data[0], datasets)
-    # each checkpoint is let go of before the next
+    # Each checkpoint is freed before the next is loaded.
     sums = [evaluate(load(name, args, device), datasets, args) for name, datasets in zip(args.model, data)]
     if not is_main():
         return

@@ -1,4 +1,4 @@
-"""Flags of a program from a dataclass: a field is a flag, with its help, choices and limits beside it.
+"""Flags of a program from a dataclass: a field is a flag, with its help, choices and limits.
 
     @dataclass
     class Config:
