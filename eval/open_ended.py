@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from chat import Tokenizer, load_template, render, tokenize
+from chat import load_template, render, tokenize
+from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.chat_model import ChatModel
 from eval.common import Parser, check_values, load, progress, read_objects, run, start_ranks, write_json
