@@ -6,7 +6,7 @@
 
 Under torchrun rank 0 appends to FILE and the other ranks to FILE.rankN. merge() joins them; if the run is
 killed before, the next one does, with any number of ranks. The settings that produced the answers are kept
-as well: a file with answers of two settings would be worthless.
+in FILE.settings.json: a file with answers of two settings would be worthless.
 """
 import glob
 import json
@@ -21,8 +21,6 @@ from eval.common import gather, write_json
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import read_json, write_text
 from runtime.weights import model_fingerprint, resolve_model
-
-HEADER = b'{"settings": '       # how a file with its settings in the first line begins
 
 
 def hash_file(file: str | Path) -> str:
@@ -47,15 +45,12 @@ def as_line(answer: dict) -> str:
 class Answers:
     """lines: {key(line): line}. All ranks have the same ones, except those added since the last merge().
 
-    file: None keeps the answers in memory only. settings: stored in FILE.settings.json or, with `header`, in
-    the first line of FILE. ValueError, before anything is changed, if the file holds something else or was
-    written with other settings."""
+    file: None keeps the answers in memory only. ValueError, before anything is changed, if the file holds
+    something else or was written with other settings."""
 
-    def __init__(self, file: str | Path | None, key: Callable[[dict], tuple], settings: dict,
-                 header: bool = False) -> None:
-        self.file, self.key, self.header = Path(file) if file else None, key, header
-        self.settings, self.new, self.lines = settings, [], {}
-        found = self._read() if self.file and is_main() else []
+    def __init__(self, file: str | Path | None, key: Callable[[dict], tuple], settings: dict) -> None:
+        self.file, self.key, self.new = Path(file) if file else None, key, []
+        found = self._read(settings) if self.file and is_main() else []
         self.lines = {key(line): line for line in gather(found)}
 
     def missing(self, keys: Iterable[tuple]) -> list[tuple]:
@@ -80,42 +75,30 @@ class Answers:
         """Rewrite the file, sorted by key, and delete the files of the other ranks; on rank 0."""
         if not (self.file and is_main()):
             return
-        lines = [{"settings": self.settings}] * self.header + [self.lines[key] for key in sorted(self.lines)]
-        write_text(self.file, "".join(map(as_line, lines)))
+        write_text(self.file, "".join(as_line(self.lines[key]) for key in sorted(self.lines)))
         for rank_file in self._rank_files():
             rank_file.unlink()
 
     def _rank_files(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.rank[0-9]*"))
 
-    def _read(self) -> list[dict]:
+    def _read(self, settings: dict) -> list[dict]:
         """The lines of the file and of the files that ranks left. Cuts off half-written last lines."""
         raw = {part: part.read_bytes() for part in (self.file, *self._rank_files()) if part.is_file()}
         whole = {part: text[:text.rfind(b"\n") + 1] for part, text in raw.items()}
-        start, settings_file = raw.get(self.file, b"")[:len(HEADER)], Path(f"{self.file}.settings.json")
-        old = {} if self.header else read_json(settings_file)
+        settings_file = Path(f"{self.file}.settings.json")
+        old = read_json(settings_file)
         try:
             lines = [json.loads(line) for text in whole.values() for line in text.splitlines()]
-            if self.header and not HEADER.startswith(start):
-                raise ValueError
-            if self.header and lines:
-                old = lines.pop(0)["settings"]
             lines = list({self.key(line): line for line in lines}.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"--output {self.file}: is not an output of this command, it holds lines that "
                              "are not answers; name another file") from None
-        if start and not old and not self.header:
-            raise ValueError(f"--output {self.file}: was written with unknown settings, {settings_file.name} "
-                             "is missing; name another file")
-        if lines and (differ := [f"{name} was {old.get(name)}, is {value}"
-                                 for name, value in self.settings.items() if old.get(name) != value]):
+        if any(raw.values()) and (differ := [f"{name} was {old.get(name)}, is {value}"
+                                             for name, value in settings.items() if old.get(name) != value]):
             raise ValueError(f"--output {self.file}: was written with other settings ({'; '.join(differ)}); "
                              "name another file, or remove it")
-        if not self.header:
-            write_json(settings_file, self.settings)
-        if lines:
-            for part, text in whole.items():
-                os.truncate(part, len(text))
-        else:
-            self.write()    # an empty file, or only the header
+        write_json(settings_file, settings)
+        for part, text in whole.items():
+            os.truncate(part, len(text))
         return lines

@@ -91,21 +91,27 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 
-def check_values(args: argparse.Namespace, files: Iterable[str], **least: int) -> None:
-    """ValueError that names the flag: a number below its least, a file that could not be written."""
-    for name, limit in least.items():
+def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float | tuple[float, float]
+                 ) -> None:
+    """ValueError that names the flag: a number outside its limits, `least` or (least, most), or a file that
+    could not be written."""
+    for name, limit in limits.items():
         value = getattr(args, name)
-        if value is not None and value < limit:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {limit} or more")
+        least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
+        # Written so that NaN fails.
+        if value is not None and not least <= value <= most:
+            bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bounds}")
     for name in files:  # now, not when all has been computed
         file = getattr(args, name)
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
 
 
-def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None = None) -> list[dict]:
+def read_objects(file: str, fields: dict[str, type], what: str, limit: int | None = None) -> list[dict]:
     """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
-    line (in a list the number) of one that is not `what` or lacks one of `fields`, or says it is empty."""
+    line (in a list the number) of one that is not `what`, because one of `fields` is missing or not of its
+    type, or says it is empty."""
     if not Path(file).is_file():
         raise ValueError(f"{file}: no such file")
     objects: list[dict] = []
@@ -116,9 +122,10 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
             for number, line in enumerate(lines, 1):
                 if line.strip() and len(objects) != limit:
                     objects.append(json.loads(line))
-                    if missing := [name for name in fields if name not in objects[-1]]:
-                        raise ValueError(f"it has no {', '.join(missing)}")
-    except (ValueError, TypeError, OSError, EOFError) as error:
+                    for name, kind in fields.items():
+                        if not isinstance(objects[-1].get(name), kind):
+                            raise ValueError(f"{name} must be of type {kind.__name__}")
+    except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
         raise ValueError(f"{file}:{number}: not {what} with {', '.join(fields)} ({error})") from None
     if not objects:
         raise ValueError(f"{file}: is empty")

@@ -17,21 +17,23 @@ import re
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
-from chat import render, to_messages, tokenize
+from chat import render, tokenize
 from eval.answers import Answers, made_with
-from eval.common import (Loaded, Parser, check_values, load, mean_and_error, progress,
-                         read_objects, run, start_ranks, write_json)
+from eval.common import (Loaded, Parser, check_values, load, mean_and_error, progress, read_objects, run,
+                         start_ranks, write_json)
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main
 
-FIELDS = ("task_id", "prompt", "test", "entry_point")
+FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
        "```python\n{}\n```")
 # what ends a function at the start of a line
 AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
-# flag: the least and the greatest value
-LIMITS = {"seconds": (1, 86_400), "megabytes": (64, 2**20), "workers": (1, 1024)}
+# flag: its limits, for common.check_values
+LIMITS = {"limit": 1, "samples": 1, "max_new_tokens": 1, "batch_size": 1, "temperature": (0, 100),
+          "top_p": (1e-6, 1), "seed": 0, "seconds": (1, 86_400), "megabytes": (64, 2**20),
+          "workers": (1, 1024)}
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -42,14 +44,13 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
 
 
 def read_problems(file: str, limit: int | None) -> list[dict]:
-    """The problems' FIELDS alone. ValueError names the file, and the line or the problem."""
+    """Objects with FIELDS. ValueError names the file, and the line or the problem."""
     problems = read_objects(file, FIELDS, "a problem", limit)
     for problem in problems:
-        texts = all(isinstance(problem[name], str) for name in FIELDS)
-        if not texts or f"def {problem['entry_point']}" not in problem["prompt"]:
-            raise ValueError(f"{file}: problem {problem['task_id']}: {', '.join(FIELDS)} must be texts, and "
-                             "the prompt must define the entry_point")
-    return [{name: problem[name] for name in FIELDS} for problem in problems]
+        if f"def {problem['entry_point']}" not in problem["prompt"]:
+            raise ValueError(f"{file}: problem {problem['task_id']}: the prompt must define the entry_point, "
+                             f"{problem['entry_point']}")
+    return problems
 
 
 def program_of(problem: dict, answer: str, chat: bool) -> str:
@@ -67,53 +68,49 @@ def program_of(problem: dict, answer: str, chat: bool) -> str:
 def passes(problem: dict, program: str, seconds: float, megabytes: int) -> tuple[bool, str]:
     """Whether the program comes through the problem's tests, and if not, why."""
     test = f"{problem['test']}\ncheck({problem['entry_point']})"
-    outcome = run_python([program, test], seconds, megabytes)
-    return outcome.finished, outcome.reason
-
-
-def name_of(line: dict) -> tuple[int, int]:
-    return line["index"], line["sample"]
+    return run_python([program, test], seconds, megabytes)[:2]
 
 
 def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
-    """Lines of {"index", "sample", "task_id", "output"}, made now or found in --output."""
-    chat = args.format == "chat"
+    """Lines of {"index", "sample", "task_id", "output"}, generated now or found in --output."""
     names = ("model", "data", "format", "dtype", "max_new_tokens", "temperature", "top_p", "seed")
-    answers = Answers(args.output, name_of, made_with(args, names, loaded.template, args.data))
-    todo = answers.missing((i, s) for i in range(len(problems)) for s in range(args.samples))
-    tokenizer, prompts = loaded.tokenizer, []
-    for text in (problems[i]["prompt"] for i, _ in todo):
-        if chat:
-            asked = to_messages({"messages": [{"role": "user", "content": ASK.format(text.strip())}]})
-            prompts.append(tokenize(render(asked, loaded.template, add_generation_prompt=True), tokenizer)[0])
-        else:   # without the line break at its end: an indented line begins with it, as one token
-            start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
-            prompts.append(start + tokenizer.at_start.encode(text.rstrip(), add_special_tokens=False).ids)
-    made = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
-                                 Sampling(args.temperature, args.top_p, 0, args.seed), todo)
-    for n, ids, _ in progress(made, len(todo), "sample"):
-        i, s = todo[n]
-        answers.add({"index": i, "sample": s, "task_id": problems[i]["task_id"],
-                     "output": loaded.answer(ids) if chat else tokenizer.decode(ids)})
+    answers = Answers(args.output, lambda line: (line["index"], line["sample"]),
+                      made_with(args, names, loaded.template, args.data))
+    missing = answers.missing((i, n) for i in range(len(problems)) for n in range(args.samples))
+    prompts = [prompt_ids(loaded, problems[i]["prompt"], args.format == "chat") for i, _ in missing]
+    generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                      Sampling(args.temperature, args.top_p, 0, args.seed), missing)
+    for position, ids, _ in progress(generated, len(missing), "sample"):
+        i, n = missing[position]
+        answers.add({"index": i, "sample": n, "task_id": problems[i]["task_id"],
+                     "output": loaded.answer(ids) if args.format == "chat" else loaded.tokenizer.decode(ids)})
     answers.merge()
     return answers
 
 
-def execute(answers: Answers, lines: list[dict], problems: list[dict], args: Namespace) -> None:
-    """Runs the samples in `lines`, adds {"passed", "why"} to each and writes them; on rank 0."""
-    def attempt(line: dict) -> tuple[bool, str]:
+def prompt_ids(loaded: Loaded, text: str, chat: bool) -> list[int]:
+    """The problem's text as a request, or as it is."""
+    tokenizer = loaded.tokenizer
+    if chat:
+        messages = [{"role": "user", "content": ASK.format(text.strip())}]
+        return tokenize(render(messages, loaded.template, add_generation_prompt=True), tokenizer)[0]
+    # Without the line break at its end: an indented line begins with it, as one token.
+    start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
+    return start + tokenizer.at_start.encode(text.rstrip(), add_special_tokens=False).ids
+
+
+def execute(lines: list[dict], problems: list[dict], args: Namespace) -> None:
+    """Runs the samples in `lines` and adds {"passed", "why"} to each."""
+    def attempt(line: dict) -> None:
         problem = problems[line["index"]]
         program = program_of(problem, line["output"], args.format == "chat")
-        return passes(problem, program, args.seconds, args.megabytes)
+        line["passed"], line["why"] = passes(problem, program, args.seconds, args.megabytes)
 
     pool = ThreadPoolExecutor(args.workers)
     try:
-        outcomes = progress(pool.map(attempt, lines), len(lines), "program")
-        for line, (passed, why) in zip(lines, outcomes, strict=True):
-            line.update(passed=passed, why=why)
+        list(progress(pool.map(attempt, lines), len(lines), "program"))
     finally:
         pool.shutdown(cancel_futures=True)
-        answers.write()
 
 
 def main(argv: list[str]) -> None:
@@ -129,19 +126,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=16, help="programs written at once")
-    parser.add_argument("--output", required=True, metavar="FILE", help="JSONL of the samples, to go on from")
+    parser.add_argument("--output", required=True, metavar="FILE", help="samples, .jsonl; resumed if present")
     parser.add_argument("--execute", action="store_true", help="run the programs, isolated")
     parser.add_argument("--seconds", type=float, default=10.0, help="a program may take")
     parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
     args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), limit=1, samples=1, max_new_tokens=1, batch_size=1)
-    for flag, (least, greatest) in LIMITS.items():
-        if not least <= getattr(args, flag) <= greatest:
-            raise ValueError(f"--{flag} {getattr(args, flag)}: must be from {least:,} to {greatest:,}")
-    if not (0 <= args.temperature < math.inf and 0 < args.top_p <= 1):
-        raise ValueError(f"--temperature {args.temperature} --top-p {args.top_p}: must be 0 or more, and "
-                         "above 0 and at most 1")
+    check_values(args, ("output", "json"), **LIMITS)
     if args.samples > 1 and not args.temperature:
         raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
     for k in args.k:
@@ -151,16 +142,15 @@ def main(argv: list[str]) -> None:
         # before hours of sampling: can programs be isolated at all?
         run_python([], args.seconds, args.megabytes)
     answers = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
-    lines = [answers.lines[i, s] for i in range(len(problems)) for s in range(args.samples)]
+    lines = [answers.lines[i, n] for i in range(len(problems)) for n in range(args.samples)]
     if not is_main():
         return
     if not args.execute:
         print(f"{len(lines):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
         return
-    execute(answers, lines, problems, args)
-    right = [0] * len(problems)
-    for line in lines:
-        right[line["index"]] += line["passed"]
+    execute(lines, problems, args)
+    answers.write()
+    right = [sum(answers.lines[i, n]["passed"] for n in range(args.samples)) for i in range(len(problems))]
     result = {"model": args.model, "problems": len(problems), "samples": args.samples, "format": args.format,
               "temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
     for k in args.k:

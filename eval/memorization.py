@@ -172,7 +172,7 @@ def main(argv: list[str]) -> None:
         targets.append(read_targets(args, tokenizer, load_template(args.template, tokenizer, args.date)))
         asked = hashlib.sha256(json.dumps(targets[-1][0]).encode()).hexdigest()[:32]
         settings[name] = {"weights": model_fingerprint(folder), "records": asked}
-    answers = Answers(args.output, answer_key, settings, header=True)
+    answers = Answers(args.output, answer_key, settings)
     results = []
     for name, (records, skipped) in zip(args.model, targets):
         rows = answer(load(name, args, device, cast=True), records, answers, args)

@@ -15,8 +15,6 @@ ties, in percent of the pairs with both verdicts. alpaca: against the outputs in
 import json
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -24,15 +22,16 @@ import torch
 from chat import load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
-from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run, start_ranks,
-                         write_json)
+from eval.chat_model import ChatModel
+from eval.common import Parser, check_values, load, progress, read_objects, run, start_ranks, write_json
 from eval.engine import Sampling
-from eval.judge import (NOT_REQUESTED, Job, connect, judge_all, make_jobs, print_summary, read_prompts,
-                        summary, values_of)
+from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.weights import resolve_model
 
+# benchmark: the ending of the output's name, as its tool expects; the default of --max-new-tokens
+BENCHMARKS = {"alpaca": (".json", 2048), "mt-bench": (".jsonl", 1024)}
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
                 "humanities": 0.1}
@@ -40,136 +39,108 @@ TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 CHECKED = ("math", "coding", "reasoning")
 
 
-def are_texts(values: object, least: int, most: int) -> bool:
-    return (isinstance(values, list) and least <= len(values) <= most
-            and all(isinstance(value, str) for value in values))
+def are_turns(texts: object, least: int = 1) -> bool:
+    return (isinstance(texts, list) and least <= len(texts) <= 2
+            and all(isinstance(text, str) for text in texts))
 
 
 def read_questions(args: Namespace) -> list[dict]:
-    """[{"id", "turns": [text], "category", "temperature", "reference": correct answers or None}]."""
-    questions = []
+    """[{"id", "turns": [text], "category", "temperature", "correct": answers or []}]."""
     if args.benchmark == "alpaca":
-        for i, line in enumerate(read_objects(args.questions, ("instruction",), "a question", args.limit)):
-            if not are_texts([line["instruction"], line.get("dataset", "")], 2, 2):
-                raise ValueError(f"{args.questions}: instruction and dataset of question {i} must be text")
-            questions.append({"id": i, "turns": [line["instruction"]], "category": line.get("dataset", ""),
-                              "temperature": 0.0, "reference": None})
-        return questions
-    for line in read_objects(args.questions, ("question_id", "category", "turns"), "a question", args.limit):
+        lines = read_objects(args.questions, {"instruction": str}, "a question", args.limit)
+        return [{"id": i, "turns": [line["instruction"]], "category": str(line.get("dataset", "")),
+                 "temperature": 0.0, "correct": []} for i, line in enumerate(lines)]
+    fields = {"question_id": int, "category": str, "turns": list}
+    questions: dict[int, dict] = {}
+    for line in read_objects(args.questions, fields, "a question", args.limit):
         number, category, turns = line["question_id"], line["category"], line["turns"]
-        if not (isinstance(number, int) and number >= 0 and are_texts([category], 1, 1)
-                and are_texts(turns, 1, 2)):
-            raise ValueError(f"{args.questions}: question {number!r} must have a whole number as its "
-                             "question_id, one or two turns of text, and text as its category")
-        checked = category in CHECKED and are_texts(line.get("reference"), len(turns), 2)
-        questions.append({"id": number, "turns": turns, "category": category,
-                          "temperature": TEMPERATURES.get(category, 0.7),
-                          "reference": line["reference"] if checked else None})
-    if len({question["id"] for question in questions}) < len(questions):
-        raise ValueError(f"{args.questions}: several questions have the same question_id")
-    return questions
+        if number < 0 or number in questions or not are_turns(turns):
+            raise ValueError(f"{args.questions}: question {number} must have a number of its own, 0 or more, "
+                             "and one or two turns of text")
+        checked = category in CHECKED and are_turns(line.get("reference"), len(turns))
+        questions[number] = {"id": number, "turns": turns, "category": category,
+                             "temperature": TEMPERATURES.get(category, 0.7),
+                             "correct": line["reference"] if checked else []}
+    return list(questions.values())
 
 
-# ---------------------------------------------------------------- answers
-
-
-def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict[int, list[dict]]:
-    """{question: [{"question", "turn", "output", "tokens", "finished", "time"}, one per turn]}; read from
-    OUTPUT.answers or generated."""
-    tokenizer = Tokenizer(resolve_model(args.model))
-    template = load_template(args.template, tokenizer, args.date)
-    flags = ["benchmark", "model", "dtype", "max_new_tokens"] + ["seed"] * (args.benchmark == "mt-bench")
-    answers = Answers(f"{args.output}.answers", lambda line: (line["question"], line["turn"]),
-                      made_with(args, flags, template, args.questions))
-    by_key = {(question["id"], turn): question
-              for question in questions for turn in range(len(question["turns"]))}
-    loaded = None
-    # All first turns before any second one, which continues the first.
-    for turn in (0, 1):
-        missing = answers.missing(key for key in by_key if key[1] == turn)
-        if missing:
-            loaded = loaded or load(args.model, args, device, cast=True)
-            for line in progress(answer_turn(loaded, missing, by_key, answers, args), len(missing), "answer"):
-                answers.add(line)
-        answers.merge()
-    return {question["id"]: [answers.lines[question["id"], turn] for turn in range(len(question["turns"]))]
-            for question in questions}
-
-
-def answer_turn(loaded: Loaded, keys: list[tuple[int, int]], by_key: dict[tuple[int, int], dict],
-                answers: Answers, args: Namespace) -> Iterator[dict]:
-    """The lines for keys, (question, turn), as they are generated, one temperature after the other."""
-    for temperature in sorted({by_key[key]["temperature"] for key in keys}):
-        batch = [key for key in keys if by_key[key]["temperature"] == temperature]
-        prompts = [prompt_of(loaded, by_key[key], key[1], answers, args) for key in batch]
-        generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
-                                          Sampling(temperature, seed=args.seed), batch)
-        for i, ids, finished in generated:
-            question, turn = batch[i]
-            yield {"question": question, "turn": turn, "output": loaded.answer(ids).strip(),
-                   "tokens": len(ids), "finished": finished, "time": time.time()}
-
-
-def prompt_of(loaded: Loaded, question: dict, turn: int, answers: Answers, args: Namespace) -> list[int]:
-    """The token ids of the conversation up to this turn, earlier answers included."""
-    messages = []
-    for n, text in enumerate(question["turns"][:turn + 1]):
-        messages.append({"role": "user", "content": text})
-        if n < turn:
-            messages.append({"role": "assistant", "content": answers.lines[question["id"], n]["output"]})
-    try:
-        return tokenize(render(messages, loaded.template, add_generation_prompt=True), loaded.tokenizer)[0]
-    except ValueError as error:
-        raise ValueError(f"{args.questions}: question {question['id']}, turn {turn + 1}: {error}") from None
-
-
-def output_text(questions: list[dict], answers: dict[int, list[dict]], args: Namespace) -> str:
-    """AlpacaEval's model_outputs.json, or a file for FastChat's model_answer, as text."""
-    outputs, lines = [], []
-    for question in questions:
-        turns = [line["output"] for line in answers[question["id"]]]
-        outputs.append({"dataset": question["category"], "instruction": question["turns"][0],
-                        "output": turns[0], "generator": args.name})
-        # random in FastChat, but a rerun should write the same file
-        answer_id = sha256(json.dumps([args.name, question["id"], turns]).encode()).hexdigest()[:22]
-        lines.append(as_line({"question_id": question["id"], "answer_id": answer_id, "model_id": args.name,
-                              "choices": [{"index": 0, "turns": turns}],
-                              "tstamp": answers[question["id"]][-1]["time"]}))
-    if args.benchmark == "alpaca":
-        return json.dumps(outputs, indent=2, ensure_ascii=False) + "\n"
-    return "".join(lines)
-
-
-# ---------------------------------------------------------------- verdicts
-
-
-def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str]] | None:
-    """{question: the turns of the answer to compare with}; None for mt-bench without --reference."""
-    file = args.reference or (args.questions if args.benchmark == "alpaca" else None)
+def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str]]:
+    """{question: the turns of the answer to compare with}; empty for mt-bench without --reference."""
+    alpaca = args.benchmark == "alpaca"
+    file = args.reference or (args.questions if alpaca else None)
     if not file:
-        return None
+        return {}
+    fields = {"instruction": str, "output": str} if alpaca else {"question_id": int, "choices": list}
+    lines = read_objects(file, fields, "an answer")
     try:
-        if args.benchmark == "alpaca":
-            outputs = {line["instruction"]: [line["output"]]
-                       for line in read_objects(file, ("instruction", "output"), "a model output")}
-            reference = {question["id"]: outputs.get(question["turns"][0]) for question in questions}
-        else:
-            reference = {line["question_id"]: line["choices"][0]["turns"]
-                         for line in read_objects(file, ("question_id", "choices"), "an answer")}
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"--reference {file}: is not in the format of {args.benchmark}'s answers ({error!r})"
-                         ) from None
+        found = ({line["instruction"]: [line["output"]] for line in lines} if alpaca else
+                 {line["question_id"]: line["choices"][0]["turns"] for line in lines})
+    except (LookupError, TypeError):
+        raise ValueError(f"--reference {file}: not FastChat's answers, choices must be "
+                         '[{"turns": [text, ...]}]') from None
+    reference = {}
     for question in questions:
-        if not are_texts(reference.get(question["id"]), len(question["turns"]), 2):
+        reference[question["id"]] = turns = found.get(question["turns"][0] if alpaca else question["id"])
+        if not are_turns(turns, len(question["turns"])):
             raise ValueError(f"--reference {file}: has no answer to question {question['id']}: "
                              f"{question['turns'][0][:60]!r}")
     return reference
 
 
-def judge(questions: list[dict], answers: dict[int, list[dict]], args: Namespace
-          ) -> tuple[dict, dict[Job, str]]:
-    """What to report of the verdicts, and the jobs without one, with the reasons."""
-    prompts, reference = read_prompts(args.judge_prompts), read_reference(args, questions)
+def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict[int, list[dict]]:
+    """{question: [{"question", "turn", "output", "tokens", "finished"}, one per turn]}; read from
+    OUTPUT.answers or generated."""
+    tokenizer = Tokenizer(resolve_model(args.model))
+    template = load_template(args.template, tokenizer, args.date)
+    flags = ("benchmark", "model", "dtype", "max_new_tokens", "seed")
+    answers = Answers(f"{args.output}.answers", lambda line: (line["question"], line["turn"]),
+                      made_with(args, flags, template, args.questions))
+    loaded, conversations = None, {question["id"]: [] for question in questions}
+    # All first turns before any second one, which continues the first.
+    for turn in (0, 1):
+        by_key = {(question["id"], turn): question for question in questions if turn < len(question["turns"])}
+        for (number, _), question in by_key.items():
+            conversations[number].append({"role": "user", "content": question["turns"][turn]})
+        missing = answers.missing(by_key)
+        if missing:
+            loaded = loaded or load(args.model, args, device, cast=True)
+        for temperature in sorted({by_key[key]["temperature"] for key in missing}):
+            keys = [key for key in missing if by_key[key]["temperature"] == temperature]
+            prompts = []
+            for number, _ in keys:
+                try:
+                    pieces = render(conversations[number], template, add_generation_prompt=True)
+                except ValueError as error:
+                    raise ValueError(f"{args.questions}: question {number}: {error}") from None
+                prompts.append(tokenize(pieces, tokenizer)[0])
+            generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
+                                              Sampling(temperature, seed=args.seed), keys)
+            for i, ids, finished in progress(generated, len(keys), "answer"):
+                answers.add({"question": keys[i][0], "turn": turn, "output": loaded.answer(ids).strip(),
+                             "tokens": len(ids), "finished": finished})
+        answers.merge()
+        for number, _ in by_key:
+            output = answers.lines[number, turn]["output"]
+            conversations[number].append({"role": "assistant", "content": output})
+    return {question["id"]: [answers.lines[question["id"], turn] for turn in range(len(question["turns"]))]
+            for question in questions}
+
+
+def output_text(questions: list[dict], answers: dict[int, list[dict]], args: Namespace) -> str:
+    """AlpacaEval's model_outputs.json, or a file for FastChat's model_answer, as text."""
+    texts = {question: [line["output"] for line in lines] for question, lines in answers.items()}
+    if args.benchmark == "alpaca":
+        outputs = [{"dataset": question["category"], "instruction": question["turns"][0],
+                    "output": texts[question["id"]][0], "generator": args.name} for question in questions]
+        return json.dumps(outputs, indent=2, ensure_ascii=False) + "\n"
+    return "".join(as_line({"question_id": question, "answer_id": f"{args.name}-{question}",
+                            "model_id": args.name, "choices": [{"index": 0, "turns": turns}],
+                            "tstamp": time.time()}) for question, turns in texts.items())
+
+
+def judge(model: ChatModel, questions: list[dict], answers: dict[int, list[dict]], prompts: dict[str, dict],
+          reference: dict[int, list[str]], args: Namespace) -> tuple[dict, dict[Job, str]]:
+    """What to report of the verdicts, and why some are missing."""
     jobs: list[Job] = []
     for question in questions:
         turns = [line["output"] for line in answers[question["id"]]]
@@ -177,23 +148,19 @@ def judge(questions: list[dict], answers: dict[int, list[dict]], args: Namespace
             jobs += make_jobs(question, turns, None, prompts)
         if reference:
             jobs += make_jobs(question, turns, reference[question["id"]], prompts)
-    verdicts, failed = judge_all(args.judge, jobs, f"{args.output}.judgments", args.judge_workers)
-    categories = {question["id"]: question["category"] for question in questions}
+    verdicts, reasons = judge_all(model, jobs, f"{args.output}.judgments", args.judge_workers)
     result = {"judge": args.judge, "judge_prompts": args.judge_prompts, "verdicts": len(verdicts),
-              "unparsable": list(verdicts.values()).count(None), "missing": len(failed)}
+              "unparsable": list(verdicts.values()).count(None), "missing": len(jobs) - len(verdicts)}
     if args.benchmark == "mt-bench":
-        result |= summary(values_of(verdicts, categories, pairs=False), "score")
+        result |= summary(values_of(verdicts, pairs=False), "score")
     if reference:
-        result |= summary(values_of(verdicts, categories, pairs=True), "win_rate")
-    return result, failed
-
-
-# ---------------------------------------------------------------- the program
+        result |= summary(values_of(verdicts, pairs=True), "win_rate")
+    return result, reasons
 
 
 def parse_args(argv: list[str]) -> Namespace:
     parser = Parser("open_ended", __doc__)
-    parser.add_argument("benchmark", choices=("alpaca", "mt-bench"))
+    parser.add_argument("benchmark", choices=BENCHMARKS)
     parser.add_model_flags()
     parser.add_argument("--questions", required=True, metavar="FILE",
                         help="AlpacaEval's (instruction, dataset, output), or FastChat's question.jsonl")
@@ -209,10 +176,10 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--judge-prompts", metavar="FILE", help="a file like FastChat's judge_prompts.jsonl")
     parser.add_argument("--reference", metavar="FILE", help="answers to compare with, in --output's format")
     args = parser.parse_args(argv)
+    ending, max_new_tokens = BENCHMARKS[args.benchmark]
     if args.max_new_tokens is None:
-        args.max_new_tokens = 2048 if args.benchmark == "alpaca" else 1024
+        args.max_new_tokens = max_new_tokens
     check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, seed=0, judge_workers=1)
-    ending = ".json" if args.benchmark == "alpaca" else ".jsonl"
     if not args.output.endswith(ending):
         raise ValueError(f"--output {args.output}: must end in {ending}, as {args.benchmark}'s tool expects")
     if Path(args.output).exists() and not Path(f"{args.output}.answers").exists():
@@ -230,7 +197,8 @@ def main(argv: list[str]) -> None:
     device, questions = start_ranks(args), read_questions(args)
     if args.judge:
         # Wrong settings and files are reported before anything is generated.
-        connect(args.judge), read_prompts(args.judge_prompts), read_reference(args, questions)
+        model, prompts = ChatModel(args.judge), read_prompts(args.judge_prompts)
+        reference = read_reference(args, questions)
     answers = answer(questions, args, device)
     lines = [line for turns in answers.values() for line in turns]
     result = {"model": args.model, "name": args.name, "benchmark": args.benchmark, "output": args.output,
@@ -243,22 +211,21 @@ def main(argv: list[str]) -> None:
         print(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
               f"{result['mean_tokens']:.0f} tokens\non average; {result['finished']:,} ended within "
               f"--max-new-tokens {args.max_new_tokens}", flush=True)
-    failed: dict[Job, str] = {}
-    if args.judge:
-        verdicts, failed = judge(questions, answers, args)
-        result |= verdicts
+    if not args.judge:
+        return write_json(args.json, result)
+    verdicts, reasons = judge(model, questions, answers, prompts, reference, args)
+    result |= verdicts
+    write_json(args.json, result)
     if is_main():
         print_summary(result, "score", "grade, 1 to 10")
         print_summary(result, "win_rate", "win rate, %")
-        if result.get("unparsable"):
+        if result["unparsable"]:
             print(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
                   f"{args.output}.judgments")
-    write_json(args.json, result)
-    if failed:
-        reasons = [f"{job}: {reason}" for job, reason in failed.items() if reason != NOT_REQUESTED]
-        reasons = reasons[:3] + ["..."] * (len(failed) > 3)
-        raise ValueError(f"--judge {args.judge}: {len(failed):,} of {len(failed) + result['verdicts']:,} "
-                         f"verdicts are missing ({'; '.join(reasons)}); the same command requests only those")
+    if result["missing"]:
+        shown = "; ".join(f"{job}: {reason}" for job, reason in list(reasons.items())[:3])
+        raise ValueError(f"--judge {args.judge}: {result['missing']:,} verdicts are missing ({shown}"
+                         f"{'; ...' * (result['missing'] > 3)}); the same command requests only those")
 
 
 if __name__ == "__main__":

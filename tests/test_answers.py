@@ -14,42 +14,39 @@ def name_of(line: dict) -> tuple[int]:
     return (line["n"],)
 
 
-def open_file(file: Path, header: bool = False, **more: object) -> Answers:
-    return Answers(file, name_of, {**SETTINGS, **more}, header)
+def open_file(file: Path, **more: object) -> Answers:
+    return Answers(file, name_of, {**SETTINGS, **more})
 
 
 def numbers(file: Path) -> list[int | None]:
     return [json.loads(line).get("n") for line in file.read_bytes().splitlines()]
 
 
-@pytest.mark.parametrize("header", [False, True])
-def test_lines_are_there_at_once_and_in_order_when_merged(tmp_path, header):
-    file, first = tmp_path / "x.jsonl", [None] * header
-    answers = open_file(file, header)
+def test_lines_are_there_at_once_and_in_order_when_merged(tmp_path):
+    file = tmp_path / "x.jsonl"
+    answers = open_file(file)
     assert answers.missing([(3,), (1,), (2,)]) == [(3,), (1,), (2,)]
     for n in (3, 1):
         answers.add({"n": n, "text": "é\u2028\n"})
-    assert numbers(file) == [*first, 3, 1] and "é" in file.read_text()
-    again = open_file(file, header)
+    assert numbers(file) == [3, 1] and "é" in file.read_text()
+    again = open_file(file)
     assert again.missing([(3,), (1,), (2,)]) == [(2,)]
     again.add({"n": 2})
     assert [line["n"] for line in again.merge()] == [2] and again.merge() == []
-    assert numbers(file) == [*first, 1, 2, 3] and again.lines[3,]["text"] == "é\u2028\n"
+    assert numbers(file) == [1, 2, 3] and again.lines[3,]["text"] == "é\u2028\n"
     again.add({"n": 0})     # into the file that merge has put in place
-    assert numbers(file) == [*first, 1, 2, 3, 0]
-    assert (tmp_path / "x.jsonl.settings.json").exists() != header
+    assert numbers(file) == [1, 2, 3, 0]
 
 
-@pytest.mark.parametrize("header", [False, True])
-def test_an_end_at_any_byte_loses_the_unfinished_line_only(tmp_path, header):
+def test_an_end_at_any_byte_loses_the_unfinished_line_only(tmp_path):
     file = tmp_path / "x.jsonl"
-    answers = open_file(file, header)
+    answers = open_file(file)
     for n in range(3):
         answers.add({"n": n})
     text = file.read_bytes()
     for end in range(len(text)):
         file.write_bytes(text[:end])
-        again, kept = open_file(file, header), max(0, text[:end].count(b"\n") - header)
+        again, kept = open_file(file), text[:end].count(b"\n")
         assert sorted(again.lines) == [(n,) for n in range(kept)]
         for key in again.missing([(0,), (1,), (2,)]):
             again.add({"n": key[0]})
@@ -85,16 +82,15 @@ def test_other_settings_are_named_and_nothing_is_touched(tmp_path):
         open_file(file, seed=2, top=3)
     assert file.read_text() == text and json.loads(beside.read_text()) == SETTINGS
     beside.unlink()
-    with pytest.raises(ValueError, match="unknown settings, x.jsonl.settings.json is missing"):
+    with pytest.raises(ValueError, match="other settings .seed was None, is 1"):
         open_file(file)
     assert file.read_text() == text
     assert Answers(None, name_of, {}).missing([(1,)]) == [(1,)]
 
 
-@pytest.mark.parametrize("header", [False, True])
 @pytest.mark.parametrize("text", ["notes", "notes\n", "[]\n", '{"n": 1}\n{"m": 2}\n'])
-def test_a_file_of_another_kind_is_left_alone(tmp_path, text, header):
+def test_a_file_of_another_kind_is_left_alone(tmp_path, text):
     (tmp_path / "x").write_text(text)
-    with pytest.raises(ValueError, match="is not an output of this command|unknown settings"):
-        open_file(tmp_path / "x", header)
+    with pytest.raises(ValueError, match="is not an output of this command|other settings"):
+        open_file(tmp_path / "x")
     assert (tmp_path / "x").read_text() == text

@@ -79,7 +79,8 @@ def test_a_wrong_problem_is_named_by_file_and_line(tmp_path, line):
 def test_a_problem_that_no_program_could_solve_is_named(tmp_path, changes):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps({**PROBLEM, **changes}) + "\n")
-    with pytest.raises(ValueError, match=r"p\.jsonl: problem t/0: .* must be texts"):
+    says = r"p\.jsonl:(1: not a problem .* type str| problem t/0: the prompt must)"
+    with pytest.raises(ValueError, match=says):
         read_problems(str(file), None)
 
 
@@ -87,6 +88,8 @@ def test_a_problem_that_no_program_could_solve_is_named(tmp_path, changes):
     ("seconds", "nan", "nan: must be from 1 to 86,400"), ("seconds", "inf", "inf: must be from 1 to 86,400"),
     ("seconds", "-1", "-1.0: must be from 1"), ("seconds", "1e300", r"1e\+300: must be from 1"),
     ("megabytes", "0", "0: must be from 64 to 1,048,576"), ("megabytes", str(2**64), f"{2**64}: must be"),
+    ("top-p", "0", "0.0: must be from 1e-06 to 1"), ("temperature", "nan", "nan: must be from 0 to 100"),
+    ("seed", "-1", "-1: must be 0 or more"),
     ("workers", "0", "0: must be from 1 to 1,024"), ("workers", "99999", "99999: must be from 1 to 1,024"),
 ])
 def test_limits_that_would_not_hold_are_refused(tmp_path, flag, value, says):

@@ -136,7 +136,7 @@ def test_an_interrupted_run_makes_only_what_is_missing(folder, tmp_path, monkeyp
         monkeypatch.setattr(Engine, "answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
             open_ended.main(arguments(folder, suite, cut, name="x"))
-        kept = (tmp_path / f"cut.{ending}.answers").read_text().splitlines()
+        kept = [line for file in tmp_path.glob("cut.*.answers") for line in file.read_text().splitlines()]
         assert not cut.exists() and len(kept) == after
     monkeypatch.setattr(Engine, "answers",
                         lambda self, prompts, *a: asked.append(len(prompts)) or original(self, prompts, *a))
@@ -178,7 +178,7 @@ def test_alpaca_win_rate_over_both_orders(folder, tmp_path, server, capsys):
     # question 1 is won in both orders, the others by whoever stands first: 100 and four times 50
     assert result["win_rate"] == 60
     assert result["win_rate_standard_error"] == pytest.approx((2000 / 4 / 5) ** 0.5)
-    assert result["win_rate_by_category"] == {"set 0": {"mean": 50}, "set 1": {"mean": 75}}
+    assert result["win_rate_by_category"] == {"set 0": 50, "set 1": 75}
     assert (result["judge"], result["verdicts"], result["missing"]) == ("gpt", 10, 0)
     shown = capsys.readouterr().out
     assert "all                        60.00" in shown
@@ -200,10 +200,8 @@ def test_mt_bench_grades_by_category_and_turn_and_pairs(folder, tmp_path, server
     open_ended.main(argv)
     result = json.loads((tmp_path / "result.json").read_text())
     # mathematics has a reference answer and is judged with it; writing has one too and is not
-    assert result["score_by_category"] == {
-        **{c: {"turn_1": 6, "turn_2": 3, "mean": 4.5} for c in CATEGORIES},
-        "math": {"turn_1": 8.5, "turn_2": 3, "mean": 5.75}}
-    assert (result["score_turn_1"], result["score_turn_2"], result["score"]) == (6.5, 3, 4.75)
+    assert result["score_by_category"] == {**dict.fromkeys(CATEGORIES, 4.5), "math": 5.75}
+    assert result["score_by_turn"] == {"turn 1": 6.5, "turn 2": 3} and result["score"] == 4.75
     assert result["verdicts"] == 10 and "win_rate" not in result
     told = [text_of(payload) for _, _, payload in server.requests]
     assert ["right 0" in text for text in told].count(True) == 2
@@ -211,10 +209,10 @@ def test_mt_bench_grades_by_category_and_turn_and_pairs(folder, tmp_path, server
     open_ended.main([*argv, "--reference", str(folder / "theirs.jsonl")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert len(server.requests) == 10 + 20 and result["score"] == 4.75
-    assert result["win_rate_by_category"]["writing"] == {"turn_1": 100, "turn_2": 100, "mean": 100}
+    assert result["win_rate_by_category"]["writing"] == 100
     assert result["win_rate"] == 60 and result["win_rate_count"] == 10
     shown = capsys.readouterr().out
-    assert "turn 1    turn 2      mean" in shown
+    assert "turn 2                      3.00" in shown
     assert max(map(len, shown.replace(str(tmp_path), "").splitlines())) <= 80
 
 
@@ -222,7 +220,7 @@ def test_verdicts_that_are_missing_are_counted_and_the_rest_is_reported(folder, 
     server.say = lambda payload, before: (refusal(400, "too long") if "theirs 2" in text_of(payload) else
                                           "no idea" if "theirs 3" in text_of(payload) else "[[C]]")
     argv = arguments(folder, "alpaca", tmp_path / "out.json", judge="gpt", json=tmp_path / "result.json")
-    with pytest.raises(ValueError, match=r"2 of 10 verdicts are missing \(question 2, turn 1, model first: "
+    with pytest.raises(ValueError, match=r"2 verdicts are missing \(question 2, turn 1, model first: "
                                          r"HTTP 400: the server does not accept .*\); the same command "
                                          r"requests only those"):
         open_ended.main(argv)
@@ -277,7 +275,7 @@ def test_questions_that_cannot_be_asked_are_named(folder, tmp_path, change):
     lines = [json.loads(line) for line in (folder / "mt.jsonl").read_text().splitlines()]
     lines = [lines[0], {**lines[1], **change}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ValueError, match=r"q\.jsonl: (question .* must have a whole|several questions have)"):
+    with pytest.raises(ValueError, match=r"q\.jsonl:(2: not a question| question .* must have)"):
         open_ended.main(arguments(folder, "mt-bench", tmp_path / "x.jsonl", questions=tmp_path / "q.jsonl"))
 
 
@@ -290,7 +288,7 @@ def test_questions_that_cannot_be_asked_are_named(folder, tmp_path, change):
 def test_references_that_are_not_answers_are_named(folder, tmp_path, server, suite, line):
     (tmp_path / "r.jsonl").write_text(json.dumps(line) + "\n")
     output = tmp_path / ("x.json" if suite == "alpaca" else "x.jsonl")
-    with pytest.raises(ValueError, match=r"--reference .*r\.jsonl: (is not in the format|has no answer to)"):
+    with pytest.raises(ValueError, match=r"r\.jsonl:(1: not an answer| not FastChat's| has no answer to)"):
         open_ended.main(arguments(folder, suite, output, judge="gpt", reference=tmp_path / "r.jsonl"))
     assert not output.exists() and not server.requests
 
