@@ -115,10 +115,13 @@ def read_objects(file: str, fields: Iterable[str], what: str, limit: int | None 
             for number, line in enumerate(lines, 1):
                 if line.strip() and len(objects) != limit:
                     objects.append(json.loads(line))
+                    if not isinstance(objects[-1], dict):
+                        raise ValueError("it is not a JSON object")
                     if missing := [name for name in fields if name not in objects[-1]]:
                         raise ValueError(f"it has no {', '.join(missing)}")
     except (ValueError, TypeError, OSError, EOFError) as error:
-        raise ValueError(f"{file}:{number}: not {what} with {', '.join(fields)} ({error})") from None
+        having = f" with {', '.join(fields)}" if fields else ""
+        raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None
     if not objects:
         raise ValueError(f"{file}: is empty")
     return objects

@@ -26,7 +26,7 @@ from torch import Tensor
 from eval.common import gather, load, progress, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
-from runtime.distributed import rank, shows_progress, wait, world_size
+from runtime.distributed import rank, wait, world_size
 from runtime.files import read_json
 from runtime.weights import model_fingerprint
 
@@ -37,9 +37,6 @@ ANSWERS = 16
 MAX_LENGTH, MAX_NEW_TOKENS = 2048, 256
 # Marks the end of a message that the model is to continue.
 SENTINEL = "\ue000continued\ue000"
-# Generation settings that are not supported, with the values that change nothing.
-NEUTRAL = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "num_beams": (None, 1),
-           "min_p": (None, 0.0), "typical_p": (None, 1.0), "suppress_tokens": (None, [])}
 
 
 class HarnessModel(TemplateLM):
@@ -65,6 +62,9 @@ class HarnessModel(TemplateLM):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         self.generation_config = read_json(self.words.folder / "generation_config.json")
+        if self.generation_config.get("repetition_penalty") not in (None, 1):
+            log.warning("generation_config.json sets repetition_penalty. `hf` applies it to answers, but "
+                        "this model does not")
 
     # ------------------------------------------------ tokens
 
@@ -87,22 +87,18 @@ class HarnessModel(TemplateLM):
 
     # ------------------------------------------------ log-likelihoods
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not shows_progress())
-
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False
                               ) -> list[tuple[float, bool]]:
         """requests: [((context, continuation) or None, ids of the context, ids of the continuation)]."""
-        longest, cut, tokens = self.max_length, 0, []
+        longest, tokens = self.max_length, []
         for strings, context, continuation in requests:
             if not 0 < len(continuation) <= longest:
                 raise ValueError(f"a continuation of {len(continuation)} tokens, {strings!r:.200}: it must "
                                  f"have 1 to {longest}, the model's length (--model_args max_length=N)")
-            cut += len(context) + len(continuation) > longest + 1
+            if len(context) + len(continuation) > longest + 1:
+                utils.warning_once(log, f"inputs longer than {longest} tokens lose their start")
+            # The last token is only predicted.
             tokens.append(((context + continuation)[-longest - 1:-1], continuation))
-        if cut:
-            log.warning("%d of %d inputs are longer than %d tokens and lose their start",
-                        cut, len(tokens), longest)
         results: list = [None] * len(tokens)
         found = log_likelihoods(self.model, tokens, self.micro_batch_tokens)
         for i, total, greedy in progress(found, len(tokens), "log-likelihood"):
@@ -123,8 +119,6 @@ class HarnessModel(TemplateLM):
         totals = [0.0] * len(requests)
         for i, (total, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
             totals[i] += total
-        for request, total in zip(requests, totals):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     # ------------------------------------------------ generation
@@ -135,39 +129,34 @@ class HarnessModel(TemplateLM):
         named = (self.generation_config or self.model.config.raw).get("eos_token_id")
         return {self.eot_token_id, *([named] if isinstance(named, int) else named or [])}
 
-    def sampling(self, settings: dict) -> Sampling:
+    def sampling(self, do_sample: bool, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, num_beams: int = 1, **unknown: object) -> Sampling:
         """A request's generation settings, without `until` and lengths. top_k and top_p default as in `hf`.
         ValueError names settings that are not supported."""
-        settings, config = dict(settings), self.generation_config
-        sampled, temperature = settings.pop("do_sample"), float(settings.pop("temperature", 0.0))
-        top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
-        if unknown := {name: value for name, value in settings.items() if value not in NEUTRAL.get(name, ())}:
-            raise ValueError(f"generation settings {unknown}: not supported; supported are until, "
-                             "max_gen_toks, do_sample, temperature, top_p, top_k (--gen_kwargs changes them)")
-        for name, neutral in NEUTRAL.items():
-            if config.get(name) not in neutral:
-                utils.warning_once(log, f"generation_config.json sets {name} to {config[name]}; `hf` would "
-                                        "apply it, this model does not")
-        if not sampled:
+        if unknown or num_beams != 1:
+            raise ValueError(f"generation settings {unknown or {'num_beams': num_beams}}: not supported; "
+                             "supported are until, max_gen_toks, do_sample, temperature, top_p, top_k "
+                             "(--gen_kwargs changes them)")
+        if not do_sample:
             return Sampling()
         if temperature <= 0:
             raise ValueError(f"--gen_kwargs do_sample=True,temperature={temperature}: sampling needs a "
                              "temperature above 0")
-        top_k = config.get("top_k", 50) if top_k is None else top_k
-        top_p = config.get("top_p", 1.0) if top_p is None else top_p
-        return Sampling(temperature, float(top_p), int(top_k or 0), torch.initial_seed() % 2**63)
+        top_k = self.generation_config.get("top_k", 50) if top_k is None else top_k
+        top_p = self.generation_config.get("top_p", 1.0) if top_p is None else top_p
+        return Sampling(float(temperature), float(top_p), int(top_k or 0), torch.initial_seed() % 2**63)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         # Requests with the same settings are answered together.
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        found = ((group[n], text) for group in groups.values() for n, text in self._answers(
-            [requests[i].args[0] for i in group], requests[group[0]].args[1]))
         answers = [""] * len(requests)
-        for i, text in progress(found, len(requests), "answer"):
-            answers[i] = text
-            self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        for group in groups.values():
+            contexts, settings = [requests[i].args[0] for i in group], requests[group[0]].args[1]
+            for n, text in progress(self._answers(contexts, settings), len(group), "answer"):
+                answers[group[n]] = text
+                self.cache_hook.add_partial("generate_until", requests[group[n]].args, text)
         return answers
 
     def _answers(self, contexts: list[str], settings: dict) -> Iterator[tuple[int, str]]:
@@ -176,17 +165,14 @@ class HarnessModel(TemplateLM):
         eos = self.words.decode([self.eot_token_id], skip_special_tokens=False)
         until = [text for text in handle_stop_sequences(settings.pop("until"), eos) if text]
         most = settings.pop("max_gen_toks")
-        sampling, room = self.sampling(settings), self.max_length - most
+        sampling, room = self.sampling(**settings), self.max_length - most
         if room < 1:
             raise ValueError(f"max_gen_toks {most}: must be less than the model's length {self.max_length}; "
                              "give --gen_kwargs max_gen_toks=N")
         prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        # A stop string is looked for in the last tokens. The model may spell it with more tokens than the
-        # tokenizer would, so look at two more.
-        tail = 2 + max(len(self.tok_encode(text, add_special_tokens=False)) for text in until)
 
         def done(_: int, ids: list[int]) -> bool:
-            text = self.words.decode(ids[-tail:], skip_special_tokens=False)
+            text = self.words.decode(ids, skip_special_tokens=False)
             return any(stop in text for stop in until)
 
         # A sample depends on the seed, the context and how often the context was asked before. So neither
@@ -208,30 +194,25 @@ class HarnessModel(TemplateLM):
         """Renders a conversation as transformers does. Without a generation prompt the last message is to be
         continued (continue_final_message). As in `hf`, system messages are left out if the template refuses
         them."""
+        *before, last = chat_history
+        if not add_generation_prompt:
+            last = {**last, "content": f"{last['content']}{SENTINEL} "}
         try:
-            return self._render(chat_history, add_generation_prompt)
+            text = self.loaded.template([*before, last], add_generation_prompt)
         except ValueError as error:
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise
             utils.warning_once(log, f"system messages are left out: {error}")
-            return self._render(without, add_generation_prompt)
-
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+            return self.apply_chat_template(without, add_generation_prompt)
         if add_generation_prompt:
-            return self.loaded.template(messages, add_generation_prompt=True)
-        *before, last = messages
-        text = self.loaded.template([*before, {**last, "content": f"{last['content']}{SENTINEL} "}])
-        if SENTINEL not in text:
-            raise ValueError(f"template {self.loaded.template.name} drops the message to be continued")
+            return text
         text, _, tail = text.rpartition(SENTINEL)
         # The space behind the sentinel is gone if the template strips messages. It would strip this one too.
         return text if tail.startswith(" ") else text.rstrip()
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The harness asks for it with every chat template. It would name a cache of prompts."""
-        return self.identity
+    # The harness asks for it with every chat template, to name a cache of prompts, which is never used.
+    tokenizer_name = ""
 
     # ------------------------------------------------ files and ranks
 
@@ -242,10 +223,6 @@ class HarnessModel(TemplateLM):
         parts = [model_fingerprint(self.words.folder), str(self.model.head_weight.dtype), self.max_length,
                  template and template.source]
         return sha256(json.dumps(parts).encode()).hexdigest()[:8]
-
-    def get_model_info(self) -> dict:
-        return {"model_num_parameters": sum(p.numel() for p in self.model.parameters()),
-                "model_dtype": str(self.model.head_weight.dtype), "max_length": self.max_length}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         """One number of each rank, (world_size,)."""
