@@ -40,7 +40,8 @@ def parse_args(argv: list[str]) -> Namespace:
     flag("--include_path", metavar="DIR", help="a folder of further tasks")
     flag("--num_fewshot", type=int, help="examples in front of each question")
     flag("--limit", type=float, help="use only so many documents of each task; below 1: that share")
-    flag("--batch_size", default="auto", help="answers generated at once; auto: 16")
+    flag("--batch_size", default="auto", help="answers generated at once; auto: 16",
+         type=lambda text: 16 if text == "auto" else int(text))
     flag("--model_args", default="", metavar="max_length=N", help="the most tokens of an input")
     flag("--gen_kwargs", metavar="NAME=VALUE,...", help="change how tasks generate; or a JSON object")
     flag("--apply_chat_template", action="store_true", help="write prompts as conversations, by --template")

@@ -10,10 +10,7 @@ import json
 import logging
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
 from hashlib import sha256
-from itertools import count
-from zlib import crc32
 
 import torch
 from lm_eval import utils
@@ -31,8 +28,6 @@ from runtime.files import read_json
 from runtime.weights import model_fingerprint
 
 log = logging.getLogger("lm_eval.spantune")
-# How many answers are generated at once with --batch_size auto.
-ANSWERS = 16
 # The harness's own defaults, where config.json has no max_position_embeddings and a task no max_gen_toks.
 MAX_LENGTH, MAX_NEW_TOKENS = 2048, 256
 # Marks the end of a message that the model is to continue.
@@ -41,11 +36,11 @@ SENTINEL = "\ue000continued\ue000"
 
 class HarnessModel(TemplateLM):
     """pretrained: checkpoint folder or hub id; template: chat template, as train.py's --template; batch_size:
-    answers generated at once, or "auto"; max_length: tokens of context and continuation; micro_batch_tokens:
-    tokens of a row of log-likelihoods. ValueError for a bad value of any of them."""
+    answers generated at once; max_length: tokens of context and continuation; micro_batch_tokens: tokens of a
+    row of log-likelihoods. ValueError for a bad value of any of them."""
 
     def __init__(self, pretrained: str, template: str | None = None, date: str = "", dtype: str = "bf16",
-                 device: str = "auto", batch_size: int | str = "auto", max_length: int | None = None,
+                 device: str = "auto", batch_size: int = 16, max_length: int | None = None,
                  micro_batch_tokens: int = 4096) -> None:
         super().__init__()
         self._rank, self._world_size = rank(), world_size()
@@ -55,9 +50,8 @@ class HarnessModel(TemplateLM):
         if self.words.eos_token not in self.words.special:
             raise ValueError(f"{self.words.folder}/tokenizer_config.json: eos_token {self.words.eos_token} "
                              "is not a token of the tokenizer; name the one that ends an answer")
-        self.batch_size = ANSWERS if batch_size == "auto" else int(batch_size)
-        self.max_length = int(max_length or self.model.config.max_position_embeddings or MAX_LENGTH)
-        self.micro_batch_tokens = int(micro_batch_tokens)
+        self.batch_size, self.micro_batch_tokens = batch_size, micro_batch_tokens
+        self.max_length = max_length or self.model.config.max_position_embeddings or MAX_LENGTH
         for name in ("batch_size", "max_length", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -144,7 +138,9 @@ class HarnessModel(TemplateLM):
                              "temperature above 0")
         top_k = self.generation_config.get("top_k", 50) if top_k is None else top_k
         top_p = self.generation_config.get("top_p", 1.0) if top_p is None else top_p
-        return Sampling(float(temperature), float(top_p), int(top_k or 0), torch.initial_seed() % 2**63)
+        # Ranks have different documents, and draw different numbers for them.
+        seed = (torch.initial_seed() + self.rank) % 2**63
+        return Sampling(float(temperature), float(top_p), int(top_k or 0), seed)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         # Requests with the same settings are answered together.
@@ -152,36 +148,28 @@ class HarnessModel(TemplateLM):
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
         answers = [""] * len(requests)
-        for group in groups.values():
-            contexts, settings = [requests[i].args[0] for i in group], requests[group[0]].args[1]
-            for n, text in progress(self._answers(contexts, settings), len(group), "answer"):
-                answers[group[n]] = text
-                self.cache_hook.add_partial("generate_until", requests[group[n]].args, text)
-        return answers
-
-    def _answers(self, contexts: list[str], settings: dict) -> Iterator[tuple[int, str]]:
-        """Yields (index of the context, answer) as answers end."""
-        settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         eos = self.words.decode([self.eot_token_id], skip_special_tokens=False)
-        until = [text for text in handle_stop_sequences(settings.pop("until"), eos) if text]
-        most = settings.pop("max_gen_toks")
-        sampling, room = self.sampling(**settings), self.max_length - most
-        if room < 1:
-            raise ValueError(f"max_gen_toks {most}: must be less than the model's length {self.max_length}; "
-                             "give --gen_kwargs max_gen_toks=N")
-        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
+        for group in groups.values():
+            settings = dict(normalize_gen_kwargs(requests[group[0]].args[1], MAX_NEW_TOKENS))
+            until = [text for text in handle_stop_sequences(settings.pop("until"), eos) if text]
+            most = settings.pop("max_gen_toks")
+            if most >= self.max_length:
+                raise ValueError(f"max_gen_toks {most}: must be less than the model's length "
+                                 f"{self.max_length}; give --gen_kwargs max_gen_toks=N")
+            prompts = [self.tok_encode(requests[i].args[0])[most - self.max_length:] or [self.prefix_token_id]
+                       for i in group]
 
-        def done(_: int, ids: list[int]) -> bool:
-            text = self.words.decode(ids, skip_special_tokens=False)
-            return any(stop in text for stop in until)
+            def done(_: int, ids: list[int]) -> bool:
+                text = self.words.decode(ids, skip_special_tokens=False)
+                return any(stop in text for stop in until)
 
-        # A sample depends on the seed, the context and how often the context was asked before. So neither
-        # the order of requests nor the number of ranks changes it.
-        repeats: dict[str, Iterator[int]] = defaultdict(count)
-        keys = [(crc32(context.encode()), next(repeats[context])) for context in contexts]
-        for n, ids, _ in self.loaded.engine.answers(prompts, self.stop_ids, most, self.batch_size, sampling,
-                                                    keys, done=done):
-            yield n, postprocess_generated_text(self.words.decode(ids), until, None)
+            made = self.loaded.engine.answers(prompts, self.stop_ids, most, self.batch_size,
+                                              self.sampling(**settings), done=done)
+            for n, ids, _ in progress(made, len(group), "answer"):
+                i = group[n]
+                answers[i] = postprocess_generated_text(self.words.decode(ids), until, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+        return answers
 
     # ------------------------------------------------ chat templates
 
@@ -192,8 +180,7 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
                             ) -> str:
         """Renders a conversation as transformers does. Without a generation prompt the last message is to be
-        continued (continue_final_message). As in `hf`, system messages are left out if the template refuses
-        them."""
+        continued. As in `hf`, system messages are left out if the template refuses them."""
         *before, last = chat_history
         if not add_generation_prompt:
             last = {**last, "content": f"{last['content']}{SENTINEL} "}
@@ -228,9 +215,8 @@ class HarnessModel(TemplateLM):
         """One number of each rank, (world_size,)."""
         return torch.tensor(gather([tensor.item()]), device=tensor.device)
 
-    def gather_object(self, obj: object, dst: int = 0) -> list | None:
-        objects = gather([obj])
-        return objects if self.rank == dst else None
+    def gather_object(self, obj: object, dst: int = 0) -> list:
+        return gather([obj])
 
     def barrier(self) -> None:
         wait()

@@ -6,10 +6,11 @@ each task, the mean of each category's tasks, and the unweighted mean of the cat
 the harness counts as one task; its score is the mean over its documents.
 
 There are two means. The paper's averages the translation error rate TER as if higher were better. The other
-leaves TER out. TER can pass 100 %, so there is no accuracy 1 - TER to average instead. Both means cover the
-tasks that were run, and the others are named.
+leaves TER out: TER can pass 100 %, so 1 - TER is not an accuracy. Both cover the tasks that were run, and the
+others are named.
 """
 import textwrap
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from eval.common import gather
@@ -101,16 +102,15 @@ def summary(results: dict, why_not: dict[str, str]) -> dict:
     for category in dict.fromkeys(entry.category for entry in SUITE):
         rows = [row for row in tasks.values() if row["category"] == category]
         categories[category] = {
-            "mean_as_in_paper": mean([row["value"] for row in rows]),
-            "mean_accuracies": mean([row["value"] for row in rows if row["higher_is_better"]]),
-            "tasks": len(rows), "of": sum(entry.category == category for entry in SUITE)}
-    return {"tasks": tasks, "categories": categories, "not_run": not_run,
-            **{name: mean([row[name] for row in categories.values() if row[name] is not None])
-               for name in ("mean_as_in_paper", "mean_accuracies")}}
+            "mean_as_in_paper": mean(row["value"] for row in rows),
+            "mean_accuracies": mean(row["value"] for row in rows if row["higher_is_better"])}
+    means = {name: mean(row[name] for row in categories.values()) for name in categories["BBH"]}
+    return {"tasks": tasks, "categories": categories, "not_run": not_run, **means}
 
 
-def mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def table(found: dict) -> str:
@@ -122,10 +122,9 @@ def table(found: dict) -> str:
     for task, row in found["tasks"].items():
         lines.append(f"{task:<28} {row['metric']:<25}{percent(row['value']):>8}{percent(row['stderr']):>8}"
                      + ("" if row["higher_is_better"] else " (error)"))
-    lines += ["", f"{'category':<28} {'tasks run':<9}{'as in the paper':>16}{'without TER':>16}"]
+    lines += ["", f"{'category':<28} {'as in the paper':>16}{'without TER':>16}"]
     for name, row in {**found["categories"], "mean of the categories": found}.items():
-        count = f"{row['tasks']} of {row['of']}" if "of" in row else ""
-        lines.append(f"{name:<28} {count:<9}{percent(row['mean_as_in_paper']):>16}"
+        lines.append(f"{name:<28} {percent(row['mean_as_in_paper']):>16}"
                      f"{percent(row['mean_accuracies']):>16}")
     lines.append("as in the paper: TER, an error, is averaged as if higher were better")
     if found["not_run"]:
