@@ -557,8 +557,9 @@ def main(argv: list[str]) -> int:
         if step == first_step:
             # Raises now, rather than at the first save, if this optimizer cannot be saved.
             optimizer_state(raw_model, optimizer)
-        # DDP's gradients stay views of its buckets.
-        optimizer.zero_grad(set_to_none=model is raw_model)
+        # The model's gradients: an optimizer may leave out parameters, whose gradients would add up and count
+        # in the clipped norm. DDP's stay views of its buckets.
+        raw_model.zero_grad(set_to_none=model is raw_model)
         step += 1
 
         stopping = totals.pop("stop") > 0 and step < total_steps

@@ -73,10 +73,12 @@ class _RMSNorm(torch.autograd.Function):
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
+        # No zeros in place of the gradient that scale does not have.
+        ctx.set_materialize_grads(False)
         return _normed(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed, grad = x * scale, grad.float()
         product = grad * normed
@@ -160,7 +162,7 @@ def linears_reference(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """linears_reference(): x (N, C) -> (N, width of the module) each. Instead of an x that has a recipe, the
     recipe's inputs are kept, and x's gradient adds up over the modules in one tensor. Steps aside for
-    anything but a plain nn.Linear, such as an adapter or one with hooks."""
+    anything but a plain nn.Linear, such as an adapter, or one with hooks or another forward()."""
     if torch.compiler.is_compiling() or not all(map(_is_plain, modules)):
         return linears_reference(x, *modules)
     parameters = [p for module in modules for p in (module.weight, module.bias)]
@@ -174,7 +176,7 @@ def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not (
+    return type(module) is nn.Linear and "forward" not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         or module._backward_pre_hooks)
 
