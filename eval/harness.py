@@ -76,8 +76,9 @@ def find_tasks(words: list[str], manager: object) -> list[str]:
     """The names that patterns stand for, and .yaml files as they are. manager: the harness's TaskManager."""
     found = []
     for word in words:
-        names = [word] if word.endswith(".yaml") else manager.match_tasks([word])
-        if not names or word.endswith(".yaml") and not Path(word).is_file():
+        is_file = word.endswith(".yaml") and Path(word).is_file()
+        names = [word] if is_file else manager.match_tasks([word])
+        if not names:
             raise ValueError(f"--tasks {word}: the harness has no such task (lm-eval ls tasks lists them)")
         found += names
     return list(dict.fromkeys(found))
@@ -124,11 +125,12 @@ def local_fields(task: str, files: dict[str, str], config: dict, shots: int | No
         source = config.get("training_split") or config.get("validation_split") or evaluated
     if not source or source in files:
         return fields
+    # As the harness counts them: a task that has none on purpose keeps none.
     if own if own == 0 or shots is None else shots:
         raise ValueError(f"--local {task}: its examples come from split {source}; give --local "
                          f"{task}/{source}=FILE too, or --num_fewshot 0")
-    # The harness opens the split of the examples even if it needs none.
-    return {**fields, "fewshot_split": evaluated, "fewshot_config": None}
+    # The harness would open the split of the examples even if it needs none.
+    return {**fields, "fewshot_split": None, "fewshot_config": {"samples": []}}
 
 
 # ---------------------------------------------------------------- the run

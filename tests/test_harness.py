@@ -408,8 +408,8 @@ def test_local_files_name_the_splits_that_a_task_needs():
         with pytest.raises(ValueError, match=says):
             harness.local_fields("piqa", files, {**config, **fields}, shots)
     got = harness.local_fields("piqa", one, config, 0)
-    assert got["dataset_kwargs"] == {"data_files": {"test": "a"}} and got["fewshot_split"] == "test"
-    # A task that has none on purpose keeps none, whatever --num_fewshot says.
+    assert got["dataset_kwargs"] == {"data_files": {"test": "a"}}
+    assert got["fewshot_config"] == {"samples": []}
     assert harness.local_fields("piqa", one, {**config, "num_fewshot": 0}, 5) == got
     got = harness.local_fields("piqa", both, config, None)
     assert got["dataset_kwargs"] == {"data_files": {"test": "a", "train": "b"}} and "fewshot_split" not in got
