@@ -33,15 +33,14 @@ import model as model_module
 import train
 from chat import COMPLETION, INSTRUCTION, KINDS
 from data import Dataset
-from runtime.distributed import (data_parallel, finish, is_main, join_ranks, rank, sync_gradients, whole,
-                                 world_size)
+from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
 from runtime.machine import keep_freed_memory, peak_memory_mb
 from runtime.weights import resolve_model
 
 ATTENTION, NORMS, PROJECTIONS, MLP = "attention kernels", "norms and RoPE", "attention projections", "MLP"
-HEAD, OPTIMIZER, CLIP, DATA = "head and loss", "optimizer", "gradient clipping", "data"
-OTHER = "residuals, embedding, other"
-PARTS = (ATTENTION, PROJECTIONS, MLP, NORMS, HEAD, OPTIMIZER, CLIP, DATA, OTHER)
+HEAD, OPTIMIZER, CLIP = "head and loss", "optimizer", "gradient clipping"
+OTHER = "residuals, embedding, packing, other"
+PARTS = (ATTENTION, PROJECTIONS, MLP, NORMS, HEAD, OPTIMIZER, CLIP, OTHER)
 
 
 def part(name: str) -> record_function:
@@ -79,17 +78,10 @@ def training(config: train.Config, document: int = 0) -> tuple[model_module.Llam
         model = data_parallel(raw_model, device)
 
     def one_step(step: int) -> dict:
-        began, losses = time.monotonic(), []
+        began = time.monotonic()
         with part(OTHER):
-            with part(DATA):
-                batches, counts = steps[step]
-            for i, batch in enumerate(batches):
-                batch = batch.to(device)
-                sync_gradients(model, now=i == len(batches) - 1)
-                with train.autocast(config, device):
-                    loss, sums, _ = train.micro_batch_loss(model, None, batch, config, step, False)
-                (loss * world_size()).backward()
-                losses.append(sums["loss"].detach())
+            micro_batches, counts = steps[step]
+            sums, _ = train.accumulate_gradients(model, None, dataset, micro_batches, config, step)
             with part(CLIP):
                 limit = config.clip_grad_norm or math.inf
                 norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit))
@@ -97,9 +89,10 @@ def training(config: train.Config, document: int = 0) -> tuple[model_module.Llam
                     raise ValueError(f"step {step}: gradient norm {norm.item()}")
             with part(OPTIMIZER):
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=model is raw_model)
+                raw_model.zero_grad(set_to_none=model is raw_model)
         of_kind = counts.sum(0)
-        return {"seconds": time.monotonic() - began, "loss": float(sum(losses)), "tokens": int(of_kind.sum()),
+        return {"seconds": time.monotonic() - began, "loss": float(sums["loss"]),
+                "tokens": int(of_kind.sum()),
                 "trained_tokens": int(of_kind[config.span_weights != 0].sum())}
 
     return raw_model, one_step

@@ -6,7 +6,8 @@ from itertools import islice
 
 import torch
 
-from chat import Tokenizer, read_records, render, tokenize
+from chat import read_records, render, tokenize
+from runtime.tokenizer import Tokenizer
 from eval.common import Loaded, gather, progress
 from eval.generate import Text, generate
 from kernels.head import nll

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 import train
-from chat import COMPLETION, INSTRUCTION, KINDS, Tokenizer
+from chat import COMPLETION, INSTRUCTION, KINDS
+from runtime.tokenizer import Tokenizer
 from data import Dataset, Steps
 from eval import estimate
 from eval.common import check_values, run, write_json

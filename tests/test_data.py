@@ -9,7 +9,8 @@ import pytest
 
 import chat
 import data
-from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, Tokenizer, load_template, read_records
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, read_records
+from runtime.tokenizer import Tokenizer
 from data import Steps, collate, load_dataset, plan
 from loss import coefficients, span_weights
 from tiny import make_model, make_records
@@ -274,7 +275,8 @@ def test_the_end_of_turn_is_a_target_and_the_first_answer_token_too(folder):
 def contents(steps: Steps, step: int) -> dict[int, tuple]:
     """A rank's examples of a step: {example: (ids, targets, kinds, coefficients)}."""
     out = {}
-    for batch in steps[step][0]:
+    for micro_batch in steps[step][0]:
+        batch = collate(steps.dataset, *micro_batch)
         fields = [x.tolist() for x in (batch.ids, batch.targets, batch.kinds, batch.coefficients)]
         for example, a, b in zip(batch.examples.tolist(), batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
             out[example] = tuple(tuple(field[a:b]) for field in fields)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 import forks
-from chat import Tokenizer, load_template
+from chat import load_template
+from runtime.tokenizer import Tokenizer
 from data import load_dataset, plan
 from loss import span_weights
 from tiny import (ROOT, arguments, command, difference, make_records, metrics, run_here, run_many, run_script,

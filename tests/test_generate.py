@@ -12,7 +12,8 @@ import transformers
 import eval.engine as engine
 import eval.generate as module
 import tokenizers_for_tests as cast
-from chat import Tokenizer, load_template
+from chat import load_template
+from runtime.tokenizer import Tokenizer
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model

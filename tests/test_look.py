@@ -18,7 +18,9 @@ import forks
 import model
 import tokenizers_for_tests
 import train
-from chat import CONTEXT, KINDS, Tokenizer
+from chat import CONTEXT, KINDS
+from data import collate
+from runtime.tokenizer import Tokenizer
 from eval import look
 from kernels.head import weighted_nll
 from tiny import ROOT, arguments, make_model, metrics, run_here, run_module, setup
@@ -96,7 +98,7 @@ def test_it_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsys):
     batches = []
     for rank in range(ranks):
         steps = train.make_steps(config, dataset, usable, rank, ranks)
-        batches += [batch for step in range(steps.per_epoch) for batch in steps[step][0]]
+        batches += [collate(dataset, *each) for step in range(steps.per_epoch) for each in steps[step][0]]
     tokens, trained = [len(b.ids) for b in batches], [len(b.trained) for b in batches]
     assert len(batches) > 3 * ranks and len(set(tokens)) > 1
     assert numbers["packing"] == {
@@ -314,7 +316,8 @@ def test_exported_labels_give_our_loss_in_transformers(folder, loss, tmp_path, c
         count = int((labels[:, 1:] != -100).sum())
         total, labelled = total + out.item() * count, labelled + count
     assert any(KINDS[CONTEXT] in row["span_kinds"] for row in rows)
-    [batch], _ = train.make_steps(config, dataset, usable, 0, 1)[0]
+    [micro_batch], _ = train.make_steps(config, dataset, usable, 0, 1)[0]
+    batch = collate(dataset, *micro_batch)
     ours = model.load_model(folder / "model")
     hidden = ours(batch.ids, batch.positions, batch.cu_seqlens)
     value, _ = weighted_nll(hidden[batch.trained], ours.head_weight, batch.targets[batch.trained],

@@ -21,7 +21,8 @@ import tokenizers_for_tests as cast
 import transformers
 
 from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, Piece, SYSTEM, TEMPLATE, TEMPLATES, Template,
-                  Tokenizer, load_template, render, tokenize, tokenize_batch)
+                  load_template, render, tokenize, tokenize_batch)
+from runtime.tokenizer import Tokenizer
 from tiny import arguments, run_here, setup
 
 FIXTURES = Path(__file__).parent / "templates"

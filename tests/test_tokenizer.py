@@ -15,7 +15,8 @@ from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from chat import Piece, TEMPLATE, Tokenizer, check_vocabulary, load_template, tokenize
+from chat import Piece, TEMPLATE, check_vocabulary, load_template, tokenize
+from runtime.tokenizer import Tokenizer
 from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
 from eval import generate, likelihood, spans

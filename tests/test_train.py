@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import model as model_module
 import train
-from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, Tokenizer, load_template
+from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, load_template
+from runtime.tokenizer import Tokenizer
 from data import collate, load_dataset, plan
 from kernels import head
 from loss import neftune_noise
