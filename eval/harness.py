@@ -27,6 +27,9 @@ SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rando
 
 
 def parse_args(argv: list[str]) -> Namespace:
+    def number(text: str) -> int:
+        return 16 if text == "auto" else int(text)
+
     parser = Parser("harness", __doc__)
     parser.add_model_flags()
     parser.set_defaults(template=None)
@@ -40,8 +43,7 @@ def parse_args(argv: list[str]) -> Namespace:
     flag("--include_path", metavar="DIR", help="a folder of further tasks")
     flag("--num_fewshot", type=int, help="examples in front of each question")
     flag("--limit", type=float, help="use only so many documents of each task; below 1: that share")
-    flag("--batch_size", default="auto", help="answers generated at once; auto: 16",
-         type=lambda text: 16 if text == "auto" else int(text))
+    flag("--batch_size", default="auto", type=number, help="answers generated at once; auto: 16")
     flag("--model_args", default="", metavar="max_length=N", help="the most tokens of an input")
     flag("--gen_kwargs", metavar="NAME=VALUE,...", help="change how tasks generate; or a JSON object")
     flag("--apply_chat_template", action="store_true", help="write prompts as conversations, by --template")
