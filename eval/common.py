@@ -122,11 +122,14 @@ def read_objects(file: str, fields: dict[str, type], what: str, limit: int | Non
             for number, line in enumerate(lines, 1):
                 if line.strip() and len(objects) != limit:
                     objects.append(json.loads(line))
+                    if not isinstance(objects[-1], dict):
+                        raise ValueError("it is not a JSON object")
                     for name, kind in fields.items():
                         if not isinstance(objects[-1].get(name), kind):
                             raise ValueError(f"{name} must be of type {kind.__name__}")
-    except (ValueError, TypeError, AttributeError, OSError, EOFError) as error:
-        raise ValueError(f"{file}:{number}: not {what} with {', '.join(fields)} ({error})") from None
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        having = f" with {', '.join(fields)}" if fields else ""
+        raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None
     if not objects:
         raise ValueError(f"{file}: is empty")
     return objects

@@ -10,10 +10,7 @@ import json
 import logging
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator
 from hashlib import sha256
-from itertools import count
-from zlib import crc32
 
 import torch
 from lm_eval import utils
@@ -26,29 +23,24 @@ from torch import Tensor
 from eval.common import gather, load, progress, start_ranks
 from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
-from runtime.distributed import rank, shows_progress, wait, world_size
+from runtime.distributed import rank, wait, world_size
 from runtime.files import read_json
 from runtime.weights import model_fingerprint
 
 log = logging.getLogger("lm_eval.spantune")
-# How many answers are generated at once with --batch_size auto.
-ANSWERS = 16
 # The harness's own defaults, where config.json has no max_position_embeddings and a task no max_gen_toks.
 MAX_LENGTH, MAX_NEW_TOKENS = 2048, 256
 # Marks the end of a message that the model is to continue.
 SENTINEL = "\ue000continued\ue000"
-# Generation settings that are not supported, with the values that change nothing.
-NEUTRAL = {"repetition_penalty": (None, 1.0), "no_repeat_ngram_size": (None, 0), "num_beams": (None, 1),
-           "min_p": (None, 0.0), "typical_p": (None, 1.0), "suppress_tokens": (None, [])}
 
 
 class HarnessModel(TemplateLM):
     """pretrained: checkpoint folder or hub id; template: chat template, as train.py's --template; batch_size:
-    answers generated at once, or "auto"; max_length: tokens of context and continuation; micro_batch_tokens:
-    tokens of a row of log-likelihoods. ValueError for a bad value of any of them."""
+    answers generated at once; max_length: tokens of context and continuation; micro_batch_tokens: tokens of a
+    row of log-likelihoods. ValueError for a bad value of any of them."""
 
     def __init__(self, pretrained: str, template: str | None = None, date: str = "", dtype: str = "bf16",
-                 device: str = "auto", batch_size: int | str = "auto", max_length: int | None = None,
+                 device: str = "auto", batch_size: int = 16, max_length: int | None = None,
                  micro_batch_tokens: int = 4096) -> None:
         super().__init__()
         self._rank, self._world_size = rank(), world_size()
@@ -58,13 +50,15 @@ class HarnessModel(TemplateLM):
         if self.words.eos_token not in self.words.special:
             raise ValueError(f"{self.words.folder}/tokenizer_config.json: eos_token {self.words.eos_token} "
                              "is not a token of the tokenizer; name the one that ends an answer")
-        self.batch_size = ANSWERS if batch_size == "auto" else int(batch_size)
-        self.max_length = int(max_length or self.model.config.max_position_embeddings or MAX_LENGTH)
-        self.micro_batch_tokens = int(micro_batch_tokens)
+        self.batch_size, self.micro_batch_tokens = batch_size, micro_batch_tokens
+        self.max_length = max_length or self.model.config.max_position_embeddings or MAX_LENGTH
         for name in ("batch_size", "max_length", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         self.generation_config = read_json(self.words.folder / "generation_config.json")
+        if self.generation_config.get("repetition_penalty") not in (None, 1):
+            log.warning("generation_config.json sets repetition_penalty. `hf` applies it to answers, but "
+                        "this model does not")
 
     # ------------------------------------------------ tokens
 
@@ -87,22 +81,18 @@ class HarnessModel(TemplateLM):
 
     # ------------------------------------------------ log-likelihoods
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not shows_progress())
-
     def _loglikelihood_tokens(self, requests: list[tuple], disable_tqdm: bool = False
                               ) -> list[tuple[float, bool]]:
         """requests: [((context, continuation) or None, ids of the context, ids of the continuation)]."""
-        longest, cut, tokens = self.max_length, 0, []
+        longest, tokens = self.max_length, []
         for strings, context, continuation in requests:
             if not 0 < len(continuation) <= longest:
                 raise ValueError(f"a continuation of {len(continuation)} tokens, {strings!r:.200}: it must "
                                  f"have 1 to {longest}, the model's length (--model_args max_length=N)")
-            cut += len(context) + len(continuation) > longest + 1
+            if len(context) + len(continuation) > longest + 1:
+                utils.warning_once(log, f"inputs longer than {longest} tokens lose their start")
+            # The last token is only predicted.
             tokens.append(((context + continuation)[-longest - 1:-1], continuation))
-        if cut:
-            log.warning("%d of %d inputs are longer than %d tokens and lose their start",
-                        cut, len(tokens), longest)
         results: list = [None] * len(tokens)
         found = log_likelihoods(self.model, tokens, self.micro_batch_tokens)
         for i, total, greedy in progress(found, len(tokens), "log-likelihood"):
@@ -123,8 +113,6 @@ class HarnessModel(TemplateLM):
         totals = [0.0] * len(requests)
         for i, (total, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm)):
             totals[i] += total
-        for request, total in zip(requests, totals):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
     # ------------------------------------------------ generation
@@ -135,67 +123,53 @@ class HarnessModel(TemplateLM):
         named = (self.generation_config or self.model.config.raw).get("eos_token_id")
         return {self.eot_token_id, *([named] if isinstance(named, int) else named or [])}
 
-    def sampling(self, settings: dict) -> Sampling:
+    def sampling(self, do_sample: bool, temperature: float = 0.0, top_k: int | None = None,
+                 top_p: float | None = None, num_beams: int = 1, **unknown: object) -> Sampling:
         """A request's generation settings, without `until` and lengths. top_k and top_p default as in `hf`.
         ValueError names settings that are not supported."""
-        settings, config = dict(settings), self.generation_config
-        sampled, temperature = settings.pop("do_sample"), float(settings.pop("temperature", 0.0))
-        top_k, top_p = settings.pop("top_k", None), settings.pop("top_p", None)
-        if unknown := {name: value for name, value in settings.items() if value not in NEUTRAL.get(name, ())}:
-            raise ValueError(f"generation settings {unknown}: not supported; supported are until, "
-                             "max_gen_toks, do_sample, temperature, top_p, top_k (--gen_kwargs changes them)")
-        for name, neutral in NEUTRAL.items():
-            if config.get(name) not in neutral:
-                utils.warning_once(log, f"generation_config.json sets {name} to {config[name]}; `hf` would "
-                                        "apply it, this model does not")
-        if not sampled:
+        if unknown or num_beams != 1:
+            raise ValueError(f"generation settings {unknown or {'num_beams': num_beams}}: not supported; "
+                             "supported are until, max_gen_toks, do_sample, temperature, top_p, top_k "
+                             "(--gen_kwargs changes them)")
+        if not do_sample:
             return Sampling()
         if temperature <= 0:
             raise ValueError(f"--gen_kwargs do_sample=True,temperature={temperature}: sampling needs a "
                              "temperature above 0")
-        top_k = config.get("top_k", 50) if top_k is None else top_k
-        top_p = config.get("top_p", 1.0) if top_p is None else top_p
-        return Sampling(temperature, float(top_p), int(top_k or 0), torch.initial_seed() % 2**63)
+        top_k = self.generation_config.get("top_k", 50) if top_k is None else top_k
+        top_p = self.generation_config.get("top_p", 1.0) if top_p is None else top_p
+        # Ranks have different documents, and draw different numbers for them.
+        seed = (torch.initial_seed() + self.rank) % 2**63
+        return Sampling(float(temperature), float(top_p), int(top_k or 0), seed)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         # Requests with the same settings are answered together.
         groups: dict[str, list[int]] = defaultdict(list)
         for i, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(i)
-        found = ((group[n], text) for group in groups.values() for n, text in self._answers(
-            [requests[i].args[0] for i in group], requests[group[0]].args[1]))
         answers = [""] * len(requests)
-        for i, text in progress(found, len(requests), "answer"):
-            answers[i] = text
-            self.cache_hook.add_partial("generate_until", requests[i].args, text)
-        return answers
-
-    def _answers(self, contexts: list[str], settings: dict) -> Iterator[tuple[int, str]]:
-        """Yields (index of the context, answer) as answers end."""
-        settings = dict(normalize_gen_kwargs(settings, MAX_NEW_TOKENS))
         eos = self.words.decode([self.eot_token_id], skip_special_tokens=False)
-        until = [text for text in handle_stop_sequences(settings.pop("until"), eos) if text]
-        most = settings.pop("max_gen_toks")
-        sampling, room = self.sampling(settings), self.max_length - most
-        if room < 1:
-            raise ValueError(f"max_gen_toks {most}: must be less than the model's length {self.max_length}; "
-                             "give --gen_kwargs max_gen_toks=N")
-        prompts = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        # A stop string is looked for in the last tokens. The model may spell it with more tokens than the
-        # tokenizer would, so look at two more.
-        tail = 2 + max(len(self.tok_encode(text, add_special_tokens=False)) for text in until)
+        for group in groups.values():
+            settings = dict(normalize_gen_kwargs(requests[group[0]].args[1], MAX_NEW_TOKENS))
+            until = [text for text in handle_stop_sequences(settings.pop("until"), eos) if text]
+            most = settings.pop("max_gen_toks")
+            if most >= self.max_length:
+                raise ValueError(f"max_gen_toks {most}: must be less than the model's length "
+                                 f"{self.max_length}; give --gen_kwargs max_gen_toks=N")
+            prompts = [self.tok_encode(requests[i].args[0])[most - self.max_length:] or [self.prefix_token_id]
+                       for i in group]
 
-        def done(_: int, ids: list[int]) -> bool:
-            text = self.words.decode(ids[-tail:], skip_special_tokens=False)
-            return any(stop in text for stop in until)
+            def done(_: int, ids: list[int]) -> bool:
+                text = self.words.decode(ids, skip_special_tokens=False)
+                return any(stop in text for stop in until)
 
-        # A sample depends on the seed, the context and how often the context was asked before. So neither
-        # the order of requests nor the number of ranks changes it.
-        repeats: dict[str, Iterator[int]] = defaultdict(count)
-        keys = [(crc32(context.encode()), next(repeats[context])) for context in contexts]
-        for n, ids, _ in self.loaded.engine.answers(prompts, self.stop_ids, most, self.batch_size, sampling,
-                                                    keys, done=done):
-            yield n, postprocess_generated_text(self.words.decode(ids), until, None)
+            made = self.loaded.engine.answers(prompts, self.stop_ids, most, self.batch_size,
+                                              self.sampling(**settings), done=done)
+            for n, ids, _ in progress(made, len(group), "answer"):
+                i = group[n]
+                answers[i] = postprocess_generated_text(self.words.decode(ids), until, None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, answers[i])
+        return answers
 
     # ------------------------------------------------ chat templates
 
@@ -206,32 +180,26 @@ class HarnessModel(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
                             ) -> str:
         """Renders a conversation as transformers does. Without a generation prompt the last message is to be
-        continued (continue_final_message). As in `hf`, system messages are left out if the template refuses
-        them."""
+        continued. As in `hf`, system messages are left out if the template refuses them."""
+        *before, last = chat_history
+        if not add_generation_prompt:
+            last = {**last, "content": f"{last['content']}{SENTINEL} "}
         try:
-            return self._render(chat_history, add_generation_prompt)
+            text = self.loaded.template([*before, last], add_generation_prompt)
         except ValueError as error:
             without = [message for message in chat_history if message["role"] != "system"]
             if len(without) == len(chat_history):
                 raise
             utils.warning_once(log, f"system messages are left out: {error}")
-            return self._render(without, add_generation_prompt)
-
-    def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+            return self.apply_chat_template(without, add_generation_prompt)
         if add_generation_prompt:
-            return self.loaded.template(messages, add_generation_prompt=True)
-        *before, last = messages
-        text = self.loaded.template([*before, {**last, "content": f"{last['content']}{SENTINEL} "}])
-        if SENTINEL not in text:
-            raise ValueError(f"template {self.loaded.template.name} drops the message to be continued")
+            return text
         text, _, tail = text.rpartition(SENTINEL)
         # The space behind the sentinel is gone if the template strips messages. It would strip this one too.
         return text if tail.startswith(" ") else text.rstrip()
 
-    @property
-    def tokenizer_name(self) -> str:
-        """The harness asks for it with every chat template. It would name a cache of prompts."""
-        return self.identity
+    # The harness asks for it with every chat template, to name a cache of prompts, which is never used.
+    tokenizer_name = ""
 
     # ------------------------------------------------ files and ranks
 
@@ -243,17 +211,12 @@ class HarnessModel(TemplateLM):
                  template and template.source]
         return sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
-    def get_model_info(self) -> dict:
-        return {"model_num_parameters": sum(p.numel() for p in self.model.parameters()),
-                "model_dtype": str(self.model.head_weight.dtype), "max_length": self.max_length}
-
     def all_gather(self, tensor: Tensor) -> Tensor:
         """One number of each rank, (world_size,)."""
         return torch.tensor(gather([tensor.item()]), device=tensor.device)
 
-    def gather_object(self, obj: object, dst: int = 0) -> list | None:
-        objects = gather([obj])
-        return objects if self.rank == dst else None
+    def gather_object(self, obj: object, dst: int = 0) -> list:
+        return gather([obj])
 
     def barrier(self) -> None:
         wait()

@@ -56,26 +56,22 @@ def make_rows(requests: list[Request], capacity: int) -> Iterator[list[tuple[int
         yield row
 
 
-def attend_to_own_request(row: list[tuple[int, int, int]], cache: Tensor, group: int) -> Attend:
+def attend_to_own_request(row: list[tuple[int, int, int]], cache: Tensor) -> Attend:
     """Causal attention of each token to the inputs of its own request.
 
-    cache: (layers, 2, G, longest inputs, D), keys and values of the current request; the row's are added.
-    group: H / G, how many query heads share a key head."""
-    # The query heads of a group are attended with as further queries, so the mask repeats for each of them.
+    cache: (layers, 2, G, longest inputs, D), keys and values of the current request; the row's are added."""
     masks = [torch.ones(last - first, last, dtype=torch.bool, device=cache.device).tril(first)
-             .repeat(group, 1) for _, first, last in row]
+             for _, first, last in row]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, end = torch.empty_like(q), 0
         for (_, first, last), mask in zip(row, masks):
-            if first == last:
-                continue
             start, end = end, end + last - first
             cache[layer, :, :, first:last] = torch.stack((k[start:end], v[start:end])).transpose(1, 2)
-            keys, values = cache[layer, :, None, :, :last]                              # (1, G, L, D)
-            queries = q[start:end].unflatten(1, (-1, group)).permute(1, 2, 0, 3)        # (G, H / G, n, D)
-            result = F.scaled_dot_product_attention(queries.flatten(1, 2)[None], keys, values, attn_mask=mask)
-            out[start:end] = result[0].unflatten(1, (group, -1)).permute(2, 0, 1, 3).flatten(1, 2)
+            keys, values = cache[layer, :, None, :, :last]              # (1, G, L, D)
+            queries = q[start:end].transpose(0, 1)[None]                # (1, H, n, D)
+            result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=True)
+            out[start:end] = result[0].transpose(0, 1)
         return out
 
     return attend
@@ -109,14 +105,13 @@ def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
     longest = max(len(inputs) for inputs, _ in requests)
     cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, longest, config.head_dim,
                         dtype=compute_dtype(model.head_weight), device=device)
-    group = config.num_attention_heads // config.num_key_value_heads
     # Final hidden states of the current request. Its targets may be predicted by tokens of earlier rows.
     states = torch.zeros(longest, config.hidden_size, device=device)
     for row in make_rows(requests, capacity):
         ids = [token for i, first, last in row for token in requests[i][0][first:last]]
         positions = [place for _, first, last in row for place in range(first, last)]
         hidden = model(torch.tensor(ids, device=device), torch.tensor(positions, device=device), None,
-                       attend=attend_to_own_request(row, cache, group))
+                       attend=attend_to_own_request(row, cache))
         # The states that predict the targets of the requests that end in this row.
         ended, predicting, start = [], [], 0
         for i, first, last in row:

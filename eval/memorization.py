@@ -11,8 +11,8 @@ message, or with nothing before it, are skipped, and so are records whose target
 
   BLEU-4          of the corpus, by sacrebleu, of the texts without surrounding whitespace
   exact match     share of records whose answer is the target and ends there, surrounding whitespace aside
-  shared prefix   tokens before the first difference / tokens of the target, without its end of turn:
-                  mean over records, and over all tokens of the corpus
+  shared prefix   mean over records of: tokens before the first difference / tokens of the target, without
+                  its end of turn
 
 An answer is cut one token behind its target's length, so BLEU says little about longer answers;
 --max-new-tokens sets another limit. --output saves each answer as it comes, and the same command resumes from
@@ -35,9 +35,7 @@ from eval.likelihood import shared_prefix
 from runtime.distributed import is_main
 from runtime.weights import model_fingerprint, resolve_model
 
-METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %",
-           "prefix_record_mean": "shared prefix, %: records",
-           "prefix_token_mean": "shared prefix, %: tokens"}
+METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -125,28 +123,27 @@ def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dic
 
     BLEU is a function of sums over records, so a resample needs no second look at the texts."""
     BLEU = import_bleu()
-    corpus, sentence = BLEU(), BLEU(effective_order=True)
-    statistics = []
+    sentence, statistics = BLEU(effective_order=True), []
     for row in rows:
         bleu = sentence.sentence_score(row["output"], [row["target"]])
         statistics.append([*bleu.counts, *bleu.totals, bleu.sys_len, bleu.ref_len, row["exact"],
-                           row["shared_tokens"], row["target_tokens"],
                            row["shared_tokens"] / row["target_tokens"]])
 
     def metrics(sums: np.ndarray) -> list[float]:
         *ngrams, answer_words, target_words = sums[:10].astype(int).tolist()
-        exact, shared, tokens, ratio = sums[10:].tolist()
         bleu = BLEU.compute_bleu(ngrams[:4], ngrams[4:], answer_words, target_words, smooth_method="exp")
-        return [bleu.score, 100 * exact / len(rows), 100 * ratio / len(rows), 100 * shared / tokens]
+        return [bleu.score, *(100 * sums[10:] / len(rows))]
 
-    # corpus_score is sacrebleu's own number, and without it the signature lacks the number of references.
-    bleu = corpus.corpus_score([row["output"] for row in rows], [[row["target"] for row in rows]]).score
-    values = dict(zip(METRICS, metrics(np.sum(statistics, 0)))) | {"bleu": bleu}
+    result = {"records": len(rows), **dict(zip(METRICS, metrics(np.sum(statistics, 0))))}
     draws = np.array([metrics(sums) for sums in resampled_sums(statistics, resamples, seed)])   # (R, metrics)
-    known = len(draws) and len(rows) > 1
-    intervals = {f"{name}_interval": interval(draws[:, i], confidence) if known else None
-                 for i, name in enumerate(METRICS)}
-    return {"records": len(rows), **values, **intervals, "signature": str(corpus.get_signature())}
+    for i, name in enumerate(METRICS):
+        known = len(draws) and len(rows) > 1
+        result[f"{name}_interval"] = interval(draws[:, i], confidence) if known else None
+    # sacrebleu's own number, and with it the signature, which needs a corpus.
+    corpus = BLEU()
+    outputs, targets = [row["output"] for row in rows], [row["target"] for row in rows]
+    result["bleu"] = corpus.corpus_score(outputs, [targets]).score
+    return {**result, "signature": str(corpus.get_signature())}
 
 
 def print_result(result: dict, confidence: float) -> None:
