@@ -316,8 +316,8 @@ def test_two_ranks_write_the_same_page(runs, folder):
     run_module("eval.compare", command(runs, folder, data=folder / "test.jsonl"), ranks=2)
     two = json.loads((runs / "out.json").read_text())
     pages = (page, (runs / "page.html").read_text())
-    tokens = [[float(nats) for pair in re.findall(r"A ([\d.]+), B ([\d.]+), difference", text) for nats in pair]
-              for text in pages]
+    tokens = [[float(nats) for pair in re.findall(r"A ([\d.]+), B ([\d.]+), difference", text)
+               for nats in pair] for text in pages]
     assert len(tokens[0]) > 200 and tokens[0] == pytest.approx(tokens[1], abs=2e-3)
     for title, rows in one["tables"].items():
         for label, row in rows.items() if title.startswith("--data") else ():
@@ -462,7 +462,7 @@ def test_a_difference_whose_interval_excludes_zero_is_marked(runs, folder):
         values = {"": 1.5, "_interval": [1.0, 2.0], "_minus_first": (low + high) / 2}
         entries.append(entry("im", span, **values, _minus_first_interval=[low, high]))
     page, _ = compared(runs, folder, results=write(runs / "spans.json", {"results": entries}))
-    marked = re.findall(r'<td class="clear">\s+(\S+) <small>(.*?)</small>', page)
+    marked = re.findall(r'<td class="clear">(\S+) <small>(.*?)</small>', page)
     assert marked == 2 * [("-0.300", "[-0.500, -0.100]"), ("+0.300", "[0.100, 0.500]")]
 
 
