@@ -1,4 +1,4 @@
-"""Records -> messages -> spans -> tokens: layouts of records, chat templates, the tokenizer.
+"""Records -> messages -> spans -> tokens: layouts of records, chat templates, kinds of tokens.
 
     for messages, line in read_records("train.jsonl"):
         pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
@@ -12,8 +12,7 @@ import contextlib
 import gzip
 import json
 import re
-import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date, datetime
 from functools import cache
@@ -24,10 +23,8 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
-import tokenizers
 
-from runtime.files import read_json
-from runtime.tokenizer import FLAGS, add_special_tokens, class_defaults, read_chat_template
+from runtime.tokenizer import Tokenizer
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
@@ -290,7 +287,7 @@ def _compile(source: str) -> jinja2.Template:
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def load_template(name: str, tokenizer: "Tokenizer", date: str | None = None) -> Template:
+def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> Template:
     """name: auto (the checkpoint's own template), a key of TEMPLATES, or the path of a .jinja file; date:
     YYYY-MM-DD for templates that print today's date, default today. ValueError if the template does not
     exist, or ends an assistant's message without a special token: the model could never learn to stop.
@@ -509,132 +506,6 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
 
 # What the tokenizers library takes for whitespace; Python's includes the separators \x1c to \x1f.
 SPACES = "".join(filter(str.isspace, map(chr, range(0x3001)))).translate(dict.fromkeys(range(0x1c, 0x20)))
-
-
-class Tokenizer:
-    """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
-
-    Normalizer, splitting, model and post-processor are those of tokenizer.json as it is. For a few classes
-    (LlamaTokenizer) transformers builds some of them itself, so it may serve the source folder with other
-    ids; the exported folder names a class that takes the file as it is (runtime.tokenizer).
-
-    named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
-    plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
-    at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
-
-    ValueError if the folder has no tokenizer.json, or if text that only spells a special token could become
-    one.
-    """
-
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            hint = ""
-            if (self.folder / "tokenizer.model").is_file():
-                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from "
-                        "transformers import AutoTokenizer; "
-                        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
-            raise ValueError(f"{file}: no such file{hint}")
-        config = read_json(self.folder / "tokenizer_config.json")
-        self.chat_template = read_chat_template(self.folder, config)
-        spec, text = read_json(file), file.read_text(encoding="utf-8")
-        try:
-            self.reference = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
-            # The library raises nothing more specific.
-            raise ValueError(f"{file}: {error}") from None
-        if dropout := spec["model"].get("dropout"):
-            raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
-                             "time; set it to null")
-        self.class_defaults = class_defaults(self.folder, config, '"ByteLevel"' in text)
-        self.named_tokens, self.extra_tokens = add_special_tokens(
-            self.reference, self.folder, config, spec, self.class_defaults)
-        self.bos_token = self.named_tokens.get("bos_token")
-        self.eos_token = self.named_tokens.get("eos_token")
-        # The library's ids, not the file's: a token of the vocabulary keeps its id there, whatever
-        # added_tokens says.
-        self.added_tokens = [
-            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
-            for index, token in sorted(self.reference.get_added_tokens_decoder().items())]
-        special = [token for token in self.added_tokens if token["special"]]
-        self.special = {token["content"]: token["id"] for token in special}
-        self.strips_left = {token["content"] for token in special if token["lstrip"]}
-        self.strips_right = {token["content"] for token in special if token["rstrip"]}
-        # Saved padding and truncation would hide BOS, and pad or cut what is encoded below. add_bos_token in
-        # tokenizer_config.json has no effect next to a tokenizer.json, whose post-processor decides.
-        self.reference.no_padding()
-        self.reference.no_truncation()
-        bos = self.special.get(self.bos_token)
-        self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
-        # We put special tokens in ourselves and need offsets into the text as it is: no post-processor.
-        self.reference.post_processor = None
-        spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
-        self._encode_content_with(spec)
-
-    def _encode_content_with(self, spec: dict) -> None:
-        """Make at_start and after_special from tokenizer.json's content: to them `</s>` in a text is text.
-
-        It is not enough not to split at special tokens: a vocabulary with the piece `</s>` finds it in text,
-        or in what the normalizer makes of `\uff1c/s\uff1e`. So these encoders know the special tokens by
-        names that no text contains. All other tokens keep their ids.
-        """
-        model = spec["model"]
-        unknown = model.get("unk_token")
-        if model.get("unk_id") is not None:     # Unigram
-            unknown = model["vocab"][model["unk_id"]][0]
-        # Unknown text may become the unknown token, but that must not be the one that ends a turn.
-        self._forbidden = {index: text for text, index in self.special.items()
-                           if text != unknown or text in (self.bos_token, self.eos_token)}
-        names = {text: f"\ue000{secrets.token_hex(16)}" for text in self.special}
-        spec["added_tokens"] = [{**token, "content": names.get(token["content"], token["content"])}
-                                for token in spec["added_tokens"]]
-        vocabulary = model["vocab"]
-        if isinstance(vocabulary, list):        # Unigram: [piece, score], the place is the id
-            inside = {text: index for text, index in self.special.items()
-                      if index < len(vocabulary) and vocabulary[index][0] == text}
-            for text, index in inside.items():
-                vocabulary[index] = [names[text], vocabulary[index][1]]
-        else:
-            inside = {text: vocabulary.pop(text) for text in self.special if text in vocabulary}
-            vocabulary.update((names[text], index) for text, index in inside.items())
-        if model.get("unk_token") in inside:
-            model["unk_token"] = names[model["unk_token"]]
-        if model.get("merges") and inside:
-            # BPE's merges must not name tokens that the vocabulary lacks now.
-            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-            prefix = model.get("continuing_subword_prefix") or ""
-            model["merges"] = [[a, b] for a, b in pairs
-                               if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
-        text = json.dumps(spec)
-        self.at_start = self.after_special = tokenizers.Tokenizer.from_str(text)
-        # SentencePiece puts a space before the first word of a text only ("first"), so text after a special
-        # token is encoded by a twin that adds none.
-        if '"prepend_scheme": "first"' in text:
-            self.after_special = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
-                                                                   '"prepend_scheme": "never"'))
-        # Try every special token, also in full-width letters, and a character that no vocabulary has.
-        wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
-        for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
-            for encoder in {self.at_start, self.after_special}:
-                try:
-                    ids = encoder.encode(text, add_special_tokens=False).ids
-                except Exception:
-                    # Without an unknown token the library refuses such text.
-                    continue
-                self.check_content(text, ids)
-
-    def check_content(self, text: str, ids: list[int]) -> None:
-        """ValueError if a special token is among the ids of a text that only spells one."""
-        if not self._forbidden.keys().isdisjoint(ids):
-            index = next(index for index in ids if index in self._forbidden)
-            raise ValueError(
-                f"{self.folder}/tokenizer.json: in a message, {text[:80]!r} becomes the special token "
-                f"{self._forbidden[index]!r} (id {index}), which only the template may write; take the piece "
-                "out of the tokenizer's vocabulary, or give it an unk_token of its own")
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

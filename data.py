@@ -2,7 +2,8 @@
 
     dataset = load_dataset(files, tokenizer, template, max_length=2048, overlong="truncate", cache_dir=...)
     steps = Steps(dataset, usable, coefficients, seed=0, batch_size=128, capacity=4096)
-    batches, counts = steps[17]         # this rank's micro-batches; targets by kind in each example
+    micro_batches, counts = steps[17]           # this rank's; targets by kind in each of the step's examples
+    batch = collate(dataset, *micro_batches[0])
 
 What differs from the usual way: a step is a set of *examples*. Packing happens inside it, so packing can
 change the speed of a run and nothing else. And nothing has to be saved to resume: a step's batches are a
@@ -30,8 +31,9 @@ from tqdm import tqdm
 
 import chat
 import runtime.tokenizer
-from chat import (COMPLETION, KINDS, Piece, Template, Tokenizer, check_ids, read_records, render, tokenize,
+from chat import (COMPLETION, KINDS, Piece, Template, check_ids, read_records, render, tokenize,
                   tokenize_batch, too_few_rows)
+from runtime.tokenizer import Tokenizer
 from runtime.files import checksum, commit, delete_left, writing
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
@@ -340,11 +342,14 @@ def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: i
 
 
 class Steps:
-    """The batches of every step, of this rank: a pure function of the step's number.
+    """What every step consists of, a pure function of the step's number.
 
-        batches, counts = steps[step]
+        micro_batches, counts = steps[step]
+        batch = collate(dataset, *micro_batches[0])
 
-    batches: this rank's micro-batches, on the CPU; counts: (E, K) targets by kind of all the step's examples.
+    micro_batches: this rank's, as (examples, table) for collate(); counts: (E, K) targets by kind of all the
+    step's examples, over all ranks.
+
     dataset: with usable, (examples,) the indices to train on; coefficients: (E, K) counts of a step -> (E, K)
     what one target counts in its loss (loss.coefficients); batch_size, capacity: as for plan(). ValueError
     if an example exceeds capacity.
@@ -363,7 +368,7 @@ class Steps:
         return plan(self.dataset.lengths[self.usable], self.seed, epoch, self.batch_size, self.capacity,
                     self.world_size)
 
-    def __getitem__(self, step: int) -> tuple[list["Batch"], np.ndarray]:
+    def __getitem__(self, step: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self.epoch:
             self.epoch, self.plan = epoch, self._plan(epoch)
@@ -373,7 +378,7 @@ class Steps:
         tables = np.split(self.coefficients(counts), np.cumsum([len(m) for m in micro_batches])[:-1])
         per_rank = len(micro_batches) // self.world_size
         own = slice(self.rank * per_rank, (self.rank + 1) * per_rank)
-        return [collate(self.dataset, m, table) for m, table in zip(micro_batches[own], tables[own])], counts
+        return list(zip(micro_batches[own], tables[own])), counts
 
 
 # ---------------------------------------------------------------- packed batches

@@ -34,8 +34,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chat import COMPLETION, KINDS, TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
-from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, load_dataset
+from chat import COMPLETION, KINDS, TEMPLATES, Template, check_vocabulary, load_template
+from runtime.tokenizer import Tokenizer
+from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
 from eval.generate import answer_records
 from eval.spans import example_sums, summary
 from kernels.head import nll, weighted_nll
@@ -259,6 +260,26 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
     return loss, statistics, trained_nll
 
 
+def accumulate_gradients(model: torch.nn.Module, reference: Llama | None, dataset: Dataset,
+                         micro_batches: list[tuple], config: Config, step: int, log_untrained: bool = False
+                         ) -> tuple[Sums, list[tuple[Batch, Tensor]]]:
+    """The forward and backward passes of a step. micro_batches: this rank's (Steps). Returns this rank's sums
+    of the statistics, and its batches with the NLL of their trained targets."""
+    device, sums, trained = unwrap(model).head_weight.device, Sums(), []
+    for i, micro_batch in enumerate(micro_batches):
+        batch = collate(dataset, *micro_batch).to(device)
+        sync_gradients(model, now=i == len(micro_batches) - 1)
+        with autocast(config, device):
+            loss, statistics, trained_nll = micro_batch_loss(model, reference, batch, config, step,
+                                                             log_untrained)
+        # DDP and FSDP average gradients over the ranks; the step's loss is the ranks' sum.
+        (loss * world_size()).backward()
+        sums.add(statistics)
+        trained.append((batch, trained_nll))
+    release(reference)
+    return sums, trained
+
+
 # ---------------------------------------------------------------- what a run is made from
 
 
@@ -365,6 +386,7 @@ def describe_data(config: Config, source: Source, train_set: Dataset, usable: np
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The one place that decides in which precision things are computed."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
@@ -530,19 +552,9 @@ def main(argv: list[str]) -> int:
     while step < total_steps:
         began = time.monotonic()
         log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
-        batches, counts = steps[step]
-        sums, trained = Sums(), []
-        for i, batch in enumerate(batches):
-            batch = batch.to(device)
-            sync_gradients(model, now=i == len(batches) - 1)
-            with autocast(config, device):
-                loss, statistics, trained_nll = micro_batch_loss(model, reference, batch, config, step,
-                                                                 log_untrained)
-            # DDP and FSDP average gradients over the ranks; the step's loss is the ranks' sum.
-            (loss * world_size()).backward()
-            sums.add(statistics)
-            trained.append((batch, trained_nll))
-        release(reference)
+        micro_batches, counts = steps[step]
+        sums, trained = accumulate_gradients(model, reference, train_set, micro_batches, config, step,
+                                             log_untrained)
 
         # One sum over the ranks, and the only place where the host waits for the device.
         sums.add({"stop": torch.tensor(float(stop.number), device=device)})
@@ -557,8 +569,9 @@ def main(argv: list[str]) -> int:
         if step == first_step:
             # Raises now, rather than at the first save, if this optimizer cannot be saved.
             optimizer_state(raw_model, optimizer)
-        # DDP's gradients stay views of its buckets.
-        optimizer.zero_grad(set_to_none=model is raw_model)
+        # The model's gradients: an optimizer may leave out parameters, whose gradients would add up and count
+        # in the clipped norm. DDP's stay views of its buckets.
+        raw_model.zero_grad(set_to_none=model is raw_model)
         step += 1
 
         stopping = totals.pop("stop") > 0 and step < total_steps

@@ -1,11 +1,11 @@
-"""Attention over packed documents on the CPU: model.attention beside PyTorch's fused kernel.
+"""Attention over packed documents: kernels.attention next to PyTorch's fused kernel.
 
     python -m bench.attention --heads 9 --key-heads 3 --head-dim 64
 
-The fused kernel (scaled_dot_product_attention) is given one document at a time. Forward and backward in bf16,
-the shortest of --repeats, in turn; and how far each is off attention_reference() in fp32 (the largest
-relative error, in the Euclidean norm, of output and gradients). `records`: document lengths as they come,
-drawn from a log-normal distribution with a mean near 200.
+The fused kernel (scaled_dot_product_attention) is given one document at a time. Forward and backward in bf16
+on a CPU, in turn, the shortest of --repeats; and how far each is from attention_reference() in fp32: the
+largest relative error, in the Euclidean norm, of output and gradients. `records`: documents as long as
+records are, drawn from a log-normal distribution with a mean near 200.
 """
 import argparse
 import json
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import cores, hardware, print_table
+from bench.common import cores, hardware, print_machine, print_table
 from kernels.attention import attention, attention_reference
 from runtime.machine import keep_freed_memory
 
@@ -42,13 +42,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     machine = hardware()
-    print(f"{machine['cpu']}, {args.threads} threads, torch {machine['versions'].get('torch')}")
+    print_machine(machine, args.threads)
     drawn = np.random.default_rng(0).lognormal(4.9, 0.8, 1000).clip(8, 1024).astype(int)
     rows = {str(n): [n] * max(1, args.tokens // n) for n in args.lengths}
     rows["records"] = drawn[:int((drawn.cumsum() <= args.tokens).sum())].tolist()
-    results = []
-    print_table(["documents", "of tokens", "fused ms", "ours ms", "ratio", "off: fused", "ours"], [],
-                [11, 11, 11, 9, 8, 12, 9])
+    results, table = [], []
     for name, lengths in rows.items():
         n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
         make = torch.Generator().manual_seed(0)
@@ -60,19 +58,22 @@ def main() -> None:
         exact = [out.detach(), *torch.autograd.grad(out, exact_inputs, grad.float())]
         del out
         times: dict[str, list[float]] = {"fused": [], "ours": []}
-        off = {}
+        errors = {}
         for _ in range(args.repeats):
             for which, function in (("fused", fused), ("ours", attention)):
                 began = time.perf_counter()
                 out = function(*inputs, cu_seqlens)
-                got = [out, *torch.autograd.grad(out, inputs, grad)]
+                tensors = [out, *torch.autograd.grad(out, inputs, grad)]
                 times[which].append(1000 * (time.perf_counter() - began))
-                off[which] = max(((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, exact))
+                errors[which] = max(((a.float() - b).norm() / b.norm()).item()
+                                    for a, b in zip(tensors, exact))
         best = {which: min(values) for which, values in times.items()}
-        print_table([str(len(lengths)), name, f"{best['fused']:.0f}", f"{best['ours']:.0f}",
-                     f"{best['fused'] / best['ours']:.1f}", f"{off['fused']:.4f}", f"{off['ours']:.4f}"], [],
-                    [11, 11, 11, 9, 8, 12, 9])
-        results.append({"documents": lengths, "milliseconds": times, "relative_error": off})
+        table.append([str(len(lengths)), name, f"{best['fused']:.0f}", f"{best['ours']:.0f}",
+                      f"{best['fused'] / best['ours']:.1f}", f"{errors['fused']:.2%}",
+                      f"{errors['ours']:.2%}"])
+        results.append({"documents": lengths, "milliseconds": times, "relative_error": errors})
+    print_table(["documents", "of tokens", "fused ms", "ours ms", "ratio", "error: fused", "ours"], table,
+                [11, 11, 11, 9, 8, 14, 9])
     print(json.dumps({"hardware": machine, "results": results}))
 
 

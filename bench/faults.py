@@ -1,25 +1,24 @@
-"""Soak: small trainings that are killed, stopped, spoiled and starved of disk must end in the same bits.
+"""Soak test: small trainings that are killed, stopped, damaged and starved of disk must end with equal bits.
 
     python -m bench.faults [--runs 12] [--seed 0] [--ranks 1 2] [--folder DIR]
 
 Trains the embedded default's model for a few steps in fp32 with a checkpoint every second step, under
 torchrun --max-restarts 3, with DDP and --shard. The causes take turns, at moments drawn from --seed:
 
-  kill        once to three times a rank is killed (SIGKILL) at any moment from its start on
+  kill        one to three times, a rank is killed (SIGKILL) at any moment after its start
   kill write  the same, while a checkpoint, the token cache or final/ is being written
   terminate   the whole job is asked to stop (SIGTERM)
-  flip        the whole job is killed, and one bit of a file of the newest of its checkpoints is flipped
-  truncate    ... or the file is cut short
-  flip cache  ... or a bit of a file of the token cache is flipped
-  disk full   the disk of output and token cache fills up, until the job has given up; on a small tmpfs,
+  flip        the whole job is killed, and one bit of a file of its newest checkpoint is flipped
+  truncate    the same, but the file is cut short
+  flip cache  the same, but with a file of the token cache
+  disk full   the disk of output and token cache fills up until the job has given up. It is a small tmpfs;
               left out where mounting one is not allowed
 
-The same command is then given until training is finished. identical: the bytes of final/model.safetensors are
-those of an undisturbed run of the same mode and ranks, and metrics.jsonl and eval.jsonl have its losses, each
-step once; else what differs. lost: not finished by --attempts commands. hung: a command took --timeout
-seconds. faults: how often the cause struck, 0 if training was over before. restarts: torchrun's own. Each run
-has a folder and a token cache of its own. The last two lines printed are a summary and one JSON object. Linux
-only.
+The same command is then repeated until training is finished. identical: final/model.safetensors has the bytes
+of an undisturbed run of the same mode and ranks, and metrics.jsonl and eval.jsonl have its losses, each step
+once; otherwise, what differs. lost: not finished after --attempts commands. hung: a command took longer than
+--timeout seconds. faults: how often the cause struck; 0 if training ended before. restarts: torchrun's own.
+The last two lines printed are a summary and one JSON object. Linux only.
 """
 import argparse
 import contextlib
@@ -36,7 +35,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.common import REPOSITORY, hardware, print_table
+from bench.common import REPOSITORY, hardware, print_machine, print_table
 
 CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "flip cache", "disk full")
 QUICKSTART = REPOSITORY / "quickstart"
@@ -56,18 +55,20 @@ class Job:
                  "cache-dir": home / "cache"}
         words = [sys.executable, *command.split(), *(["--shard"] if mode == "shard" else []),
                  *(str(word) for name, path in paths.items() for word in (f"--{name}", path))]
-        with open(self.log, "a") as log:    # LOGLEVEL: torchrun's, so that it says when it restarts
+        # At LOGLEVEL INFO torchrun says when it restarts the ranks.
+        with open(self.log, "a") as log:
             self.process = subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, env={
                 **os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"})
 
     def ranks(self) -> list[int]:
-        """Process ids of the ranks that live now."""
-        found = []
-        with contextlib.suppress(OSError):      # one ended while we looked
+        """Process ids of the running ranks."""
+        running = []
+        # One may end between being listed and being read.
+        with contextlib.suppress(OSError):
             for file in Path(f"/proc/{self.process.pid}/task").glob("*/children"):
-                found += [int(pid) for pid in file.read_text().split()
-                          if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        return found
+                running += [int(pid) for pid in file.read_text().split()
+                            if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return running
 
     def wait_until(self, ready: Callable[[], bool]) -> bool:
         """False if the job ends first."""
@@ -78,7 +79,7 @@ class Job:
         return False
 
     def kill(self) -> None:
-        """All of it: the launcher first, so that it starts no rank anew."""
+        """The launcher first, so that it does not restart the ranks."""
         ranks = self.ranks()
         self.process.kill()
         self.process.wait()
@@ -101,16 +102,17 @@ def writing(home: Path) -> bool:
 
 
 def strike(job: Job, cause: str, rng: random.Random, steps: int) -> int:
-    """Do what `cause` says to a running job of so many steps; returns how often it was done, 0 if it was over
-    before. A moment is a step, since a machine's speed drifts; a fifth of them lie in the start."""
+    """Do to a running job what `cause` says. Returns how often that was done: 0 if the job ended before. A
+    moment is given as a step, because the speed of a machine drifts; a fifth of them lie before step 0."""
     def lines() -> int:
         file = job.home / "out/metrics.jsonl"
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def wait(ready: Callable[[], object]) -> bool:
-        """For any moment, then until ready; False if the job ended meanwhile."""
+        """For a random moment, then until ready. False if the job ended meanwhile."""
         step = rng.randrange(-steps // 4, steps)
-        later = rng.uniform(0, 0.2 if step > lines() else 4)    # seconds; 4: of starting
+        # Seconds after that step, or after the start, which takes about 4.
+        later = rng.uniform(0, 0.2 if step > lines() else 4)
         if not (job.wait_until(lambda: lines() >= step) and job.wait_until(job.ranks)):
             return False
         moment = time.monotonic() + later
@@ -128,9 +130,10 @@ def strike(job: Job, cause: str, rng: random.Random, steps: int) -> int:
         job.process.terminate()
     elif cause == "disk full" and (done := int(wait(job.ranks))):
         with open(job.home / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
-            while ballast.write(bytes(4096)):   # until there is no space left
+            # Until no space is left.
+            while ballast.write(bytes(4096)):
                 continue
-    # A job whose only checkpoint is damaged is refused, as it should be: so the second must be there.
+    # A job whose only checkpoint is damaged is refused, as it should be: so wait for the second.
     elif cause in ("flip", "truncate", "flip cache") and (
             done := int(wait(lambda: len(checkpoints(job.home)) > 1))):
         job.kill()
@@ -142,9 +145,11 @@ def strike(job: Job, cause: str, rng: random.Random, steps: int) -> int:
 def damage(file: Path, cause: str, rng: random.Random) -> None:
     data = bytearray(file.read_bytes())
     place = rng.randrange(len(data))
-    if cause != "truncate":
+    if cause == "truncate":
+        del data[place:]
+    else:
         data[place] ^= 1 << rng.randrange(8)
-    file.write_bytes(data if cause != "truncate" else data[:place])
+    file.write_bytes(data)
 
 
 def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float = 0) -> dict:
@@ -175,7 +180,7 @@ def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int
 
 def disturbed(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float,
               undisturbed: dict) -> dict | None:
-    """train() with how it "ends"; None if the cause cannot be had here."""
+    """train(), with the key "ends": how it ended. None if the cause is not possible on this machine."""
     home = args.folder / name
     home.mkdir()
     if cause == "disk full" and subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", home],
@@ -202,14 +207,14 @@ def soak(args: argparse.Namespace) -> None:
     modes = [(mode, ranks) for ranks in args.ranks for mode in ("ddp", "shard") if ranks > 1 or mode == "ddp"]
     undisturbed: dict[tuple[str, int], dict] = {}
     runs, widths = [], [11, 6, 6, 7, 9, 9, 8, 24]
-    print(f"{machine['cpu']}, torch {machine['versions'].get('torch')}")
+    print_machine(machine, machine["cores"])
     print_table(["cause", "mode", "ranks", "faults", "commands", "restarts", "seconds", "ends"], [], widths)
     for i in range(args.runs):
         cause, key, seed = args.causes[i % len(args.causes)], rng.choice(modes), rng.random()
         if key not in undisturbed:
             undisturbed[key] = train(args, "-".join(map(str, key)), "none", *key)
             if undisturbed[key]["weights"] is None:
-                raise RuntimeError(f"undisturbed, it does not finish: {args.folder}/{key[0]}-{key[1]}.log")
+                raise RuntimeError(f"an undisturbed run did not finish: {args.folder}/{key[0]}-{key[1]}.log")
         if (run := disturbed(args, f"run-{i:03d}", cause, *key, seed, undisturbed[key])) is None:
             print(f"{cause:<{widths[0]}} left out: mounting a tmpfs is not allowed here")
             continue
@@ -230,11 +235,12 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--causes", nargs="+", choices=CAUSES, default=list(CAUSES))
-    parser.add_argument("--attempts", type=int, default=5, help="commands after which a run counts as lost")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds after which a command hangs")
+    parser.add_argument("--attempts", type=int, default=5, help="commands until a run counts as lost")
+    parser.add_argument("--timeout", type=float, default=180, help="seconds until a command counts as hung")
     parser.add_argument("--folder", type=Path, help="an empty one, to keep the runs in")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))    # unmount, end what runs
+    # Stopped from outside, it still unmounts and ends what it started.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         args.folder.mkdir(parents=True, exist_ok=True)

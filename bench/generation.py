@@ -1,13 +1,14 @@
-"""eval/generate.py beside transformers' generate: the same tokens in fp32, and speed in bf16.
+"""Generation of eval/generate.py next to transformers' generate: equal tokens in fp32, and speed in bf16.
 
     python -m bench.generation --model DIR --data FILE [--prompts 50] [--batch-size 16] [--max-new-tokens 256]
 
-Greedy, with the same prompts and the same stop. Every run is a process of its own. First in fp32, batched and
-one by one: how many answers are equal token by token. Then in bf16, in turn and back, because a machine's
-speed drifts: ratios are between runs of one round. "no guesses" is ours without guessed tokens; how many
-guesses are right depends on the answers: a small model's greedy ones repeat themselves.
-transformers gets prompts of like length together, padded on the left. new tokens/s counts the answers' tokens
-with their stops, over the time from the prompts to the last answer; loading and a short warm-up are outside.
+Greedy, with the same prompts and the same stop token. Every run is a process of its own. First fp32, batched
+and one by one: how many answers are equal, token by token. Then bf16. Contenders take turns, because the
+speed of a machine drifts: a ratio compares two runs of one round. "no guesses" is ours without guessed
+tokens. How many guesses are right depends on the answers: a small model's greedy ones repeat themselves.
+
+transformers gets prompts of similar length together, padded on the left. New tokens/s counts the tokens of
+the answers with their stops, from the prompts to the last answer; loading and a short warm-up do not count.
 The last line printed is one JSON object with all of it.
 """
 import argparse
@@ -17,56 +18,54 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from bench.common import cores, hardware, json_child, print_table
+from bench.common import cores, hardware, in_turn, json_child, print_machine, print_table
 
 
-def run_here(args: argparse.Namespace) -> dict:
-    """One run, in the child: {"outputs": ids without the stop, "seconds", "new_tokens"}."""
+def run_one(args: argparse.Namespace) -> dict:
+    """One run, in the child: {"outputs": ids without the stop, "seconds", "new_tokens", "prompt_tokens"}."""
     import torch
 
-    from chat import Tokenizer, load_template, read_records, render, tokenize
-    from model import load_model
-    from runtime.weights import resolve_model
-    folder, dtype = resolve_model(args.model), getattr(torch, args.dtype)
-    tokenizer = Tokenizer(folder)
-    template = load_template(args.template, tokenizer)
+    from chat import read_records, render, tokenize
+    from eval.common import load, start_ranks
+    from eval.engine import LOOKUP
+    args.date, args.device = "", "cpu"
+    # transformers runs as it comes, without our settings of the allocator.
+    device = torch.device("cpu") if args.run == "transformers" else start_ranks(args)
+    loaded = load(args.model, args, device, cast=True)
+    stop = loaded.tokenizer.special[loaded.template.end_of_turn]
     questions = [messages[:-1] if messages[-1]["role"] == "assistant" else messages
                  for messages, _ in islice(read_records(args.data), args.prompts)]
-    prompts = [tokenize(render(question, template, add_generation_prompt=True), tokenizer)[0]
+    prompts = [tokenize(render(question, loaded.template, add_generation_prompt=True), loaded.tokenizer)[0]
                for question in questions]
-    stop = tokenizer.special[template.end_of_turn]
-    if args.run != "transformers":
-        from eval.common import make_engine
-        from eval.engine import LOOKUP
-        from runtime.machine import keep_freed_memory
-        keep_freed_memory(shapes=1024)      # as eval.generate does
-        engine = make_engine(load_model(folder).requires_grad_(False).to(dtype))
 
-        def answer(some: list[list[int]], tokens: int) -> list[list[int]]:
-            made = engine.answers(some, {stop}, tokens, args.batch_size,
-                                  lookup=LOOKUP if args.run == "ours" else 0)
-            return [ids for _, ids, _ in sorted(made)]
-    else:
+    def answer(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        answers = loaded.engine.answers(prompts, {stop}, tokens, args.batch_size,
+                                        lookup=LOOKUP if args.run == "ours" else 0)
+        return [ids for _, ids, _ in sorted(answers)]
+
+    def answer_by_transformers(prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        order, outputs = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [[] for _ in prompts]
+        for start in range(0, len(order), args.batch_size):
+            group = order[start:start + args.batch_size]
+            longest = max(len(prompts[i]) for i in group)
+            padding = [longest - len(prompts[i]) for i in group]
+            ids = torch.tensor([[stop] * n + prompts[i] for n, i in zip(padding, group)])
+            mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+            generated = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens,
+                                       eos_token_id=stop, pad_token_id=stop)[:, longest:].tolist()
+            for i, output in zip(group, generated):
+                outputs[i] = output[:output.index(stop)] if stop in output else output
+        return outputs
+
+    if args.run == "transformers":
         from transformers import AutoModelForCausalLM
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-        def answer(some: list[list[int]], tokens: int) -> list[list[int]]:
-            order, outputs = sorted(range(len(some)), key=lambda i: len(some[i])), [[] for _ in some]
-            for start in range(0, len(order), args.batch_size):
-                group = order[start:start + args.batch_size]
-                longest = max(len(some[i]) for i in group)
-                ids = torch.tensor([[stop] * (longest - len(some[i])) + some[i] for i in group])
-                real = torch.tensor([[0] * (longest - len(some[i])) + [1] * len(some[i]) for i in group])
-                made = model.generate(ids, attention_mask=real, do_sample=False, max_new_tokens=tokens,
-                                      eos_token_id=stop, pad_token_id=stop)[:, longest:].tolist()
-                for i, output in zip(group, made):
-                    outputs[i] = output[:output.index(stop)] if stop in output else output
-            return outputs
-
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+        model = AutoModelForCausalLM.from_pretrained(loaded.tokenizer.folder, dtype=dtype).eval()
+        answer = answer_by_transformers
     answer(prompts[:2], 2)
-    started = time.perf_counter()
+    began = time.perf_counter()
     outputs = answer(prompts, args.max_new_tokens)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - began
     new = sum(len(output) + (len(output) < args.max_new_tokens) for output in outputs)
     return {"outputs": outputs, "seconds": seconds, "new_tokens": new,
             "prompt_tokens": sum(map(len, prompts))}
@@ -84,23 +83,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--only", choices=("equality", "speed"))
     parser.add_argument("--run", choices=("ours", "no guesses", "transformers"), help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        Path(args.result).write_text(json.dumps(run_here(args)))
+        Path(args.result).write_text(json.dumps(run_one(args)))
         return
 
-    def apart(who: str, dtype: str, batch_size: int) -> dict:
+    def run(who: str, dtype: str, batch_size: int) -> dict:
         return json_child(["-m", "bench.generation", "--run", who, "--dtype", dtype, "--batch-size",
                            str(batch_size), "--model", args.model, "--data", args.data, "--template",
                            args.template, "--prompts", str(args.prompts), "--max-new-tokens",
                            str(args.max_new_tokens)], args.threads)
 
-    result: dict = {"prompts": args.prompts, "batch_size": args.batch_size,
-                    "max_new_tokens": args.max_new_tokens, **hardware("transformers")}
+    machine = hardware("transformers")
+    print_machine(machine, args.threads)
+    result: dict = {"hardware": machine, "prompts": args.prompts, "batch_size": args.batch_size,
+                    "max_new_tokens": args.max_new_tokens}
     if args.only != "speed":
-        runs = {(who, size): apart(who, "float32", size)["outputs"]
+        runs = {(who, size): run(who, "fp32", size)["outputs"]
                 for who in ("ours", "transformers") for size in (args.batch_size, 1)}
         pairs = [("ours", args.batch_size, "transformers", args.batch_size), ("ours", 1, "transformers", 1),
                  ("ours", args.batch_size, "ours", 1), ("transformers", args.batch_size, "transformers", 1)]
@@ -112,12 +113,12 @@ def main() -> None:
     if args.only != "equality":
         speeds: dict[str, list[float]] = {"ours": [], "no guesses": [], "transformers": []}
         for i in range(args.rounds):
-            for who in list(speeds) if i % 2 == 0 else reversed(speeds):
-                run = apart(who, "bfloat16", args.batch_size)
-                speeds[who].append(run["new_tokens"] / run["seconds"])
+            for who in in_turn(list(speeds), i):
+                each = run(who, "bf16", args.batch_size)
+                speeds[who].append(each["new_tokens"] / each["seconds"])
         ratios = {who: [a / b for a, b in zip(speeds[who], speeds["transformers"])]
                   for who in ("ours", "no guesses")}
-        result.update(new_tokens_per_second=speeds, ratios=ratios, prompt_tokens=run["prompt_tokens"],
+        result.update(new_tokens_per_second=speeds, ratios=ratios, prompt_tokens=each["prompt_tokens"],
                       ratio={who: statistics.median(values) for who, values in ratios.items()})
         print_table(["bf16, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
                     [[who, *(f"{x:.1f}" for x in values)] for who, values in speeds.items()]

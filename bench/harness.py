@@ -1,14 +1,16 @@
-"""eval/harness.py beside lm-evaluation-harness's own `hf` model: the same numbers in fp32, and speed.
+"""eval/harness.py next to lm-evaluation-harness's own `hf` model: equal numbers in fp32, and speed.
 
     python -m bench.harness --model DIR --data FILE [--questions 24] [--batch-size 4] [--dtype fp32 bf16]
 
-The task is multiple choice with long contexts, made from records with short answers: as many instructions
-with their answers as make --context tokens, the last one to be answered; its choices are its own answer and
-three other questions'. Every run is a process of its own, ours and hf in turn (ours, hf, hf, ours, ...),
-because a machine's speed drifts: ratios are between runs of one round. hf runs --batch-size inputs at once,
-ours rows of --micro-batch-tokens. Seconds are those of the model's answer to all requests, tokenisation with
-them; loading and building the requests are outside. Differences are between the first round's
-log-likelihoods, in nats. The last line printed is one JSON object with all of it.
+The task is multiple choice with long contexts, made from records with short answers. A context is as many
+instructions with their answers as make --context tokens, and one more instruction, which is to be answered.
+Its choices are its own answer and those of three other questions. Every run is a process of its own, and the
+two take turns, because the speed of a machine drifts: a ratio compares two runs of one round. hf runs
+--batch-size inputs at once, ours rows of --micro-batch-tokens.
+
+Seconds are those of the model's answer to all requests, with tokenization; loading and building the requests
+do not count. Differences are between the log-likelihoods of the first round, in nats. The last line printed
+is one JSON object with all of it.
 """
 import argparse
 import json
@@ -18,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.common import cores, hardware, json_child, print_table
+from bench.common import cores, hardware, in_turn, json_child, print_machine, print_table
 
 TASK = """task: long_choice
 dataset_path: json
@@ -33,8 +35,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 def make_task(args: argparse.Namespace, folder: Path) -> int:
-    """Writes the task and its questions; returns the tokens of their contexts."""
-    from chat import Tokenizer, read_records
+    """Write the task and its questions. Returns the tokens of their contexts; ValueError for too few records.
+    """
+    from chat import read_records
+    from runtime.tokenizer import Tokenizer
     from runtime.weights import resolve_model
     encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""
     for messages, _ in read_records(args.data):
@@ -48,12 +52,12 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
         if len(chosen) == args.questions:
             break
     else:
-        raise ValueError(f"--questions {args.questions}: {args.data} makes only {len(chosen)} of "
-                         f"{args.context} tokens")
+        raise ValueError(f"--questions {args.questions}: {args.data} is enough for {len(chosen)} of "
+                         f"--context {args.context} tokens; lower one of them")
     rng, answers = random.Random(0), sorted({answer for _, answer in chosen})
     if len(answers) < 4:
-        raise ValueError(f"--questions {args.questions}: they have {len(answers)} different answers and 4 "
-                         "are needed to choose from; give more")
+        raise ValueError(f"--questions {args.questions}: they have {len(answers)} different answers, and a "
+                         "choice needs 4; raise it")
     with open(folder / "questions.jsonl", "w", encoding="utf-8") as out:
         for question, answer in chosen:
             choices = rng.sample([other for other in answers if other != answer], 3) + [answer]
@@ -64,7 +68,7 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
     return total
 
 
-def run_here(args: argparse.Namespace) -> dict:
+def run_one(args: argparse.Namespace) -> dict:
     """One run, in the child: {"seconds", "accuracy", "values": a log-likelihood for each choice}."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -110,14 +114,16 @@ def main() -> None:
     parser.add_argument("--result", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        Path(args.result).write_text(json.dumps(run_here(args)))
+        Path(args.result).write_text(json.dumps(run_one(args)))
         return
     with tempfile.TemporaryDirectory() as folder:
         tokens = make_task(args, Path(folder))
-        result: dict = {"questions": args.questions, "context_tokens": tokens, "batch_size": args.batch_size,
-                        **hardware("transformers", "lm_eval")}
+        machine = hardware("transformers", "lm_eval")
+        print_machine(machine, args.threads)
+        result: dict = {"hardware": machine, "questions": args.questions, "context_tokens": tokens,
+                        "batch_size": args.batch_size}
 
-        def apart(who: str, dtype: str) -> dict:
+        def run(who: str, dtype: str) -> dict:
             return json_child(["-m", "bench.harness", "--run", who, "--dtype", dtype, "--task", folder,
                                "--model", args.model, "--data", args.data,
                                "--batch-size", str(args.batch_size),
@@ -125,20 +131,21 @@ def main() -> None:
 
         for dtype in args.dtype:
             runs: dict[str, list[dict]] = {"ours": [], "hf": []}
-            for i in range(args.rounds):
-                for who in list(runs) if i % 2 == 0 else reversed(runs):
-                    runs[who].append(apart(who, dtype))
+            for number in range(args.rounds):
+                for who in in_turn(list(runs), number):
+                    runs[who].append(run(who, dtype))
             ratios = [hf["seconds"] / ours["seconds"] for ours, hf in zip(*runs.values())]
-            worst = max(abs(a - b) for a, b in zip(*(runs[who][0]["values"] for who in runs)))
-            result[dtype] = {"seconds": {who: [run["seconds"] for run in runs[who]] for who in runs},
+            largest = max(abs(a - b) for a, b in zip(*(of_who[0]["values"] for of_who in runs.values())))
+            result[dtype] = {"seconds": {who: [each["seconds"] for each in runs[who]] for who in runs},
                              "ratios": ratios, "ratio": statistics.median(ratios),
-                             "largest_difference": worst,
+                             "largest_difference": largest,
                              "accuracy": {who: runs[who][0]["accuracy"] for who in runs}}
+            rows = [[who, *(f"{each['seconds']:.1f}" for each in of_who), f"{of_who[0]['accuracy']:.3f}"]
+                    for who, of_who in runs.items()]
             print_table([f"{dtype}, seconds", *(f"round {i + 1}" for i in range(args.rounds)), "accuracy"],
-                        [[who, *(f"{run['seconds']:.1f}" for run in some), f"{some[0]['accuracy']:.3f}"]
-                         for who, some in runs.items()] + [["ratio", *(f"{x:.2f}" for x in ratios), ""]],
+                        [*rows, ["ratio", *(f"{x:.2f}" for x in ratios), ""]],
                         [24] + [10] * (args.rounds + 1))
-            print(f"largest difference of a log-likelihood: {worst:.1e} nats\n")
+            print(f"largest difference of a log-likelihood: {largest:.1e} nats\n")
     print(json.dumps(result))
 
 

@@ -1,248 +1,203 @@
-"""One run of another trainer, in its own process; bench.training starts it. Not a trainer to use.
+"""One run of another trainer in a process of its own; bench.training starts it.
 
-    python -m bench.peers trl-packed --model DIR --records FILE --steps 6 --folder DIR --result FILE
+    python -m bench.peers trl --result FILE -- --model DIR --train-data FILE --batch-size 64
 
-records: what data.export writes, one {"input_ids", "labels"} a line, so all train on the same ids and
-targets. The result holds, for each step, seconds (from the end of the step before, so with fetching data),
-real tokens, trained tokens and computed ones (with padding), and the peak memory after the last step.
+  trl           TRL's SFTTrainer with packing, in rows of --max-length: what its guide advises for speed
+  trainer       transformers' Trainer; records of similar length share a batch of --padded-rows
+  transformers  a plain loop; records of similar length share a step, in padded micro-batches of at most
+                --micro-batch-tokens
+
+What follows `--` are flags of train.py. Each peer trains on the ids and targets that train.py makes of the
+records, with its optimizer settings and precision, and as near to --batch-size records a step as its
+micro-batches allow. The result has, for each step, seconds (loading its data included), real tokens and
+trained tokens; and the peak memory.
 """
 import argparse
 import json
-import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-ADAMW = dict(lr=2e-5, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, fused=True)    # train.py's defaults
-CLIP = 1.0
+import train
+from runtime.machine import peak_memory_mb
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_records(config: train.Config) -> list[dict]:
+    """{"input_ids", "labels"} of each example. Labels are not shifted; -100 is not trained on."""
+    dataset, usable, _ = train.load_data(config, train.open_source(config))
+    trained = config.span_weights != 0
+    records = []
+    for example in usable:
+        tokens = slice(*dataset.offsets[example:example + 2])
+        labels = np.where(trained[dataset.kinds[tokens]], dataset.ids[tokens], -100)
+        records.append({"input_ids": dataset.ids[tokens].tolist(), "labels": labels.tolist()})
+    return records
 
 
 class Meter:
-    """Counts what a batch holds and times steps."""
+    """Counts what each micro-batch holds and times steps of `micro_batches`."""
 
-    def __init__(self) -> None:
+    def __init__(self, micro_batches: int) -> None:
+        self.micro_batches = micro_batches
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.trained: list[int] = []
-        self.computed: list[int] = []
-        self.at = time.monotonic()
+        self.began = time.monotonic()
 
-    def start(self) -> None:
-        self.at = time.monotonic()
-
-    def batch(self, labels: Tensor, tokens: int) -> None:
-        """labels: (B, L) unshifted; tokens: real targets of the batch, each example's tokens less one."""
+    def count(self, tokens: int, trained: int) -> None:
+        """A micro-batch. tokens: its real targets; a document of n tokens has n - 1 of them."""
         self.tokens.append(tokens)
-        self.trained.append(int((labels[:, 1:] != -100).sum()))
-        self.computed.append(labels.numel())
+        self.trained.append(trained)
 
-    def step(self) -> None:
+    def end_step(self) -> None:
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         now = time.monotonic()
-        self.seconds.append(now - self.at)
-        self.at = now
+        self.seconds.append(now - self.began)
+        self.began = now
 
-    def result(self, loss: float | None, note: str) -> dict:
-        """A trainer may fetch batches ahead: those beyond the last step are not counted."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KB on Linux, bytes on a Mac
-        peak /= 2**20 if sys.platform == "linux" else 2**30
-        n = len(self.seconds)
-        return {"seconds": self.seconds, "tokens": self.tokens[:n], "trained": self.trained[:n],
-                "computed": self.computed[:n], "peak_memory_gb": peak, "loss": loss, "note": note}
+    def result(self, note: str) -> dict:
+        def by_step(counts: list[int]) -> list[int]:
+            # A trainer may load micro-batches ahead: those after the last step do not count.
+            size = self.micro_batches
+            return [sum(counts[i * size:(i + 1) * size]) for i in range(len(self.seconds))]
 
-
-def read(file: str) -> list[dict]:
-    with open(file, encoding="utf-8") as lines:
-        return [{key: record[key] for key in ("input_ids", "labels")} for record in map(json.loads, lines)]
+        return {"seconds": self.seconds, "tokens": by_step(self.tokens), "trained": by_step(self.trained),
+                "peak_memory_gb": peak_memory_mb(DEVICE) / 1024, "note": note}
 
 
-def pad(examples: list[dict], pad_id: int) -> dict[str, Tensor]:
-    longest = max(len(x["input_ids"]) for x in examples)
-    ids = torch.full((len(examples), longest), pad_id)
-    labels = torch.full((len(examples), longest), -100)
-    mask = torch.zeros((len(examples), longest), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        n = len(example["input_ids"])
-        ids[row, :n], labels[row, :n] = torch.tensor(example["input_ids"]), torch.tensor(example["labels"])
-        mask[row, :n] = 1
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+def padded(records: list[dict], pad_id: int) -> dict[str, Tensor]:
+    """(B, L) ids, labels and mask, each record padded to the longest."""
+    shape = len(records), max(len(record["input_ids"]) for record in records)
+    batch = {"input_ids": torch.full(shape, pad_id), "labels": torch.full(shape, -100),
+             "attention_mask": torch.zeros(shape, dtype=torch.int64)}
+    for i, record in enumerate(records):
+        n = len(record["input_ids"])
+        batch["input_ids"][i, :n] = torch.tensor(record["input_ids"])
+        batch["labels"][i, :n] = torch.tensor(record["labels"])
+        batch["attention_mask"][i, :n] = 1
+    return batch
 
 
-def load_transformers(folder: str) -> torch.nn.Module:
-    from transformers import AutoModelForCausalLM
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+def load_model(config: train.Config) -> tuple[torch.nn.Module, int]:
+    """The model in fp32, with its id for padding."""
+    pad_id = AutoConfig.from_pretrained(config.model).pad_token_id or 0
+    return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32,
+                                                attn_implementation="sdpa"), pad_id
 
 
-# ---------------------------------------------------------------- TRL
-
-
-def run_trl(args: argparse.Namespace, packed: bool) -> dict:
+def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool) -> dict:
+    """TRL's SFTTrainer, which is a Trainer of transformers, or that Trainer itself."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
-    rows = max(1, args.micro_batch_tokens // args.max_length) if packed else args.padded_batch
-    config = SFTConfig(
-        output_dir=args.folder, per_device_train_batch_size=rows, gradient_accumulation_steps=1,
-        max_steps=args.steps, max_length=args.max_length, packing=packed, gradient_checkpointing=False,
-        bf16=True, use_cpu=True, learning_rate=ADAMW["lr"], adam_beta1=ADAMW["betas"][0],
-        adam_beta2=ADAMW["betas"][1], adam_epsilon=ADAMW["eps"], max_grad_norm=CLIP,
-        optim="adamw_torch_fused", lr_scheduler_type="constant", save_strategy="no", report_to="none",
-        disable_tqdm=True, logging_steps=10**6, seed=0)
-    meter = Meter()
+    records = read_records(config)
+    model, pad_id = load_model(config)
+    rows, rows_a_step = min(args.padded_rows, config.batch_size), config.batch_size
+    if packed:
+        rows = max(1, config.micro_batch_tokens // config.max_length)
+        mean = sum(len(record["input_ids"]) for record in records) / len(records)
+        rows_a_step = mean * config.batch_size / config.max_length
+    meter = Meter(max(1, round(rows_a_step / rows)))
+    settings = dict(
+        output_dir=args.folder, per_device_train_batch_size=rows, max_steps=args.steps,
+        gradient_accumulation_steps=meter.micro_batches, bf16=config.dtype == "bf16",
+        use_cpu=DEVICE.type == "cpu", learning_rate=config.lr, adam_beta1=config.beta1,
+        adam_beta2=config.beta2, adam_epsilon=config.adam_eps, weight_decay=config.weight_decay,
+        max_grad_norm=config.clip_grad_norm, optim="adamw_torch_fused", lr_scheduler_type="constant",
+        save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, seed=config.seed,
+        gradient_checkpointing=False)
 
     class Timer(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
-            meter.start()
+            meter.began = time.monotonic()
 
         def on_step_end(self, *_: object, **__: object) -> None:
-            meter.step()
+            meter.end_step()
 
-    trainer = SFTTrainer(
-        load_transformers(args.model), config, train_dataset=Dataset.from_list(read(args.records)),
-        callbacks=[Timer()], processing_class=AutoTokenizer.from_pretrained(args.model))
-    collate = trainer.data_collator
+    common = dict(model=model, train_dataset=Dataset.from_list(records), callbacks=[Timer()])
+    if packed:
+        from trl import SFTConfig, SFTTrainer
+        trainer = SFTTrainer(args=SFTConfig(**settings, max_length=config.max_length, packing=True), **common,
+                             processing_class=AutoTokenizer.from_pretrained(config.model))
+        collate = trainer.data_collator
+    else:
+        trainer = Trainer(args=TrainingArguments(**settings, train_sampling_strategy="group_by_length"),
+                          **common)
+
+        def collate(examples: list[dict]) -> dict[str, Tensor]:
+            return padded(examples, pad_id)
 
     def counted(examples: list[dict]) -> dict[str, Tensor]:
         documents = sum(len(x["seq_lengths"]) for x in examples) if packed else len(examples)
         batch = collate(examples)
-        meter.batch(batch["labels"], sum(len(x["input_ids"]) for x in examples) - documents)
+        meter.count(sum(len(x["input_ids"]) for x in examples) - documents,
+                    int((batch["labels"][:, 1:] != -100).sum()))
         return batch
 
     trainer.data_collator = counted
-    loss = trainer.train().training_loss
-    layout = "laid end to end" if trainer.padding_free else "padded"
-    return meter.result(loss, f"{rows} rows of at most {args.max_length}, {layout}; sdpa, autocast over fp32")
+    trainer.train()
+    return meter.result(f"{meter.micro_batches} micro-batches a step, of {rows} "
+                        + (f"rows of {config.max_length} tokens" if packed else "padded records"))
 
 
-# ---------------------------------------------------------------- a plain loop over transformers
-
-
-def run_transformers(args: argparse.Namespace) -> dict:
-    from transformers import AutoConfig
-
-    records = sorted(read(args.records), key=lambda x: len(x["input_ids"]))
-    batches: list[list[dict]] = [[]]
-    for record in records:      # ascending, so a record's length is its batch's
-        if (len(batches[-1]) + 1) * len(record["input_ids"]) > args.micro_batch_tokens and batches[-1]:
-            batches.append([])
-        batches[-1].append(record)
-    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(0)).tolist()
-    pad_id = AutoConfig.from_pretrained(args.model).pad_token_id or 0
-    model = load_transformers(args.model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
-    meter = Meter()
+def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
+    records = sorted(read_records(config), key=lambda record: len(record["input_ids"]))
+    starts = torch.randperm(len(records) // config.batch_size or 1,
+                            generator=torch.Generator().manual_seed(config.seed)).tolist()
+    model, pad_id = load_model(config)
+    model.train().to(DEVICE)
+    optimizer = train.make_optimizer(model, config)
+    meter = Meter(1)
     for step in range(args.steps):
-        chosen = batches[order[step % len(order)]]
-        batch = pad(chosen, pad_id)
-        meter.batch(batch["labels"], sum(len(x["input_ids"]) - 1 for x in chosen))
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch, use_cache=False).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        start = starts[step % len(starts)] * config.batch_size
+        chosen = records[start:start + config.batch_size]
+        trained = sum(label != -100 for record in chosen for label in record["labels"][1:])
+        meter.count(sum(len(record["input_ids"]) - 1 for record in chosen), trained)
+        # In order of length, so a micro-batch is as wide as the record that joins it.
+        micro_batches: list[list[dict]] = [[]]
+        for record in chosen:
+            size = (len(micro_batches[-1]) + 1) * len(record["input_ids"])
+            if size > config.micro_batch_tokens and micro_batches[-1]:
+                micro_batches.append([])
+            micro_batches[-1].append(record)
+        for micro_batch in micro_batches:
+            batch = {name: x.to(DEVICE) for name, x in padded(micro_batch, pad_id).items()}
+            with train.autocast(config, DEVICE):
+                loss = model(**batch, use_cache=False, num_items_in_batch=trained).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        meter.step()
-    padding = 1 - sum(meter.tokens) / sum(meter.computed)
-    return meter.result(value, f"sorted by length, {padding:.1%} padding, sdpa, autocast over fp32")
+        loss.item()
+        meter.end_step()
+    return meter.result(f"padded micro-batches of at most {config.micro_batch_tokens} tokens")
 
 
-# ---------------------------------------------------------------- litgpt
+PEERS = {"trl": lambda config, args: run_trainer(config, args, True),
+         "trainer": lambda config, args: run_trainer(config, args, False), "transformers": run_transformers}
 
 
-class Enough(Exception):
-    """Raised from the data loader after the last measured step: litgpt would go on to save its checkpoint."""
-
-
-def litgpt_checkpoint(model: str, folder: Path) -> Path:
-    """Convert the checkpoint with litgpt's own script; the name is that of a model of the same shape."""
-    from litgpt.config import configs
-    from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
-    raw = json.loads((Path(model) / "config.json").read_text())
-    fields = {"n_layer": "num_hidden_layers", "n_embd": "hidden_size", "n_head": "num_attention_heads",
-              "intermediate_size": "intermediate_size", "padded_vocab_size": "vocab_size"}
-    names = [config["name"] for config in configs
-             if all(config.get(theirs) == raw.get(name) for theirs, name in fields.items())]
-    if not names:
-        raise RuntimeError("litgpt has no configuration of this model's shape")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in Path(model).resolve().iterdir():
-        if file.suffix in (".json", ".safetensors"):
-            (folder / file.name).symlink_to(file)
-    convert_hf_checkpoint(folder, model_name=names[0])
-    return folder
-
-
-def run_litgpt(args: argparse.Namespace) -> dict:
-    from litgpt.args import EvalArgs, TrainArgs
-    from litgpt.data import DataModule
-    from litgpt.finetune.full import setup
-    from torch.utils.data import DataLoader
-
-    checkpoint = litgpt_checkpoint(args.model, Path(args.folder) / "checkpoint")
-    records = [{**x, "token_counts": {}} for x in read(args.records)]
-    meter = Meter()
-
-    def collate(examples: list[dict], counted: bool = True) -> dict:
-        if counted and meter.tokens:
-            meter.step()
-        if len(meter.seconds) == args.steps:
-            raise Enough
-        if counted and not meter.tokens:
-            meter.start()
-        batch = pad(examples, 0)
-        lengths = torch.tensor([len(x["input_ids"]) for x in examples])
-        if counted:
-            meter.batch(batch["labels"], int((lengths - 1).sum()))
-        return {"input_ids": batch["input_ids"], "labels": batch["labels"],
-                "token_counts": {"raw": lengths, "raw_plus_prompt_template": lengths}}
-
-    class Records(DataModule):
-        def connect(self, *_: object, **__: object) -> None:
-            pass
-
-        def train_dataloader(self) -> DataLoader:
-            return DataLoader(records, args.padded_batch, shuffle=True, collate_fn=collate,
-                              generator=torch.Generator().manual_seed(0))
-
-        def val_dataloader(self) -> DataLoader:  # litgpt insists on a look before training: one short record
-            return DataLoader([min(records, key=lambda x: len(x["input_ids"]))],
-                              collate_fn=lambda examples: collate(examples, False))
-
-    try:
-        setup(checkpoint, Path(args.folder) / "out", "bf16-mixed", 1, data=Records(),
-              train=TrainArgs(save_interval=None, global_batch_size=args.padded_batch, epochs=10**6,
-                              micro_batch_size=args.padded_batch, lr_warmup_steps=1,
-                              max_steps=args.steps + 1, max_seq_length=args.max_length),
-              eval=EvalArgs(interval=10**9, max_new_tokens=1, final_validation=False),
-              optimizer={"class_path": "torch.optim.AdamW", "init_args": dict(ADAMW)})
-    except Enough:
-        pass
-    return meter.result(None, f"{args.padded_batch} rows, padded; bf16-mixed; no clipping, head not tied")
-
-
-PEERS = {"trl-packed": lambda args: run_trl(args, True), "trl-padded": lambda args: run_trl(args, False),
-         "transformers": run_transformers, "litgpt": run_litgpt}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage="python -m bench.peers PEER [flags] -- flags of train.py")
     parser.add_argument("peer", choices=tuple(PEERS))
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--records", required=True)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--padded-batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--folder", required=True, help="for what the trainer writes")
+    parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
     parser.add_argument("--result", required=True, metavar="FILE")
-    args = parser.parse_args()
-    Path(args.folder).mkdir(parents=True, exist_ok=True)
-    Path(args.result).write_text(json.dumps(PEERS[args.peer](args)))
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, config = parser.parse_args(argv[:split]), train.parse_args(argv[split + 1:])
+    with tempfile.TemporaryDirectory() as args.folder:
+        Path(args.result).write_text(json.dumps(PEERS[args.peer](config, args)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

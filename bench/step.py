@@ -1,18 +1,24 @@
-"""A step of ours, taken apart; bench.training starts it for --floor and --profile.
+"""train.py's own step without the run around it: its speed, its limit, and where its time goes.
 
-    python -m bench.step floor --model DIR --tokens 4000 --rows 2600 --result FILE
-    python -m bench.step profile --model DIR --train-data FILE --loss im --batch-size 15 --result FILE
+    python -m bench.step speed --document 512 -- --model DIR --batch-size 64
+    python -m bench.step limit --tokens 4000 --trained 2600 -- --model DIR
+    python -m bench.step profile -- --model DIR --train-data FILE --loss im
 
-floor: the matrix products of a step and nothing else, in bf16, each layer's with its own weights: for each
-linear layer x W' forward, g W and g' x backward; for the head the same over the rows that carry weight.
-profile: train.py's step under torch.profiler. Every operation's own time goes to the innermost part around
-it, by ranges set around modules and functions forward and by the name of the autograd node backward, so the
-parts add up to the step; the profiler's own cost is the difference to the time without it, given beside.
+What follows `--` are flags of train.py. With --document N the data are random tokens in documents of N, half
+of them instruction, instead of records.
+
+speed: of the steps after --warmup; under torchrun of all ranks together. limit: the matrix products of one
+micro-batch and nothing else, in the dtype of the run, each layer's with its own weights: for each linear
+layer x W' forward, g W and g' x backward, and for the head the same over the trained targets. profile: one
+step under torch.profiler, on a CPU. The time of each operation goes to the innermost part around it. Forward,
+parts are ranges around modules and functions; backward, they follow from the name of the autograd node. So
+the parts add up to the step.
 """
 import argparse
 import json
 import math
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,206 +29,226 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from kernels import head
-from kernels import attention as attention_kernels
-from kernels import layers
 import model as model_module
 import train
-from chat import Tokenizer, load_template
-from data import collate, load_dataset, plan
-from loss import coefficients, span_weights
-from runtime.machine import Reserve, keep_freed_memory
-from model import activation_bytes, load_model, parameter_count, read_config
+from chat import COMPLETION, INSTRUCTION, KINDS
+from data import Dataset
+from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
+from runtime.machine import keep_freed_memory, peak_memory_mb
 from runtime.weights import resolve_model
 
-# ---------------------------------------------------------------- floor
+ATTENTION, NORMS, PROJECTIONS, MLP = "attention kernels", "norms and RoPE", "attention projections", "MLP"
+HEAD, OPTIMIZER, CLIP = "head and loss", "optimizer", "gradient clipping"
+OTHER = "residuals, embedding, packing, other"
+PARTS = (ATTENTION, PROJECTIONS, MLP, NORMS, HEAD, OPTIMIZER, CLIP, OTHER)
 
 
-def floor(args: argparse.Namespace) -> dict:
-    """N tokens, R rows of the head. Outputs are allocated as the real step allocates them."""
+def part(name: str) -> record_function:
+    """A range of the profile."""
+    return record_function(f"part:{name}")
+
+
+def synthetic(examples: int, document: int, vocabulary: int) -> Dataset:
+    """Random examples whose rows are `document` tokens long, the first half instruction."""
+    length = document + 1       # the last token is a target only
+    kinds = np.where(np.arange(length) < length // 2, INSTRUCTION, COMPLETION).astype(np.uint8)
+    counts = np.bincount(kinds[1:], minlength=len(KINDS)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(vocabulary, size=examples * length, dtype=np.int32)
+    return Dataset([], ids, np.tile(kinds, examples), np.arange(examples + 1) * length,
+                   np.zeros((examples, 2), np.int32), np.tile(counts, (examples, 1)), {}, "", "")
+
+
+def training(config: train.Config, document: int = 0) -> tuple[model_module.Llama, Callable[[int], dict]]:
+    """Set up a run of train.py on this rank. Returns its model, and the function that makes the step of a
+    given number: {"seconds", "loss", and of all ranks together "tokens" and "trained_tokens"}. The learning
+    rate stays at --lr. document: tokens of synthetic documents; 0: the records of --train-data."""
     keep_freed_memory()
-    config = read_config(resolve_model(args.model))
+    device = join_ranks(config.device)
+    if document:
+        folder = resolve_model(config.model)
+        dataset = synthetic(4 * config.batch_size, document, model_module.read_config(folder).vocab_size)
+        usable = np.arange(len(dataset))
+    else:
+        source = train.open_source(config)
+        folder, (dataset, usable, _) = source.folder, train.load_data(config, source)
+    steps = train.make_steps(config, dataset, usable, rank(), world_size())
+    raw_model = train.prepare_model(config, folder, device)
+    optimizer = train.make_optimizer(raw_model, config)
+    with train.autocast(config, device):
+        model = data_parallel(raw_model, device)
+
+    def one_step(step: int) -> dict:
+        began = time.monotonic()
+        with part(OTHER):
+            micro_batches, counts = steps[step]
+            sums, _ = train.accumulate_gradients(model, None, dataset, micro_batches, config, step)
+            with part(CLIP):
+                limit = config.clip_grad_norm or math.inf
+                norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit))
+                if not math.isfinite(norm.item()):      # the host waits for the device here
+                    raise ValueError(f"step {step}: gradient norm {norm.item()}")
+            with part(OPTIMIZER):
+                optimizer.step()
+                raw_model.zero_grad(set_to_none=model is raw_model)
+        of_kind = counts.sum(0)
+        return {"seconds": time.monotonic() - began, "loss": float(sums["loss"]),
+                "tokens": int(of_kind.sum()),
+                "trained_tokens": int(of_kind[config.span_weights != 0].sum())}
+
+    return raw_model, one_step
+
+
+def speed(config: train.Config, args: argparse.Namespace) -> dict:
+    model, one_step = training(config, args.document)
+    steps = [one_step(step) for step in range(args.warmup + args.repeats)]
+    later = steps[args.warmup:]
+    return {"tokens_per_second": sum(x["tokens"] for x in later) / sum(x["seconds"] for x in later),
+            "step_seconds": statistics.median(x["seconds"] for x in later),
+            "peak_memory_gb": peak_memory_mb(model.head_weight.device) / 1024, "steps": steps}
+
+
+# ---------------------------------------------------------------- limit
+
+
+def limit(config: train.Config, args: argparse.Namespace) -> dict:
+    """Outputs are allocated as the real step allocates them."""
+    keep_freed_memory()
+    device, shape = join_ranks(config.device), model_module.read_config(resolve_model(config.model))
     with torch.device("meta"):
-        shapes = [m.weight.shape for name, m in model_module.Llama(config).named_modules()
-                  if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    products = [(shape, args.tokens) for shape in shapes]
-    products.append((torch.Size([config.vocab_size, config.hidden_size]), args.rows))
-    make = torch.Generator().manual_seed(0)
+        linears = [module.weight.shape for name, module in model_module.Llama(shape).named_modules()
+                   if isinstance(module, torch.nn.Linear) and name != "lm_head"]
+    products = [(matrix, args.tokens) for matrix in linears]
+    products.append((torch.Size([shape.vocab_size, shape.hidden_size]), args.trained))
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=make).to(torch.bfloat16)
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, device=device).to(config.compute_dtype)
 
-    weights = [random(*shape) * 0.02 for shape, _ in products]
-    rows = {(n, width): random(n, width) for shape, n in products for width in shape}
-    flops = sum(6 * n * shape.numel() for shape, n in products)
+    weights = [random(*matrix) * 0.02 for matrix, _ in products]
+    inputs = {(n, width): random(n, width) for matrix, n in products for width in matrix}
 
     def once() -> float:
         began = time.monotonic()
-        for weight, (shape, n) in zip(weights, products):
-            rows[n, shape[1]] @ weight.T
-        for weight, (shape, n) in zip(reversed(weights), reversed(products)):
-            grad = rows[n, shape[0]]
+        for weight, (matrix, n) in zip(weights, products):
+            inputs[n, matrix[1]] @ weight.T
+        for weight, (matrix, n) in zip(reversed(weights), reversed(products)):
+            grad = inputs[n, matrix[0]]
             grad @ weight
-            grad.T @ rows[n, shape[1]]
+            grad.T @ inputs[n, matrix[1]]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.monotonic() - began
 
     once()
-    times = [once() for _ in range(args.repeats)]
-    return {"seconds": statistics.median(times), "all_seconds": times, "flops": flops,
-            "gflops": flops / statistics.median(times) / 1e9, "tokens": args.tokens, "rows": args.rows}
+    seconds = statistics.median(once() for _ in range(args.repeats))
+    flops = sum(6 * n * matrix.numel() for matrix, n in products)
+    return {"seconds": seconds, "gflops": flops / seconds / 1e9}
 
 
 # ---------------------------------------------------------------- profile
 
-ATTENTION, NORMS, PROJECTIONS = "attention kernels", "norms and RoPE", "attention projections"
-MLP, HEAD = "MLP", "head and loss"
-OPTIMIZER, CLIP, DATA, REST = "optimizer", "gradient clipping", "data", "residuals, embedding, rest"
-PARTS = (ATTENTION, PROJECTIONS, MLP, NORMS, HEAD, OPTIMIZER, CLIP, DATA, REST)
-# Autograd nodes by name. Those of matrix products go by the shapes they handle, see by_shapes().
+# Autograd nodes by name. Others belong to a part if they multiply matrices of its sizes, see by_shapes().
 NODES = {"TiledAttention": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP, "WeightedNLL": HEAD,
          "Index": HEAD}
 NODE = "autograd::engine::evaluate_function: "
 
 
-def wrapped(function: Callable, part: str) -> Callable:
+def wrapped(function: Callable, name: str) -> Callable:
     def inner(*args: object, **kwargs: object) -> object:
-        with record_function("part:" + part):
+        with part(name):
             return function(*args, **kwargs)
     return inner
 
 
-def mark(model: torch.nn.Module) -> None:
-    """Ranges around the parts of the forward pass; inner ones win."""
+def mark(model: model_module.Llama) -> None:
+    """Put ranges around the parts of the forward pass, in this process for good."""
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        part = PROJECTIONS if leaf == "o_proj" else MLP if leaf == "mlp" else (
-            NORMS if isinstance(module, model_module.RMSNorm) else None)
-        if part:
-            module.forward = wrapped(module.forward, part)
-    attention_kernels.attention = wrapped(attention_kernels.attention, ATTENTION)
-    layers.rotate = wrapped(layers.rotate, NORMS)
+        if isinstance(module, model_module.RMSNorm) or leaf in ("o_proj", "mlp"):
+            module.forward = wrapped(module.forward, {"o_proj": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS))
+    model_module.attention = wrapped(model_module.attention, ATTENTION)
+    model_module.rotate = wrapped(model_module.rotate, NORMS)
+    train.weighted_nll = wrapped(train.weighted_nll, HEAD)
 
 
-def by_shapes(event: object, feed_forward: int, vocabulary: int) -> str | None:
-    """The part that a matrix product belongs to, or a node that makes some, by all sizes it was given."""
+def by_shapes(event: object, shape: model_module.ModelConfig) -> str | None:
+    """The part that the matrix products inside an event belong to, by the sizes that they were given."""
     sizes: set[int] = set()
-    below = [event]
-    while below:
-        one = below.pop()
-        for shape in one.input_shapes or []:
-            if len(shape) == 2 and all(isinstance(n, int) for n in shape):
-                sizes.update(shape)
-        below.extend(one.cpu_children)
-    return (MLP if feed_forward in sizes else HEAD if vocabulary in sizes else PROJECTIONS) if sizes else None
+    events = [event]
+    while events:
+        each = events.pop()
+        for size in each.input_shapes or []:
+            if len(size) == 2 and all(isinstance(n, int) for n in size):
+                sizes.update(size)
+        events.extend(each.cpu_children)
+    if not sizes:
+        return None
+    return MLP if shape.intermediate_size in sizes else HEAD if shape.vocab_size in sizes else PROJECTIONS
 
 
-def part_of(event: object, above: tuple[str, str], feed_forward: int, vocabulary: int) -> tuple[str, str]:
-    """(part, direction) of this event and what is below it, unless that says otherwise; above: of what it is
-    in."""
+def part_of(event: object, around: tuple[str, str], shape: model_module.ModelConfig) -> tuple[str, str]:
+    """(part, direction) of an event and of what is inside it, unless that says otherwise. around: those of
+    the event that it is in."""
     if event.name.startswith("part:"):
         return event.name.removeprefix("part:"), "forward"
     if event.name.startswith(NODE):
         node = event.name.removeprefix(NODE).lstrip("_")
-        for start, part in NODES.items():
-            if node.startswith(start):
-                return part, "backward"
-        part = None
-        if node.startswith(("Mm", "Addmm", "T", "ToCopy", "View", "torch::autograd::AccumulateGrad")):
-            part = by_shapes(event, feed_forward, vocabulary)
-        # a norm and its linear layers are one function: the norm's work but for the products, below
-        return (NORMS if node.startswith("NormLinears") else part or REST), "backward"
-    if event.name == "_NormLinears":
-        return NORMS, above[1]
-    if above[0] == NORMS and event.name in ("aten::linear", "aten::matmul", "aten::mm", "aten::addmm_"):
-        return by_shapes(event, feed_forward, vocabulary) or NORMS, above[1]
-    return above
+        named = next((name for start, name in NODES.items() if node.startswith(start)), None)
+        products = node.startswith(("Linears", "Mm", "Addmm", "T", "ToCopy", "View",
+                                    "torch::autograd::AccumulateGrad"))
+        return named or (products and by_shapes(event, shape)) or OTHER, "backward"
+    if event.name == "_Linears" and around[0] == OTHER:
+        return by_shapes(event, shape) or OTHER, around[1]
+    return around
 
 
-def step_profile(args: argparse.Namespace) -> dict:
-    keep_freed_memory()
-    folder = resolve_model(args.model)
-    config = read_config(folder)
-    reserve = Reserve(8 * parameter_count(config) + activation_bytes(
-        config, args.micro_batch_tokens, torch.bfloat16, False))
-    tokenizer = Tokenizer(folder)
-    template = load_template(args.template, tokenizer)
-    dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, "truncate", args.cache_dir)
-    weights = span_weights(args.loss)
-    usable = dataset.trainable(weights)
-    model = load_model(folder)
-    optimizer = train.make_optimizer(model, train.Config())
+def profile_step(config: train.Config, args: argparse.Namespace) -> dict:
+    model, one_step = training(config, args.document)
     mark(model)
-    reserve.release()
-    steps = iter(plan(dataset.lengths[usable], args.seed, 0, args.batch_size, args.micro_batch_tokens, 1))
-
-    def once() -> tuple[float, int, int]:
-        """What train.py's loop does for a step of one micro-batch."""
-        began = time.monotonic()
-        with record_function("part:" + REST):
-            with record_function("part:" + DATA):
-                examples = usable[np.concatenate(next(steps)[0])]
-                batch = collate(dataset, examples, coefficients(dataset.counts[examples], weights, "token"))
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = model(batch.ids, batch.positions, batch.cu_seqlens)
-                with record_function("part:" + HEAD):
-                    rows = batch.rows
-                    value, _ = head.weighted_nll(hidden[rows], model.head_weight, batch.targets[rows],
-                                                        batch.coefficients[rows])
-            value.backward()
-            with record_function("part:" + CLIP):
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                assert math.isfinite(float(norm))
-            with record_function("part:" + OPTIMIZER):
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-        return time.monotonic() - began, len(batch.ids), len(rows)
-
-    for _ in range(args.warmup):
-        once()
-    plain = [once()[0] for _ in range(args.repeats)]
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
-        seconds, tokens, rows = once()
+    plain = [one_step(step)["seconds"] for step in range(args.warmup + args.repeats)][args.warmup:]
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        profiled = one_step(args.warmup + args.repeats)
     times: dict[tuple[str, str], float] = defaultdict(float)
-    feed_forward, vocabulary = model.config.intermediate_size, model.config.vocab_size
 
-    def walk(event: object, part: tuple[str, str]) -> None:
-        part = part_of(event, part, feed_forward, vocabulary)
-        times[part] += event.self_cpu_time_total / 1e6
-        for below in event.cpu_children:
-            walk(below, part)
+    def walk(event: object, around: tuple[str, str]) -> None:
+        own = part_of(event, around, model.config)
+        times[own] += event.self_cpu_time_total / 1e6
+        for inner in event.cpu_children:
+            walk(inner, own)
 
-    roots = [event for event in record.events() if event.cpu_parent is None and event.name == "part:" + REST]
-    for root in roots:
-        walk(root, (REST, "forward"))
+    for event in recorded.events():
+        if event.cpu_parent is None and event.name == f"part:{OTHER}":
+            walk(event, (OTHER, "forward"))
     total = sum(times.values())
-    assert roots and abs(total - seconds) < 0.05 * seconds, (total, seconds)    # nothing lost, nothing twice
-    parts = [{"name": part, "forward": times[part, "forward"], "backward": times[part, "backward"],
-              "share": (times[part, "forward"] + times[part, "backward"]) / total} for part in PARTS]
-    return {"seconds": statistics.median(plain), "profiled_seconds": seconds, "tokens": tokens, "rows": rows,
-            "parts": parts}
+    # Nothing is lost, and nothing counts twice.
+    assert abs(total - profiled["seconds"]) < 0.05 * profiled["seconds"], (total, profiled)
+    parts = [{"name": name, "forward": times[name, "forward"], "backward": times[name, "backward"],
+              "share": (times[name, "forward"] + times[name, "backward"]) / total} for name in PARTS]
+    return {"seconds": statistics.median(plain), "profiled": profiled, "parts": parts}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("what", choices=("floor", "profile"))
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--rows", type=int, default=2600)
-    parser.add_argument("--train-data", nargs="+", default=[])
-    parser.add_argument("--template", default="auto")
-    parser.add_argument("--loss", default="im")
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--cache-dir", default="cache")
-    parser.add_argument("--result", required=True, metavar="FILE")
-    args = parser.parse_args()
-    result = floor(args) if args.what == "floor" else step_profile(args)
-    Path(args.result).write_text(json.dumps(result))
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage="python -m bench.step WHAT [flags] -- flags of train.py")
+    parser.add_argument("what", choices=("speed", "limit", "profile"))
+    parser.add_argument("--document", type=int, default=0, help="tokens of synthetic documents")
+    parser.add_argument("--tokens", type=int, default=4096, help="limit: of the micro-batch")
+    parser.add_argument("--trained", type=int, default=2600, help="limit: trained targets of the micro-batch")
+    parser.add_argument("--repeats", type=int, default=4, help="steps measured")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--result", metavar="FILE", help="write the JSON object there instead of printing it")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, passed = parser.parse_args(argv[:split]), argv[split + 1:]
+    if args.document or args.what == "limit":
+        passed += ["--train-data", "synthetic"]
+    config = train.parse_args(passed)
+    result = json.dumps({"speed": speed, "limit": limit, "profile": profile_step}[args.what](config, args))
+    if is_main():
+        Path(args.result).write_text(result) if args.result else print(result)
+    finish(0)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

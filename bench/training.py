@@ -1,268 +1,203 @@
-"""Training speed of train.py beside other trainers, on the same records, model, threads and precision.
+"""Training speed of train.py, next to another checkout of it, to itself with other flags, to other trainers,
+and to the matrix products of its step alone.
 
-    pip install -r bench/requirements.txt && pip install --no-deps litgpt==0.5.9
-    python -m bench.training --model DIR --train-data FILE --peers trl,transformers,litgpt --floor --profile
+    python -m bench.training --model DIR --train-data FILE --compare /path/to/another/checkout
+    python -m bench.training --model DIR --train-data FILE --ranks 1 2 --variant=--shard -- --dtype fp32
+    pip install -r bench/requirements.txt
+    python -m bench.training --model DIR --train-data FILE --peers trl transformers --limit --profile
 
-Ours is train.py itself, with a batch size for which every step is one nearly full micro-batch. Each trainer
-runs in a process of its own, in turn (ours, peer, peer, ours, ...), because a machine's speed drifts: ratios
-are between runs of one round. All fine-tune all weights with AdamW, one micro-batch a step, under bf16
-autocast over fp32 parameters.
+Each contender runs in processes of its own, and contenders take turns, because the speed of a machine drifts:
+a ratio compares two runs of one round. What follows `--` is given to every train.py. A batch size whose
+records fit into --micro-batch-tokens makes one micro-batch a step; a larger one makes several. --peers are
+described in bench/peers.py, --limit and --profile in bench/step.py.
 
-  trl-packed    TRL's SFTTrainer with packing, micro-batch-tokens / max-length rows; what its guide advises
-  trl-padded    the same, --padded-batch records a step, padded to the longest
-  transformers  a plain loop; records sorted by length and padded, up to micro-batch-tokens a step
-  litgpt        litgpt's own full fine-tuning; --padded-batch records, no clipping, head not tied
-  recompute, compile    train.py again, with that flag
-
-tokens/s counts real tokens (targets: an example's tokens less one), never padding; trained/s those that the
-loss is on. 1st/later: the first step's time over the median of those after the warm-up. peak: ru_maxrss after
-the last step. --floor times the matrix products of our step alone, in the same rounds; --profile takes a step
-apart. The last line printed is one JSON object with all of it.
+tokens/s counts real tokens, never padding; trained/s counts those that the loss is on. first/later: the first
+step's time over the median of the measured ones. peak: memory of rank 0. limit: share of the step's time that
+its matrix products alone take. Of several rounds medians are shown, with ranges in brackets. The last line
+printed is one JSON object with all of it.
 """
 import argparse
+import itertools
 import json
+import math
 import statistics
+import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-import numpy as np
+from bench.common import (REPOSITORY, child, cores, hardware, in_turn, json_child, print_machine, print_table,
+                          spread)
 
-from bench.common import REPOSITORY, child, cores, hardware, json_child, print_table, version
-
-PEERS = {  # name: the package it needs
-    "trl-packed": "trl", "trl-padded": "trl", "transformers": "transformers", "litgpt": "litgpt",
-    "recompute": "torch", "compile": "torch",
-}
-
-INSTALL = "pip install -r bench/requirements.txt && pip install --no-deps litgpt==0.5.9"
+THIS = "train.py"
+PEERS = ("trl", "trainer", "transformers")
 
 
-def prepare(args: argparse.Namespace, folder: Path) -> dict:
-    """Tokenise with data.py, write ids and labels for the peers, choose train.py's batch size and seed. In a
-    child, since it needs torch."""
-    json_child(["-m", "bench.training", "--prepare", str(folder), "--model", args.model, "--train-data",
-                *args.train_data, "--loss", args.loss, "--template", args.template, "--max-length",
-                str(args.max_length), "--micro-batch-tokens", str(args.micro_batch_tokens), "--steps",
-                str(args.steps), "--warmup", str(args.warmup)], args.threads)
-    return json.loads((folder / "prepared.json").read_text())
-
-
-def prepare_here(args: argparse.Namespace, folder: Path) -> None:
-    from chat import Tokenizer, load_template
-    from data import load_dataset
-    from train import export
-    from loss import span_weights
-    from runtime.weights import resolve_model
-    tokenizer = Tokenizer(resolve_model(args.model))
-    template = load_template(args.template, tokenizer)
-    cache = folder / "cache"
-    dataset = load_dataset(args.train_data, tokenizer, template, args.max_length, "truncate", cache)
-    weights = span_weights(args.loss)
-    usable = dataset.trainable(weights)
-    export(dataset, usable, weights, folder / "records.jsonl")
-    batch_size, seed, sums = choose_steps(dataset.lengths[usable], args.micro_batch_tokens,
-                                          args.warmup + args.steps + 1)
-    trained = dataset.counts[usable][:, weights != 0].sum() / dataset.lengths[usable].sum()
-    (folder / "prepared.json").write_text(json.dumps({
-        "records": len(usable), "mean_tokens": float(dataset.lengths[usable].mean()),
-        "trained_share": float(trained), "batch_size": batch_size, "seed": seed, "tokens_of_steps": sums}))
-    Path(args.result).write_text("{}")
-
-
-def choose_steps(lengths: np.ndarray, capacity: int, steps: int) -> tuple[int, int, list[int]]:
-    """A batch size and a seed of train.py with which each of the first steps fits one micro-batch and they
-    are as full as can be. Returns them and the tokens of each step."""
-    best: tuple[float, int, int, list[int]] = (-1.0, 0, 0, [])
-    most = max(1, min(int(capacity / lengths.mean()) + 1, len(lengths) // steps))
-    for seed in range(2000):
-        ordered = lengths[np.random.default_rng([seed, 0]).permutation(len(lengths))]  # data.plan's order
-        for batch_size in range(max(1, most - max(2, most // 3)), most + 1):
-            sums = ordered[:batch_size * steps].reshape(steps, batch_size).sum(1)
-            if sums.max() <= capacity and sums.mean() > best[0]:
-                best = (float(sums.mean()), batch_size, seed, sums.tolist())
-    if best[0] < 0:
-        raise ValueError(f"--micro-batch-tokens {capacity}: no steps of these records fit, whose mean is "
-                         f"{lengths.mean():.0f} and longest {lengths.max()} tokens; raise it")
-    return best[1:]
-
-
-# ---------------------------------------------------------------- one run
-
-
-def run_ours(args: argparse.Namespace, folder: Path, prepared: dict, *flags: str) -> dict:
-    """train.py, one step more than is measured: the last also looks at spans that are not trained on."""
-    out = folder / "ours"
-    child([str(REPOSITORY / "train.py"), "--model", args.model, "--train-data",
-           *args.train_data, "--template", args.template, "--max-length", str(args.max_length),
-           "--loss", args.loss, "--batch-size", str(prepared["batch_size"]),
-           "--micro-batch-tokens", str(args.micro_batch_tokens), "--seed", str(prepared["seed"]),
-           "--max-steps", str(args.warmup + args.steps + 1), "--log-every", str(10**9),
-           "--cache-dir", str(folder / "cache"), "--output-dir", str(out), "--overwrite",
-           "--device", "cpu", *flags], args.threads, args.allocator)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][:-1]
+def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, folder: Path) -> dict:
+    """Run a checkout's train.py and read its metrics.jsonl."""
+    # The first and the last step also compute the NLL of spans that are not trained. So there is one step
+    # more than is measured, and the last is left out.
+    steps = args.warmup + args.steps + 1
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    child([*(launcher if ranks > 1 else []), str(checkout / "train.py"), "--max-steps", str(steps),
+           "--log-every", str(10**9), "--output-dir", str(folder / "run"), "--overwrite", *flags],
+          max(1, args.threads // ranks), checkout)
+    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][:-1]
     columns = ([line[key] for line in lines] for key in ("seconds", "tokens", "trained_tokens"))
-    return summarise(*columns, lines[-1]["peak_memory_mb"] / 1024, args.warmup, lines[-1]["loss"])
+    return summary(*columns, lines[-1]["peak_memory_mb"] / 1024, args.warmup)
 
 
-def run_peer(name: str, args: argparse.Namespace, folder: Path, prepared: dict) -> dict:
-    if PEERS[name] == "torch":
-        return run_ours(args, folder, prepared, f"--{name}")
-    raw = json_child(["-m", "bench.peers", name, "--model", args.model,
-                      "--records", str(folder / "records.jsonl"), "--max-length", str(args.max_length),
-                      "--micro-batch-tokens", str(args.micro_batch_tokens),
-                      "--padded-batch", str(args.padded_batch), "--steps", str(args.warmup + args.steps),
-                      "--folder", str(folder / name)], args.threads, args.allocator)
-    result = summarise(raw["seconds"], raw["tokens"], raw["trained"], raw["peak_memory_gb"], args.warmup,
-                       raw["loss"])
-    return {**result, "computed_tokens": raw["computed"][args.warmup:], "note": raw["note"]}
+def run_peer(name: str, flags: list[str], args: argparse.Namespace) -> dict:
+    run = json_child(["-m", "bench.peers", name, "--steps", str(args.warmup + args.steps), "--padded-rows",
+                      str(args.padded_rows)], args.threads, flags)
+    columns = (run[key] for key in ("seconds", "tokens", "trained", "peak_memory_gb"))
+    return {**summary(*columns, args.warmup), "note": run["note"]}
 
 
-def summarise(seconds: list[float], tokens: list[int], trained: list[int], peak: float, warmup: int,
-              loss: float | None) -> dict:
+def add_limit(run: dict, flags: list[str], args: argparse.Namespace) -> None:
+    """Time the matrix products of a step like that of `run`, and add their share of its time to it."""
+    micro_batches = math.ceil(run["tokens_per_step"] / args.micro_batch_tokens)
+    tokens, trained = (round(run[key] / micro_batches) for key in ("tokens_per_step", "trained_per_step"))
+    limit = json_child(["-m", "bench.step", "limit", "--tokens", str(tokens), "--trained", str(trained),
+                        "--repeats", str(args.steps)], args.threads, flags)
+    mean_step = run["tokens_per_step"] / run["tokens_per_second"]
+    run.update(limit=limit, limit_share=micro_batches * limit["seconds"] / mean_step)
+
+
+def summary(seconds: list[float], tokens: list[int], trained: list[int], peak_gb: float, warmup: int) -> dict:
+    """What a run is judged by: its steps after the first `warmup` ones."""
     later = seconds[warmup:]
     return {"tokens_per_second": sum(tokens[warmup:]) / sum(later),
             "trained_tokens_per_second": sum(trained[warmup:]) / sum(later),
-            "step_seconds": statistics.median(later), "peak_memory_gb": peak,
-            "first_over_later": seconds[0] / statistics.median(later), "all_seconds": seconds,
-            "tokens": tokens[warmup:], "trained_tokens": trained[warmup:], "last_loss": loss}
+            "tokens_per_step": statistics.mean(tokens[warmup:]),
+            "trained_per_step": statistics.mean(trained[warmup:]), "step_seconds": statistics.median(later),
+            "first_over_later": seconds[0] / statistics.median(later), "peak_memory_gb": peak_gb,
+            "all_seconds": seconds}
 
 
-def run_floor(args: argparse.Namespace, ours: dict) -> dict:
-    """The matrix products of a step of ours, and what share of the step's time they are."""
-    tokens, rows = (round(statistics.mean(ours[name])) for name in ("tokens", "trained_tokens"))
-    floor = json_child(["-m", "bench.step", "floor", "--model", args.model, "--tokens", str(tokens), "--rows",
-                        str(rows), "--repeats", str(args.steps)], args.threads, args.allocator)
-    mean_step = sum(ours["tokens"]) / len(ours["tokens"]) / ours["tokens_per_second"]
-    return {**floor, "share_of_step": floor["seconds"] / mean_step,
-            "tokens_per_second": tokens / floor["seconds"]}
+def commit(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown commit"
 
 
-# ---------------------------------------------------------------- the whole
+def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str) -> dict[str, list[dict]]:
+    """Run all contenders once a round. One that fails is left out from then on; if train.py fails, this ends.
+    """
+    runs: dict[str, list[dict]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in in_turn(list(contenders), number):
+            try:
+                run = contenders[name]()
+            except RuntimeError as error:
+                if name == THIS:
+                    sys.exit(f"error: {error}")
+                print(f"{name} failed and is left out: {error}", file=sys.stderr)
+                del contenders[name], runs[name]
+                continue
+            runs[name].append(run)
+            note = f" ({run['note']})" if "note" in run else ""
+            print(f"{setting}, round {number + 1}: {name}: {run['tokens_per_second']:,.1f} tokens/s, "
+                  f"{run['peak_memory_gb']:.2f} GB{note}", flush=True)
+    return runs
 
 
-def middle(runs: list[dict], key: str) -> float:
-    return statistics.median(run[key] for run in runs)
-
-
-def report(runs: dict[str, list[dict]], ratios: dict[str, list[float]], missing: dict[str, str]) -> None:
+def table_rows(runs: dict[str, list[dict]], setting: list[str]) -> list[list[str]]:
     rows = []
-    for name, done in runs.items():
-        if not done:
-            continue
-        values = ratios.get(name)
-        ratio = f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})" if values else ""
-        rows.append([name, *(f"{middle(done, key):,.{digits}f}" for key, digits in (
-            ("tokens_per_second", 1), ("trained_tokens_per_second", 1), ("step_seconds", 2),
-            ("first_over_later", 2), ("peak_memory_gb", 2))), ratio])
-    print()
-    print_table(["trainer", "tokens/s", "trained/s", "step s", "1st/later", "peak GB", "ours / peer"], rows,
-                [13, 10, 11, 9, 11, 9, 17])
-    for name, done in runs.items():
-        if done and done[0].get("note"):
-            print(f"{name}: {done[0]['note']}")
-    for name, why in missing.items():
-        print(f"{name}: {why}")
+    for name, of_name in runs.items():
+        speeds = {who: [run["tokens_per_second"] for run in runs[who]] for who in (THIS, name)}
+        ratios = [a / b for a, b in zip(*speeds.values())] if name != THIS else []
+        shown = [("tokens_per_step", 0), ("trained_tokens_per_second", 1), ("step_seconds", 2),
+                 ("first_over_later", 2), ("peak_memory_gb", 2)]
+        cells = [f"{statistics.median(run[key] for run in of_name):,.{digits}f}" for key, digits in shown]
+        limits = [100 * run["limit_share"] for run in of_name if "limit_share" in run]
+        rows.append([name, *setting, spread(speeds[name], 1), *cells, spread(limits, 0) if limits else "",
+                     spread(ratios, 2) if ratios else ""])
+    return rows
 
 
-def print_profile(profile: dict) -> None:
-    print(f"\na step of {profile['tokens']:,} tokens, {profile['rows']:,} of them trained on: "
-          f"{profile['seconds']:.2f} s, {profile['profiled_seconds']:.2f} s under the profiler")
+def print_profile(result: dict) -> None:
+    profiled = result["profiled"]
+    print(f"\na step of {profiled['tokens']:,} tokens, {profiled['trained_tokens']:,} of them trained: "
+          f"{result['seconds']:.2f} s, {profiled['seconds']:.2f} s under the profiler")
+    total = {key: sum(part[key] for part in result["parts"]) for key in ("forward", "backward", "share")}
     rows = [[part["name"], f"{part['forward']:.3f}", f"{part['backward']:.3f}", f"{part['share']:.1%}"]
-            for part in profile["parts"]]
-    total = [sum(part[key] for part in profile["parts"]) for key in ("forward", "backward", "share")]
-    print_table(["part", "forward s", "backward s", "share"], [
-        *rows, ["sum", f"{total[0]:.3f}", f"{total[1]:.3f}", f"{total[2]:.1%}"]], [28, 12, 12, 9])
+            for part in [*result["parts"], {"name": "sum", **total}]]
+    print_table(["part", "forward s", "backward s", "share"], rows, [28, 12, 12, 9])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                     usage="python -m bench.training [flags] [-- flags of train.py]")
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--loss", choices=("it", "im", "lm"), default="im")
-    parser.add_argument("--template", default="auto")
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a record; more are cut")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens of a record; more are cut off")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
-    parser.add_argument("--padded-batch", type=int, default=8, help="records a step of trl-padded and litgpt")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[16, 64], help="records a step")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1], help="of torchrun")
     parser.add_argument("--steps", type=int, default=4, help="steps measured")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peers", default="", help=f"of {','.join(PEERS)}; trl is both of TRL's")
-    parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--allocator", action="store_true", help="tell glibc to keep freed memory, for all")
-    parser.add_argument("--floor", action="store_true", help="time the matrix products of a step alone")
-    parser.add_argument("--profile", action="store_true", help="where our step's time goes")
-    parser.add_argument("--result", help=argparse.SUPPRESS)
-    parser.add_argument("--prepare", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.prepare:
-        return prepare_here(args, Path(args.prepare))
-    names = [name for part in args.peers.split(",") if part
-             for name in (("trl-packed", "trl-padded") if part == "trl" else (part,))]
-    if unknown := set(names) - set(PEERS):
-        sys.exit(f"error: --peers {', '.join(sorted(unknown))}: choose of trl, {', '.join(PEERS)}")
-    if args.steps < 1 or args.warmup < 1 or args.rounds < 1:
-        sys.exit("error: --steps, --warmup and --rounds must be 1 or more")
-    missing = {name: f"{PEERS[name]} is not installed; {INSTALL}" for name in names
-               if version(PEERS[name]) is None}
-    names = [name for name in names if name not in missing]
-    args.model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
-    args.train_data = [str(Path(file).resolve()) for file in args.train_data]
-    machine = hardware("transformers", "trl", "accelerate", "litgpt", "lightning", "tokenizers", "numpy")
-    runs: dict[str, list[dict]] = {"ours": [], **{name: [] for name in names}}
-    floors, ratios, profile = [], {name: [] for name in names}, None
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=cores(), help="of all ranks together")
+    parser.add_argument("--compare", type=Path, action="append", default=[], metavar="CHECKOUT",
+                        help="another checkout of this repository; may be repeated")
+    parser.add_argument("--variant", action="append", default=[], metavar="FLAGS",
+                        help="train.py again with more flags, as --variant=--recompute; may be repeated")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=[], help="on one rank")
+    parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
+    parser.add_argument("--limit", action="store_true", help="time the matrix products of a step alone")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
+    split = argv.index("--") if "--" in argv else len(argv)
+    args, passed = parser.parse_args(argv[:split]), argv[split + 1:]
+    if min(args.steps, args.warmup, args.rounds, *args.ranks, *args.batch_size) < 1:
+        parser.error("--steps, --warmup, --rounds, --ranks and --batch-size must be 1 or more")
+    for checkout in args.compare:
+        if not (checkout / "train.py").is_file():
+            parser.error(f"--compare {checkout}: has no train.py; name the root of a checkout")
+
+    checkouts = {THIS: (REPOSITORY, [])}
+    checkouts |= {str(checkout): (checkout.resolve(), []) for checkout in args.compare}
+    checkouts |= {variant: (REPOSITORY, variant.split()) for variant in args.variant}
+    machine = hardware("numpy", "tokenizers", *(("transformers", "trl", "accelerate") if args.peers else ()))
+    print_machine(machine, args.threads)
+    commits = {str(checkout): commit(checkout) for checkout in (REPOSITORY, *args.compare)}
+    print(", ".join(f"{checkout}: {name}" for checkout, name in commits.items()))
+    results, rows, profiles = [], [], []
     with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
         folder = Path(temporary)
-        try:
-            prepared = prepare(args, folder)
-        except RuntimeError as error:
-            sys.exit(f"error: {str(error).splitlines()[-1]}")
-        print(f"{machine['cpu']}, {args.threads} threads, torch {machine['versions'].get('torch')}; "
-              f"{prepared['records']:,} records of {prepared['mean_tokens']:.0f} tokens,\n"
-              f"{prepared['trained_share']:.0%} trained on under --loss {args.loss}; "
-              f"a step of ours: {prepared['batch_size']} records, "
-              f"{np.mean(prepared['tokens_of_steps']):,.0f} tokens")
-        for number in range(args.rounds):
-            for name in list(runs):
-                if name in missing:
-                    continue
-                try:
-                    run = (run_ours(args, folder, prepared) if name == "ours"
-                           else run_peer(name, args, folder, prepared))
-                except RuntimeError as error:
-                    if name == "ours":
-                        sys.exit(f"error: {error}")
-                    missing[name] = f"did not run: {str(error).splitlines()[-1][:300]}"
-                    print(f"round {number + 1}: {name}: {error}", file=sys.stderr)
-                    continue
-                runs[name].append(run)
-                line = f"{run['tokens_per_second']:8.1f} tokens/s, {run['peak_memory_gb']:.1f} GB"
-                if name == "ours" and args.floor:
-                    floors.append(run_floor(args, run))
-                    line += f"; the matrix products alone are {floors[-1]['share_of_step']:.1%} of a step"
-                elif name != "ours":
-                    ratios[name].append(runs["ours"][-1]["tokens_per_second"] / run["tokens_per_second"])
-                print(f"round {number + 1}: {name:<13}{line}", flush=True)
-        if args.profile:
-            profile = json_child(
-                ["-m", "bench.step", "profile", "--model", args.model, "--train-data", *args.train_data,
-                 "--template", args.template, "--loss", args.loss, "--max-length", str(args.max_length),
-                 "--micro-batch-tokens", str(args.micro_batch_tokens), "--warmup", str(args.warmup),
-                 "--batch-size", str(prepared["batch_size"]), "--seed", str(prepared["seed"]),
-                 "--repeats", str(args.steps), "--cache-dir", str(folder / "cache")],
-                args.threads, args.allocator)
-    report(runs, ratios, missing)
-    if floors:
-        print(f"\nmatrix products alone: {middle(floors, 'seconds'):.2f} s, "
-              f"{middle(floors, 'gflops'):,.0f} GFLOP/s, "
-              f"{middle(floors, 'tokens_per_second'):,.0f} tokens/s;\n"
-              f"that is {middle(floors, 'share_of_step'):.1%} of our mean step")
-    if profile:
-        print_profile(profile)
-    settings = {name: value for name, value in vars(args).items() if name not in ("result", "prepare")}
-    print(json.dumps({"hardware": machine, "settings": settings, "data": prepared, "runs": runs,
-                      "ours_over_peer": ratios, "floor": floors, "profile": profile, "missing": missing}))
+        for ranks, batch_size in itertools.product(args.ranks, args.batch_size):
+            flags = ["--model", args.model, "--train-data", *args.train_data, "--loss", args.loss,
+                     "--max-length", str(args.max_length), "--micro-batch-tokens",
+                     str(args.micro_batch_tokens), "--batch-size", str(batch_size), "--cache-dir",
+                     str(folder / "cache"), *passed]
+
+            def ours(checkout: Path, more: list[str]) -> dict:
+                run = run_train(checkout, flags + more, args, ranks, folder)
+                if args.limit and ranks == 1 and checkout == REPOSITORY and not more:
+                    add_limit(run, flags, args)
+                return run
+
+            contenders = {name: partial(ours, *of_name) for name, of_name in checkouts.items()}
+            if ranks == 1:
+                contenders |= {name: partial(run_peer, name, flags, args) for name in args.peers}
+            runs = measure(contenders, args.rounds, f"ranks {ranks}, batch {batch_size}")
+            rows += table_rows(runs, [str(ranks), str(batch_size)])
+            results.append({"ranks": ranks, "batch_size": batch_size, "runs": runs})
+            if args.profile and ranks == 1:
+                profiles.append(json_child(["-m", "bench.step", "profile", "--warmup", str(args.warmup),
+                                            "--repeats", str(args.steps)], args.threads, flags))
+    print()
+    width = 2 + max(len(row[0]) for row in rows)
+    print_table(["", "ranks", "batch", "tokens/s", "tokens/step", "trained/s", "step s", "first/later",
+                 "peak GB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 28, 13, 11, 9, 13, 9, 12, 19])
+    for each in profiles:
+        print_profile(each)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    print(json.dumps({"hardware": machine, "commits": commits, "settings": settings, "passed": passed,
+                      "results": results, "profiles": profiles}))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import TEMPLATES, Template, Tokenizer, check_vocabulary, load_template
+from chat import TEMPLATES, Template, check_vocabulary, load_template
+from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
 from runtime.machine import keep_freed_memory

@@ -5,10 +5,11 @@ from functools import partial
 
 import torch
 
-from chat import KINDS, Tokenizer, read_records, render, tokenize
+from chat import KINDS, read_records, render, tokenize
 from eval.common import Loaded, progress
 from eval.generate import Text, generate
 from kernels.head import nll
+from runtime.tokenizer import Tokenizer
 
 
 @dataclass

@@ -15,7 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 
-from chat import Template, Tokenizer, read_records, render, to_messages, tokenize, tokenize_batch
+from chat import Template, read_records, render, to_messages, tokenize, tokenize_batch
+from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, run, start_ranks,
                          write_json)

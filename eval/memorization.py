@@ -26,7 +26,8 @@ import json
 
 import numpy as np
 
-from chat import COMPLETION, Template, Tokenizer, load_template, read_records, render, tokenize
+from chat import COMPLETION, Template, load_template, read_records, render, tokenize
+from runtime.tokenizer import Tokenizer
 from eval.answers import Answers
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, progress, run, start_ranks, write_json

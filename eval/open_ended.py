@@ -21,7 +21,8 @@ from pathlib import Path
 
 import torch
 
-from chat import Tokenizer, load_template, render, tokenize
+from chat import load_template, render, tokenize
+from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, read_objects, run, start_ranks,
                          write_json)

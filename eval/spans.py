@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from chat import KINDS, Tokenizer, load_template
+from chat import KINDS, load_template
+from runtime.tokenizer import Tokenizer
 from data import CACHE_DIR, Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, run, start_ranks, write_json

@@ -37,8 +37,7 @@ class Recipe(NamedTuple):
 
 
 def _with_recipe(out: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        out.recipe = Recipe(function, inputs, out._version)
+    out.recipe = Recipe(function, inputs, out._version)
     return out
 
 
@@ -56,8 +55,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """rms_norm_reference(), keeping x and 1 / rms(x) for the backward pass. x: (..., C); weight: (C,)."""
     if torch.compiler.is_compiling():
         return rms_norm_reference(x, weight, eps)
+    if not torch.is_grad_enabled():
+        return _normed(x, _inverse_rms(x, eps), weight)
     out, scale = _RMSNorm.apply(x, weight, eps)
     return _with_recipe(out, _normed, x, scale, weight)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    # The norm of a vector needs no tensor of squares.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
@@ -68,15 +75,15 @@ def _normed(x: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        # The norm of a vector needs no tensor of squares.
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
+        # No zeros in place of the gradient that scale does not have.
+        ctx.set_materialize_grads(False)
         return _normed(x, scale, weight), scale
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         normed, grad = x * scale, grad.float()
         product = grad * normed
@@ -98,24 +105,30 @@ def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """rotate_reference(), keeping only cos and sin for the backward pass, which turns back."""
-    return rotate_reference(x, cos, sin) if torch.compiler.is_compiling() else _Rotate.apply(x, cos, sin)
+    if torch.compiler.is_compiling():
+        return rotate_reference(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _turned(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    exact = x.float()
+    out = exact * torch.cat([cos, cos], -1)
+    (a, b), (out_a, out_b) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
+    out_a.addcmul_(b, sin, value=-1)
+    out_b.addcmul_(a, sin)
+    return out.to(x.dtype)
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        exact = x.float()
-        out = exact * torch.cat([cos, cos], -1)
-        (a, b), (out_a, out_b) = exact.chunk(2, dim=-1), out.chunk(2, dim=-1)
-        out_a.addcmul_(b, sin, value=-1)
-        out_b.addcmul_(a, sin)
-        return out.to(x.dtype)
+        return _turned(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin), None, None
+        return _turned(grad, cos, -sin), None, None
 
 
 # ---------------------------------------------------------------- activation
@@ -130,6 +143,8 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """swiglu_reference(), keeping only gate and up for the backward pass."""
     if torch.compiler.is_compiling():
         return swiglu_reference(gate, up)
+    if not torch.is_grad_enabled():
+        return _gated(gate, up)
     return _with_recipe(_SwiGLU.apply(gate, up), _gated, gate, up)
 
 
@@ -160,7 +175,7 @@ def linears_reference(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """linears_reference(): x (N, C) -> (N, width of the module) each. Instead of an x that has a recipe, the
     recipe's inputs are kept, and x's gradient adds up over the modules in one tensor. Steps aside for
-    anything but a plain nn.Linear, such as an adapter or one with hooks."""
+    anything but a plain nn.Linear, such as an adapter, or one with hooks or another forward()."""
     if torch.compiler.is_compiling() or not all(map(_is_plain, modules)):
         return linears_reference(x, *modules)
     parameters = [p for module in modules for p in (module.weight, module.bias)]
@@ -174,7 +189,7 @@ def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and not (
+    return type(module) is nn.Linear and "forward" not in vars(module) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
         or module._backward_pre_hooks)
 

@@ -1,23 +1,22 @@
-"""What the tokenizer files of a checkpoint folder say, beyond tokenizer.json's model, and such files written.
+"""The tokenizer of a checkpoint folder: its files in and out, and encoders to which special tokens are text.
 
-A folder says in up to five files which tokens are special and what they are called. transformers decides
-which of them counts, so what is read here is what transformers would serve with.
+A folder has up to five files that say which tokens are special and what they are called. Where they disagree,
+transformers decides, so that the tokens trained here are those that it serves.
 """
 import json
+import secrets
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import tokenizers
 
 from runtime.files import read_json
 
-if TYPE_CHECKING:
-    from chat import Tokenizer
-
-# The special tokens of every name that transformers knows.
+# The names that transformers has for special tokens.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")    # how an added token is matched
-# What a class of transformers adds to a folder whose files do not say, by tokenizer_class without "Fast".
+# How an added token is matched in a text.
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# What a tokenizer class of transformers adds to a folder whose files do not say, by its name without "Fast".
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "left"}
 _GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 CLASS_DEFAULTS = {
@@ -33,34 +32,162 @@ CLASS_DEFAULTS = {
 MODEL_CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
-def class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
-    """What the class that transformers would take for this folder adds to its files."""
+class Tokenizer:
+    """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
+
+    Normalizer, splitting, model and post-processor are those of tokenizer.json as it is. For a few classes
+    (LlamaTokenizer) transformers builds some of them itself, so it may serve the source folder with other
+    ids; the exported folder names a class that takes the file as it is (write_tokenizer).
+
+    named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
+    plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
+    at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
+
+    ValueError if the folder has no tokenizer.json, or if text that only spells a special token could become
+    one.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        file = self.folder / "tokenizer.json"
+        if not file.is_file():
+            hint = ""
+            if (self.folder / "tokenizer.model").is_file():
+                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from "
+                        "transformers import AutoTokenizer; "
+                        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
+            raise ValueError(f"{file}: no such file{hint}")
+        config = read_json(self.folder / "tokenizer_config.json")
+        self.chat_template = _read_chat_template(self.folder, config)
+        spec, text = read_json(file), file.read_text(encoding="utf-8")
+        try:
+            self.reference = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:
+            # The library raises nothing more specific.
+            raise ValueError(f"{file}: {error}") from None
+        if dropout := spec["model"].get("dropout"):
+            raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
+                             "time; set it to null")
+        self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
+        self.named_tokens, self.extra_tokens = _add_special_tokens(
+            self.reference, self.folder, config, spec, self.class_defaults)
+        self.bos_token = self.named_tokens.get("bos_token")
+        self.eos_token = self.named_tokens.get("eos_token")
+        # The library's ids, not the file's: a token of the vocabulary keeps its id there, whatever
+        # added_tokens says.
+        self.added_tokens = [
+            {"id": index, "content": token.content, **{flag: getattr(token, flag) for flag in FLAGS}}
+            for index, token in sorted(self.reference.get_added_tokens_decoder().items())]
+        special = [token for token in self.added_tokens if token["special"]]
+        self.special = {token["content"]: token["id"] for token in special}
+        self.strips_left = {token["content"] for token in special if token["lstrip"]}
+        self.strips_right = {token["content"] for token in special if token["rstrip"]}
+        # Saved padding and truncation would hide BOS, and pad or cut what is encoded below. add_bos_token in
+        # tokenizer_config.json has no effect next to a tokenizer.json, whose post-processor decides.
+        self.reference.no_padding()
+        self.reference.no_truncation()
+        bos = self.special.get(self.bos_token)
+        self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
+        # We put special tokens in ourselves and need offsets into the text as it is: no post-processor.
+        self.reference.post_processor = None
+        spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
+        self._encode_content_with(spec)
+
+    def _encode_content_with(self, spec: dict) -> None:
+        """Make at_start and after_special from tokenizer.json's content: to them `</s>` in a text is text.
+
+        It is not enough not to split at special tokens: a vocabulary with the piece `</s>` finds it in text,
+        or in what the normalizer makes of `\uff1c/s\uff1e`. So these encoders know the special tokens by
+        names that no text contains. All other tokens keep their ids.
+        """
+        model = spec["model"]
+        unknown = model.get("unk_token")
+        if model.get("unk_id") is not None:     # Unigram
+            unknown = model["vocab"][model["unk_id"]][0]
+        # Unknown text may become the unknown token, but that must not be the one that ends a turn.
+        self._forbidden = {index: text for text, index in self.special.items()
+                           if text != unknown or text in (self.bos_token, self.eos_token)}
+        names = {text: f"\ue000{secrets.token_hex(16)}" for text in self.special}
+        spec["added_tokens"] = [{**token, "content": names.get(token["content"], token["content"])}
+                                for token in spec["added_tokens"]]
+        vocabulary = model["vocab"]
+        if isinstance(vocabulary, list):        # Unigram: [piece, score], the place is the id
+            inside = {text: index for text, index in self.special.items()
+                      if index < len(vocabulary) and vocabulary[index][0] == text}
+            for text, index in inside.items():
+                vocabulary[index] = [names[text], vocabulary[index][1]]
+        else:
+            inside = {text: vocabulary.pop(text) for text in self.special if text in vocabulary}
+            vocabulary.update((names[text], index) for text, index in inside.items())
+        if model.get("unk_token") in inside:
+            model["unk_token"] = names[model["unk_token"]]
+        if model.get("merges") and inside:
+            # BPE's merges must not name tokens that the vocabulary lacks now.
+            pairs = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
+            prefix = model.get("continuing_subword_prefix") or ""
+            model["merges"] = [[a, b] for a, b in pairs
+                               if inside.keys().isdisjoint((a, b, a + b.removeprefix(prefix)))]
+        text = json.dumps(spec)
+        self.at_start = self.after_special = tokenizers.Tokenizer.from_str(text)
+        # SentencePiece puts a space before the first word of a text only ("first"), so text after a special
+        # token is encoded by a twin that adds none.
+        if '"prepend_scheme": "first"' in text:
+            self.after_special = tokenizers.Tokenizer.from_str(text.replace('"prepend_scheme": "first"',
+                                                                   '"prepend_scheme": "never"'))
+        # Try every special token, also in full-width letters, and a character that no vocabulary has.
+        wide = {code: code + 0xfee0 for code in range(ord("!"), ord("~") + 1)}
+        for text in (*self.special, *(text.translate(wide) for text in self.special), "\U000e0fff"):
+            for encoder in {self.at_start, self.after_special}:
+                try:
+                    ids = encoder.encode(text, add_special_tokens=False).ids
+                except Exception:
+                    # Without an unknown token the library refuses such text.
+                    continue
+                self.check_content(text, ids)
+
+    def check_content(self, text: str, ids: list[int]) -> None:
+        """ValueError if a special token is among the ids of a text that only spells one."""
+        if not self._forbidden.keys().isdisjoint(ids):
+            index = next(index for index in ids if index in self._forbidden)
+            raise ValueError(
+                f"{self.folder}/tokenizer.json: in a message, {text[:80]!r} becomes the special token "
+                f"{self._forbidden[index]!r} (id {index}), which only the template may write; take the piece "
+                "out of the tokenizer's vocabulary, or give it an unk_token of its own")
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+
+def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
+    """What the class that transformers would use for this folder adds to its files."""
     model = read_json(folder / "config.json")
     family = model.get("model_type")
     declared = config.get("tokenizer_class") or model.get("tokenizer_class")
-    # For two families it does not ask what is declared; and a "Llama" that is byte-level gets none.
+    # For two families the declared class does not count, and a byte-level "Llama" gets no defaults.
     name = declared if declared and family not in ("qwen2", "mistral") else MODEL_CLASSES.get(family, "")
     name = name.removesuffix("Fast")
     return {} if byte_level and declared and name == "LlamaTokenizer" else CLASS_DEFAULTS.get(name, {})
 
 
-def add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, spec: dict,
+def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: dict, spec: dict,
                         defaults: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Make the tokens special that the files of a folder call so; the vocabulary grows by those it lacks.
-    config, spec: its tokenizer_config.json and tokenizer.json. Returns ({"bos_token": text, ...}, texts of
-    special tokens without a name).
+    """Make the tokens special that a folder's files call so, and add those that the vocabulary lacks. config,
+    spec: tokenizer_config.json and tokenizer.json. Returns ({"bos_token": text, ...}, texts of special tokens
+    without a name).
 
-    Where the files disagree, transformers 5 decides: if tokenizer_config.json has added_tokens_decoder, the
-    other files say nothing. Else special_tokens_map.json goes before tokenizer_config.json, a null in it
-    too, and what tokenizer.json says of a token goes before added_tokens.json.
+    Where the files disagree, this follows transformers 5: if tokenizer_config.json has added_tokens_decoder,
+    the other files do not count. Otherwise special_tokens_map.json, even a null in it, overrides
+    tokenizer_config.json, and what tokenizer.json says about a token overrides added_tokens.json.
     """
-    # With a tokenizer.json, these two are not read; they would look like names below if they were text.
+    # With a tokenizer.json, these two have no effect; as text they would look like names below.
     fields = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
-    if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):    # the old name
+    # additional_special_tokens is the old name.
+    if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
         fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
     own = {name: fields.pop(name) for name in list(fields)
            if name.endswith("_token") and name not in NAMED and isinstance(fields[name], str)}
-    if isinstance(fields.get("extra_special_tokens"), dict):    # {"image_token": "<image>"}
+    # An object gives names, too: {"image_token": "<image>"}.
+    if isinstance(fields.get("extra_special_tokens"), dict):
         own.update(fields.pop("extra_special_tokens"))
     if own:
         fields["model_specific_special_tokens"] = own
@@ -77,7 +204,7 @@ def add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: di
         added.update((token["id"], token) for token in spec.get("added_tokens") or [])
     if "extra_special_tokens" not in fields:
         fields["extra_special_tokens"] = fields.get("additional_special_tokens")
-    # A default that the vocabulary lacks would be a new token that nobody asked for.
+    # A default that the vocabulary lacks would be a new token, which nobody asked for.
     fields = {**{name: text for name, text in defaults.items() if tokenizer.token_to_id(text) is not None},
               **fields}
     if spec.get("padding"):
@@ -97,43 +224,47 @@ def add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: di
     tokens = {name: described(name, value) for name, value in values.items()}
     extra = [described("extra_special_tokens", value) for value in fields["extra_special_tokens"] or []]
     special = {token["content"]: token for token in (*tokens.values(), *extra)}
-    # How a token is matched is said by the first of these that knows it, in the order of ids.
+    # The first of these that knows a token decides how it is matched, in the order of ids.
     known = {token["content"]: token for _, token in sorted(added.items(), key=lambda item: int(item[0]))}
-    there = {token.content: token.__getstate__() for token in tokenizer.get_added_tokens_decoder().values()}
+    in_library = {token.content: token.__getstate__()
+                  for token in tokenizer.get_added_tokens_decoder().values()}
     for text, token in special.items():
-        known.setdefault(text, there.get(text, {"special": True, **token}))
+        known.setdefault(text, in_library.get(text, {"special": True, **token}))
     tokens_to_add = []
     for text, token in known.items():
         flags = {name: token[name] for name in FLAGS if name in token}
         flags["special"] = text in special or flags.get("special", False)
         tokens_to_add.append(tokenizers.AddedToken(text, **{"normalized": not flags["special"], **flags}))
-    tokenizer.add_tokens(tokens_to_add)     # at once: each call makes the tokenizer's search tree anew
+    # All at once, because each call rebuilds the tokenizer's search tree.
+    tokenizer.add_tokens(tokens_to_add)
     return ({name: token["content"] for name, token in tokens.items()},
             list(dict.fromkeys(token["content"] for token in extra)))
 
 
-def read_chat_template(folder: Path, config: dict) -> str | None:
+def _read_chat_template(folder: Path, config: dict) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):  # several by name
+    # There may be several, by name.
+    if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
-# Fields of tokenizer_config.json that are kept, since they change no ids. The others belong to the class
-# that the source named (legacy, add_prefix_space), are said by tokenizer.json (add_bos_token), or ask for
-# code that is not here.
+# Fields of tokenizer_config.json that are copied, since they change no ids. The others belong to the class
+# that the source named (legacy, add_prefix_space), have no effect next to tokenizer.json (add_bos_token), or
+# ask for code that is not in the folder.
 KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces",
         "model_input_names")
 
 
-def write_tokenizer(folder: Path, tokenizer: "Tokenizer", chat_template: str, end_of_turn: str,
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat_template: str, end_of_turn: str,
                     model_config: dict) -> None:
-    """All the files of a checkpoint folder but the weights: tokenizer, template, and where an answer ends.
-    tokenizer: chat.Tokenizer; end_of_turn: the special token that does; model_config: config.json's content.
+    """Write all the files of a checkpoint folder but the weights: tokenizer, chat template, and in
+    generation_config.json the special token that ends an answer, end_of_turn. model_config: config.json's
+    content.
 
-    Training takes tokenizer.json as it stands. So the folder names the class that does so, too, in
-    transformers 4 and 5: a class such as LlamaTokenizer would build its own splitting, with other ids. What
-    that class added to the source's files, and what they said of special tokens, is written out.
+    Training takes tokenizer.json as it is, so the folder names the class that does the same in transformers 4
+    and 5: a class such as LlamaTokenizer would build its own splitting, with other ids. What that class added
+    to the source's files, and what they said about special tokens, is written out.
     """
     def write(name: str, content: dict, indent: int | None = 2) -> None:
         text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
@@ -151,10 +282,13 @@ def write_tokenizer(folder: Path, tokenizer: "Tokenizer", chat_template: str, en
     found = {**tokenizer.class_defaults, **read_json(source / "tokenizer_config.json")}
     config = {name: found[name] for name in KEPT if found.get(name) is not None}
     if "add_prefix_space" in (splitter := spec.get("pre_tokenizer") or {}):
-        config["add_prefix_space"] = splitter["add_prefix_space"]   # transformers 4 sets it to this one's
-    if own:     # "image_token" and its like; transformers 4 takes them here only
+        # transformers 4 puts this value into tokenizer.json's splitter.
+        config["add_prefix_space"] = splitter["add_prefix_space"]
+    if own:
+        # "image_token" and the like: transformers 4 reads them only here.
         config["extra_special_tokens"] = own
-    if spec.get("padding"):     # which would else name it
+    if spec.get("padding"):
+        # Otherwise the saved padding would name the padding token.
         config["pad_token"] = None
     write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **config, **named,
                                     "chat_template": chat_template})
@@ -169,7 +303,7 @@ def write_tokenizer(folder: Path, tokenizer: "Tokenizer", chat_template: str, en
     ids = {name: tokenizer.special.get(token) for name, token in tokenizer.named_tokens.items()}
     if ids.get("bos_token") is not None:
         generation["bos_token_id"] = ids["bos_token"]
-    # A padding token that was added without a row in the embedding could not be looked up.
+    # A padding token without a row in the embedding could not be looked up.
     if generation.get("pad_token_id") is None and (pad := ids.get("pad_token")) is not None:
         generation |= {"pad_token_id": pad} if pad < model_config["vocab_size"] else {}
     write("generation_config.json", generation)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import checkpoint  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+from runtime import checkpoint, distributed  # noqa: E402
 
 MARKS = Path(sys.argv[1])
 
@@ -36,9 +36,9 @@ def kill_once(place: str, module: object, name: str, rank: int, call: int = 1) -
 kill_once("token cache", data, "tokenize_batch", 0)
 kill_once("forward", model.Llama, "forward", 1, call=3)
 kill_once("backward", torch.Tensor, "backward", 0, call=3)
-kill_once("all-reduce", train.dist, "all_reduce", 1, call=4)
+kill_once("all-reduce", distributed.dist, "all_reduce", 1, call=4)
 kill_once("checkpoint", checkpoint, "write_tensors", 0)
-kill_once("final", checkpoint, "_write_tokenizer", 0)
-kill_once("the end", train, "wait", 1)
+kill_once("final", train, "write_tokenizer", 0)
+kill_once("the end", train, "finish", 1)
 if __name__ == "__main__":
     sys.exit(train.run(sys.argv[2:]))

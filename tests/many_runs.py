@@ -5,6 +5,7 @@
 A run of several ranks ends by os._exit(), which is kept from ending the process. Each rank has a folder of
 its own to work in, RUNS.json.RANK, for relative paths.
 """
+import contextlib
 import json
 import os
 import sys
@@ -13,12 +14,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import weights as shard  # noqa: E402
-from runtime import distributed  # noqa: E402
 import train  # noqa: E402
+from runtime import distributed, weights  # noqa: E402
 
 # Bytes, so that tiny tensors too are read, sent and written in several pieces, and added up in two buckets.
-shard.PIECE = dist._DEFAULT_FIRST_BUCKET_BYTES = 2048
+weights.PIECE = dist._DEFAULT_FIRST_BUCKET_BYTES = 2048
 
 
 class Ended(BaseException):
@@ -36,9 +36,8 @@ def main(file: str) -> None:
     for argv in runs:
         os._exit, exit_now = end, os._exit
         try:
-            train.main(argv)
-        except Ended:
-            dist.init_process_group = lambda *a, **k: None      # the ranks have met
+            with contextlib.suppress(Ended):
+                train.main(argv)
         finally:
             os._exit = exit_now
     dist.barrier()

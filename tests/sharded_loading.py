@@ -15,17 +15,16 @@ import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from runtime import distributed  # noqa: E402
-from runtime import weights as shard  # noqa: E402
 from model import load_model  # noqa: E402
-from runtime.distributed import from_all, is_main  # noqa: E402
+from runtime import weights  # noqa: E402
+from runtime.distributed import from_all, is_main, shard, whole  # noqa: E402
 
-shard.PIECE = 1000      # bytes, so that tiny tensors are read in several pieces
+weights.PIECE = 1000      # bytes, so that tiny tensors are read in several pieces
 folder = Path(sys.argv[1])
-divide = partial(distributed.shard, device=torch.device("cpu"), dtype=torch.float32)
+divide = partial(shard, device=torch.device("cpu"), dtype=torch.float32)
 dist.init_process_group("gloo")
 model = load_model(folder / "untied", "cpu", divide)
-head, embedding = (distributed.whole(x).tolist() for x in (model.head_weight, model.model.embed_tokens.weight))
+head, embedding = (whole(x).tolist() for x in (model.head_weight, model.model.embed_tokens.weight))
 try:
     load_model(folder / "broken", "cpu", divide)
     fault = ""

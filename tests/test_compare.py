@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from chat import KINDS, Tokenizer, render, tokenize
+from chat import KINDS, render, tokenize
+from runtime.tokenizer import Tokenizer
 from eval import compare, examples, spans
 from eval.common import load
 from eval.compare import cell_texts, picture, shade, visible

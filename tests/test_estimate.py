@@ -1,18 +1,27 @@
-"""The memory that --dry-run prints: by hand, and against what PyTorch's profiler sees of a step."""
+"""The memory that eval.look prints: by hand, and against what PyTorch's profiler sees of a step."""
+import numpy as np
 import pytest
 import torch
 from torch.profiler import profile
 
 from eval import estimate
-from bench import fits
+from eval.estimate import activation_bytes
 from kernels.head import weighted_nll
-from model import Llama, ModelConfig, activation_bytes, init_weights
+from model import Llama, ModelConfig, init_weights
 
 SMALL = dict(model_type="llama", vocab_size=100, hidden_size=30, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=3, num_key_value_heads=3, head_dim=10)
 
 
-def test_a_dry_runs_memory_adds_up_by_hand():
+def test_packing_counts_every_rank_and_the_largest_micro_batch():
+    """Two steps on two ranks; one micro-batch is empty, as where a step has fewer examples than ranks."""
+    plan = [[[np.array([0, 2])], [np.array([1])]], [[np.array([3])], [np.array([], np.int64)]]]
+    lengths, counts = np.array([5, 9, 3, 8]), np.array([[1, 4], [7, 2], [3, 0], [0, 8]])
+    assert estimate.packing(plan, lengths, counts, np.array([False, True])) == {
+        "micro_batches": 4, "tokens": 25, "largest": 9, "trained": 8, "other": 7}
+
+
+def test_memory_adds_up_by_hand():
     """A Llama of 2 layers of 7,260 parameters, 100 x 30 embeddings and a norm of 30, tied; 1,000 tokens."""
     config = ModelConfig.from_dict({**SMALL, "tie_word_embeddings": True})
     layer, count = 4 * 30 * 30 + 3 * 30 * 40 + 2 * 30, 2 * 7260 + 3030
@@ -27,22 +36,27 @@ def test_a_dry_runs_memory_adds_up_by_hand():
     assert ddp == plain
     assert [shard[k] for k in ("parameters", "gradients", "AdamW's averages")] == [
         2 * count, 2 * count, 4 * count]
-    # When the loss is computed: bf16 copies, but of down_proj; head's gradient and copy; the larger of the
-    # logits of the loss, 600 rows in bf16 and fp32, and of a look at the other 400, once more in fp32.
-    kept, logits = "activations of 1,000 tokens", max(60_000 * (2 + 4), 40_000 * 10)
-    assert plain["weights gathered or cast"] == 2 * 2 * (7260 - 1200)
-    assert plain["head: gradient, copy, logits"] == (4 + 2) * 3000 + logits
+    # When the loss is computed: bf16 copies of the layers; the head's gradient and copy; the larger of the
+    # logits of 600 targets in bf16 and fp32, with a product as large as the head, and of a look at the other
+    # 400, once more in fp32.
+    kept = "activations of 1,000 tokens"
+    assert plain["weights gathered or cast"] == 2 * 2 * 7260
+    assert plain["head: gradient, copy, logits"] == (4 + 2) * 3000 + max(
+        2 * 3000 + 60_000 * (2 + 4), 40_000 * 10)
     assert plain[kept] == activation_bytes(config, 1000, torch.bfloat16, False)
-    # In a layer's backward pass: the layer gathered and its gradient, SwiGLU's ways back.
-    ways = 1000 * 4 * 2 * 40
+    # In SwiGLU's backward pass: the layer as gathered and its gradient; the gradient of the layer's output,
+    # and three tensors as wide as the MLP.
+    on_the_way = 1000 * (4 * 30 + 3 * 2 * 40)
     for sharded, activations in ((shard, plain[kept]), (again, activation_bytes(
             config, 1000, torch.bfloat16, True) + plain[kept] // 2)):
         assert sharded["weights gathered or cast"] == 4 * 3030 + 7260 * (3 * 2 + 2 * 4)
-        assert sharded[kept] == activations + ways
+        assert sharded[kept] == activations + on_the_way
         assert sharded["head: gradient, copy, logits"] == 4 * 3000
+    # With few tokens, the gradients of gate and up in fp32, and one of them in bf16.
     one = {"largest": 1, "trained": 1, "other": 0}
-    few = estimate.memory(config, one, torch.bfloat16, 1, False, False, False)
-    assert few["weights gathered or cast"] == 2 * 2 * (7260 - 1200) + (2 * 4 + 2) * 1200    # gate's and up's
+    broad = ModelConfig.from_dict({**SMALL, "intermediate_size": 400})
+    few = estimate.memory(broad, one, torch.bfloat16, 1, False, False, False)
+    assert few["weights gathered or cast"] == 2 * 2 * (7260 + 3 * 30 * 360) + (2 * 4 + 2) * 12_000
     # At the embeddings, with few tokens and a large vocabulary: two gradients as large as they are.
     wide = ModelConfig.from_dict({**SMALL, "vocab_size": 50_000})
     end = estimate.memory(wide, one, torch.bfloat16, 2, True, True, False)
@@ -52,17 +66,40 @@ def test_a_dry_runs_memory_adds_up_by_hand():
 
 
 def test_a_gpus_blocks_of_the_loss_are_as_large_as_its_chunks():
-    """10,000 rows of 10,000 logits make 3 chunks of 3,334 rows, two of which are there at once."""
+    """10,000 targets of 10,000 logits make 3 chunks of 3,334, two of which are there at once."""
     config = ModelConfig.from_dict({**SMALL, "vocab_size": 10_000, "tie_word_embeddings": True})
     packed = {"largest": 10_000, "trained": 10_000, "other": 0}
     cpu, cuda = (estimate.memory(config, packed, torch.bfloat16, 1, False, True, False, cuda)
                  ["head: gradient, copy, logits"] for cuda in (False, True))
-    pair = 2 * 3334 * 10_000
-    assert cpu == 6 * 300_000 + 2 * pair + 4 * 2 * 2**20 and cuda == 6 * 300_000 + 6 * pair
+    pair, head = 2 * 3334 * 10_000, 6 * 300_000 + 2 * 2**13 * 30
+    assert cpu == head + 2 * pair + 4 * 2 * 2**20 and cuda == head + 6 * pair
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", [dict(model_type="llama"), dict(model_type="qwen3", head_dim=16)],
+                         ids=lambda family: family["model_type"])
+def test_activation_bytes_are_those_that_autograd_keeps(family, recompute):
+    model = Llama(ModelConfig.from_dict({**SMALL, **family, "tie_word_embeddings": True}))
+    init_weights(model, 0)
+    model.recompute = recompute
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}
+
+    def save(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x
+        return x
+
+    positions = torch.cat([torch.arange(50), torch.arange(60)])
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        model(positions % 100, positions, torch.tensor([0, 50, 110], dtype=torch.int32))
+    expected = sum(x.untyped_storage().nbytes() for place, x in saved.items() if place not in parameters)
+    computed = activation_bytes(model.config, 110, torch.float32, recompute)
+    # Token ids, and what a recomputed layer stores with its input, are not counted.
+    assert computed == pytest.approx(expected, rel=0.03)
 
 
 def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
-    """Bytes that forward and backward pass have at most, beside parameters and gradients."""
+    """Bytes that forward and backward pass have at most, without parameters and gradients."""
     model = Llama(config)
     init_weights(model, 0)
     model.recompute = recompute
@@ -89,10 +126,11 @@ def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompu
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [     # where activations, weights and the head are most
+@pytest.mark.parametrize("shape", [     # where activations, weights, the head and the MLP are most
     dict(hidden_size=128, intermediate_size=344, num_hidden_layers=6, vocab_size=256),
     dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, vocab_size=256),
-    dict(hidden_size=128, intermediate_size=344, num_hidden_layers=2, vocab_size=20_000)])
+    dict(hidden_size=128, intermediate_size=344, num_hidden_layers=2, vocab_size=20_000),
+    dict(hidden_size=128, intermediate_size=2048, num_hidden_layers=3, vocab_size=256)])
 def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
     config = ModelConfig.from_dict({**shape, "model_type": "llama", "num_attention_heads": 4,
                                     "num_key_value_heads": 2, "tie_word_embeddings": True})
@@ -101,14 +139,3 @@ def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
     state = {"parameters", "gradients", "AdamW's averages", "reference model"}
     estimated = sum(size for name, size in parts.items() if name not in state)
     assert estimated / peak_of_a_step(config, 600, dtype, recompute) == pytest.approx(1.0, abs=0.1)
-
-
-def test_what_fits_where():
-    """Llama-2-7B: its published 6,738,415,616 parameters at 16 bytes are 108 GB, which divide."""
-    config = fits.read_shape("Llama-2-7B")
-    one, two, many = (fits.gigabytes(config, gpus, True, True, 1) for gpus in (1, 2, 64))
-    state = 16 * 6_738_415_616 / 1e9
-    assert state < one == fits.gigabytes(config, 1, False, True, 1) < state + 4
-    assert two - many == pytest.approx(state * (1 / 2 - 1 / 64))
-    assert fits.fewest([30.0, 24.0, 23.0, 12.0], 24) == "4"     # 24 GiB are 25.8 GB, 23.2 of them for us
-    assert fits.fewest([30.0, 24.0], 24) == "never"

@@ -1,6 +1,5 @@
-"""What a run survives, and what it refuses: kills, full disks, damaged files, two runs in one folder,
-machines that differ. Damaged checkpoints and signals are in test_train.py, resuming in other modes in
-test_shard.py."""
+"""What a run survives, and what it refuses: kills, full disks, damaged token caches, two runs in one folder,
+machines that differ. Damaged checkpoints are in test_checkpoint.py, signals in test_distributed.py."""
 import builtins
 import errno
 import os
@@ -8,22 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from runtime import checkpoint
 import data
-from runtime import files
-from runtime import files
-from runtime import folder as run_folder
 import forks
-from runtime import distributed as ranks
-from runtime import folder
 import train
+from runtime import checkpoint, distributed, files
+from runtime import folder as run_folder
+from runtime import weights as weight_files
 from tiny import ROOT, arguments, metrics, run_here, run_many, setup, weights
 
 
@@ -88,19 +83,19 @@ class FullDisk:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's disk that is always full")
 @pytest.mark.parametrize("module, name", [
-    ("shard", "step-00000004.part/optimizer"), ("shard", "final.part/model"), ("folder", "metrics.jsonl"),
-    ("data", "kinds.bin"), ("files", "identity.json")])
+    (weight_files, "step-00000004.part/optimizer"), (weight_files, "final.part/model"),
+    (run_folder, "metrics.jsonl"), (data, "kinds.bin"), (files, "identity.json")])
 def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
         folder, undisturbed, module, name, monkeypatch, capsys):
     disk = FullDisk(name)
-    monkeypatch.setattr(sys.modules[module], "open", disk, raising=False)
-    out = folder / f"full-{module}-{len(name)}"
+    monkeypatch.setattr(module, "open", disk, raising=False)
+    out = folder / f"full-{Path(name).stem}"
     argv = arguments(folder, out, save_every=2, cache_dir=f"{out}-cache")
     with pytest.raises(OSError) as error:
         run_here(argv)
     assert error.value.errno == errno.ENOSPC
-    line = ranks.message(error.value)
-    where = name.split("/")[0].split(".")[0] if module != "data" else "-cache"
+    line = distributed.message(error.value)
+    where = name.split("/")[0].split(".")[0] if module is not data else "-cache"
     assert where in line
     assert "No space left on device; make room there and give the same command again" in line
     assert not list(out.glob("**/*.part/*")), "takes the room of what comes next"
@@ -108,65 +103,8 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
         checkpoint.check_files(saved)
     disk.full = False
     assert run_here(argv) == 0
-    assert ("resuming after step" in capsys.readouterr().out) == (module == "shard")
+    assert ("resuming after step" in capsys.readouterr().out) == (module is weight_files)
     assert same_ending(out, undisturbed)
-
-
-# ---------------------------------------------------------------- power cuts
-
-
-def watch_disk(monkeypatch) -> list[tuple[str, Path]]:
-    """What is flushed and what is renamed, in order. A file that is renamed before it is flushed may be empty
-    under its new name after a power cut."""
-    events, fsync, rename, replace = [], os.fsync, os.rename, os.replace
-
-    def note(what: str, then: Callable) -> Callable:
-        def call(first: object, *rest: object) -> None:
-            path = os.readlink(f"/proc/self/fd/{first}") if what == "flush" else first
-            events.append((what, Path(path)))
-            then(first, *rest)
-        return call
-    monkeypatch.setattr(os, "fsync", note("flush", fsync))
-    monkeypatch.setattr(os, "rename", note("rename", rename))
-    monkeypatch.setattr(os, "replace", note("rename", replace))
-    return events
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from Linux's /proc")
-def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    part, done = tmp_path / "x.part", tmp_path / "x"
-    part.mkdir()
-    for name in ("a", "b"):
-        (part / name).write_text(name)
-    events = watch_disk(monkeypatch)
-    files.commit(part, done)
-    assert sorted(events[:2]) == [("flush", part / "a"), ("flush", part / "b")]
-    assert events[2:] == [("flush", part), ("rename", part), ("flush", tmp_path)]
-    assert sorted(path.name for path in done.iterdir()) == ["a", "b"]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="names of open files are read from Linux's /proc")
-def test_nothing_of_a_run_gets_its_name_before_it_is_on_the_disk(folder, monkeypatch):
-    """Of the token cache, identity, checkpoints and final/ alike."""
-    original = os.scandir
-    events = watch_disk(monkeypatch)
-    inside: dict[Path, set[Path]] = {}
-
-    def commit(part: Path, done: Path) -> None:
-        inside[part] = {Path(entry.path) for entry in original(part)}
-        real(part, done)
-    real = files.commit
-    for module in ("data", "checkpoint"):
-        monkeypatch.setattr(sys.modules[module], "commit", commit)
-    argv = arguments(folder, "flushed", save_every=2, cache_dir=folder / "flushed-cache")
-    assert run_here(argv) == 0
-    renamed = [path for what, path in events if what == "rename"]
-    assert {path.name.split(".part")[0] for path in renamed} >= {
-        *(f"step-{n:08d}" for n in (2, 4, 6, 8)), "final", "identity.json", "run_config.json"}
-    assert len(inside) == 6 and all(len(names) > 2 for names in inside.values())
-    for path in renamed:
-        before = {other for what, other in events[:events.index(("rename", path))] if what == "flush"}
-        assert {path} | inside.get(path, set()) <= before
 
 
 # ---------------------------------------------------------------- token caches
@@ -271,7 +209,7 @@ def test_a_cache_dir_that_cannot_be_made_is_named(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError) as error:
         run_here(arguments(folder, "no-cache", cache_dir=tmp_path / "file" / "cache", max_steps=1))
-    line = ranks.message(error.value)
+    line = distributed.message(error.value)
     assert str(tmp_path / "file" / "cache") in line and "give another --cache-dir" in line
 
 
@@ -309,7 +247,7 @@ def test_what_killed_tokenizers_left_is_deleted_and_what_others_write_is_not(fol
 # ---------------------------------------------------------------- one folder, one run
 
 
-HOLD = """import sys, time; from pathlib import Path; import files
+HOLD = """import sys, time; from pathlib import Path; from runtime import files
 files.lock(Path(sys.argv[1]), "host a, process 1"); print("locked", flush=True); time.sleep(100)"""
 
 
@@ -357,7 +295,7 @@ class Interrupted(Exception):
 
 def interrupt(monkeypatch, at: int) -> None:
     """The run ends by an error when it logs its step `at`."""
-    original = folder.append_line
+    original = run_folder.append_line
 
     def append(path: Path, record: dict) -> None:
         if record["step"] == at and path.name == "metrics.jsonl":
@@ -428,19 +366,3 @@ def test_ranks_with_other_data_end_with_one_line_and_no_folder(folder):
     done = forks.run(["-c", code, *arguments(folder, "differ"), str(folder / "fewer.jsonl")], ranks=2)
     assert done.returncode != 0 and done.stderr.count("error: rank 1 on ") == 1
     assert "differ in train_data" in done.stderr and not (folder / "differ").exists()
-
-
-# ---------------------------------------------------------------- what is said
-
-
-def test_errors_of_the_system_name_their_file():
-    with pytest.raises(OSError) as error, files.writing("runs/a"):
-        raise OSError(errno.EIO, "Input/output error")
-    assert ranks.message(error.value) == "runs/a: Input/output error"
-    with pytest.raises(FileNotFoundError) as error, files.writing("runs/a"):
-        open("no/such/file")
-    assert ranks.message(error.value) == "no/such/file: No such file or directory"
-    lost = ranks.message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
-    assert lost.startswith("rank 0 lost another one") and "Connection closed by peer" in lost
-    assert ranks.message(RuntimeError("shape mismatch")) is None
-    assert ranks.message(ValueError("--lr 0")) == "--lr 0"

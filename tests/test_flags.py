@@ -7,7 +7,7 @@ import pytest
 
 import train
 from runtime.flags import flag, given_flags
-from tiny import flags
+from tiny import arguments, flags
 
 
 @dataclass
@@ -66,13 +66,13 @@ def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
             given(tmp_path, broken)
 
 
-def test_deleting_resuming_and_looking_are_never_read_from_a_file(tmp_path):
+def test_deleting_and_resuming_are_never_read_from_a_file(tmp_path):
     """A saved run_config.json of a run that was started with --overwrite would delete what it repeats."""
     config = train.Config(model="m", train_data=["t.jsonl"], lr=0.5, overwrite=True, resume="never",
-                          dry_run=2, output_dir="o", date="2026-01-05")
+                          output_dir="o", date="2026-01-05")
     (tmp_path / "run_config.json").write_text(json.dumps(vars(config)))
     again = train.parse_args(["--config", str(tmp_path / "run_config.json")])
-    assert (again.overwrite, again.resume, again.dry_run, again.lr) == (False, "auto", 0, 0.5)
+    assert (again.overwrite, again.resume, again.lr) == (False, "auto", 0.5)
     asked = train.parse_args(["--config", str(tmp_path / "run_config.json"), "--overwrite"])
     assert asked.overwrite
 
@@ -108,7 +108,29 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
                          if f.type is bool else ["a", "b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
-            if name not in ("overwrite", "resume", "dry_run", "device", "compile", "eval_generate")}
+            if name not in ("overwrite", "resume", "device", "compile", "eval_generate")}
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept
+
+
+def test_flags_config_file_and_their_errors(tmp_path):
+    config = train.parse_args(arguments(tmp_path, "x", lr="1", clip_grad_norm="0", neftune_alpha="1e-4"))
+    assert config.lr == 1.0 and config.neftune_alpha == 1e-4 and config.loss == "im" and config.epochs == 2
+    saved = {**vars(config), "loss": "it", "seed": 7, "date": "2026-01-05"}
+    (tmp_path / "c.json").write_text(json.dumps(saved))
+    again = train.parse_args(["--config", str(tmp_path / "c.json"), "--seed", "9"])
+    assert again.loss == "it" and again.seed == 9 and again.lr == 1.0
+    embedded = train.parse_args([])
+    assert Path(embedded.model).is_dir() and embedded.loss == "im" and embedded.eval_generate == 1000
+    assert train.parse_args(["--shard"]).eval_generate == 0
+    for argv, says in ((["--lr", "0"], "--lr 0: must be"), (["--batch-size", "0"], "--batch-size 0"),
+                       (["--bach-size", "1"], "unrecognized"), (["--batch", "1"], "unrecognized"),
+                       (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
+                       (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
+                       (["--config", "nowhere"], "--config nowhere"),
+                       (["--max-length", "1"], "--max-length 1"),
+                       (["--shard", "--compile"], "--compile"),
+                       (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
+        with pytest.raises(ValueError, match=says):
+            train.parse_args(argv)

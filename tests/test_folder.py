@@ -1,4 +1,5 @@
 """The folder of a run: whose it is, what resumes in it and from where, and that nothing trained is lost."""
+import dataclasses
 import json
 import os
 import re
@@ -11,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from runtime import checkpoint
 from runtime import folder as run_folder
-import train
-from test_train import stop_after
-from tiny import arguments, make_model, make_records, metrics, run_here, setup, weights
+from runtime.flags import flag_name
+from tiny import arguments, flags, make_model, make_records, metrics, run_here, setup, stop_after, weights
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_what_fails_after_the_last_step_loses_no_training(folder, whole, failure
             patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
                 fail() if len(calls) == 2 else original(*a)))
         else:
-            patch.setattr(*{"export": (checkpoint, "export"), "notes": (train, "finish_run")}[failure], fail)
+            patch.setattr(train, {"export": "save_model", "notes": "finish_run"}[failure], fail)
         with pytest.raises(OSError):
             run_here(argv)
     assert [r["step"] for r in metrics(folder / f"end-{failure}")] == list(range(1, 9))
@@ -253,7 +254,7 @@ def test_a_folder_in_which_nothing_was_trained_belongs_to_nobody(folder, monkeyp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("example_sums", "Signals"):   # in the first evaluation, before the first step
+    for place in ("example_sums", "StopSignal"):   # in the first evaluation, before the first step
         with monkeypatch.context() as patch:
             patch.setattr(train, place, interrupted)
             left = []
@@ -347,6 +348,79 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     moved = [shutil.copy(file, folder / "moved") for file in data]
     del base["date"]
     assert run_here(arguments(folder, "named", **{**base, "train_data": moved})) == 0
+
+
+def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
+    def refused(says: str, out: str, **more: object) -> None:
+        before = sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
+        with pytest.raises(ValueError, match=says):
+            run_here(arguments(folder, out, **more))
+        assert before == sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
+
+    run_here(arguments(folder, "done"))
+    refused("finished run", "done")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "half"))
+    refused("--lr was 0.01, is 0.02", "half", lr=0.02)
+    refused("--loss was im, is it", "half", loss="it")
+    refused("--resume is never", "half", resume="never")
+    setup(folder / "other", count=21, seed=1)
+    refused("--train-data .*other/train.jsonl: other contents", "half",
+            train_data=folder / "other" / "train.jsonl")
+    refused("--model .*other/model: other weights", "half", model=folder / "other" / "model")
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.txt").write_text("years of work")
+    refused("is not a run folder", "foreign")
+    run_here(arguments(folder, "foreign", overwrite=True))
+    assert (folder / "foreign" / "thesis.txt").read_text() == "years of work"
+    refused("holds the --model itself", "done", model=folder / "done" / "final", overwrite=True)
+    # These change no weight: it goes on.
+    run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))
+    assert (folder / "half" / "final").is_dir()
+
+
+# Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.
+MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume",
+              "eval_every", "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device",
+              "shard", "recompute", "compile", "cache_dir"}
+# These may where the steps already trained stay as they were.
+MAY_IN_PART = {"epochs", "max_steps", "warmup_ratio"}
+
+
+@pytest.fixture(scope="module")
+def stopped_run(folder) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        run_here(arguments(folder, "stopped"))
+    make_records(folder / "other-records.jsonl", 20, seed=1)
+    other = shutil.copytree(folder / "model", folder / "other-config")      # the same weights
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    return folder / "stopped"
+
+
+@pytest.mark.parametrize("field", [f for f in dataclasses.fields(train.Config)
+                                   if f.name not in MAY_CHANGE | MAY_IN_PART], ids=lambda f: f.name)
+def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_value(
+        folder, stopped_run, field):
+    argv = arguments(folder, stopped_run)
+    now = getattr(train.parse_args(argv), field.name)
+    if field.name in ("model", "train_data", "template"):
+        other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
+                 "template": "tulu"}[field.name]
+    elif choices := field.metadata["choices"]:
+        other = next(choice for choice in choices if choice != now)
+    elif isinstance(now, bool):
+        other = not now
+    else:
+        other = now + 1 if isinstance(now, int) else (now or 1) / 2
+    before = {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
+    name = flag_name(field.name)
+    more = flags(**{field.name: other}) if other is not False else [name.replace("--", "--no-")]
+    with pytest.raises(ValueError, match=rf"was started differently \((.*; )?{name}[: ]"):
+        run_here([*argv, *more])
+    assert before == {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
 
 
 def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkeypatch, capsys):

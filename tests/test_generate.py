@@ -12,11 +12,12 @@ import transformers
 import eval.engine as engine
 import eval.generate as module
 import tokenizers_for_tests as cast
-from chat import Tokenizer, load_template
+from chat import load_template
+from runtime.tokenizer import Tokenizer
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
-from test_model import FAMILIES, make_reference
+from references import FAMILIES, make_reference
 from tiny import WORDS, flags, make_model, make_records, run_module
 
 LENGTHS = (5, 30, 1, 12, 21, 12, 3, 40, 2)
@@ -61,7 +62,8 @@ def test_a_step_computes_what_the_model_does(name, way, tmp_path):
     if way == "bf16":
         model.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"), torch.no_grad():
-        ready, cache = Engine(model), Cache(model, 3)
+        ready = Engine(model)
+        cache = Cache(model.config, 3, ready.dtype, ready.device)
         begun = ready.step(cache, {}, {2: prompt[:60]})
         got, done = [], 60
         for count in (1, 3, 1, 4, 1):       # slot 1 is free, and slot 0 begins anew and has one token or two
@@ -96,7 +98,7 @@ def test_refilling_and_batch_size_change_no_answer(mine, monkeypatch):
 
 
 def test_the_cache_grows_and_shrinks_and_keeps_what_is_in_it(mine):
-    cache, (long, short) = Cache(mine, 2), make_prompts((150, 10))
+    cache, (long, short) = Cache(mine.config, 2, torch.float32, "cpu"), make_prompts((150, 10))
 
     def short_one(places):
         return torch.stack(cache.layers)[:, :, 1, :, :places]
@@ -285,7 +287,7 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
     with pytest.raises(ValueError, match="unknown"):
         module.main(argv)
     out.write_bytes(text.replace(b'"index"', b'"number"'))
-    with pytest.raises(ValueError, match="no answers"):
+    with pytest.raises(ValueError, match="are not answers"):
         module.main(argv)
 
 

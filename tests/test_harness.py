@@ -21,7 +21,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 import forks
 import tokenizers_for_tests
-from chat import Tokenizer, load_template
+from chat import load_template
+from runtime.tokenizer import Tokenizer
 from eval import harness, likelihood, paper_suite
 from eval.common import Loaded
 from eval.engine import Engine

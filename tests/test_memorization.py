@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from chat import Tokenizer, load_template
+from chat import load_template
+from runtime.tokenizer import Tokenizer
 from eval import memorization
 from eval.engine import Engine
 from tiny import arguments as train_arguments

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from chat import KINDS, Tokenizer, load_template
+from chat import KINDS, load_template
+from runtime.tokenizer import Tokenizer
 from data import load_dataset
 from eval import bootstrap, spans
 from tiny import flags, make_model, make_records, run_module

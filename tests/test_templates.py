@@ -20,8 +20,9 @@ import pytest
 import tokenizers_for_tests as cast
 import transformers
 
-from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, Piece, SYSTEM, TEMPLATE, TEMPLATES, Tokenizer,
+from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, Piece, SYSTEM, TEMPLATE, TEMPLATES, Template,
                   load_template, render, tokenize, tokenize_batch)
+from runtime.tokenizer import Tokenizer
 from tiny import arguments, run_here, setup
 
 FIXTURES = Path(__file__).parent / "templates"
@@ -516,11 +517,11 @@ def test_template_whitespace_takes_no_token_away_from_content(text, kinds, wante
     class Whole:
         strips_left = strips_right = special = ()
 
-        class first:
+        class at_start:
             @staticmethod
             def encode_batch(runs, add_special_tokens):
                 return [SimpleNamespace(ids=[0], offsets=[(0, len(run))]) for run in runs]
-        rest = first
+        after_special = at_start
 
         @staticmethod
         def check_content(run, ids):
@@ -798,7 +799,8 @@ def test_a_template_without_a_generation_prompt_for_a_question_gives_a_warning(w
 def test_train_py_tells_the_templates_warning(tmp_path, capsys):
     setup(tmp_path)
     for template, warns in (("distill.jinja", True), ("llama31.jinja", False)):
-        argv = arguments(tmp_path, "out", template=FIXTURES / template, dry_run=True)
+        argv = arguments(tmp_path, "out", template=FIXTURES / template, max_steps=1,
+                         overwrite=True)
         assert run_here(argv) == 0
         assert ("warning: template" in capsys.readouterr().out) == warns
 
@@ -920,3 +922,46 @@ def test_tokenizer_attributes(world):
 def test_constants():
     assert KINDS == ("template", "system", "instruction", "completion", "context")
     assert (TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT) == tuple(range(5))
+
+
+# ---------------------------------------------------------------- the built-in templates, word by word
+
+TURNS = [{"role": role, "content": content} for role, content in
+         (("system", "S"), ("user", " U\n"), ("assistant", "A "), ("user", "V"))]
+# What is served for all of TURNS, and for the first question alone; contents are trimmed or kept as they are.
+SERVED = {
+    "tulu": ("<s><|system|>\nS\n<|user|>\nU\n<|assistant|>\nA</s>\n<|user|>\nV\n<|assistant|>\n",
+             "<s><|user|>\nU\n<|assistant|>\n"),
+    "chatml": ("<s><|im_start|>system\nS<|im_end|>\n<|im_start|>user\n U\n<|im_end|>\n"
+               "<|im_start|>assistant\nA <|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n",
+               "<s><|im_start|>user\n U\n<|im_end|>\n<|im_start|>assistant\n"),
+    "llama2": ("<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A </s><s>[INST] V [/INST]",
+               "<s>[INST] U [/INST]"),
+    "llama3": (f"<s>{header('system')}S<|eot_id|>{header('user')}U<|eot_id|>{header('assistant')}A<|eot_id|>"
+               f"{header('user')}V<|eot_id|>{header('assistant')}",
+               f"<s>{header('user')}U<|eot_id|>{header('assistant')}"),
+    "alpaca": ("<s>S\n\n### Instruction:\n U\n\n\n### Response:\nA </s>\n\n### Instruction:\nV"
+               "\n\n### Response:\n",
+               "<s>Below is an instruction that describes a task. Write a response that appropriately "
+               "completes the request.\n\n### Instruction:\n U\n\n\n### Response:\n"),
+    "plain": ("<s>S U\nA </s>V", "<s> U\n"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_built_in_templates_serve_what_is_written_here_in_transformers_too(name):
+    source, tokens = TEMPLATES[name].read_text(), {"bos_token": "<s>", "eos_token": "</s>"}
+    template = Template(name, source, tokens, (), DATE)
+    for messages, expected in zip((TURNS, TURNS[1:2]), SERVED[name], strict=True):
+        assert template(messages, add_generation_prompt=True) == expected
+        (theirs,), _ = transformers.utils.chat_template_utils.render_jinja_template(
+            [messages], chat_template=source, add_generation_prompt=True, **tokens)
+        assert theirs == expected
+
+
+def test_tulu_ends_an_answer_with_a_newline_only_where_more_comes():
+    tokens = {"bos_token": "", "eos_token": "</s>"}
+    template = Template("tulu", TEMPLATES["tulu"].read_text(), tokens, (), DATE)
+    assert template(TURNS[1:3]) == "<|user|>\nU\n<|assistant|>\nA</s>"
+    served = template(TURNS[1:3], add_generation_prompt=True)
+    assert served == "<|user|>\nU\n<|assistant|>\nA</s>\n<|assistant|>\n"

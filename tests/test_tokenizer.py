@@ -11,15 +11,16 @@ import transformers
 from safetensors.torch import save_file
 from tokenizers import processors
 
-from runtime import checkpoint
 from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from chat import Piece, TEMPLATE, Tokenizer, check_vocabulary, load_template, tokenize
-from data import load_dataset
+from chat import Piece, TEMPLATE, check_vocabulary, load_template, tokenize
+from runtime.tokenizer import Tokenizer
+from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
-from eval import common, generate, likelihood, spans
+from eval import generate, likelihood, spans
+from eval.engine import Engine
 from model import load_model
 from tiny import make_records, weights
 
@@ -168,7 +169,7 @@ def test_a_special_token_that_gets_through_is_refused_when_loading_and_when_toke
     for text in ("a </s> b", "a ＜/s＞ b"):
         with pytest.raises(ValueError, match=f"'{text}' becomes the special token '</s>' .id 2."):
             tokenize([Piece(text, TEMPLATE)], tokenizer)
-    monkeypatch.setattr("data.json.dumps", lambda spec: (tmp_path / "tokenizer.json").read_text())
+    monkeypatch.setattr("chat.json.dumps", lambda spec: (tmp_path / "tokenizer.json").read_text())
     with pytest.raises(ValueError, match="becomes the special token"):
         Tokenizer(tmp_path)
 
@@ -448,8 +449,9 @@ def export(source: Path, folder: Path, template: str = "plain", rows: int = 10_0
     """Write the tokenizer's part of final/; returns the tokenizer that was trained with."""
     tokenizer = Tokenizer(source)
     folder.mkdir()
-    model = SimpleNamespace(config=SimpleNamespace(raw=raw, vocab_size=rows))
-    tokenizer_files.write_tokenizer(folder, model, tokenizer, load_template(template, tokenizer))
+    loaded = load_template(template, tokenizer)
+    tokenizer_files.write_tokenizer(folder, tokenizer, loaded.source, loaded.end_of_turn,
+                                    {**raw, "vocab_size": rows})
     (folder / "config.json").write_text('{"model_type": "llama"}')
     return tokenizer
 
@@ -589,7 +591,8 @@ def test_a_record_with_a_token_beyond_the_embedding_is_named(padded, capsys):
     message = f"bad.jsonl:7: holds '<beyond>', token {rows - 5}, but the embedding has only {rows - 5} rows"
     for flags in (dict(train_data=padded / "bad.jsonl"), dict(eval_data=[padded / "bad.jsonl"])):
         with pytest.raises(ValueError, match=message):
-            train.main(tiny.arguments(padded, "bad", dry_run=True, **flags))
+            train.main(tiny.arguments(padded, "bad", **flags))
+        assert not (padded / "bad").exists()
     tokenizer = Tokenizer(padded / "model")
     template = load_template("llama3", tokenizer)
     check_vocabulary(rows - 5, tokenizer, template)
@@ -612,14 +615,14 @@ def test_held_out_loss_names_the_record_of_a_token_beyond_the_embedding(tmp_path
         spans.evaluate(loaded, [dataset], SimpleNamespace(data=["train.jsonl"]))
     first = tokenizer.special["<|begin_of_text|>"]      # where an example begins, it is that example's
     with pytest.raises(ValueError, match=f"train.jsonl:1: holds '<.begin_of_text.>', token {first}, but"):
-        check_vocabulary(first, tokenizer, None, [dataset])
+        check_embedding(dataset, first, tokenizer)
 
 
 def test_evaluation_names_a_token_beyond_the_embedding_too(tmp_path):
     model = load_model(tiny.make_model(tmp_path), "cpu")
     rows = model.config.vocab_size
     with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
-        generate.generate(common.make_engine(model), [[1, 2], [3, rows, 4]], {0}, 2)
+        generate.generate(Engine(model), [[1, 2], [3, rows, 4]], {0}, 2)
     for request in (([1, rows], [2]), ([1, 2], [rows])):
         with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
             list(likelihood.log_likelihoods(model, [([1], [2]), request]))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -139,3 +140,25 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """The largest relative distance of two sets of weights: ||a - b|| / ||b|| over their tensors."""
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
+
+# ---------------------------------------------------------------- stop and resume
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Send this process SIGTERM in step `steps` - 1 when the ranks have agreed to go on,
+    so it ends after `steps`."""
+    original, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def clip(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **kwargs)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+

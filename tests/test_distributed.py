@@ -1,14 +1,22 @@
-"""Sharded training beside DDP and one rank: the same trajectory, the same files, less memory a rank."""
+"""Several ranks against one, with DDP and sharded: the same trajectory and files, less memory a rank."""
 import json
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from tiny import (ROOT, arguments, difference, make_model, make_records, metrics, run_here, run_many,
-                  run_script, setup, weights)
+import forks
+from chat import load_template
+from runtime.tokenizer import Tokenizer
+from data import load_dataset, plan
+from loss import span_weights
+from tiny import (ROOT, arguments, command, difference, make_records, metrics, run_here, run_many, run_script,
+                  setup, weights)
 
 # Micro-batches of 200 tokens: two or more a step on two ranks. On four some have none in a step, but not in
 # "im": the order of a sum shows in its bits only from three terms on.
@@ -141,26 +149,6 @@ def test_files_of_a_sharded_run_are_those_of_any_other(folder, on_ranks, alone):
         assert len(headers) == 1
 
 
-# ---------------------------------------------------------------- loading
-
-
-def test_ranks_load_a_head_of_its_own_and_the_one_that_reads_a_nan_names_it(tmp_path):
-    """See sharded_loading.py."""
-    for name in ("untied", "broken"):
-        make_model(tmp_path / name)
-        tensors = load_file(tmp_path / name / "model.safetensors")
-        if name == "untied":
-            embedding = tensors["model.embed_tokens.weight"]
-            tensors["lm_head.weight"] = head = embedding + 1
-        else:
-            tensors["model.embed_tokens.weight"][-1, -1] = float("nan")
-        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
-    found = json.loads(run_script("sharded_loading.py", tmp_path, 2))
-    assert torch.equal(torch.tensor(found["head"]), head)
-    assert torch.equal(torch.tensor(found["embedding"]), embedding)
-    assert found["faults"][0] == "" and "tensor model.embed_tokens.weight holds NaN" in found["faults"][1]
-
-
 # ---------------------------------------------------------------- memory
 
 
@@ -172,3 +160,104 @@ def test_a_rank_holds_its_share_and_no_gathered_layer_between_forward_and_backwa
     for result in results:
         assert 0.5 <= result["state"] / result["whole"] < 0.51
         assert result["kept_bytes"] == 0 and (result["kept"] > 20) == (not result["recompute"])
+
+
+
+# ---------------------------------------------------------------- two ranks against one, with DDP
+
+
+RANK_RUNS = {
+    "token": dict(normalize="token", neftune_alpha=5), "example": dict(normalize="example", loss="it"),
+    "span": dict(normalize="span"),
+    # 20 examples in steps of 19: an epoch's last step has a single one, which leaves a rank nothing to do
+    "empty": dict(normalize="token", loss="it", batch_size=19),
+    "bf16": dict(dtype="bf16", neftune_alpha=5, kl_weight=0.1),
+}
+
+
+@pytest.fixture(scope="module")
+def rank_runs(folder) -> dict[str, tuple[Path, Path]]:
+    """Each of RANK_RUNS on one rank and on two, there with smaller micro-batches."""
+    setup(folder / "untied", tie=False)     # "span" has a head of its own
+    homes = {name: folder / "untied" if name == "span" else folder for name in RANK_RUNS}
+    one, two = ({name: arguments(homes[name], f"ranks-{name}-{ranks}", **{
+        "eval_data": homes[name] / "train.jsonl", "micro_batch_tokens": tokens, **more})
+        for name, more in RANK_RUNS.items()} for ranks, tokens in ((1, 4096), (2, 200)))
+    for argv in one.values():
+        run_here(argv)
+    run_many(folder, list(two.values()), 2)
+    return {name: (homes[name] / f"ranks-{name}-1", homes[name] / f"ranks-{name}-2") for name in RANK_RUNS}
+
+
+@pytest.mark.parametrize("name", RANK_RUNS)
+def test_two_ranks_do_not_change_the_trajectory(folder, rank_runs, name):
+    one, two = rank_runs[name]
+    # bf16 rounds what other neighbours in a row make other matrix products of
+    near, nearer = (0.01, 0.01) if name == "bf16" else (1e-5, 1e-4)
+    start = weights(one.parent / "model")
+    assert difference(weights(two / "final"), weights(one / "final")) < near < 0.05 < difference(
+        start, weights(one / "final"))
+    for key in ("loss", "grad_norm", "tokens", "trained_tokens"):
+        np.testing.assert_allclose([r[key] for r in metrics(two)], [r[key] for r in metrics(one)],
+                                   rtol=nearer)
+    first, second = ([json.loads(line)["data"]["train"] for line in open(f / "eval.jsonl")]
+                     for f in (one, two))
+    assert ("lm_head.weight" in weights(one / "final")) == (name == "span")
+    assert first[0]["completion"]["nll_token_mean"] != first[1]["completion"]["nll_token_mean"]
+    for a, b in zip(first, second):
+        for kind in a:
+            assert a[kind] == pytest.approx(b[kind], rel=max(1e-5, near))
+
+
+def test_the_empty_run_leaves_a_rank_empty(folder, rank_runs):
+    """What test_two_ranks_do_not_change_the_trajectory[empty] is about, from the plan and from the log."""
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset([folder / "train.jsonl"], tokenizer, load_template("llama3", tokenizer), 120,
+                           "truncate", folder / "cache")
+    assert len(dataset.trainable(span_weights("it"))) == 20
+    rows = metrics(rank_runs["empty"][1])
+    for epoch in (0, 1):
+        ranks = plan(dataset.lengths, 0, epoch, 19, 200, 2)[1]
+        assert sorted(sum(map(len, rank)) for rank in ranks) == [0, 1]
+        (alone,) = (e for rank in ranks for examples in rank for e in examples)
+        assert rows[2 * epoch + 1]["tokens"] == dataset.lengths[alone]
+    assert len(rows) == 4
+
+
+
+# ---------------------------------------------------------------- signals and errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_two_ranks_finishes_the_step_saves_and_resumes(folder, number):
+    out = folder / f"signal-{number}"
+    argv = arguments(folder, out, epochs=400)
+    process = subprocess.Popen(command(argv, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    deadline = time.monotonic() + 100
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    stdout, _ = process.communicate(timeout=60)
+    assert "the same command resumes from here" in stdout
+    (saved,) = (out / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert len(metrics(out)) == step > 0
+    process = subprocess.Popen(command(argv, ranks=1), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    while len((out / "metrics.jsonl").read_text().splitlines()) <= step and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    stdout, _ = process.communicate()
+    assert f"resuming after step {step}" in stdout
+
+
+def test_an_error_on_one_rank_ends_all_with_one_message(folder):
+    code = ("import os, sys, train\n"
+            "if os.environ['RANK'] == '1':\n"
+            "    train.neftune_noise = lambda *a: (_ for _ in ()).throw(ValueError('rank one is unwell'))\n"
+            "sys.exit(train.run(sys.argv[1:]))\n")
+    done = forks.run(["-c", code, *arguments(folder, "unwell", neftune_alpha=5, epochs=50)], ranks=2)
+    assert done.returncode != 0
+    assert done.stderr.count("error: rank one is unwell") == 1
+    assert "Connection closed" not in done.stderr

@@ -1,0 +1,318 @@
+"""The fast paths against their definitions, forward and backward, and what they keep in between."""
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels import attention as attention_kernels
+from kernels import head as head_kernels
+from kernels import layers
+from kernels.attention import attention, attention_reference
+from kernels.head import nll, nll_reference, weighted_nll
+
+
+# ---------------------------------------------------------------- attention
+
+def check_attention(lengths: list[int], heads: tuple[int, int]) -> None:
+    """attention() against its definition, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()
+    q, k, v = (torch.randn(n, h, 8, generator=generator, requires_grad=True)
+               for h in (heads[0], heads[1], heads[1]))
+    grad = torch.randn(n, heads[0], 8, generator=generator)
+    expected, got = attention_reference(q, k, v, cu_seqlens), attention(q, k, v, cu_seqlens)
+    torch.testing.assert_close(got, expected, atol=2e-6, rtol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, (q, k, v), grad),
+                    torch.autograd.grad(expected, (q, k, v), grad)):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[1], [40], [7, 1, 30, 8, 9], [600, 5, 520, 40, 41, 513], [64] * 4])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (4, 1)])
+def test_attention_equals_its_definition_and_gradients(lengths, heads):
+    check_attention(lengths, heads)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_a_group_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(heads, monkeypatch):
+    """Five documents of like length, two at a time: the last of them is alone."""
+    lengths, most = [40, 38, 39, 40, 37], 2
+    monkeypatch.setattr(attention_kernels, "TILE_SCORES", most * heads[0] * 40 * 40)
+    attention_kernels._groups.cache_clear()      # it may have cut these lengths otherwise
+    try:
+        groups = attention_kernels._groups(tuple(lengths), *heads, torch.device("cpu"))
+        assert [documents for documents, *_ in groups] == [2, 2, 1]
+        # so that what is never written is NaN, not by chance what stood there before
+        torch.use_deterministic_algorithms(True)
+        check_attention(lengths, heads)
+    finally:
+        torch.use_deterministic_algorithms(False)
+        attention_kernels._groups.cache_clear()
+
+
+def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
+    """A document of 16 tiles, with a gradient whose mean is not 0: sums in bf16 would stop growing. Rounding
+    what each tile gives costs 0.2 % here, rounding their sums too 0.5 %."""
+    n, generator = 16 * attention_kernels.TILE, torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(n, h, 16, generator=generator).bfloat16().requires_grad_() for h in (2, 1, 1))
+    grad = (1 + torch.randn(n, 2, 16, generator=generator)).bfloat16()
+    cu_seqlens = torch.tensor([0, n])
+    got = torch.autograd.grad(attention(q, k, v, cu_seqlens), (q, k, v), grad)
+    exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(attention_reference(*exact, cu_seqlens), exact, grad.float())
+    assert all(a.dtype == torch.bfloat16 for a in got)
+    off_q, off_k, off_v = (((a.float() - b).norm() / b.norm()).item() for a, b in zip(got, expected))
+    assert off_q < 0.01 and 0 < off_k < 0.003 and 0 < off_v < 0.003
+
+
+def test_attention_definition_is_a_loop_over_documents():
+    """Guards the reference itself: plain softmax, document by document, token by token."""
+    torch.manual_seed(0)
+    lengths = [3, 5]
+    q, k, v = torch.randn(8, 2, 4), torch.randn(8, 1, 4), torch.randn(8, 1, 4)
+    got = attention_reference(q, k, v, torch.tensor([0, 3, 8]))
+    start = 0
+    for length in lengths:
+        for t in range(start, start + length):
+            for head in range(2):
+                weight = torch.softmax(k[start:t + 1, 0] @ q[t, head] / 2.0, 0)
+                torch.testing.assert_close(got[t, head], weight @ v[start:t + 1, 0])
+        start += length
+
+
+
+# ---------------------------------------------------------------- head
+
+
+@pytest.fixture(params=["one chunk", "many chunks"])
+def chunk_size(request, monkeypatch):
+    if request.param == "many chunks":
+        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("WORDS", 10)):
+            monkeypatch.setattr(head_kernels, name, size)
+
+
+def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, width, generator=generator).requires_grad_()
+    head = torch.randn(vocabulary, width, generator=generator).requires_grad_()
+    targets = torch.randint(0, vocabulary, (rows,), generator=generator)
+    return hidden, head, targets, torch.rand(rows, generator=generator)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 7, 40])
+def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows, chunk_size):
+    hidden, head, targets, scale = random_rows(rows)
+    loss, values = weighted_nll(hidden, head, targets, scale)
+    plain_values = F.cross_entropy(hidden @ head.T, targets, reduction="none")
+    plain = (scale * plain_values).sum()
+    torch.testing.assert_close(loss, plain)
+    torch.testing.assert_close(values, plain_values.detach())
+    torch.testing.assert_close(nll(hidden, head, targets), plain_values.detach())
+    for got, expected in zip(torch.autograd.grad(3 * loss, (hidden, head)),
+                             torch.autograd.grad(3 * plain, (hidden, head))):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
+    hidden, head, targets, scale = random_rows(40)
+    plain = (scale * nll_reference(hidden, head, targets)).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = weighted_nll(hidden, head, targets, scale)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(plain.item(), rel=5e-3)
+    got, expected = (torch.autograd.grad(x, (hidden, head)) for x in (loss, plain))
+    for a, b in zip(got, expected):
+        assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 2e-2
+
+
+def test_no_rows_give_zero_with_a_graph(chunk_size):
+    hidden, head, targets, scale = random_rows(3)
+    loss, values = weighted_nll(hidden[:0], head, targets[:0], scale[:0])
+    assert loss.item() == 0 and loss.requires_grad and len(values) == 0
+    loss.backward()
+    assert not hidden.grad.any() and not head.grad.any()
+
+
+# ---------------------------------------------------------------- layers
+
+PRECISIONS = ["fp32", "bf16"]
+
+
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+
+
+def make(*sizes: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, generator=generator).to(dtype).requires_grad_() for size in sizes]
+
+
+def make_linears(width: int, *sizes: int) -> list[nn.Linear]:
+    """The second and fourth have no bias."""
+    torch.manual_seed(0)
+    return [nn.Linear(width, size, bias=i % 2 == 0) for i, size in enumerate(sizes)]
+
+
+def check_same(fast: Callable, reference: Callable, inputs: Sequence[torch.Tensor], precision: str) -> None:
+    """A fast path's outputs and gradients, of inputs, against its definition's."""
+    near = 1e-5 if precision == "fp32" else 0.01    # bf16 rounds each intermediate by up to 0.4 %
+    results = []
+    for function in (fast, reference):
+        with autocast(precision):
+            outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        grads = make(*(out.shape for out in outputs), seed=1)
+        grads = torch.autograd.grad(outputs, inputs, [g.to(o.dtype) for g, o in zip(grads, outputs)])
+        results.append([*outputs, *grads])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape and expected.norm() > 0
+        assert (got.float() - expected.float()).norm() <= near * expected.float().norm()
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE as a product of complex numbers."""
+    half = x.shape[-1] // 2
+    turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos, sin)
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def test_the_definitions_are_their_formulas():
+    """Guards the references themselves."""
+    x, y, weight = make((7, 3, 8), (7, 3, 8), (8,))
+    angles = torch.linspace(0, 3, 28).view(7, 1, 4)
+    for got, expected in (
+            (layers.rms_norm_reference(x, weight, 1e-2),
+             x / (x.square().sum(-1, keepdim=True) / 8 + 1e-2).sqrt() * weight),
+            (layers.rotate_reference(x, angles.cos(), angles.sin()), turn(x, angles.cos(), angles.sin())),
+            (layers.swiglu_reference(x, y), x / (1 + (-x).exp()) * y)):
+        torch.testing.assert_close(got, expected)
+    (q,) = make_linears(8, 5)
+    torch.testing.assert_close(layers.linears_reference(x, q)[0], x @ q.weight.T + q.bias)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("shape", [(7, 12), (5, 3, 8)])
+def test_rms_norm_equals_its_definition(shape, precision):
+    x, weight = make(shape, shape[-1:])
+    check_same(lambda *a: layers.rms_norm(*a, 1e-2), lambda *a: layers.rms_norm_reference(*a, 1e-2),
+               (x, weight), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rotate_equals_its_definition(precision):
+    (x,) = make((5, 3, 8), dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    angles = torch.arange(5.0)[:, None, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])
+    check_same(lambda x: layers.rotate(x, angles.cos(), angles.sin()),
+               lambda x: layers.rotate_reference(x, angles.cos(), angles.sin()), (x,), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_swiglu_equals_its_definition(precision):
+    inputs = make((7, 12), (7, 12), dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+    check_same(layers.swiglu, layers.swiglu_reference, inputs, precision)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return layers.rms_norm(x, weight, 1e-2)
+
+
+def normed_reference(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return layers.rms_norm_reference(x, weight, 1e-2)
+
+
+# What linears() is given: {name: (fast, definition)}, of a (7, 12) tensor and another one.
+ACTIVATIONS = {
+    "norm": (normed, normed_reference),
+    "swiglu": (lambda x, weight: layers.swiglu(x, x + weight),
+               lambda x, weight: layers.swiglu_reference(x, x + weight)),
+    "no recipe": (lambda x, weight: (x * weight).tanh(), lambda x, weight: (x * weight).tanh()),
+    "norm, changed in place": (lambda x, weight: normed(x, weight).mul_(2).add_(1),
+                               lambda x, weight: normed_reference(x, weight) * 2 + 1),
+    "norm, copied": (lambda x, weight: normed(x, weight).clone(), normed_reference),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("widths", [(6,), (6, 4, 4)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_linears_equal_their_definition(name, widths, precision):
+    modules = make_linears(12, *widths)
+    parameters = [p for module in modules for p in module.parameters()]
+    fast, reference = ACTIVATIONS[name]
+    check_same(lambda x, weight, *_: layers.linears(fast(x, weight), *modules),
+               lambda x, weight, *_: layers.linears_reference(reference(x, weight), *modules),
+               (*make((7, 12), (12,)), *parameters), precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_linears_without_gradients_equal_their_definition(precision):
+    modules, (x,) = make_linears(12, 6, 4), make((7, 12))
+    with torch.no_grad(), autocast(precision):
+        for got, expected in zip(layers.linears(x, *modules), layers.linears_reference(x, *modules)):
+            assert got.dtype == expected.dtype
+            torch.testing.assert_close(got, expected)
+
+
+def kept_bytes(function: Callable, *inputs: torch.Tensor) -> int:
+    """What autograd keeps for a backward pass through function(*inputs), without the inputs themselves."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        outputs = function(*inputs)
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept}
+    assert outputs and own & storages.keys()
+    return sum(size for place, size in storages.items() if place not in own)
+
+
+def test_linears_keep_no_output_of_a_norm_or_swiglu_but_what_has_no_recipe():
+    n, width = 50, 12
+    x, gate, up, weight = make((n, width), (n, width), (n, width), (width,))
+    modules = make_linears(width, 6, 4)
+    parameters = [p for module in modules for p in module.parameters()]
+    whole, scale = n * width * 4, n * 4     # an activation in fp32; 1 / rms(x)
+    assert kept_bytes(lambda x, weight, *_: layers.linears(normed(x, weight), *modules),
+                      x, weight, *parameters) == scale
+    assert kept_bytes(lambda gate, up, *_: layers.linears(layers.swiglu(gate, up), *modules),
+                      gate, up, *parameters) == 0
+    assert kept_bytes(lambda x, weight, *_: layers.linears(normed(x, weight).clone(), *modules),
+                      x, weight, *parameters) == scale + whole
+    assert kept_bytes(lambda x, weight, *_: layers.linears(normed(x, weight).mul_(2), *modules),
+                      x, weight, *parameters) == scale + whole
+
+
+class Doubled(nn.Linear):
+    """As an adapter would: a linear layer that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def another_forward(module: nn.Linear) -> None:
+    module.forward = lambda x: 2 * nn.Linear.forward(module, x)
+
+
+@pytest.mark.parametrize("change", [
+    lambda module: module.register_forward_hook(lambda module, inputs, output: 2 * output),
+    lambda module: module.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],)),
+    lambda module: module.register_full_backward_hook(lambda module, grads, _: (2 * grads[0],)),
+    lambda module: module.register_full_backward_pre_hook(lambda module, grads: (2 * grads[0],)),
+    another_forward, None,
+], ids=["forward hook", "forward pre-hook", "backward hook", "backward pre-hook", "forward", "subclass"])
+def test_linears_step_aside_for_what_is_not_a_plain_linear_layer(change):
+    (plain,), (x, weight) = make_linears(12, 6), make((7, 12), (12,))
+    changed = Doubled(12, 6)
+    if change:
+        changed = nn.Linear(12, 6)
+        change(changed)
+    changed.load_state_dict(plain.state_dict())
+    results = []
+    for modules in ([plain, changed], [plain]):
+        outputs = layers.linears(normed(x, weight), *modules)
+        results.append((outputs[-1], torch.autograd.grad(sum(out.sum() for out in outputs), x)[0]))
+    expected = changed(normed(x, weight))
+    torch.testing.assert_close(results[0][0], expected)
+    expected = torch.autograd.grad((expected + plain(normed(x, weight))).sum(), x)[0]
+    torch.testing.assert_close(results[0][1], expected)
+    assert not torch.allclose(results[0][1], 2 * results[1][1])     # what two plain ones would give
