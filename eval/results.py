@@ -59,12 +59,14 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
 
 def read_lines(file: Path, notes: list[str]) -> list[dict]:
     """The JSON objects of a .jsonl file. The last one is cut off if the run was killed or still writes."""
-    lines = []
+    lines, damaged = [], 0
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         try:
             lines.append({**json.loads(line)})
         except (ValueError, TypeError):
-            notes.append(f"{file}: a damaged line was left out")
+            damaged += 1
+    if damaged:
+        notes.append(f"{file}: {damaged} damaged line(s) were left out")
     return lines
 
 

@@ -487,7 +487,7 @@ def test_what_is_missing_is_a_note(runs, folder):
         "A has no metrics.jsonl, or an empty one: no training curves",
         "A was not evaluated while it trained (no eval.jsonl)",
         "A has no final/: it was interrupted or is still training",
-        "it/metrics.jsonl: a damaged line was left out",
+        "it/metrics.jsonl: 1 damaged line(s) were left out",
         "B was not evaluated while it trained (no eval.jsonl)",
         "B has no final/: it was interrupted or is still training"]
     assert all(note in Page(page).text for note in result["notes"])
