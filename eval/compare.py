@@ -10,16 +10,14 @@ training, and results of the evaluation commands. --data adds held-out NLL with 
 much their NLL differs from the first run's. The page is one file without scripts.
 
 Results are read from RUN/eval/*.json and from --results: files that evaluation commands write with --json. A
-result belongs to the run whose folder, or final/ in it, is its "model". The page says what is missing.
+result belongs to the run whose folder, or final/ in it, is its "model". Files of the same name become one
+table. The page says what is missing.
 """
 import argparse
 import importlib.util
 import io
 import json
-import re
-import textwrap
-from dataclasses import asdict
-from itertools import groupby
+import math
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -28,21 +26,21 @@ import numpy as np
 import torch
 from markupsafe import Markup
 
-from data import KINDS
 from eval import spans
 from eval.bootstrap import check_flags
 from eval.common import Parser, load, run, start_ranks, write_json
 from eval.examples import Example, Response, read_examples, respond
-from eval.results import (SPANS, Run, Table, configuration, held_out_points, last_evaluations,
-                          make_tables, read_result, read_results, read_run, training, training_points)
+from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import write_text
 
-WIDTH = 80                  # columns of the terminal
-POINTS = 100                # of a curve: more cannot be told apart
-EDGES = (0.1, 0.3, 1, 3)    # nats at which a token's colour changes
-DASHES = ("-", (0, (4, 1.5)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)))
-INK = "#fe0000"             # replaced in pictures by the page's own colour; #ffNNNN by that of run NNNN
+WIDTH = 80      # columns of the terminal
+POINTS = 100    # of a curve: more cannot be told apart
+# Of the runs' letters and curves, legible on white and on black. Dashes help those who see no colours.
+COLOURS = ("#2a78c0", "#c75b12", "#178a5e", "#b5479c", "#8a7410", "#6b7785")
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+GREY = "#808080"
+FULL = 3        # nats of difference at which a token has its full colour
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -64,10 +62,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     check_flags(args, ("output", "json"), answers=0, max_new_tokens=1, max_length=2, micro_batch_tokens=1)
     if not 2 <= len(args.runs) <= len(ascii_uppercase):
         raise ValueError(f"{len(args.runs)} run(s): give two to {len(ascii_uppercase)}")
-    folders = [Path(name).resolve() for name in args.runs]
-    for name, folder in zip(args.runs, folders):
-        if folders.count(folder) > 1:
-            raise ValueError(f"{name}: given twice; give each run once")
+    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+        raise ValueError(f"{' '.join(args.runs)}: a run is given twice; give each run once")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("matplotlib is not installed, and the page's pictures need it: "
                          "pip install -r requirements-eval.txt")
@@ -99,33 +95,30 @@ def ask_checkpoints(runs: list[Run], examples: list[Example], args: argparse.Nam
         compared = spans.compare(np.stack([of_run[i] for of_run in sums.values()]), dataset.counts,
                                  args.bootstrap, args.confidence, args.seed)
         rows += spans.result_rows(file, list(sums), compared)
-    flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
-    return {**{name: getattr(args, name) for name in flags}, "results": rows}, responses
+    return {"results": rows}, responses
 
 
-# ---------------------------------------------------------------- numbers and the terminal
+# ---------------------------------------------------------------- tables, in the terminal and on the page
 
 
-def number(value: float | str, digits: int = 4, decimals: int = 4) -> str:
-    """With at most so many digits and decimals: 12345.6 -> "12,346", 1.23456 -> "1.235", 2.0 -> "2"."""
-    if isinstance(value, str) or value != value or abs(value) == float("inf"):
-        return str(value)
-    if value == int(value):
-        return f"{value:,.0f}"
-    whole = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    return f"{value:,.{max(0, min(decimals, digits - whole))}f}"
+def used_columns(rows: dict[str, dict], letters: list[str]) -> list[str]:
+    """The columns in which a table has cells: runs, then differences."""
+    columns = [*letters, *(f"{letter} - {letters[0]}" for letter in letters[1:])]
+    return [column for column in columns if any(column in row for row in rows.values())]
 
 
-def cell_texts(cell: dict | None, sign: str = "") -> tuple[str, str]:
-    """{"value": 0.5, "interval": [0.25, 1]} -> ("0.500", "[0.250, 1]"). sign: "+" for differences."""
-    if cell is None:
-        return "" if sign else "\u2013", ""
-    value = number(cell["value"], decimals=3 if "interval" in cell else 4)
-    if sign and not isinstance(cell["value"], str) and cell["value"] > 0:
-        value = sign + value
-    spread = [f"[{', '.join(number(bound, 3) for bound in cell['interval'])}]"] if "interval" in cell else []
-    spread += [f"\u00b1 {number(cell['error'], 3)}"] if "error" in cell else []
-    return value, " ".join(spread)
+def cell_texts(cell: dict, column: str) -> tuple[str, str]:
+    """{"value": 0.5, "interval": [0.25, 1.0]} -> ("0.500", "[0.25, 1.00]"). A difference has a sign, and one
+    more decimal in its interval."""
+    value, spread = cell["value"], ""
+    sign, decimals = ("+", 3) if " - " in column else ("", 2)
+    if "interval" in cell:
+        spread = f"[{', '.join(f'{bound:,.{decimals}f}' for bound in cell['interval'])}]"
+    elif "error" in cell:
+        spread = f"± {cell['error']:,.3f}"
+    if isinstance(value, float):
+        return f"{value:{sign},.3f}", spread
+    return f"{value:,}" if isinstance(value, int) else value, spread
 
 
 def shorten(text: str, width: int) -> str:
@@ -134,163 +127,103 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else "..." + text[3 - width:]
 
 
-def print_table(table: Table, letters: list[str]) -> None:
-    """Columns, if they fit; otherwise the cells of each row below its label."""
-    heads = letters + [f"{letter} - {letters[0]}" for letter in table.compared]
-    lines = [("", heads)]
-    for row in table.rows:
-        cells = [cell_texts(row["runs"].get(letter)) for letter in letters]
-        cells += [cell_texts(row["minus_first"].get(letter), "+") for letter in table.compared]
-        lines.append((shorten(row["label"], WIDTH - 1),
-                      [shorten(" ".join(cell).strip(), WIDTH - 11) for cell in cells]))
-    widths = [max(map(len, column)) for column in zip(*(cells for _, cells in lines))]
-    left = min(WIDTH - sum(widths) - 2 * len(widths), max(18, *(len(label) + 1 for label, _ in lines)))
-    print(f"\n{shorten(table.title, WIDTH)}")
-    for label, cells in lines if left >= 12 else ():
-        if len(label) >= left:
-            print(f" {label}")
-            label = ""
-        columns = "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths))
-        print(f" {label:<{left - 1}}{columns}".rstrip())
-    for label, cells in lines[1:] if left < 12 else ():
-        print(f" {label}", *(f"    {head:<7}{cell}" for head, cell in zip(heads, cells)), sep="\n")
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def picture(curves: dict[str, list[tuple[float, float]]]) -> tuple[Markup, bool]:
-    """NLL over steps as inline SVG, a curve for each run's letter, and whether the axis is logarithmic. It is
-    where values differ more than tenfold: the first steps would else flatten all later ones. A curve of more
-    than POINTS points is drawn as means of neighbours with a band from the lowest to the highest. The page's
-    style sheet sets the colours, so they follow light and dark mode. Only numbers of the runs get in."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    style = {"svg.fonttype": "none", "svg.hashsalt": "compare", "font.sans-serif": ["DejaVu Sans"],
-             "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.alpha": 0.2, **{f"{name}.color": INK for name in ("text", "xtick", "ytick", "grid")},
-             "axes.edgecolor": INK}
-    values = [y for points in curves.values() for _, y in points]
-    logarithmic = min(values) > 0 and max(values) > 10 * min(values)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
-        axes = figure.subplots()
-        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-        if logarithmic:
-            axes.set_yscale("log")
-            subs = (1, 2, 5) if max(values) < 1000 * min(values) else (1,)
-            axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=subs))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.minorticks_off()
-        ends = []
-        for i, (letter, points) in enumerate(curves.items()):
-            if not points:
-                continue
-            groups = np.array_split(np.array(points, float), min(POINTS, len(points)))
-            x, y = np.stack([group.mean(0) for group in groups]).T
-            low, high = ([bound(group[:, 1]) for group in groups] for bound in (min, max))
-            colour = f"#ff{ord(letter):04x}"
-            axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-            axes.plot(x, y, color=colour, linestyle=DASHES[i % len(DASHES)], linewidth=1.4,
-                      marker="o" if len(points) <= 20 else "", markersize=3)
-            ends.append(((x[-1], y[-1]), letter, colour))
-        # Each run's letter stands at the right, where its curve ends. Letters too close are pushed apart.
-        axes.autoscale_view()
-        to_axes = axes.transData - axes.transAxes
-        ends = sorted((to_axes.transform(end)[1], letter, colour) for end, letter, colour in ends)
-        height = -np.inf
-        for end, letter, colour in ends:
-            height = max(end, height + 0.08)
-            axes.text(1.02, height, letter, color=colour, weight="bold", va="center",
-                      transform=axes.transAxes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = file.getvalue().replace(INK, "currentColor")
-    svg = re.sub("#ff00(..)", lambda match: f"var(--{chr(int(match[1], 16))})", svg)
-    return Markup(svg[svg.index("<svg"):].strip()), logarithmic
-
-
-def pictures(runs: list[Run]) -> dict[str, dict[str, tuple[Markup, bool]]]:
-    """By heading and name: NLL while training of each kind of span, and of each file of --eval-data."""
-    held_out = {run.letter: held_out_points(run) for run in runs}
-    names = dict.fromkeys(name for points in held_out.values() for name in points)
-    sections = {
-        "NLL while training":
-            {kind: {run.letter: training_points(run, kind) for run in runs} for kind in SPANS},
-        "Held-out NLL while training":
-            {": ".join(name): {letter: points.get(name, []) for letter, points in held_out.items()}
-             for name in names}}
-    return {title: {name: picture(curves) for name, curves in section.items() if any(curves.values())}
-            for title, section in sections.items()}
+def print_table(title: str, rows: dict[str, dict], letters: list[str]) -> None:
+    """In columns, if they fit; otherwise the cells of each row below its label."""
+    columns = used_columns(rows, letters)
+    lines = [["", *columns]]
+    for label, row in rows.items():
+        texts = [" ".join(cell_texts(row.get(column, {"value": ""}), column)).strip() for column in columns]
+        lines.append([shorten(label, WIDTH - 1), *(shorten(text, WIDTH - 11) for text in texts)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"\n{shorten(title, WIDTH)}")
+    if sum(widths) + 2 * len(columns) < WIDTH:
+        for label, *texts in lines:
+            aligned = "".join(f"  {text:>{width}}" for text, width in zip(texts, widths[1:]))
+            print(f" {label:<{widths[0]}}{aligned}".rstrip())
+    else:
+        for label, *texts in lines[1:]:
+            print(f" {label}", *(f"    {column:<7}{text}" for column, text in zip(columns, texts)), sep="\n")
 
 
 # ---------------------------------------------------------------- the page
 
 
+def picture(points: dict[str, list[tuple[int, float]]]) -> Markup:
+    """NLL by step as inline SVG, a curve for each run's letter. A long curve is drawn as means of neighbours.
+    The page's style sheet sets the colour of the text. Only numbers of the runs and letters are drawn."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    style = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+             "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
+             **{f"{part}.color": GREY for part in ("xtick", "ytick", "grid")}, "axes.edgecolor": GREY}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(3.6, 2.3), layout="constrained")
+        axes = figure.subplots()
+        for letter, of_run in points.items():
+            i = ascii_uppercase.index(letter)
+            every = math.ceil(len(of_run) / POINTS)
+            groups = [of_run[start:start + every] for start in range(0, len(of_run), every)]
+            steps, nats = np.array([np.mean(group, 0) for group in groups]).T
+            axes.plot(steps, nats, label=letter, color=COLOURS[i % len(COLOURS)],
+                      linestyle=DASHES[i % len(DASHES)], marker="." if len(of_run) <= 20 else "")
+        axes.legend()
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True,
+                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    svg = file.getvalue()
+    return Markup(svg[svg.index("<svg"):])
+
+
 def shade(difference: float) -> str:
-    """The class of a token by its NLL minus the first run's: shade(-0.5) -> "better2"."""
-    level = sum(abs(difference) >= edge for edge in EDGES)
-    return f"{'better' if difference < 0 else 'worse'}{level}" if level else ""
+    """The background of a token by its NLL minus the first run's: blue for less, orange for more."""
+    colour = "30 120 190" if difference < 0 else "225 120 20"
+    return f"rgb({colour} / {min(abs(difference) / FULL, 1) * 65:.0f}%)"
 
 
 def visible(text: str) -> str:
-    """With marks for what cannot be seen: line breaks, tabs, lone spaces, parts of a character."""
-    if not text.strip(" "):
-        return "\u2423" * len(text) or "\u25cc"
-    return text.replace("\n", "\u21b5\n").replace("\t", "\u21e5\t").replace("\r", "\u240d")
-
-
-def token_spans(first: Response, other: Response) -> list[dict]:
-    """The spans of an example, each with both runs' mean NLL and its tokens as (text, both NLL or None)."""
-    pairs = [None, *zip(first.nll, other.nll)]      # nothing predicts the first token
-    out = []
-    for kind, group in groupby(zip(first.kinds, first.texts, pairs), key=lambda token: token[0]):
-        tokens = [(text, pair) for _, text, pair in group]
-        known = [pair for _, pair in tokens if pair]
-        out.append({"kind": KINDS[kind], "tokens": tokens, "means": np.mean(known, 0) if known else None})
-    return out
+    """With marks for a line break and for a token that only starts a character."""
+    return text.replace("\n", "↵\n") or "◌"
 
 
 def make_page(**content: object) -> str:
     """The template filled in. It escapes all text."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
                                      undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"texts": cell_texts, "visible": visible, "shade": shade}
-    return environment.get_template("compare.html.jinja").render(
-        **content, token_spans=token_spans, edges=EDGES)
+    environment.filters |= {"visible": visible, "shade": shade}
+    page = environment.get_template("compare.html.jinja").render(
+        **content, cell_texts=cell_texts, used_columns=used_columns, colours=COLOURS, full=FULL, zip=zip)
+    # Half a surrogate pair, which JSON can hold, cannot be written.
+    return page.encode("utf-8", "replace").decode()
 
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     notes: list[str] = []
     runs = [read_run(letter, name, notes) for letter, name in zip(ascii_uppercase, args.runs)]
-    facts = read_results(runs, args.results, notes)
+    cells, results = run_cells(runs), read_results(runs, args.results, notes)
     responses, examples = {}, []
     if args.prompts or args.data:
         examples = read_examples(args.prompts or args.data[0], args.answers)
         if finished := [run for run in runs if run.final]:
             result, responses = ask_checkpoints(finished, examples, args, start_ranks(args), notes)
-            facts = read_result(result, Path("--data"), runs) + facts
+            cells |= result_cells(result, "--data", runs)
     if not is_main():
         return
-    facts = [*configuration(runs), *training(runs), *last_evaluations(runs), *facts]
-    tables = make_tables(runs, facts, notes)
-    page = make_page(runs=runs, notes=notes, tables=tables, pictures=pictures(runs), examples=examples,
-                     responses=responses)
-    # Half a surrogate pair, which JSON can hold, cannot be written.
-    write_text(args.output, page.encode("utf-8", "replace").decode())
+    letters = [one.letter for one in runs]
+    tables = make_tables(cells | results, letters)
+    pictures = {name: picture(points) for name, points in curves(runs).items()}
+    page = make_page(runs=runs, letters=letters, notes=notes, tables=tables, pictures=pictures,
+                     examples=examples, responses=responses)
+    write_text(args.output, page)
     for one in runs:
         print(f"{one.letter}  {shorten(str(one.folder), WIDTH - 4)}")
-    for table in tables:
-        print_table(table, [one.letter for one in runs])
+    for title, rows in tables.items():
+        print_table(title, rows, letters)
     print()
     for note in notes:
-        print(textwrap.fill(f"note: {shorten(note, len(note))}", WIDTH, subsequent_indent="  ",
-                            break_on_hyphens=False, break_long_words=False))
+        print(f"note: {shorten(note, len(note))}")
     print(f"{args.output} is the page")
-    result = {"runs": {one.letter: str(one.folder) for one in runs},
-              "tables": [asdict(table) for table in tables], "notes": notes}
+    result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
     write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
 
 

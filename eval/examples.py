@@ -2,47 +2,44 @@
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import torch
 
-from chat import read_records, render, tokenize
-from runtime.tokenizer import Tokenizer
-from eval.common import Loaded, gather, progress
+from chat import KINDS, read_records, render, tokenize
+from eval.common import Loaded, progress
 from eval.generate import Text, generate
 from kernels.head import nll
-from runtime.distributed import rank, world_size
+from runtime.tokenizer import Tokenizer
 
 
 @dataclass
 class Example:
     where: str                  # file and line
     messages: list[dict]
-    question: list[dict]        # all messages, without the last one if that is an answer
-    expected: str | None        # that answer
+    question: list[dict]        # the messages without the last one, if that is an answer
 
 
 @dataclass
 class Response:
-    """What one checkpoint makes of an example. Token t has the NLL nll[t - 1]; nothing predicts the first."""
-    answer: str | None          # None if the example has no question
-    cut: bool                   # the answer had not ended after --max-new-tokens
-    ids: list[int]
-    kinds: list[int]
-    texts: list[str]            # the text that each token adds: "" until a character is complete
-    nll: list[float]            # nats
+    """What one checkpoint makes of an example."""
+    answer: str
+    cut: bool                                       # the answer had not ended after --max-new-tokens
+    ids: list[int]                                  # of the whole record
+    tokens: list[tuple[str, str, float | None]]     # their kinds of span, texts and NLL in nats (the first
+    #                                                 has none, since nothing predicts it)
 
 
 def read_examples(file: str, count: int) -> list[Example]:
-    """The first `count` records of a file. ValueError if it has none."""
+    """The first `count` records of a file that have a question. ValueError if it has none."""
     examples = []
-    for messages, line in islice(read_records(file), count):
-        answered = messages[-1]["role"] == "assistant"
-        question = messages[:-1] if answered else messages
-        expected = messages[-1]["content"] if answered else None
-        examples.append(Example(f"{file}:{line}", messages, question, expected))
+    for messages, line in read_records(file):
+        if len(examples) == count:
+            break
+        question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+        if question:
+            examples.append(Example(f"{file}:{line}", messages, question))
     if count and not examples:
-        raise ValueError(f"{file}: has no records")
+        raise ValueError(f"{file}: has no record with a question")
     return examples
 
 
@@ -58,37 +55,30 @@ def token_nll(loaded: Loaded, ids: list[int]) -> list[float]:
 
 
 def token_texts(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
-    """The text that each token adds, including special tokens."""
+    """The text that each token adds, including special tokens: "" until a character is complete."""
     text = Text(tokenizer)
     text.decode = partial(tokenizer.decode, skip_special_tokens=False)
     return [text.add(token) for token in ids]
 
 
 def respond(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Response]:
-    """A response to each example; the ranks share the work. ValueError if the template refuses a record."""
-    indices, prompts, responses = range(rank(), len(examples), world_size()), {}, []
-    for i in indices:
-        example = examples[i]
+    """A response to each example. ValueError if the template refuses a record."""
+    tokenizer, template = loaded.tokenizer, loaded.template
+    records, prompts = [], []
+    for example in examples:
         try:
-            ids, kinds = tokenize(render(example.messages, loaded.template), loaded.tokenizer)
-            if example.question:
-                prompts[i] = tokenize(render(example.question, loaded.template, add_generation_prompt=True),
-                                      loaded.tokenizer)[0]
+            records.append(tokenize(render(example.messages, template), tokenizer))
+            prompt = render(example.question, template, add_generation_prompt=True)
+            prompts.append(tokenize(prompt, tokenizer)[0])
         except ValueError as error:
             raise ValueError(f"{example.where}: {error}") from None
-        ids, kinds = ids[:args.max_length], kinds[:args.max_length]
-        losses = token_nll(loaded, ids) if len(ids) > 1 else []
-        responses.append(Response(None, False, ids, kinds, token_texts(loaded.tokenizer, ids), losses))
-    bar = partial(progress, total=len(prompts), unit="answer")
-    outputs = {}
-    if prompts:
-        with loaded.autocast:
-            generated = generate(loaded.engine, list(prompts.values()), loaded.stop_ids, args.max_new_tokens,
-                                 progress=bar)
-        outputs = dict(zip(prompts, generated))
-    for i, response in zip(indices, responses):
-        if i in outputs:
-            response.answer = loaded.answer(outputs[i])
-            response.cut = len(outputs[i]) == args.max_new_tokens
-    gathered = gather(list(zip(indices, responses)))
-    return [response for _, response in sorted(gathered, key=lambda pair: pair[0])]
+    with loaded.autocast:
+        outputs = generate(loaded.engine, prompts, loaded.stop_ids, args.max_new_tokens,
+                           progress=partial(progress, total=len(prompts), unit="answer"))
+    responses = []
+    for (ids, kinds), output in zip(records, outputs):
+        ids = ids[:args.max_length]
+        losses = [None, *(token_nll(loaded, ids) if len(ids) > 1 else ())]
+        tokens = list(zip([KINDS[kind] for kind in kinds], token_texts(tokenizer, ids), losses))
+        responses.append(Response(loaded.answer(output), len(output) == args.max_new_tokens, ids, tokens))
+    return responses
