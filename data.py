@@ -62,6 +62,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def without_completion(self) -> int:
+        """How many examples have no completion target."""
+        return int((self.counts[:, COMPLETION] == 0).sum())
+
     def where(self, example: int) -> str:
         """FILE:LINE of an example's record."""
         file, line = self.origins[example]

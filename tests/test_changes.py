@@ -145,7 +145,7 @@ def test_a_regulariser(copy):
     copy.edit("train.py", "    # optimization; the paper's values\n",
               "    z_weight: float = flag(0.0, \"adds this times the squared log-normalizer\", least=0)\n"
               "    # optimization; the paper's values\n")
-    copy.edit("train.py", "span_weights, sums_by_kind\n", "span_weights, sums_by_kind, z_loss\n")
+    copy.edit("train.py", "step_record, sums_by_kind)\n", "step_record, sums_by_kind, z_loss)\n")
     copy.edit("train.py", "    if log_untrained:",
               "    if config.z_weight:\n"
               "        statistics[\"z\"] = z_loss(hidden[trained], head, batch.coefficients[trained])\n"
