@@ -109,11 +109,11 @@ def test_a_chat_template(copy):
 
 def test_packing(copy):
     assert run_here(arguments(copy.data, "packed", max_steps=3, micro_batch_tokens=200)) == 0
-    copy.edit("data.py", "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n",
+    copy.edit("data.py", "    per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))\n",
               "    if len(examples) % world_size == 0:\n"
               "        return [[examples[i:i + 1] for i in range(rank, len(examples), world_size)]\n"
               "                for rank in range(world_size)]\n"
-              "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n")
+              "    per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))\n")
     copy.run(dict(out="apart", micro_batch_tokens=200))
     assert [step["tokens"] for step in copy.metrics("apart")] == [
         step["tokens"] for step in copy.metrics("packed")]
