@@ -219,7 +219,7 @@ FAULTS = [
                           ("date", "template.date if template.uses_date else None"),
                           ("code", "_hash(\"\".join(_file_hash(file) for file in CODE))"))),
     fault("damaged-cache", "a damaged token cache is mapped", "data.py",
-          "            _move_away(folder, part.with_suffix(\".old.part\"), str(error))\n", "",
+          "            _move_away(folder, unfinished.with_suffix(\".old.part\"), str(error))\n", "",
           "faults::a_damaged_token_cache_is_made_anew",
           "faults::a_damaged_token_cache_that_cannot_be_replaced_is_never_trained_on"),
     fault("other-examples", "IM trains on what IT leaves out", "data.py", "        if require_completion:\n",

@@ -169,6 +169,18 @@ def test_the_optimizer(copy):
     assert difference(copy.weights("resumed"), copy.weights("whole")) == 0
 
 
+def test_the_schedule_and_which_spans_count(copy):
+    copy.edit("train.py", '"constant": 1.0}', '"constant": 1.0, "half": 0.5}')
+    copy.edit("train.py", 'choices=("linear", "cosine", "constant")',
+              'choices=("linear", "cosine", "constant", "half")')
+    copy.edit("loss.py", '    "lm": {TEMPLATE', '    "questions": {INSTRUCTION: 1.0},\n    "lm": {TEMPLATE')
+    copy.run(dict(out="new", schedule="half", warmup_ratio=0, loss="questions", lr=0.01))
+    for step in copy.metrics("new"):
+        assert step["lr"] == 0.005
+        assert step["loss"] == pytest.approx(step["nll_instruction"], rel=1e-5)
+    assert step["trained_tokens"] < step["tokens"]
+
+
 def test_a_weight_by_message(copy):
     copy.edit("chat.py", '"completion", "context")', '"completion", "context", "light")')
     copy.edit("chat.py", "COMPLETION, CONTEXT = range", "COMPLETION, CONTEXT, LIGHT = range")
