@@ -32,13 +32,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from chat import TEMPLATES, Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
 from eval.generate import answer_records
-from eval.spans import example_sums, summary
+from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
 from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
                   step_record, sums_by_kind)
@@ -396,19 +395,15 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
              total_steps: int) -> tuple[dict, list[dict]]:
     """Held-out NLL by file and kind, and at both ends of the run exact matches of answers: what rank 0 adds
     to eval.jsonl, and the answers. All ranks call."""
-    device = model.head_weight.device
-    result: dict = {"step": step, "data": {}, "contents": {name: x.content for name, x in eval_sets.items()}}
     answers: list[dict] = []
-    with autocast(config, device):
-        for name, dataset in eval_sets.items():
-            bar = partial(tqdm, desc=f"evaluating on {name}", leave=False, disable=not shows_progress())
-            capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
-            sums = example_sums(model, dataset, capacity, device, rank(), world_size(), bar)
-            result["data"][name] = summary(sums, dataset.counts)
+    with autocast(config, model.head_weight.device):
+        sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
         if config.eval_generate and step in (0, total_steps) and is_main():
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
                                      config.eval_generate)
     release(model)
+    result = {"step": step, "data": {name: summary(sums[name], x.counts) for name, x in eval_sets.items()},
+              "contents": {name: x.content for name, x in eval_sets.items()}}
     if answers:
         result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
     if is_main():
