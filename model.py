@@ -4,18 +4,17 @@
     hidden = model(ids, positions, cu_seqlens)                          # (N, C), before the head
 
 Covers Llama 1 to 3.2, TinyLlama, SmolLM2, Mistral without a sliding window, Qwen2, Qwen2.5 and dense Qwen3.
-What a config.json asks for beyond that is refused by name. Two things differ from the usual way: there is no
-batch dimension, a micro-batch is one row of documents laid end to end; and the model stops at the last hidden
-states, because the loss needs the head for some rows only. Parameters have Hugging Face's names, so loading
-needs no map. Training, evaluation and generation all run these modules: whoever changes one changes it
-everywhere.
+runtime/model_config.py refuses by name what a config.json asks for beyond that. Two things differ from the
+usual way: there is no batch dimension, a micro-batch is one row of documents laid end to end; and the model
+stops at the last hidden states, because the loss needs the head for some rows only. Parameters have Hugging
+Face's names, so loading needs no map. Training, evaluation and generation all run these modules: whoever
+changes one changes it everywhere.
 
 Shapes: N packed tokens, C width, H query heads, G key/value heads, D head size, V vocabulary,
 F feed-forward width.
 """
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, varlen_attention, varlen_fault
 from kernels.layers import linears, rms_norm, rotate, swiglu
-from runtime.files import read_json
-from runtime.weights import (DTYPE_NAMES, EMBEDDING, HEAD, Stored, checkpoint_tensors, equal, fill, match,
-                             warn_once, what_else)
+from runtime.model_config import ModelConfig, read_config
+from runtime.weights import DTYPE_BY_NAME, EMBEDDING, Stored, fill, match
 
 # (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D). Generation brings its own, with a cache.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -47,7 +45,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: "ModelConfig", layer: int):
+    """Causal self-attention within documents. x: (N, C); cos, sin: (N, 1, D / 2) -> (N, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
@@ -55,8 +55,10 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, keys, config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, keys, config.qkv_bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, config.o_bias)
-        norm = (lambda: RMSNorm(self.head_dim, config.rms_norm_eps)) if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         # linears(x, a, b) is [a(x), b(x)], without keeping the output of a norm for the backward pass.
@@ -65,17 +67,17 @@ class Attention(nn.Module):
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         return self.o_proj(self.attend(attend, q, k, v).flatten(1))             # (N, C)
 
-    # Documents change with every batch, so there is nothing to compile once. And compiled code must not read
-    # the layer's number: it would be compiled once for each layer, and no longer after the eighth.
+    # Not compiled: document lengths change with every batch. Compiled code would also specialize on
+    # self.layer, so it would compile once per layer and stop at eight.
     @torch.compiler.disable
     def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(self.layer, q, k, v)
 
 
 class MLP(nn.Module):
-    """down(silu(gate(x)) * up(x)): SwiGLU (Shazeer 2020)."""
+    """down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020). x: (N, C) -> (N, C)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
@@ -83,11 +85,14 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = linears(x, self.gate_proj, self.up_proj)                     # (N, F) each
+        # linears() even for one module, so that swiglu's output is not kept for the backward pass.
         return linears(swiglu(gate, up), self.down_proj)[0]
 
 
 class Layer(nn.Module):
-    def __init__(self, config: "ModelConfig", layer: int):
+    """x + attention(norm(x)), then x + mlp(norm(x)). x: (N, C); cos, sin: (N, 1, D / 2) -> (N, C)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -100,7 +105,9 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: "ModelConfig"):
+    """Embedding, layers and last norm under the names of Hugging Face's files; Llama.forward() runs them."""
+
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """model(ids, positions, cu_seqlens) -> hidden states (N, C), to be multiplied with head_weight (V, C)."""
 
-    def __init__(self, config: "ModelConfig"):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
@@ -136,7 +143,9 @@ class Llama(nn.Module):
         config = self.config
         fault = varlen_fault(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
         self.varlen = not fault
-        return fault and f"varlen_attn is not used: {fault}; the slower plain attention is"
+        if fault:
+            return f"varlen_attn is not used: {fault}; the slower plain attention is"
+        return ""
 
     def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> Attend:
         """The attention of a packed row with these documents, as layers call it."""
@@ -166,7 +175,7 @@ class Llama(nn.Module):
         return self.model.norm(x)
 
 
-def rope_frequencies(config: "ModelConfig") -> Tensor:
+def rope_frequencies(config: ModelConfig) -> Tensor:
     """(D / 2,) fp32 angles in radians per position (Su et al. 2021, eq. 15). `linear` is position
     interpolation (Chen et al. 2023); `llama3` slows the low frequencies down and blends towards the high ones
     (Llama 3.1's release)."""
@@ -184,7 +193,7 @@ def rope_frequencies(config: "ModelConfig") -> Tensor:
     return frequencies
 
 
-def parameter_count(config: "ModelConfig") -> int:
+def parameter_count(config: ModelConfig) -> int:
     """The number of weights of Llama(config); a tied head counts once."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(config).parameters())
@@ -203,187 +212,7 @@ def init_weights(model: Llama, seed: int) -> None:
             nn.init.normal_(parameter, 0.0, model.config.initializer_range, generator)
 
 
-# ---------------------------------------------------------------- config.json
-
-# What it means if a field is absent from config.json, where families differ (transformers' config classes).
-# null is different: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.
-FAMILIES = {
-    "llama": dict(),
-    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
-    "qwen2": dict(num_key_value_heads=32, sliding_window=4096),
-    "qwen3": dict(num_key_value_heads=32, head_dim=128, sliding_window=4096),
-}
-# Fields that change what the model computes, with the only values that are implemented.
-ONLY = {
-    "hidden_act": ("silu",), "quantization_config": (None,), "attention_dropout": (0,),
-    "partial_rotary_factor": (1,), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
-    "dual_chunk_attention_config": (None,), "add_cross_attention": (None, False),
-    "rope_interleaved": (None, False), "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1), "auto_map": (None,), "transformers_weights": (None,),
-}
-# What a field must be, in words and as a check. In Python true is a number, and JSON may hold NaN.
-COUNT = "a whole number above 0", lambda x: type(x) is int and x > 0
-WHOLE = "a whole number, 0 or more", lambda x: type(x) is int and x >= 0
-POSITIVE = "a finite number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf
-FLAG = "true or false", lambda x: type(x) is bool
-TEXT = "text", lambda x: type(x) is str
-TEXTS = "a list of text", lambda x: type(x) is list and all(type(each) is str for each in x)
-OBJECT = "an object", lambda x: type(x) is dict
-
-
-class _Fields:
-    """The fields of a JSON object; null means absent. Called with a field's name and what it must be, returns
-    the value, or default if it is absent. ValueError names the field, its value and what it must be."""
-
-    def __init__(self, values: dict, inside: str = ""):
-        self.values = {name: value for name, value in values.items() if value is not None}
-        self.inside = inside    # "rope_scaling." for the fields of that object
-
-    def __call__(self, name: str, must_be: tuple[str, Callable[[object], bool]], default: object = None
-                 ) -> object:
-        if name not in self.values:
-            return default
-        words, fits = must_be
-        if not fits(self.values[name]):
-            raise ValueError(f"config.json: {self.inside}{name} is {self.values[name]!r}; it must be {words}")
-        return self.values[name]
-
-    def need(self, names: Sequence[str], why: str = "") -> None:
-        """ValueError that lists which of these fields are absent."""
-        if missing := [name for name in names if name not in self.values]:
-            raise ValueError(f"config.json: {why}{', '.join(self.inside + name for name in missing)} missing")
-
-    def refuse(self, only: dict[str, tuple]) -> None:
-        """ValueError for a field with a value that is not implemented."""
-        for name, allowed in only.items():
-            value = self.values.get(name, allowed[0])
-            # In Python True == 1.
-            if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
-                       for each in allowed):
-                raise ValueError(f"config.json: {self.inside}{name} = {value!r} is not implemented, "
-                                 f"only {allowed[0]!r}")
-
-
-@dataclass
-class ModelConfig:
-    """The fields of config.json that the model needs; raw: all of it, written back when saving."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    tie_word_embeddings: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    rope: dict              # rope_type, rope_theta and what the type needs
-    max_position_embeddings: int | None     # tokens; None: config.json does not say
-    initializer_range: float                # of weights for training from scratch
-    raw: dict = field(repr=False)
-
-    @classmethod
-    def from_dict(cls, raw: dict) -> "ModelConfig":
-        """From config.json's content. ValueError names a field that is missing, of a wrong kind, or asks for
-        something that is not implemented."""
-        if not isinstance(raw, dict):
-            raise ValueError(f"config.json: must be a JSON object, not {type(raw).__name__}")
-        family = _Fields(raw)("model_type", TEXT)
-        if family not in FAMILIES:
-            raise ValueError(f"config.json: model_type {family!r} is not implemented; those that are: "
-                             f"{', '.join(FAMILIES)}")
-        get = _Fields({**FAMILIES[family], **raw})
-        get.refuse(ONLY)
-        get.need(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                  "num_attention_heads"))
-        hidden, layers = get("hidden_size", COUNT), get("num_hidden_layers", COUNT)
-        heads, longest = get("num_attention_heads", COUNT), get("max_position_embeddings", COUNT)
-        _refuse_sliding_window(get, family, layers, longest)
-        kv_heads = get("num_key_value_heads", COUNT, heads)
-        head_dim = get("head_dim", COUNT, hidden // heads)
-        if heads % kv_heads or head_dim % 2 or not head_dim:
-            raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
-                             f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
-        attention_bias = get("attention_bias", FLAG, False)
-        return cls(
-            vocab_size=get("vocab_size", COUNT), hidden_size=hidden,
-            intermediate_size=get("intermediate_size", COUNT), num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
-            rms_norm_eps=float(get("rms_norm_eps", POSITIVE, 1e-6)),
-            tie_word_embeddings=get("tie_word_embeddings", FLAG, False),
-            qkv_bias={"mistral": False, "qwen2": True}.get(family, attention_bias),
-            o_bias=attention_bias and family in ("llama", "qwen3"),
-            mlp_bias=get("mlp_bias", FLAG, False) and family == "llama", qk_norm=family == "qwen3",
-            rope=_rope(get), max_position_embeddings=longest,
-            initializer_range=float(get("initializer_range", POSITIVE, 0.02)), raw=raw)
-
-
-def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int | None) -> None:
-    """ValueError if a layer's attention has a window shorter than the model's context."""
-    window = get("sliding_window", COUNT) if get("use_sliding_window", FLAG, family == "mistral") else None
-    # In Qwen's models the window starts at this layer, which may not exist.
-    if family in ("qwen2", "qwen3") and get("max_window_layers", WHOLE, 28) >= layers:
-        window = None
-    others = sorted(set(get("layer_types", TEXTS, [])) - {"full_attention"})
-    if (window and window < (longest or math.inf)) or others:
-        raise ValueError(f"config.json: sliding_window = {window}, layer_types {others}: a sliding window is "
-                         "not implemented; if no document is longer than the window, set sliding_window to "
-                         "null")
-
-
-def _rope(get: _Fields) -> dict:
-    """RoPE's type and parameters, from the old fields (rope_theta, rope_scaling with `type` or `rope_type`)
-    or the new one (rope_parameters). If there are both, rope_scaling counts, as in transformers."""
-    objects = {name: get(name, OBJECT) for name in ("rope_scaling", "rope_parameters")}
-    name = next((name for name in objects if objects[name]), "rope_parameters")
-    values = objects[name] or {}
-    inner = _Fields(values, f"{name}.")
-    inner.refuse({"partial_rotary_factor": (1,)})
-    if nested := [key for key, value in values.items() if isinstance(value, dict)]:
-        raise ValueError(f"config.json: {name}.{nested[0]}: RoPE by kind of layer is not implemented")
-    rope = {"rope_type": inner("rope_type", TEXT, inner("type", TEXT, "default")),
-            "rope_theta": inner("rope_theta", POSITIVE, get("rope_theta", POSITIVE, 10000.0))}
-    kinds = {"default": {}, "linear": dict(factor=POSITIVE),
-             "llama3": dict(factor=POSITIVE, low_freq_factor=POSITIVE, high_freq_factor=POSITIVE,
-                            original_max_position_embeddings=COUNT)}
-    if rope["rope_type"] not in kinds:
-        raise ValueError(f"config.json: RoPE type {rope['rope_type']!r} is not implemented; those that are: "
-                         f"{', '.join(kinds)}")
-    needs = kinds[rope["rope_type"]]
-    inner.need(tuple(needs), f"RoPE type {rope['rope_type']!r}: ")
-    rope.update({key: inner(key, must_be) for key, must_be in needs.items()})
-    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
-        raise ValueError(f"config.json: {name}.low_freq_factor is {rope['low_freq_factor']}; it must be less "
-                         f"than high_freq_factor, {rope['high_freq_factor']}")
-    return rope
-
-
 # ---------------------------------------------------------------- checkpoint folders
-
-
-def read_config(folder: str | Path) -> ModelConfig:
-    """config.json of a checkpoint folder. A head that differs from the embedding stays untied, whatever
-    config.json says, as in transformers. ValueError if the file is missing, broken or not implemented."""
-    folder = Path(folder)
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file; {what_else(folder)}")
-    raw = read_json(file)
-    try:
-        config = ModelConfig.from_dict(raw)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
-    if config.tie_word_embeddings:
-        stored = checkpoint_tensors(folder)
-        embedding, head = stored.get(EMBEDDING), stored.get(HEAD)
-        if embedding and head and not equal(embedding, head):
-            warn_once(f"{folder}: config.json says tie_word_embeddings, but {HEAD} differs from {EMBEDDING}: "
-                      "the head is trained and saved on its own, with tie_word_embeddings false")
-            config = replace(config, tie_word_embeddings=False, raw={**raw, "tie_word_embeddings": False})
-    return config
 
 
 def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]:
@@ -395,7 +224,7 @@ def stored_weights(folder: str | Path, config: ModelConfig) -> dict[str, Stored]
 
 
 def load_model(folder: str | Path, device: torch.device | str = "cpu",
-               divide: Callable[["Llama"], None] | None = None) -> Llama:
+               divide: Callable[[Llama], None] | None = None) -> Llama:
     """The model that config.json describes, with the folder's weights as fp32 parameters. divide: called with
     the model before it has weights, to divide it among ranks (distributed.shard); each rank then reads its
     rows only. Weights are read a piece at a time, so memory stays near what the parameters need. ValueError
@@ -407,7 +236,7 @@ def load_model(folder: str | Path, device: torch.device | str = "cpu",
     if divide:
         divide(model)
     model.to_empty(device=device)
-    model.source_dtype = DTYPE_NAMES[stored[EMBEDDING].dtype]
+    model.source_dtype = DTYPE_BY_NAME[stored[EMBEDDING].dtype]
     for name, parameter in model.named_parameters():
         fill(parameter, stored[name])
     return model

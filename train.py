@@ -41,7 +41,7 @@ from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
 from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
                   step_record, sums_by_kind)
-from model import Llama, ModelConfig, load_model, parameter_count, read_config, stored_weights
+from model import Llama, load_model, parameter_count, stored_weights
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
@@ -50,6 +50,7 @@ from runtime.flags import flag, flag_name, given_flags
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
 from runtime.machine import keep_freed_memory, peak_memory_mb
+from runtime.model_config import ModelConfig, read_config
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
                             show_answers)
 from runtime.tokenizer import write_tokenizer

@@ -35,6 +35,7 @@ from chat import COMPLETION, INSTRUCTION, KINDS
 from data import Dataset
 from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
 from runtime.machine import keep_freed_memory, peak_memory_mb
+from runtime.model_config import ModelConfig, read_config
 from runtime.weights import resolve_model
 
 ATTENTION, NORMS, PROJECTIONS, MLP = "attention kernels", "norms and RoPE", "attention projections", "MLP"
@@ -66,7 +67,7 @@ def training(config: train.Config, document: int = 0) -> tuple[model_module.Llam
     device = join_ranks(config.device)
     if document:
         folder = resolve_model(config.model)
-        dataset = synthetic(4 * config.batch_size, document, model_module.read_config(folder).vocab_size)
+        dataset = synthetic(4 * config.batch_size, document, read_config(folder).vocab_size)
         usable = np.arange(len(dataset))
     else:
         source = train.open_source(config)
@@ -113,7 +114,7 @@ def speed(config: train.Config, args: argparse.Namespace) -> dict:
 def limit(config: train.Config, args: argparse.Namespace) -> dict:
     """Outputs are allocated as the real step allocates them."""
     keep_freed_memory()
-    device, shape = join_ranks(config.device), model_module.read_config(resolve_model(config.model))
+    device, shape = join_ranks(config.device), read_config(resolve_model(config.model))
     with torch.device("meta"):
         linears = [module.weight.shape for name, module in model_module.Llama(shape).named_modules()
                    if isinstance(module, torch.nn.Linear) and name != "lm_head"]
@@ -170,7 +171,7 @@ def mark(model: model_module.Llama) -> None:
     train.weighted_nll = wrapped(train.weighted_nll, HEAD)
 
 
-def by_shapes(event: object, shape: model_module.ModelConfig) -> str | None:
+def by_shapes(event: object, shape: ModelConfig) -> str | None:
     """The part that the matrix products inside an event belong to, by the sizes that they were given."""
     sizes: set[int] = set()
     events = [event]
@@ -185,7 +186,7 @@ def by_shapes(event: object, shape: model_module.ModelConfig) -> str | None:
     return MLP if shape.intermediate_size in sizes else HEAD if shape.vocab_size in sizes else PROJECTIONS
 
 
-def part_of(event: object, around: tuple[str, str], shape: model_module.ModelConfig) -> tuple[str, str]:
+def part_of(event: object, around: tuple[str, str], shape: ModelConfig) -> tuple[str, str]:
     """(part, direction) of an event and of what is inside it, unless that says otherwise. around: those of
     the event that it is in."""
     if event.name.startswith("part:"):

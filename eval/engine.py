@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.layers import compute_dtype
-from model import Llama, ModelConfig
+from model import Llama
+from runtime.model_config import ModelConfig
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next

@@ -7,8 +7,9 @@ first layer; and when it ends at the embeddings. What the allocator wastes is no
 import numpy as np
 import torch
 
-from kernels.head import CACHED_LOGITS, CHUNK_LOGITS, WORDS
-from model import ModelConfig, parameter_count
+from kernels.head import CACHED_LOGITS, CHUNK_LOGITS, HEAD_ROWS
+from model import parameter_count
+from runtime.model_config import ModelConfig
 
 
 def packing(plan: list[list[list[np.ndarray]]], lengths: np.ndarray, counts: np.ndarray, trained: np.ndarray
@@ -56,7 +57,7 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     pair = logits(packed["trained"], 2)
     exact = 0 if not cast else 4 * (pair if cuda else min(pair, 2 * CACHED_LOGITS))
     loss = max(
-        size * (pair + min(WORDS, vocabulary) * width) + exact,     # logits, a part of the head's gradient
+        size * (pair + min(HEAD_ROWS, vocabulary) * width) + exact,    # logits, rows of the head's gradient
         (size + 2 * 4) * logits(packed["other"], 1),                # the NLL of other spans, in fp32
         reference * ((2 * size + 8 * 4) * logits(packed["trained"], 1) + 4 * head))     # log p, log q, p, ...
 

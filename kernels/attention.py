@@ -35,9 +35,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
 TILE, TILE_SCORES = 128, 2**23
 
 
-class _Rows(NamedTuple):
-    """Where the vectors of a group, by (document, head, place), are in (N * heads, D). Documents shorter than
-    the group's longest are padded with vector 0."""
+class _Indices(NamedTuple):
+    """Where the vectors of a bucket, by (document, head, place), are in (N * heads, D). Documents shorter
+    than the bucket's longest are padded with vector 0."""
     source: Tensor          # (B * heads * L,) indices
     real: Tensor | None     # those of them that are not padding; None: all
     padding: Tensor | None
@@ -47,47 +47,61 @@ class _Rows(NamedTuple):
 
     def scatter(self, x: Tensor, out: Tensor) -> None:
         """Write x, (B * heads * L, D), to its places in out, (N, heads, D), without the padding."""
-        x, rows = x.reshape(-1, x.shape[-1]).to(out.dtype), self.source
+        x, places = x.reshape(-1, x.shape[-1]).to(out.dtype), self.source
         if self.real is not None:
-            x, rows = x.index_select(0, self.real), rows.index_select(0, self.real)
-        out.view(-1, out.shape[-1]).index_copy_(0, rows, x)
+            x, places = x.index_select(0, self.real), places.index_select(0, self.real)
+        out.view(-1, out.shape[-1]).index_copy_(0, places, x)
 
 
 def _by_length(lengths: Sequence[int]) -> list[list[int]]:
-    """Group documents so that padding each group to its longest makes no document more than a quarter longer,
-    or 16 tokens. [100, 20, 90, 28] -> [[1, 3], [2, 0]]"""
-    groups: list[list[int]] = []
+    """Sort documents into buckets so that padding each bucket to its longest makes no document more than a
+    quarter longer, or 16 tokens. [100, 20, 90, 28] -> [[1, 3], [2, 0]]"""
+    buckets: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and lengths[i] <= max(1.25 * lengths[groups[-1][0]], lengths[groups[-1][0]] + 16):
-            groups[-1].append(i)
+        if buckets and lengths[i] <= max(1.25 * lengths[buckets[-1][0]], lengths[buckets[-1][0]] + 16):
+            buckets[-1].append(i)
         else:
-            groups.append([i])
-    return groups
+            buckets.append([i])
+    return buckets
 
 
 # Every layer asks for the same, forward and backward.
 @lru_cache(maxsize=4)
-def _groups(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device
-            ) -> list[tuple[int, int, _Rows, _Rows]]:
-    """Documents of similar length: how many, the longest, the rows of their queries and of their keys."""
+def _length_buckets(lengths: tuple[int, ...], heads: int, key_heads: int, device: torch.device
+                    ) -> list[tuple[int, int, _Indices, _Indices]]:
+    """Documents of similar length: how many, the longest, the indices of their queries and of their keys."""
     starts, out = torch.tensor([0, *lengths]).cumsum(0), []
     for similar in _by_length(lengths):
         longest = lengths[similar[-1]]
         most = max(1, TILE_SCORES // (heads * min(TILE, longest) * longest))
-        for group in (similar[i:i + most] for i in range(0, len(similar), most)):
+        for bucket in (similar[i:i + most] for i in range(0, len(similar), most)):
             places = torch.arange(longest)                                      # (L,)
-            is_real = places < torch.tensor([lengths[i] for i in group])[:, None]           # (B, L)
-            tokens = torch.where(is_real, starts[group][:, None] + places, 0)   # (B, L)
-            rows = []
+            is_real = places < torch.tensor([lengths[i] for i in bucket])[:, None]          # (B, L)
+            tokens = torch.where(is_real, starts[bucket][:, None] + places, 0)  # (B, L)
+            indices = []
             for n in (heads, key_heads):
                 source = tokens[:, None] * n + torch.arange(n)[:, None]         # (B, n, L)
                 real = is_real[:, None].expand_as(source).flatten()
-                parts = (None, None)
+                real_and_padding = (None, None)
                 if not real.all():
-                    parts = (x.nonzero().squeeze(1).to(device) for x in (real, ~real))
-                rows.append(_Rows(source.flatten().to(device), *parts))
-            out.append((len(group), longest, *rows))
+                    real_and_padding = (x.nonzero().squeeze(1).to(device) for x in (real, ~real))
+                indices.append(_Indices(source.flatten().to(device), *real_and_padding))
+            out.append((len(bucket), longest, *indices))
     return out
+
+
+def _bucket_tensors(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple]:
+    """Each bucket's queries (B * G, R, L, D), scaled, keys and values (B * G, L, D), the bounds of its tiles,
+    and the indices of its queries and keys."""
+    key_heads, size = k.shape[1:]
+    for bucket in _length_buckets(lengths, q.shape[1], key_heads, q.device):
+        documents, longest, query_indices, key_indices = bucket
+        queries = query_indices.gather(q).mul_(size ** -0.5).view(documents * key_heads, -1, longest, size)
+        keys, values = (key_indices.gather(x).view(-1, longest, size) for x in (k, v))
+        # Tiles of equal size.
+        tile_size = -(-longest // -(-longest // TILE))
+        tiles = [(i, min(i + tile_size, longest)) for i in range(0, longest, tile_size)]
+        yield queries, keys, values, tiles, query_indices, key_indices
 
 
 def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
@@ -106,7 +120,7 @@ class _TiledAttention(torch.autograd.Function):
 
     Padding follows a document's end, where no causal query of the document looks, so it needs no mask; what
     the padding itself attends to is thrown away, and its gradient is zero. The weights are recomputed in the
-    backward pass. Shapes: B documents of a group, L the longest, T queries of a tile, R = H / G query heads
+    backward pass. Shapes: B documents of a bucket, L the longest, T queries of a tile, R = H / G query heads
     for each key head. On a CPU this takes a half to a fifth of the time of PyTorch's fused kernel, document
     by document (bench.attention).
     """
@@ -116,36 +130,24 @@ class _TiledAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.lengths = lengths
         out = torch.empty_like(q)
-        for queries, keys, values, tiles, query_rows, _ in _TiledAttention.groups(q, k, v, lengths):
+        for queries, keys, values, tiles, query_indices, _ in _bucket_tensors(q, k, v, lengths):
             results = torch.empty_like(queries)
             for start, end in tiles:
                 tile = queries[:, :, start:end]
                 weights = _causal_weights(tile, keys[:, :end], start)
                 results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(tile)
-            query_rows.scatter(results, out)
+            query_indices.scatter(results, out)
         return out
-
-    @staticmethod
-    def groups(q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Iterator[tuple]:
-        """Each group's queries (B * G, R, L, D), scaled, keys and values (B * G, L, D), the bounds of its
-        tiles and its rows."""
-        key_heads, size = k.shape[1:]
-        for documents, longest, query_rows, key_rows in _groups(lengths, q.shape[1], key_heads, q.device):
-            queries = query_rows.gather(q).mul_(size ** -0.5).view(documents * key_heads, -1, longest, size)
-            keys, values = (key_rows.gather(x).view(-1, longest, size) for x in (k, v))
-            size_of_tile = -(-longest // -(-longest // TILE))   # equal ones
-            tiles = [(i, min(i + size_of_tile, longest)) for i in range(0, longest, size_of_tile)]
-            yield queries, keys, values, tiles, query_rows, key_rows
 
     @staticmethod
     def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v = ctx.saved_tensors
         grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        for group in _TiledAttention.groups(q, k, v, ctx.lengths):
-            queries, keys, values, tiles, query_rows, key_rows = group
-            grads = query_rows.gather(grad_out)
-            if query_rows.padding is not None:
-                grads.index_fill_(0, query_rows.padding, 0)
+        for bucket in _bucket_tensors(q, k, v, ctx.lengths):
+            queries, keys, values, tiles, query_indices, key_indices = bucket
+            grads = query_indices.gather(grad_out)
+            if query_indices.padding is not None:
+                grads.index_fill_(0, query_indices.padding, 0)
             grads = grads.view_as(queries)
             grad_queries = torch.empty_like(queries)
             # Several tiles add to a key's gradient, so it is summed in fp32.
@@ -158,9 +160,9 @@ class _TiledAttention(torch.autograd.Function):
                 grad_queries[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(tile)
                 grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), tile.flatten(1, 2))
                 grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
-            query_rows.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
-            key_rows.scatter(grad_keys, grad_k)
-            key_rows.scatter(grad_values, grad_v)
+            query_indices.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
+            key_indices.scatter(grad_keys, grad_k)
+            key_indices.scatter(grad_values, grad_v)
         return grad_q, grad_k, grad_v, None
 
 
@@ -183,14 +185,14 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longes
 def varlen_fault(heads: int, key_heads: int, size: int, device: torch.device) -> str:
     """Why varlen_attention() cannot be trusted here, tried on a small random case with its gradients; "" if
     it can. heads, key_heads, size: H, G, D."""
-    make = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     cu_seqlens = torch.tensor([0, 5, 6, 150], dtype=torch.int32, device=device)
-    inputs = [torch.randn(150, n, size, generator=make).to(device, torch.bfloat16).requires_grad_()
+    inputs = [torch.randn(150, n, size, generator=generator).to(device, torch.bfloat16).requires_grad_()
               for n in (heads, key_heads, key_heads)]
     exact = [x.detach().float().requires_grad_() for x in inputs]
     try:
         got, expected = varlen_attention(*inputs, cu_seqlens, 144), attention_reference(*exact, cu_seqlens)
-        grad = torch.randn(got.shape, generator=make).to(device, torch.bfloat16)
+        grad = torch.randn(got.shape, generator=generator).to(device, torch.bfloat16)
         pairs = [(got, expected), *zip(torch.autograd.grad(got, inputs, grad),
                                        torch.autograd.grad(expected, exact, grad.float()))]
         worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)

@@ -13,7 +13,7 @@ from kernels.layers import compute_dtype
 
 CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
 CACHED_LOGITS = 2**20   # of these, in fp32 at once on a CPU: 4 MB stay in its cache
-WORDS = 2**13           # rows of the head's gradient that are added to at once, for the same reason
+HEAD_ROWS = 2**13       # rows of the head's gradient that are added to at once, for the same reason
 
 
 def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
     dtype = compute_dtype(hidden)
     hidden, head_weight = hidden.to(dtype), head_weight.to(dtype)
     out = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    for chunk in chunks(*hidden.shape[:1], len(head_weight)):
+    for chunk in chunks(len(hidden), len(head_weight)):
         out[chunk] = nll_reference(hidden[chunk], head_weight, targets[chunk])
     return out
 
@@ -45,8 +45,9 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
 class _WeightedNLL(torch.autograd.Function):
     """sum(coefficients * NLL), with the gradients computed in the forward pass.
 
-    A chunk's logits are needed forward and backward, and are too many to keep. Recomputing them would cost a
-    fourth matrix product where three do. The gradient of the logits is coefficient * (softmax - one-hot).
+    The logits of a chunk are needed in both passes but are too large to keep. Recomputing them would add a
+    fourth matrix product to the three, so the gradients are computed right away. The gradient of the logits
+    is coefficient * (softmax - one-hot).
     """
 
     @staticmethod
@@ -56,22 +57,24 @@ class _WeightedNLL(torch.autograd.Function):
         x, weight = hidden.to(dtype), head_weight.to(dtype)
         out = torch.empty(len(targets), dtype=torch.float32, device=x.device)
         grad_hidden = torch.empty_like(x)
-        block = max(1, (CACHED_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS) // len(weight))
+        block_rows = max(1, (CACHED_LOGITS if x.device.type == "cpu" else CHUNK_LOGITS) // len(weight))
         grad_weight = torch.zeros_like(head_weight)                             # fp32: summed over chunks
         for chunk in chunks(len(targets), len(weight)):
             logits = x[chunk] @ weight.T                                        # (rows, V)
-            parts = (y.split(block) for y in (logits, targets[chunk], coefficients[chunk], out[chunk]))
-            for part, target, scale, nll_of_part in zip(*parts):
+            blocks = (y.split(block_rows) for y in (logits, targets[chunk], coefficients[chunk], out[chunk]))
+            for block, target, scale, nll_of_block in zip(*blocks):
                 target, scale = target[:, None], scale[:, None]
-                exp = part.float()
-                highest, at_target = exp.amax(1, keepdim=True), exp.gather(1, target)
-                total = exp.sub_(highest).exp_().sum(1, keepdim=True)
-                nll_of_part.copy_((highest + total.log() - at_target).squeeze(1))
+                logits32 = block.float()
+                highest, at_target = logits32.amax(1, keepdim=True), logits32.gather(1, target)
+                # In place: from here on the memory of logits32 holds exp.
+                exp = logits32.sub_(highest).exp_()
+                total = exp.sum(1, keepdim=True)
+                nll_of_block.copy_((highest + total.log() - at_target).squeeze(1))
                 # The logits are not needed any more: their memory takes their gradient.
-                part.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))
+                block.copy_(exp.mul_(scale / total).scatter_add_(1, target, -scale))
             torch.mm(logits, weight, out=grad_hidden[chunk])
-            for part, grad_of_words in zip(logits.split(WORDS, 1), grad_weight.split(WORDS)):
-                grad_of_words += part.T @ x[chunk]
+            for block, grad_of_block in zip(logits.split(HEAD_ROWS, 1), grad_weight.split(HEAD_ROWS)):
+                grad_of_block += block.T @ x[chunk]
         ctx.save_for_backward(grad_hidden.to(hidden.dtype), grad_weight)
         ctx.mark_non_differentiable(out)
         return (coefficients * out).sum(), out

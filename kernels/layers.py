@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,8 +28,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class Recipe(NamedTuple):
-    """How to recompute an activation: function(*inputs), as long as nobody has changed it in place, which
-    would have raised its version."""
+    """How to recompute an activation: function(*inputs); valid while the activation's version is unchanged,
+    that is, while nobody has modified it in place."""
     function: Callable[..., Tensor]
     inputs: tuple[Tensor, ...]
     version: int
@@ -78,7 +77,7 @@ class _RMSNorm(torch.autograd.Function):
         scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, scale)
         ctx.mark_non_differentiable(scale)
-        # No zeros in place of the gradient that scale does not have.
+        # scale has no gradient; do not allocate zeros for it.
         ctx.set_materialize_grads(False)
         return _normed(x, scale, weight), scale
 
@@ -87,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         normed, grad = x * scale, grad.float()
         product = grad * normed
-        # The part of the gradient along x changes only rms(x), which the norm takes out.
+        # A gradient along x only rescales x, and the norm undoes that: remove it.
         along = (product @ weight.float()).div_(x.shape[-1]).unsqueeze(-1)
         grad_x = (grad * weight).addcmul_(normed, along, value=-1).mul_(scale)
         return grad_x.to(x.dtype), product.flatten(0, -2).sum(0), None
@@ -136,7 +135,7 @@ class _Rotate(torch.autograd.Function):
 
 def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020); gate, up: (N, F)."""
-    return F.silu(gate) * up
+    return nn.functional.silu(gate) * up
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -149,7 +148,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate).mul_(up)
+    return nn.functional.silu(gate).mul_(up)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -161,7 +160,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
 
 
 # ---------------------------------------------------------------- linear layers
@@ -196,7 +195,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In x's dtype."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _Linears(torch.autograd.Function):
@@ -214,7 +213,7 @@ class _Linears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Asked for once: with recomputation, asking computes them.
+        # Read saved_tensors once: under --recompute, reading it runs the layer again.
         saved = ctx.saved_tensors
         inputs, weights = saved[:ctx.count], saved[ctx.count:]
         x = ctx.function(*inputs).to(weights[0].dtype)

@@ -274,7 +274,8 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
 
 def write_untrained_model(folder: Path) -> None:
     """config.json and seeded random weights of a small Llama with grouped queries and a tied head."""
-    from model import Llama, ModelConfig, init_weights
+    from model import Llama, init_weights
+    from runtime.model_config import ModelConfig
     from runtime.weights import save_model
     model = Llama(ModelConfig.from_dict(MODEL))
     init_weights(model, SEED)

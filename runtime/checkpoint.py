@@ -22,8 +22,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.distributed import from_all, from_main, is_main
 from runtime.files import checksum, commit, writing
-from runtime.weights import (DTYPE_NAMES, Stored, checkpoint_tensors, fill, save_model, stored_tensors,
-                             write_tensors)
+from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, save_model,
+                             stored_tensors, write_tensors)
 
 
 @contextlib.contextmanager
@@ -74,15 +74,14 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer
     """What the optimizer keeps for the model's parameters: tensors, {"exp_avg.model.norm.weight": tensor},
     and numbers with their dtype, {"step.model.norm.weight": (20.0, "F32")}, or None if it is not a tensor.
     ValueError if it keeps anything else."""
-    names = {dtype: name for name, dtype in DTYPE_NAMES.items()}
     tensors, numbers = {}, {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.dtype in names:
+            if isinstance(value, Tensor) and value.dtype in NAME_BY_DTYPE:
                 if value.dim():
                     tensors[f"{key}.{name}"] = value
                 else:
-                    numbers[f"{key}.{name}"] = value.item(), names[value.dtype]
+                    numbers[f"{key}.{name}"] = value.item(), NAME_BY_DTYPE[value.dtype]
             elif isinstance(value, bool | int | float):
                 numbers[f"{key}.{name}"] = value, None
             elif value is not None:
@@ -181,7 +180,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
             # torch.optim keeps its step counts on the CPU unless it needs them on the device.
             group = groups[parameters[name]]
             on_device = group.get("fused") or group.get("capturable")
-            number = torch.tensor(number, dtype=DTYPE_NAMES[dtype],
+            number = torch.tensor(number, dtype=DTYPE_BY_NAME[dtype],
                                   device=parameters[name].device if on_device else "cpu")
         optimizer.state[parameters[name]][key] = number
     return state["step"]
@@ -189,7 +188,7 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
 
 def _empty_state(parameter: Tensor, stored: Stored) -> Tensor:
     """A tensor to read an optimizer's stored tensor into, divided among the ranks as its parameter is."""
-    dtype = DTYPE_NAMES[stored.dtype]
+    dtype = DTYPE_BY_NAME[stored.dtype]
     if stored.shape == list(parameter.shape):
         return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
     value = torch.empty(stored.shape, dtype=dtype, device=parameter.device)

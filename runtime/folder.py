@@ -16,7 +16,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
 from runtime.distributed import from_all
@@ -27,6 +27,9 @@ from runtime.flags import flag_name
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
 # These may change on resume, if the steps already trained had the same learning rates either way.
 LENGTH = ("epochs", "max_steps", "warmup_ratio")
+# What a run does with its folder: start from scratch; delete the run that is there, then start from scratch;
+# resume the run that is there; or nothing, because that run has finished.
+Action = Literal["start", "delete", "resume", "finished"]
 
 
 class Start(NamedTuple):
@@ -141,57 +144,34 @@ def saved_date(out: Path, from_scratch: bool) -> str:
     return read_json(out / "run_config.json").get("date", "")
 
 
-def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> str:
-    """What to do in OUTPUT: "start" from scratch, "delete" a run first, "resume" one, or nothing, because it
-    is "finished". Changes nothing. identity: as far as it is known yet; settings: every flag. ValueError
-    where resuming or writing would be wrong."""
-    fix = "give another --output-dir, or --overwrite to delete it and start from scratch"
+def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> Action:
+    """What the run is to do in OUTPUT. Changes nothing. identity: as far as it is known yet; settings: every
+    flag. ValueError where resuming or writing would be wrong."""
     resume, overwrite = settings["resume"], settings["overwrite"]
-    if model_folder.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
-    # A full disk may leave these behind before there is an identity.
-    present = set(os.listdir(out) if out.is_dir() else ()) - {
-        ".lock", "identity.json.part", "run_config.json.part"}
+    _check_writable(out, model_folder)
     try:
         old = read_json(out / "identity.json")
     except ValueError as error:
         raise ValueError(f"--output-dir {out}: {error}; give another --output-dir, or delete it") from None
     finished = "finished_after" in old and (out / "final").is_dir()
-    metrics = out / "metrics.jsonl"
-    trained = any((bool(find_checkpoints(out)), (out / "final").is_dir(),
-                   metrics.is_file() and metrics.stat().st_size > 0))
-
     if restarted(out, identity):
         # torchrun must not delete what its own run has trained.
         if finished:
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
-    # Other programs, too, have files of these names; only identity.json's content tells who owns them.
-    if "launch" not in old and present and not (overwrite and present.isdisjoint(
-            name for run_file in RUN_FILES for name in (run_file, f"{run_file}.part"))):
-        raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
-                         "or delete it")
+    _check_ownership(out, old, overwrite)
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
-        named = Path(resume)
-        if overwrite and named.resolve().is_relative_to(out.resolve()):
-            raise ValueError(f"--overwrite would delete --resume {named}; give another --output-dir")
-        if saved := find_checkpoints(named):
-            raise ValueError(f"--resume {named}: is the folder of a run; name one of its checkpoints, such "
-                             f"as {saved[-1]}, or resume it with --output-dir {named}")
-        try:
-            state = read_state(named)
-        except ValueError as error:
-            raise ValueError(f"--resume {error}; name one like RUN/checkpoints/step-00000100") from None
-        check_identity(state["identity"], identity, settings, f"--resume {named}",
-                       "give the flags it was started with", LENGTH)
+        _check_named_checkpoint(Path(resume), out, identity, settings, overwrite)
+
+    metrics = out / "metrics.jsonl"
+    has_results = bool(find_checkpoints(out)) or (out / "final").is_dir() or (
+        metrics.is_file() and metrics.stat().st_size > 0)
     if overwrite:
-        return "delete" if trained else "start"
-    if not trained:
+        return "delete" if has_results else "start"
+    if not has_results:
         # A run that ended before its first step has nothing to lose.
         return "start"
+    fix = "give another --output-dir, or --overwrite to delete it and start from scratch"
     check_identity(old, identity, settings, f"--output-dir {out}", fix, LENGTH)
     if finished and all(old.get(name) == identity[name] for name in LENGTH):
         raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
@@ -200,6 +180,43 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     if resume == "never":
         raise ValueError(f"--output-dir {out}: holds a run and --resume is never; {fix}")
     return "resume"
+
+
+def _check_writable(out: Path, model_folder: Path) -> None:
+    """ValueError if OUTPUT cannot be written to, or holds the model that the run starts from."""
+    if model_folder.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
+    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
+
+
+def _check_ownership(out: Path, old: dict, overwrite: bool) -> None:
+    """ValueError if OUTPUT holds files that are not a run's. old: identity.json. With overwrite, files are no
+    problem if none has a name that a run would delete."""
+    # A full disk may leave these behind before there is an identity.
+    present = set(os.listdir(out) if out.is_dir() else ()) - {
+        ".lock", "identity.json.part", "run_config.json.part"}
+    # Other programs, too, have files of these names; only identity.json's content tells who owns them.
+    if "launch" not in old and present and not (overwrite and present.isdisjoint(
+            name for run_file in RUN_FILES for name in (run_file, f"{run_file}.part"))):
+        raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
+                         "or delete it")
+
+
+def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: dict, overwrite: bool) -> None:
+    """ValueError if the run cannot start from the checkpoint that --resume names."""
+    if overwrite and named.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--overwrite would delete --resume {named}; give another --output-dir")
+    if saved := find_checkpoints(named):
+        raise ValueError(f"--resume {named}: is the folder of a run; name one of its checkpoints, such "
+                         f"as {saved[-1]}, or resume it with --output-dir {named}")
+    try:
+        state = read_state(named)
+    except ValueError as error:
+        raise ValueError(f"--resume {error}; name one like RUN/checkpoints/step-00000100") from None
+    check_identity(state["identity"], identity, settings, f"--resume {named}",
+                   "give the flags it was started with", LENGTH)
 
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
@@ -214,12 +231,44 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     identity: what must be the same to resume; settings: every flag; room: bytes that the run will write;
     other_length(identity, n): why the first n steps of a run with that identity, of another length, are not
     the first n of this one, or "". ValueError as check_folder(), or if another process writes there."""
-    todo = check_folder(out, identity, settings, model_folder)
+    action = check_folder(out, identity, settings, model_folder)
     if restarted(out, identity):
         say("started again by torchrun")
-    if todo == "finished":
+    if action == "finished":
         return Start(finished=True)
-    own = find_checkpoints(out) if todo == "resume" else []
+    start = _choose_checkpoint(out, action, settings, say)
+    step = 0
+    if start:
+        state = read_state(start)
+        step = state["step"]
+        check_identity(state["identity"], identity, settings, str(start),
+                       "it is another run's: delete it, or give another --output-dir", LENGTH)
+        if reason := other_length(state["identity"], step):
+            result = "" if action != "resume" or not (out / "final").is_dir() else (
+                f", or start a new run from its result: --model {out / 'final'} --output-dir ANOTHER")
+            raise ValueError(f"{start}: cannot be resumed with {_length(identity)}: {reason}. Give "
+                             f"{_length(state['identity'])} again{result}")
+    elif action == "resume" and (out / "final").is_dir():
+        raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
+                         "--save-every for that); start a new one from its result: "
+                         f"--model {out / 'final'} --output-dir ANOTHER")
+
+    # Until here nothing has been changed.
+    _lock(out, say)
+    _prepare(out, action, start, step, say)
+    if (free := shutil.disk_usage(out).free) < room:
+        say(f"warning: --output-dir {out}: {free / 1e6:,.0f} MB are free, the run will write "
+            f"{room / 1e6:,.0f} MB")
+    _write_identity(out, identity)
+    write_text(out / "run_config.json", json.dumps(settings, indent=2))
+    return Start(start, bool(start) and (out / "eval.jsonl").is_file() and (
+        out / "eval.jsonl").stat().st_size > 0)
+
+
+def _choose_checkpoint(out: Path, action: Action, settings: dict, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that the run starts from, read whole once and undamaged; None to start from scratch.
+    ValueError if --resume names one although OUTPUT has other ones of its own."""
+    own = find_checkpoints(out) if action == "resume" else []
     named = Path(settings["resume"]) if settings["resume"] not in ("auto", "never") else None
     if named and own and _begun_from(out, str(named)):
         # The same command again resumes the run that it started.
@@ -230,24 +279,12 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
                          "--output-dir")
     if named:
         check_files(named)
+        return named
+    return newest_whole(out, say) if own else None
 
-    start = newest_whole(out, say) if own and named is None else named
-    step = 0
-    if start:
-        state = read_state(start)
-        step = state["step"]
-        check_identity(state["identity"], identity, settings, str(start),
-                       "it is another run's: delete it, or give another --output-dir", LENGTH)
-        if reason := other_length(state["identity"], step):
-            result = "" if todo != "resume" or not (out / "final").is_dir() else (
-                f", or start a new run from its result: --model {out / 'final'} --output-dir ANOTHER")
-            raise ValueError(f"{start}: cannot be resumed with {_length(identity)}: {reason}. Give "
-                             f"{_length(state['identity'])} again{result}")
-    elif todo == "resume" and (out / "final").is_dir():
-        raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
-                         "--save-every for that); start a new one from its result: "
-                         f"--model {out / 'final'} --output-dir ANOTHER")
 
+def _lock(out: Path, say: Callable[[str], None]) -> None:
+    """Make the folder and lock it. ValueError if another process writes there."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         if not lock(out / ".lock", launch()):
@@ -255,14 +292,18 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     except ValueError as error:
         raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
 
+
+def _prepare(out: Path, action: Action, start: Path | None, step: int, say: Callable[[str], None]) -> None:
+    """Delete what an earlier run left: all of it to start from scratch, what follows `step` to resume there.
+    start: the checkpoint to resume from, if any."""
     for part in unfinished_checkpoints(out):
         say(f"{part.name} was not written to its end and is ignored")
         shutil.rmtree(part)
-    if todo == "delete":
+    if action == "delete":
         say(f"{out}: deleting the run that is there")
-    elif todo == "resume" and start is None:
+    elif action == "resume" and start is None:
         say(f"{out}: interrupted before its first checkpoint; starting from scratch")
-    if todo != "resume" or start is None:
+    if action != "resume" or start is None:
         for path in (out / name for name in RUN_FILES):
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -273,13 +314,6 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
         keep_lines(out / "metrics.jsonl", step)
         keep_lines(out / "eval.jsonl", step)
         say(f"resuming after step {step} from {start}")
-    if (free := shutil.disk_usage(out).free) < room:
-        say(f"warning: --output-dir {out}: {free / 1e6:,.0f} MB are free, the run will write "
-            f"{room / 1e6:,.0f} MB")
-    _write_identity(out, identity)
-    write_text(out / "run_config.json", json.dumps(settings, indent=2))
-    return Start(start, bool(start) and (out / "eval.jsonl").is_file() and (
-        out / "eval.jsonl").stat().st_size > 0)
 
 
 def _length(identity: dict) -> str:

@@ -28,11 +28,12 @@ from runtime.distributed import from_all, is_main, rank
 from runtime.files import read_json
 
 PIECE = 2**26               # bytes read, sent or written at once
-SHARD_BYTES = 5 * 10**9     # of a weight file
+MAX_FILE_BYTES = 5 * 10**9  # of a weight file
 # safetensors' names
-DTYPE_NAMES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
-               "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-               "U8": torch.uint8, "BOOL": torch.bool}
+DTYPE_BY_NAME = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64,
+                 "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+                 "U8": torch.uint8, "BOOL": torch.bool}
+NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 # Of weights, as --save-dtype calls them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -118,7 +119,7 @@ def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
-def fill(x: Tensor, stored: "Stored", everywhere: bool = True) -> None:
+def fill(x: Tensor, stored: Stored, everywhere: bool = True) -> None:
     """Read this rank's rows of a stored tensor into x, in x's dtype. everywhere: whether every rank sees the
     file; if not, all ranks must call, and rank 0 reads everything and sends the others their rows. ValueError
     names the tensor if it holds NaN or Inf."""
@@ -179,12 +180,11 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
     """Write a safetensors file (format: safetensors' README) piece by piece, without holding it in memory.
     dtype: of the file, by default each tensor's own. All ranks call, rank 0 writes and gets the file's
     CRC-32."""
-    names = {kind: name for name, kind in DTYPE_NAMES.items()}
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, x in tensors.items():
         kind = dtype or x.dtype
         start, end = end, end + x.numel() * kind.itemsize
-        header[name] = {"dtype": names[kind], "shape": list(x.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": NAME_BY_DTYPE[kind], "shape": list(x.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     crc = 0
@@ -311,7 +311,7 @@ def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[
             problems.append(f"surplus {name}")
         elif stored.shape != wanted[name]:
             problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
-        elif DTYPE_NAMES.get(stored.dtype) not in DTYPES.values():
+        elif DTYPE_BY_NAME.get(stored.dtype) not in DTYPES.values():
             problems.append(f"{name} is {stored.dtype}")
     problems += [f"missing {name}" for name in wanted if name not in found]
     if HEAD in wanted and HEAD not in found:
@@ -323,13 +323,14 @@ def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[
 
 
 def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None,
-               shard_bytes: int = SHARD_BYTES) -> dict[str, int]:
+               max_file_bytes: int = MAX_FILE_BYTES) -> dict[str, int]:
     """Write config.json and the weights into an existing folder, in Hugging Face's layout. model: a
     model.Llama; dtype: of the file, by default that of the files it was loaded from, but fp32 with a warning
-    where fp16 would make a weight infinite; shard_bytes: the most that one file holds. All ranks call; rank 0
-    writes and gets the CRC-32 of each weight file."""
+    where fp16 would make a weight infinite; max_file_bytes: of weights in a file, unless one tensor is
+    larger. All ranks call; rank 0 writes and gets the CRC-32 of each weight file."""
     folder, dtype = Path(folder), dtype or model.source_dtype
-    shards: list[list[str]] = [[]]
+    # The names of the tensors in each file.
+    files: list[list[str]] = [[]]
     total = used = 0
     tensors = dict(model.named_parameters())
     if dtype == torch.float16 and (name := first_above(tensors, torch.finfo(dtype).max)):
@@ -337,20 +338,20 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
         dtype = torch.float32
     for name, tensor in tensors.items():
         size = tensor.numel() * dtype.itemsize
-        if shards[-1] and used + size > shard_bytes:
-            shards.append([])
+        if files[-1] and used + size > max_file_bytes:
+            files.append([])
             used = 0
-        shards[-1].append(name)
+        files[-1].append(name)
         used, total = used + size, total + size
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    sums = {file: write_tensors(folder / file, {name: tensors[name] for name in shard}, dtype)
-            for file, shard in zip(names, shards)}
+    file_names = [SINGLE] if len(files) == 1 else [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    sums = {file_name: write_tensors(folder / file_name, {name: tensors[name] for name in names}, dtype)
+            for file_name, names in zip(file_names, files)}
     if not is_main():
         return {}
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(names, shards) for name in shard}
-        (folder / "model.safetensors.index.json").write_text(
+    if len(files) > 1:
+        weight_map = {name: file_name for file_name, names in zip(file_names, files) for name in names}
+        (folder / INDEX).write_text(
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     # transformers 5 reads dtype; transformers 4 and many other programs torch_dtype.
     raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}

@@ -137,7 +137,7 @@ def test_gelu(copy):
     assert len(copy.metrics("trained")) == 3
 
 
-def test_a_regulariser(copy):
+def test_a_regularizer(copy):
     copy.edit("loss.py", "def kl_divergence(",
               "def z_loss(hidden: Tensor, head_weight: Tensor, coefficients: Tensor) -> Tensor:\n"
               "    return (coefficients * (hidden @ head_weight.T).float().logsumexp(-1) ** 2).sum()\n\n\n"

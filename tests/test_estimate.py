@@ -7,7 +7,8 @@ from torch.profiler import profile
 from eval import estimate
 from eval.estimate import activation_bytes
 from kernels.head import weighted_nll
-from model import Llama, ModelConfig, init_weights
+from model import Llama, init_weights
+from runtime.model_config import ModelConfig
 
 SMALL = dict(model_type="llama", vocab_size=100, hidden_size=30, intermediate_size=40, num_hidden_layers=2,
              num_attention_heads=3, num_key_value_heads=3, head_dim=10)

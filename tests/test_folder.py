@@ -254,7 +254,7 @@ def test_a_folder_in_which_nothing_was_trained_belongs_to_nobody(folder, monkeyp
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for place in ("example_sums", "StopSignal"):   # in the first evaluation, before the first step
+    for place in ("sums_by_file", "StopSignal"):   # in the first evaluation, before the first step
         with monkeypatch.context() as patch:
             patch.setattr(train, place, interrupted)
             left = []
@@ -292,10 +292,10 @@ def test_ctrl_c_before_the_first_step_is_one_line(folder):
     assert done.stderr == "error: interrupted before training began; nothing is lost\n"
 
 
-# ---------------------------------------------------------------- refused before the data is tokenised
+# ---------------------------------------------------------------- refused before the data is tokenized
 
 
-def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenised(folder, whole, monkeypatch):
+def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenized(folder, whole, monkeypatch):
     make_model(folder / "headless" / "model")
     (folder / "headless" / "model" / "model.safetensors").unlink()
     make_model(folder / "misfit" / "model", tie=False)
@@ -538,7 +538,7 @@ def test_it_and_im_train_on_the_same_examples_unless_asked_otherwise(folder, cap
     it, printed = tokens("cut-it", loss="it")
     im, _ = tokens("cut-im", loss="im")
     assert it == im and len(it) == 2
-    assert "12 of these have no completion" in printed and "--no-require-completion" in printed
+    assert "12 of these because they have no completion" in printed and "--no-require-completion" in printed
     more, printed = tokens("cut-more", loss="im", no_require_completion=True)
     assert len(more) == 6 and sum(more) > sum(im)
     assert "warning: 12 examples have no completion" in printed

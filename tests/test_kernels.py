@@ -36,20 +36,20 @@ def test_attention_equals_its_definition_and_gradients(lengths, heads):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_a_group_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(heads, monkeypatch):
+def test_a_bucket_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(heads, monkeypatch):
     """Five documents of like length, two at a time: the last of them is alone."""
     lengths, most = [40, 38, 39, 40, 37], 2
     monkeypatch.setattr(attention_kernels, "TILE_SCORES", most * heads[0] * 40 * 40)
-    attention_kernels._groups.cache_clear()      # it may have cut these lengths otherwise
+    attention_kernels._length_buckets.cache_clear()      # it may have cut these lengths otherwise
     try:
-        groups = attention_kernels._groups(tuple(lengths), *heads, torch.device("cpu"))
-        assert [documents for documents, *_ in groups] == [2, 2, 1]
+        buckets = attention_kernels._length_buckets(tuple(lengths), *heads, torch.device("cpu"))
+        assert [documents for documents, *_ in buckets] == [2, 2, 1]
         # so that what is never written is NaN, not by chance what stood there before
         torch.use_deterministic_algorithms(True)
         check_attention(lengths, heads)
     finally:
         torch.use_deterministic_algorithms(False)
-        attention_kernels._groups.cache_clear()
+        attention_kernels._length_buckets.cache_clear()
 
 
 def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
@@ -89,7 +89,7 @@ def test_attention_definition_is_a_loop_over_documents():
 @pytest.fixture(params=["one chunk", "many chunks"])
 def chunk_size(request, monkeypatch):
     if request.param == "many chunks":
-        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("WORDS", 10)):
+        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10)):
             monkeypatch.setattr(head_kernels, name, size)
 
 

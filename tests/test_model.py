@@ -12,8 +12,9 @@ import transformers
 import model as model_module
 from kernels import attention as attention_kernels
 from kernels.attention import attention_reference
-from model import Llama, ModelConfig, load_model, read_config
+from model import Llama, load_model
 from references import FAMILIES, LLAMA3, SIZES, make_reference, packed, same_as_transformers
+from runtime.model_config import ModelConfig, read_config
 
 
 @pytest.mark.parametrize("name", FAMILIES)

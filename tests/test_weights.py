@@ -10,25 +10,26 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from model import load_model, read_config, stored_weights
+from model import load_model, stored_weights
 from references import SIZES, make_reference, same_as_transformers
 from runtime import weights as weight_files
+from runtime.model_config import read_config
 from runtime.weights import EMBEDDING, HEAD, model_fingerprint, resolve_model, save_model
 from tiny import flip_a_bit, make_model, run_script
 
 @pytest.mark.parametrize("name", ["llama2-gqa-tied", "llama1-mha", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_round_trip_is_exact_and_loads_in_transformers(name, dtype, shard_bytes, tmp_path):
+@pytest.mark.parametrize("max_file_bytes", [10**9, 20_000])
+def test_round_trip_is_exact_and_loads_in_transformers(name, dtype, max_file_bytes, tmp_path):
     source, saved = tmp_path / "source", tmp_path / "saved"
     saved.mkdir()
-    make_reference(name).to(dtype).save_pretrained(source, max_shard_size=shard_bytes)
+    make_reference(name).to(dtype).save_pretrained(source, max_shard_size=max_file_bytes)
     mine = load_model(source)
     assert mine.source_dtype == dtype and all(p.dtype == torch.float32 for p in mine.parameters())
-    save_model(mine, saved, shard_bytes=shard_bytes)
+    save_model(mine, saved, max_file_bytes=max_file_bytes)
     files = sorted(saved.glob("*.safetensors"))
-    assert (len(files) > 1) == (shard_bytes == 20_000)
-    assert all(f.stat().st_size <= shard_bytes + 4000 or len(load_file(f)) == 1 for f in files)
+    assert (len(files) > 1) == (max_file_bytes == 20_000)
+    assert all(f.stat().st_size <= max_file_bytes + 4000 or len(load_file(f)) == 1 for f in files)
     old = {k: v for f in source.glob("*.safetensors") for k, v in load_file(f).items()}
     new = {k: v for f in files for k, v in load_file(f).items()}
     assert old.keys() == new.keys() and ("lm_head.weight" in new) == (name != "llama2-gqa-tied")
