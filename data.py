@@ -30,10 +30,11 @@ import torch
 from tqdm import tqdm
 
 import chat
+import runtime.jinja
 import runtime.tokenizer
-from chat import (COMPLETION, KINDS, Piece, Template, check_ids, read_records, render, tokenize,
-                  tokenize_batch, too_few_rows)
-from runtime.tokenizer import Tokenizer
+from chat import (COMPLETION, KINDS, Piece, Template, matches_serving, read_records, render, tokenize,
+                  tokenize_batch)
+from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
@@ -82,7 +83,7 @@ CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "of
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "report.json": (np.uint8, (-1,))}
 # The code that turns records into tokens.
-CODE = tuple(map(Path, (chat.__file__, runtime.tokenizer.__file__, __file__)))
+CODE = tuple(map(Path, (chat.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__, __file__)))
 
 
 def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
@@ -223,7 +224,7 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
         for (pieces, file, line), (ids, kinds) in zip(batch, examples):
             if checked < 64:
                 try:
-                    checked += check_ids(pieces, ids, tokenizer)
+                    checked += matches_serving(pieces, ids, tokenizer)
                 except ValueError as error:
                     raise ValueError(f"{files[file]}:{line}: {error}") from None
             report["records"] += 1
@@ -276,8 +277,8 @@ def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
         place = int(np.argmax(dataset.ids >= rows))
         example = int(np.searchsorted(dataset.offsets, place, side="right")) - 1
         index = int(dataset.ids[place])
-        raise ValueError(f"{dataset.where(example)}: holds {tokenizer.reference.id_to_token(index)!r}, token "
-                         f"{index}, but {too_few_rows(rows, tokenizer)}")
+        text = tokenizer.reference.id_to_token(index)
+        check_rows([index], rows, f"{dataset.where(example)}: holds {text!r},", tokenizer.folder)
 
 
 # ---------------------------------------------------------------- step plan

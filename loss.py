@@ -82,7 +82,7 @@ def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
         0, kinds, values.double())
 
 
-# ---------------------------------------------------------------- regularisers
+# ---------------------------------------------------------------- regularizers
 
 
 def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor, reference_head: Tensor,

@@ -158,6 +158,16 @@ class Tokenizer:
         return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
+def check_rows(ids: Iterable[int], rows: int, where: str, folder: str | Path = "the checkpoint") -> None:
+    """ValueError unless every id has one of the embedding's `rows`. where begins the message, folder names
+    the checkpoint in it."""
+    largest = max(ids, default=0)
+    if largest >= rows:
+        raise ValueError(f"{where} token {largest}, but the embedding has only {rows} rows; tokenizer and "
+                         f"model of {folder} do not belong together, or tokens were added without resizing "
+                         "the model")
+
+
 def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
     """What the class that transformers would use for this folder adds to its files."""
     model = read_json(folder / "config.json")
@@ -249,6 +259,8 @@ def _read_chat_template(folder: Path, config: dict) -> str | None:
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
 # Fields of tokenizer_config.json that are copied, since they change no ids. The others belong to the class
 # that the source named (legacy, add_prefix_space), have no effect next to tokenizer.json (add_bos_token), or
 # ask for code that is not in the folder.

@@ -292,10 +292,10 @@ def test_ctrl_c_before_the_first_step_is_one_line(folder):
     assert done.stderr == "error: interrupted before training began; nothing is lost\n"
 
 
-# ---------------------------------------------------------------- refused before the data is tokenised
+# ---------------------------------------------------------------- refused before the data is tokenized
 
 
-def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenised(folder, whole, monkeypatch):
+def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenized(folder, whole, monkeypatch):
     make_model(folder / "headless" / "model")
     (folder / "headless" / "model" / "model.safetensors").unlink()
     make_model(folder / "misfit" / "model", tie=False)
