@@ -11,15 +11,17 @@ function of its number.
 
 Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 """
+import contextlib
 import hashlib
 import heapq
+import itertools
 import json
 import os
 import shutil
 import socket
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -62,6 +64,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def without_completion(self) -> int:
+        """How many examples have no completion target."""
+        return int((self.counts[:, COMPLETION] == 0).sum())
 
     def where(self, example: int) -> str:
         """FILE:LINE of an example's record."""
@@ -116,33 +123,34 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
     files = [str(file) for file in files]
     parts = cache_parts(files, tokenizer, template, max_length, overlong)
     key = _hash(json.dumps(parts, sort_keys=True))[:32]
-    folder, opened = Path(cache_dir).expanduser() / key, None
-    part = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
+    folder = Path(cache_dir).expanduser() / key
+    unfinished = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
+    opened = None
     if os.path.lexists(folder):
         try:
             opened = _open_cache(folder)
         except ValueError as error:
-            _move_away(folder, part.with_suffix(".old.part"), str(error))
+            _move_away(folder, unfinished.with_suffix(".old.part"), str(error))
             print(f"warning: {error}; tokenizing again", file=sys.stderr)
     if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
         try:
-            part.mkdir(parents=True, exist_ok=True)
+            unfinished.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OSError(error.errno, f"{error.strerror}; give another --cache-dir",
                           str(folder.parent)) from None
         try:
-            with writing(part):
-                _write_cache(part, files, tokenizer, template, max_length, overlong, progress)
+            with writing(unfinished):
+                _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress)
                 if [_file_hash(file) for file in files] != parts["data"]:
                     raise ValueError(f"{', '.join(files)}: changed while being read; start again")
-                commit(part, folder)
+                commit(unfinished, folder)
         except OSError:
             # If the folder exists, another process was first, with the same bytes.
             if not folder.is_dir():
                 raise
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
         opened = _open_cache(folder)
     arrays, content = opened
     columns = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts"))
@@ -195,7 +203,7 @@ def _file_hash(path: str | Path) -> str:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-# A run asks for its files' hashes before and after it reads them.
+# A run asks before and after it reads a file. Keyed by inode, size and time, a changed file is hashed again.
 @cache
 def _hash_once(path: str, *state: int) -> str:
     with open(path, "rb") as file:
@@ -207,26 +215,8 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
     """Tokenize files into the cache's files; as load_dataset()."""
     offsets, origins, counts = [0], [], []
     report = Counter({"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0})
-    checked = 0
-
-    def flush(batch: list[tuple[list[Piece], int, int]]) -> None:
-        nonlocal checked
-        try:
-            examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
-        except ValueError:
-            # Again one by one, to name the record.
-            for pieces, file, line in batch:
-                try:
-                    tokenize(pieces, tokenizer)
-                except ValueError as error:
-                    raise ValueError(f"{files[file]}:{line}: {error}") from None
-            raise
-        for (pieces, file, line), (ids, kinds) in zip(batch, examples):
-            if checked < 64:
-                try:
-                    checked += matches_serving(pieces, ids, tokenizer)
-                except ValueError as error:
-                    raise ValueError(f"{files[file]}:{line}: {error}") from None
+    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
+        for ids, kinds, file, line in _tokenized(files, tokenizer, template, progress):
             report["records"] += 1
             if len(ids) > max_length:
                 if overlong == "error":
@@ -245,21 +235,6 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
             offsets.append(offsets[-1] + len(ids))
             origins.append((file, line))
             counts.append(np.bincount(kinds[1:], minlength=len(KINDS)))
-
-    with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
-        batch = []
-        for number, file in enumerate(files):
-            records = tqdm(read_records(file), f"tokenizing {Path(file).name}", unit=" records", leave=False,
-                           disable=not progress)
-            for messages, line in records:
-                try:
-                    batch.append((render(messages, template), number, line))
-                except ValueError as error:
-                    raise ValueError(f"{file}:{line}: {error}") from None
-                if len(batch) == 512:
-                    flush(batch)
-                    batch = []
-        flush(batch)
     if not origins:
         raise ValueError(f"{', '.join(files)}: no example left of {report['records']} records "
                          f"({report['dropped_overlong']} longer than --max-length {max_length}, "
@@ -269,6 +244,49 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
     (folder / "report.json").write_text(json.dumps(report))
     sums = {name: checksum(folder / name) for name in CACHE_FILES}
     (folder / "crc32.json").write_text(json.dumps(sums))
+
+
+def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool
+               ) -> Iterator[tuple[list[int], list[int], int, int]]:
+    """Yields each record's ids and kinds, the number of its file, and its line."""
+    records, checked = _rendered(files, template, progress), 0
+    # The tokenizer uses all cores on a batch.
+    while batch := list(itertools.islice(records, 512)):
+        try:
+            examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
+        except ValueError:
+            # Again one by one, to name the record.
+            for pieces, file, line in batch:
+                with _naming(f"{files[file]}:{line}"):
+                    tokenize(pieces, tokenizer)
+            raise
+        for (pieces, file, line), (ids, kinds) in zip(batch, examples):
+            # The first records show whether the ids are those that serving gives.
+            if checked < 64:
+                with _naming(f"{files[file]}:{line}"):
+                    checked += matches_serving(pieces, ids, tokenizer)
+            yield ids, kinds, file, line
+
+
+def _rendered(files: list[str], template: Template, progress: bool
+              ) -> Iterator[tuple[list[Piece], int, int]]:
+    """Yields each record's pieces, the number of its file, and its line."""
+    for number, file in enumerate(files):
+        records = tqdm(read_records(file), f"tokenizing {Path(file).name}", unit=" records", leave=False,
+                       disable=not progress)
+        for messages, line in records:
+            with _naming(f"{file}:{line}"):
+                pieces = render(messages, template)
+            yield pieces, number, line
+
+
+@contextlib.contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Puts the place, FILE:LINE, in front of a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
@@ -282,6 +300,9 @@ def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
 
 
 # ---------------------------------------------------------------- step plan
+
+# The length of a document whose attention costs as much as its matrix products.
+ATTENTION_TOKENS = 4096
 
 
 def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: int,
@@ -300,46 +321,41 @@ def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: 
 
 def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: int) -> list[list[np.ndarray]]:
     """Examples of one step -> [rank][micro-batch], as few micro-batches as possible, the same number on every
-    rank.
-
-    Longest first, each example goes to the cheapest micro-batch that has room. If one finds no room, every
-    rank gets one more micro-batch and packing starts again. A document of n tokens costs n for the matrix
-    products and n * n / 4096 for attention.
-    """
+    rank, of about the same cost. lengths: (E,) of all examples. ValueError if one exceeds capacity."""
     sizes = lengths[examples]
     if len(examples) and sizes.max() > capacity:
         raise ValueError(f"--micro-batch-tokens {capacity} is less than an example of {sizes.max()} tokens: "
                          "raise it, or lower --max-length")
-    order = np.argsort(-sizes, kind="stable").tolist()
-    tokens = sizes.tolist()
-    micro = max(1, -(-int(sizes.sum()) // (capacity * world_size)))
-    while True:
-        count = micro * world_size
-        bins: list[list[int]] = [[] for _ in range(count)]
-        # (cost, micro-batch, tokens)
-        heap = [(0.0, b, 0) for b in range(count)]
-        for i in order:
-            full = []
-            while heap and heap[0][2] + tokens[i] > capacity:
-                full.append(heapq.heappop(heap))
-            if not heap:
-                break
-            cost, b, used = heap[0]
-            heapq.heapreplace(heap, (cost + tokens[i] + tokens[i] ** 2 / 4096, b, used + tokens[i]))
-            bins[b].append(i)
-            for entry in full:
-                heapq.heappush(heap, entry)
-        else:
-            costs = {b: cost for cost, b, _ in heap}
-            by_cost = sorted(range(count), key=lambda b: (-costs[b], b))
-            ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]
-            # Dealt out to ranks 0 1 | 1 0 | 0 1, so that all have about the same cost.
-            for turn in range(micro):
-                dealt = by_cost[turn * world_size:(turn + 1) * world_size]
-                for rank, b in enumerate(dealt if turn % 2 == 0 else reversed(dealt)):
-                    ranks[rank].append(examples[np.asarray(bins[b], np.int64)])
-            return ranks
-        micro += 1
+    per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))
+    while (bins := _fill(sizes, capacity, per_rank * world_size)) is None:
+        per_rank += 1
+    ranks: list[list[np.ndarray]] = [[] for _ in range(world_size)]
+    # Dealt out to ranks 0 1 | 1 0 | 0 1, the most expensive first, so that all have about the same cost.
+    for turn in range(per_rank):
+        dealt = bins[turn * world_size:(turn + 1) * world_size]
+        for rank, members in enumerate(dealt if turn % 2 == 0 else reversed(dealt)):
+            ranks[rank].append(examples[np.asarray(members, np.int64)])
+    return ranks
+
+
+def _fill(sizes: np.ndarray, capacity: int, count: int) -> list[list[int]] | None:
+    """Indices of sizes in `count` bins, the most expensive bin first; None if one finds no room. Longest
+    first, each goes to the cheapest bin that has room."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    # (cost, bin, tokens)
+    heap = [(0.0, b, 0) for b in range(count)]
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        tokens, full = int(sizes[i]), []
+        while heap and heap[0][2] + tokens > capacity:
+            full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, b, used = heap[0]
+        heapq.heapreplace(heap, (cost + tokens + tokens ** 2 / ATTENTION_TOKENS, b, used + tokens))
+        bins[b].append(i)
+        for entry in full:
+            heapq.heappush(heap, entry)
+    return [bins[b] for cost, b, _ in sorted(heap, key=lambda entry: (-entry[0], entry[1]))]
 
 
 class Steps:

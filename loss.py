@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
-from data import Batch
+from data import Batch, Dataset
 from kernels.head import chunks
+from runtime.distributed import from_all
 
 # Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is not the template's, so IM counts it.
 PRESETS = {
@@ -99,6 +100,7 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
         log_q = (reference_hidden @ reference_head.T).float().log_softmax(-1)
         return (scale * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
+    # Zero with a graph, for a rank without targets.
     total = hidden.sum() * 0.0
     for chunk in chunks(len(hidden), len(head_weight)):
         total = total + checkpoint(chunk_kl, hidden[chunk], head_weight, reference_hidden[chunk].detach(),
@@ -118,3 +120,47 @@ def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) 
         rows.uniform_(-scale, scale, generator=torch.Generator().manual_seed(state))
     return noise.to(batch.ids.device)
 
+
+# ---------------------------------------------------------------- what a step's sums say
+
+
+def check_finite(step: int, totals: dict, grad_norm: float, nll_by_batch: list[tuple[Batch, Tensor]],
+                 dataset: Dataset) -> None:
+    """ValueError, on every rank, if a sum of the step or its gradient norm is not finite; it names the
+    records that caused it. nll_by_batch: this rank's micro-batches with the NLL of their trained targets. All
+    ranks call."""
+    numbers = {name: value for name, value in totals.items() if isinstance(value, float)}
+    if all(map(math.isfinite, [*numbers.values(), grad_norm])):
+        return
+    places: list[str] = []
+    for batch, values in nll_by_batch:
+        bad = batch.documents[batch.trained][~values.isfinite()].unique().tolist()
+        places += [dataset.where(batch.examples[document]) for document in bad]
+    places = sorted(sum(from_all(places), []))
+    reason = ("Every record's loss is finite, so something else overflowed: lower --lr, --kl-weight and the "
+              "weights of spans, or try --dtype fp32.")
+    if places:
+        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
+        reason = f"Its loss is not finite for {', '.join(places[:8])}{more}."
+    shown = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    raise ValueError(f"step {step}: {shown}, gradient norm {grad_norm}: the run stops before this step "
+                     f"changes the weights. {reason}")
+
+
+def step_record(step: int, epoch: float, totals: dict, counts: np.ndarray, weights: np.ndarray,
+                log_untrained: bool, *, lr: float, grad_norm: float, seconds: float, peak_memory_mb: float
+                ) -> dict[str, float | None]:
+    """A line of metrics.jsonl. loss is sum(coefficient * NLL), without KL; the NLLs are token means in nats,
+    null for kinds that were not computed or have no target. totals: the step's sums by name; counts: (E, K)
+    its targets; weights: (K,)."""
+    of_kind = counts.sum(0)
+    numbers, tokens = dict(totals), int(of_kind.sum())
+    nll_sums = numbers.pop("nll")
+    record = {"step": step, "epoch": epoch, "loss": numbers.pop("loss"), "lr": lr, "grad_norm": grad_norm}
+    for kind in ("completion", "instruction", "system", "template"):
+        k = KINDS.index(kind)
+        known = of_kind[k] > 0 and (log_untrained or weights[k] != 0)
+        record[f"nll_{kind}"] = nll_sums[k] / int(of_kind[k]) if known else None
+    return record | numbers | {
+        "tokens": tokens, "trained_tokens": int(of_kind[weights != 0].sum()), "padding_tokens": 0,
+        "tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb, "seconds": seconds}

@@ -32,25 +32,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from chat import COMPLETION, KINDS, TEMPLATES, Template, check_vocabulary, load_template
+from chat import TEMPLATES, Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
 from eval.generate import answer_records
-from eval.spans import example_sums, summary
+from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
-from loss import NORMALIZE, PRESETS, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
+from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
+                  step_record, sums_by_kind)
 from model import Llama, ModelConfig, load_model, parameter_count, read_config, stored_weights
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
-from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
+from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
 from runtime.flags import flag, flag_name, given_flags
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
 from runtime.machine import keep_freed_memory, peak_memory_mb
-from runtime.report import Progress, StopSignal, describe, print_change, say, show_answers
+from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
+                            show_answers)
 from runtime.tokenizer import write_tokenizer
 from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
 
@@ -72,8 +73,8 @@ class Config:
                      free=True)
     max_length: int = flag(2048, "tokens an example may have", least=2)
     overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
-    require_completion: bool = flag(True, "leave out examples without a completion to train, as where "
-                                    "--max-length cuts it off, so that every --loss has the same examples")
+    require_completion: bool = flag(True, "leave out examples without a completion target, so that every "
+                                    "--loss trains on the same examples")
     cache_dir: str = flag(CACHE_DIR, "where tokenized data is kept between runs", metavar="DIR", free=True)
     # loss
     loss: str = flag("im", "it: completions; im: instructions too; lm: every token", choices=tuple(PRESETS))
@@ -91,20 +92,20 @@ class Config:
     # optimization; the paper's values
     epochs: int = flag(2, "passes over the training data", least=1)
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
-    batch_size: int = flag(128, "examples a step, over all ranks", least=1)
+    batch_size: int = flag(128, "examples in a step, over all ranks", least=1)
     micro_batch_tokens: int = flag(4096, "tokens of one forward and backward pass; changes memory and speed "
                                    "only", least=1, free=True)
     lr: float = flag(2e-5, "peak learning rate", above=0)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = flag(0.03, "part of the steps in which the learning rate rises", least=0, below=1)
+    warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
     beta1: float = flag(0.9, "AdamW's", least=0, below=1)
     beta2: float = flag(0.98, "AdamW's", least=0, below=1)
     adam_eps: float = flag(1e-6, "AdamW's", above=0)
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
-    seed: int = flag(0, "of the order of examples and of NEFTune's noise", least=0)
+    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0)
     # machine
-    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: everything",
+    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: no autocast",
                       choices=("bf16", "fp32"))
     device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), free=True)
     shard: bool = flag(False, "under torchrun: each rank holds a part of the parameters, gradients and "
@@ -116,18 +117,18 @@ class Config:
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR", free=True)
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start from scratch", free=True,
                            in_file=False)
-    save_every: int = flag(0, "steps between checkpoints to resume from; 0: when interrupted, and while the "
-                           "last evaluation and the export run", least=0, free=True)
-    keep_checkpoints: int = flag(2, "how many of these to keep", least=1, free=True)
-    save_dtype: str = flag("source", "of final/; source: as the model came",
+    save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted, and after the last step "
+                           "until final/ is written", least=0, free=True)
+    keep_checkpoints: int = flag(2, "newest checkpoints to keep", least=1, free=True)
+    save_dtype: str = flag("source", "dtype of final/; source: that of --model's files",
                            choices=("source", "fp32", "bf16"), free=True)
     resume: str = flag("auto", "auto: resume where the same run was interrupted; never; or the folder of a "
                        "checkpoint to start from", free=True, in_file=False)
     eval_every: int = flag(0, "steps between evaluations; 0: only before and after", least=0, free=True)
     eval_generate: int = flag(0, "answer this many held-out prompts before and after, and count exact "
                               "matches", least=0, free=True)
-    log_every: int = flag(10, "steps between looks at the NLL of spans that are not trained on", least=1,
-                          free=True)
+    log_every: int = flag(10, "steps between lines of a log file, and between measurements of the NLL of "
+                          "untrained spans", least=1, free=True)
 
     @property
     def span_weights(self) -> np.ndarray:
@@ -184,17 +185,17 @@ def validate(config: Config) -> None:
     need("compile", not (config.shard and config.compile), "off with --shard")
     need("eval_generate", not (config.shard and config.eval_generate),
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
-    need("device", config.device != "cuda" or torch.cuda.is_available(),
-         "cpu here: PyTorch finds no CUDA device")
-    _ = config.span_weights     # raises
+    # Raises for weights that leave nothing to train.
+    _ = config.span_weights
 
 
 # ---------------------------------------------------------------- optimization
 
 
 def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Any optimizer of torch.optim will do: all that it keeps for a parameter is saved and resumed. A group's
-    own lr stays the same multiple of --lr throughout the schedule."""
+    """AdamW, with weight decay on matrices (embeddings, too) but not on norms and biases. Any other optimizer
+    of torch.optim will do: all that it keeps for a parameter is saved and resumed. A group's own lr stays the
+    same multiple of --lr throughout the schedule."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay},
@@ -208,7 +209,7 @@ def learning_rate(config: Config, step: int, total: int) -> float:
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    # 1 at the peak, one step's worth at the end
+    # Falls from 1 to 1 / (total - warmup), so that the last step still learns.
     left = (total - step) / (total - warmup)
     factor = {"linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left)), "constant": 1.0}
     return config.lr * factor[config.schedule]
@@ -219,9 +220,10 @@ def count_steps(config: Config, per_epoch: int) -> int:
     return config.max_steps or config.epochs * per_epoch
 
 
-def other_length(config: Config, per_epoch: int, identity: dict, steps: int) -> str:
-    """Why this run cannot resume one of another length after `steps` steps, and end as if it had been this
-    one from the start; "" if it can. identity: the other run's."""
+def why_not_extendable(config: Config, per_epoch: int, identity: dict, steps: int) -> str:
+    """Why a run with another --epochs, --max-steps or --warmup-ratio cannot be continued as this one after
+    `steps` steps: it has trained too many, or with other learning rates. "" if it can. identity: the other
+    run's."""
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
     total, other_total = count_steps(config, per_epoch), count_steps(other, per_epoch)
     if steps > total:
@@ -241,7 +243,7 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
         width = unwrap(model).config.hidden_size
         noise = neftune_noise(batch, width, config.neftune_alpha, config.seed, step)
     hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)         # (N, C)
-    # Only after the forward pass, which gathers a sharded one.
+    # Read after the forward pass: with --shard, that is what gathers it.
     head = unwrap(model).head_weight
     trained, untrained = batch.trained, batch.untrained
     loss, trained_nll = weighted_nll(hidden[trained], head, batch.targets[trained],
@@ -265,7 +267,8 @@ def accumulate_gradients(model: torch.nn.Module, reference: Llama | None, datase
                          ) -> tuple[Sums, list[tuple[Batch, Tensor]]]:
     """The forward and backward passes of a step. micro_batches: this rank's (Steps). Returns this rank's sums
     of the statistics, and its batches with the NLL of their trained targets."""
-    device, sums, trained = unwrap(model).head_weight.device, Sums(), []
+    device = unwrap(model).head_weight.device
+    sums, nll_by_batch = Sums(), []
     for i, micro_batch in enumerate(micro_batches):
         batch = collate(dataset, *micro_batch).to(device)
         sync_gradients(model, now=i == len(micro_batches) - 1)
@@ -275,9 +278,9 @@ def accumulate_gradients(model: torch.nn.Module, reference: Llama | None, datase
         # DDP and FSDP average gradients over the ranks; the step's loss is the ranks' sum.
         (loss * world_size()).backward()
         sums.add(statistics)
-        trained.append((batch, trained_nll))
+        nll_by_batch.append((batch, trained_nll))
     release(reference)
-    return sums, trained
+    return sums, nll_by_batch
 
 
 # ---------------------------------------------------------------- what a run is made from
@@ -292,16 +295,16 @@ class Source(NamedTuple):
 
 
 def open_source(config: Config) -> Source:
-    """All but the weights of --model, checked as far as that is cheap. Sets config.date. ValueError for what
-    is wrong with the folder, the template or the date."""
-    folder, out = resolve_model(config.model), Path(config.output_dir)
+    """All but the weights of --model, checked as far as that is cheap. A resumed run keeps its date.
+    ValueError for what is wrong with the folder, the template or the date."""
+    folder = resolve_model(config.model)
     model_config = read_config(folder)
     stored_weights(folder, model_config)
     tokenizer = Tokenizer(folder)
-    config.date = from_main(config.date or saved_date(out, config.resume == "never" or config.overwrite)
-                            or date.today().isoformat())
-    template = load_template(config.template, tokenizer, config.date)
-    config.date = template.date
+    from_scratch = config.resume == "never" or config.overwrite
+    saved = saved_date(Path(config.output_dir), from_scratch)
+    day = from_main(config.date or saved or date.today().isoformat())
+    template = load_template(config.template, tokenizer, day)
     if template.warning:
         say(f"warning: {template.warning}")
     check_vocabulary(model_config.vocab_size, tokenizer, template)
@@ -337,7 +340,7 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
     usable = train_set.trainable(config.span_weights, config.require_completion)
     if not len(usable):
-        cut_off = config.require_completion and not train_set.counts[:, COMPLETION].any()
+        cut_off = config.require_completion and train_set.without_completion == len(train_set)
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
                          f"{config.template}: " + (
                              f"no completion is left of any (--max-length {config.max_length} cut off "
@@ -353,40 +356,11 @@ def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, 
                  config.seed, config.batch_size, config.micro_batch_tokens, rank, world_size)
 
 
-def describe_data(config: Config, source: Source, train_set: Dataset, usable: np.ndarray, per_epoch: int
-                  ) -> str:
-    """What will be trained on; and where that is not what the flags suggest: examples without a completion,
-    files given twice, examples longer than the model was trained for."""
-    report, lengths = train_set.report, train_set.lengths[usable]
-    incomplete = int((train_set.counts[:, COMPLETION] == 0).sum())
-    lines = [f"data: {len(usable):,} examples, {int(lengths.sum()):,} tokens; "
-             f"{count_steps(config, per_epoch):,} steps, {per_epoch:,} an epoch",
-             f"  of {report['records']:,} records {report['truncated']:,} were truncated, "
-             f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
-             f"  {len(train_set) - len(usable):,} left out with nothing to train on"]
-    if incomplete and config.require_completion:
-        lines += [f"  {incomplete:,} of these have no completion (cut off at --max-length, or of weight 0): "
-                  "left out under every", "  --loss, so that losses compare on the same examples; "
-                  "--no-require-completion keeps them"]
-    elif incomplete:
-        lines += [f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it "
-                  "does not:", "  losses compared with --no-require-completion have other examples and other "
-                  "steps"]
-    if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
-        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count as often"]
-    positions = source.model_config.max_position_embeddings
-    if positions and config.max_length > positions:
-        longer = int((train_set.lengths > positions).sum())
-        lines += [f"warning: --max-length {config.max_length} is more than the model's "
-                  f"max_position_embeddings, {positions};", f"  {longer:,} examples are longer than that"]
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- what the loop asks for
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The one place that decides in which precision things are computed."""
+    """Autocast as --dtype asks. (With --shard, layers are gathered in the same dtype.)"""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
 
 
@@ -402,43 +376,12 @@ def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
     return model
 
 
-def check_finite(step: int, totals: dict, grad_norm: float, trained: list[tuple[Batch, Tensor]],
-                 dataset: Dataset) -> None:
-    """ValueError, on every rank, if a sum of the step or its gradient is not finite; it names the records.
-    trained: this rank's micro-batches with the NLL of their trained targets. All ranks call."""
-    numbers = {name: value for name, value in totals.items() if isinstance(value, float)}
-    if all(map(math.isfinite, [*numbers.values(), grad_norm])):
-        return
-    places: list[str] = []
-    for batch, values in trained:
-        bad = batch.documents[batch.trained][~values.isfinite()].unique().tolist()
-        places += [dataset.where(batch.examples[document]) for document in bad]
-    places = sorted(sum(from_all(places), []))
-    reason = ("Every record's loss is finite, so something else overflowed: lower --lr, --kl-weight and the "
-              "weights of spans, or try --dtype fp32.")
-    if places:
-        more = f" and {len(places) - 8} more" if len(places) > 8 else ""
-        reason = f"Its loss is not finite for {', '.join(places[:8])}{more}."
-    shown = ", ".join(f"{name} {value}" for name, value in numbers.items() if name != "stop")
-    raise ValueError(f"step {step}: {shown}, gradient norm {grad_norm}: the run stops before this step "
-                     f"changes the weights. {reason}")
-
-
-def step_record(step: int, epoch: float, totals: dict, counts: np.ndarray, weights: np.ndarray,
-                logs_untrained: bool, lr: float, grad_norm: float, seconds: float, memory: float
-                ) -> dict[str, float | None]:
-    """A line of metrics.jsonl. totals: the step's sums by name; counts: (E, K) its targets; memory: MB."""
-    of_kind = counts.sum(0)
-    numbers, tokens = dict(totals), int(of_kind.sum())
-    nll_sums = numbers.pop("nll")
-    record = {"step": step, "epoch": epoch, "loss": numbers.pop("loss"), "lr": lr, "grad_norm": grad_norm}
-    for kind in ("completion", "instruction", "system", "template"):
-        k = KINDS.index(kind)
-        known = of_kind[k] > 0 and (logs_untrained or weights[k] != 0)
-        record[f"nll_{kind}"] = nll_sums[k] / int(of_kind[k]) if known else None
-    return record | numbers | {
-        "tokens": tokens, "trained_tokens": int(of_kind[weights != 0].sum()), "padding_tokens": 0,
-        "tokens_per_second": tokens / seconds, "peak_memory_mb": memory, "seconds": seconds}
+def bytes_to_write(config: Config, model: Llama) -> int:
+    """The disk space for final/ and the checkpoints, each of which holds the weights and AdamW's two averages
+    in fp32. A new checkpoint is written before the oldest is deleted."""
+    checkpoints = config.keep_checkpoints + 1 if config.save_every else 1
+    final_bytes = DTYPES.get(config.save_dtype, model.source_dtype).itemsize
+    return parameter_count(model.config) * (final_bytes + 12 * checkpoints)
 
 
 def evaluation_due(config: Config, step: int, total_steps: int) -> bool:
@@ -451,19 +394,15 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
              total_steps: int) -> tuple[dict, list[dict]]:
     """Held-out NLL by file and kind, and at both ends of the run exact matches of answers: what rank 0 adds
     to eval.jsonl, and the answers. All ranks call."""
-    device = model.head_weight.device
-    result: dict = {"step": step, "data": {}, "contents": {name: x.content for name, x in eval_sets.items()}}
     answers: list[dict] = []
-    with autocast(config, device):
-        for name, dataset in eval_sets.items():
-            bar = partial(tqdm, desc=f"evaluating on {name}", leave=False, disable=not shows_progress())
-            capacity = max(config.micro_batch_tokens, int(dataset.lengths.max()))
-            sums = example_sums(model, dataset, capacity, device, rank(), world_size(), bar)
-            result["data"][name] = summary(sums, dataset.counts)
+    with autocast(config, model.head_weight.device):
+        sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
         if config.eval_generate and step in (0, total_steps) and is_main():
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
                                      config.eval_generate)
     release(model)
+    result = {"step": step, "data": {name: summary(sums[name], x.counts) for name, x in eval_sets.items()},
+              "contents": {name: x.content for name, x in eval_sets.items()}}
     if answers:
         result.update(exact_match=sum(a["correct"] for a in answers) / len(answers), answers=len(answers))
     if is_main():
@@ -499,7 +438,10 @@ def main(argv: list[str]) -> int:
 
     # What is cheap to check comes before the data is tokenized.
     source = open_source(config)
-    identity, settings = run_identity(config, source), asdict(config)
+    # Saved with the run, so that it resumes with the same date.
+    config.date = source.template.date
+    identity = run_identity(config, source)
+    settings = asdict(config)
     if is_main():
         check_folder(out, identity, settings, source.folder)
 
@@ -508,10 +450,12 @@ def main(argv: list[str]) -> int:
     weights = config.span_weights
     steps = make_steps(config, train_set, usable, rank(), world_size())
     total_steps = count_steps(config, steps.per_epoch)
-    say(describe_data(config, source, train_set, usable, steps.per_epoch))
+    say(describe_data(config, train_set, usable, total_steps, steps.per_epoch,
+                      source.model_config.max_position_embeddings))
     identity["tokens"] = train_set.content
-    everywhere = {"eval_data": [each.content for each in eval_sets.values()], "torch": torch.__version__}
-    check_ranks(out, identity | everywhere, resuming=config.resume == "auto" and not config.overwrite)
+    must_agree = identity | {"eval_data": [each.content for each in eval_sets.values()],
+                             "torch": torch.__version__}
+    check_ranks(out, must_agree, resuming=config.resume == "auto" and not config.overwrite)
 
     # Model: the one to train and, for KL, the one it started as.
     raw_model = prepare_model(config, source.folder, device)
@@ -519,13 +463,13 @@ def main(argv: list[str]) -> int:
     if config.kl_weight:
         reference = prepare_model(config, source.folder, device).requires_grad_(False)
 
-    # The folder is touched only now, when nothing can be wrong with the input any more. AdamW's checkpoints
-    # hold three numbers a parameter, and a new one is written before the oldest is deleted.
-    checkpoints = config.keep_checkpoints + 1 if config.save_every else 1
-    final_bytes = DTYPES.get(config.save_dtype, raw_model.source_dtype).itemsize
-    room = parameter_count(source.model_config) * (final_bytes + 12 * checkpoints)
-    start = from_main(claim(out, identity, settings, source.folder, room,
-                            partial(other_length, config, steps.per_epoch), say) if is_main() else None)
+    # The folder is changed only now, when nothing can be wrong with the input any more.
+    start = None
+    if is_main():
+        room = bytes_to_write(config, raw_model)
+        extendable = partial(why_not_extendable, config, steps.per_epoch)
+        start = claim(out, identity, settings, source.folder, room, extendable, say)
+    start = from_main(start)
     if start.finished:
         say(f"{out}/final was finished before")
         return finish(0)
@@ -553,14 +497,15 @@ def main(argv: list[str]) -> int:
         began = time.monotonic()
         log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
         micro_batches, counts = steps[step]
-        sums, trained = accumulate_gradients(model, reference, train_set, micro_batches, config, step,
-                                             log_untrained)
+        sums, nll_by_batch = accumulate_gradients(model, reference, train_set, micro_batches, config, step,
+                                                  log_untrained)
 
         # One sum over the ranks, and the only place where the host waits for the device.
         sums.add({"stop": torch.tensor(float(stop.number), device=device)})
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
         totals, [grad_norm] = sums.over_ranks(whole(norm))
-        check_finite(step + 1, totals, grad_norm, trained, train_set)
+        stopping = totals.pop("stop") > 0 and step + 1 < total_steps
+        check_finite(step + 1, totals, grad_norm, nll_by_batch, train_set)
 
         lr = learning_rate(config, step, total_steps)
         for group, factor in zip(optimizer.param_groups, lr_factors):
@@ -569,14 +514,14 @@ def main(argv: list[str]) -> int:
         if step == first_step:
             # Raises now, rather than at the first save, if this optimizer cannot be saved.
             optimizer_state(raw_model, optimizer)
-        # The model's gradients: an optimizer may leave out parameters, whose gradients would add up and count
-        # in the clipped norm. DDP's stay views of its buckets.
+        # Clear all of the model's gradients, not only the optimizer's: others would add up and count in the
+        # clipped norm. Under DDP they are zeroed in place, because they are views of its buckets.
         raw_model.zero_grad(set_to_none=model is raw_model)
         step += 1
 
-        stopping = totals.pop("stop") > 0 and step < total_steps
-        record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr,
-                             grad_norm, time.monotonic() - began, peak_memory_mb(device))
+        record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
+                             grad_norm=grad_norm, seconds=time.monotonic() - began,
+                             peak_memory_mb=peak_memory_mb(device))
         if is_main():
             append_line(out / "metrics.jsonl", record)
         progress.update(record, line=log_untrained)
@@ -607,7 +552,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    """main() with one readable line for what a user can mend, printed by one rank; the others just end."""
+    """main() with one readable line for what a user can fix, printed by one rank; the others just end."""
     try:
         return main(argv)
     except KeyboardInterrupt:

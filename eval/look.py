@@ -37,7 +37,7 @@ from runtime.files import writing
 from runtime.flags import flag
 from runtime.folder import check_folder
 from runtime.machine import peak_memory_mb
-from runtime.report import say
+from runtime.report import describe_data, say
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
@@ -108,7 +108,7 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
 
 
 def print_numbers(config: LookConfig, numbers: dict) -> None:
-    """measure()'s numbers, but for those that train.describe_data() says, in 79 columns."""
+    """measure()'s numbers, but for those that describe_data() says, in 79 columns."""
     packed, capacity = numbers["packing"], config.micro_batch_tokens
     say(f"  the longest has {numbers['longest']:,} tokens")
     for name, held_out in numbers["held_out"].items():
@@ -148,7 +148,7 @@ def folder_state(config: LookConfig, identity: dict, source: train.Source, per_e
         if checkpoint:
             saved = read_state(checkpoint)
             start = f"after step {saved['step']} from {checkpoint}"
-            if reason := train.other_length(config, per_epoch, saved["identity"], saved["step"]):
+            if reason := train.why_not_extendable(config, per_epoch, saved["identity"], saved["step"]):
                 raise ValueError(f"{checkpoint}: cannot be resumed: {reason}")
         elif state == "resume" and (out / "final").is_dir():
             raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept")
@@ -212,7 +212,8 @@ def main(argv: list[str]) -> None:
                      for name, held_out in eval_sets.items()},
         "output_dir": state}
     say(f"model: {source.folder}: {numbers['parameters']:,} parameters; template {source.template.name}")
-    say(train.describe_data(config, source, dataset, usable, steps.per_epoch))
+    say(describe_data(config, dataset, usable, train.count_steps(config, steps.per_epoch), steps.per_epoch,
+                      source.model_config.max_position_embeddings))
     print_numbers(config, numbers)
     say(sentence)
 

@@ -55,6 +55,19 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
     return sums.view(len(dataset), len(KINDS)).cpu().numpy()
 
 
+def sums_by_file(model: Llama, datasets: dict[str, Dataset], micro_batch_tokens: int, bar: str
+                 ) -> dict[str, np.ndarray]:
+    """example_sums() of each file by its name. An example may be longer than a micro-batch. bar: label of the
+    progress bar. All ranks call."""
+    device, sums = model.head_weight.device, {}
+    for name, dataset in datasets.items():
+        rows = partial(tqdm, desc=f"{bar} on {Path(name).name}", leave=False, unit=" rows",
+                       disable=not shows_progress())
+        capacity = max(micro_batch_tokens, int(dataset.lengths.max()))
+        sums[name] = example_sums(model, dataset, capacity, device, rank(), world_size(), rows)
+    return sums
+
+
 def summary(sums: np.ndarray, counts: np.ndarray) -> dict[str, dict]:
     """By kind, nll_token_mean, and nll_example_mean, the paper's mean over examples of each one's token mean
     (nats), with the numbers of tokens and examples. sums, counts: (E, K). Kinds without tokens are left
@@ -157,16 +170,12 @@ def check_tokens(files: list[str], names: tuple[str, str], first: list[Dataset],
 
 def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) -> list[np.ndarray]:
     """example_sums() of each file, (E, K)."""
-    out = []
-    for file, dataset in zip(args.data, datasets):
+    for dataset in datasets:
         check_embedding(dataset, loaded.model.config.vocab_size, loaded.tokenizer)
-        rows = partial(tqdm, desc=f"{Path(loaded.name).name} on {Path(file).name}", leave=False, unit=" rows",
-                       disable=not shows_progress())
-        capacity = max(args.micro_batch_tokens, int(dataset.lengths.max()))
-        with loaded.autocast:
-            out.append(example_sums(loaded.model, dataset, capacity, loaded.device, rank(), world_size(),
-                                    rows))
-    return out
+    with loaded.autocast:
+        sums = sums_by_file(loaded.model, dict(zip(args.data, datasets)), args.micro_batch_tokens,
+                            Path(loaded.name).name)
+    return list(sums.values())
 
 
 def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]], confidence: float) -> None:

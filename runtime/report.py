@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Sized
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -26,6 +28,33 @@ def describe(config: object) -> str:
     wrapped = textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
                             break_on_hyphens=False)
     return "configuration\n" + wrapped.replace("\0", " ")
+
+
+def describe_data(config: object, dataset: object, usable: Sized, steps: int, per_epoch: int,
+                  positions: int | None) -> str:
+    """What will be trained on; and where that is not what the flags suggest: examples without a completion,
+    files given twice, examples longer than the model was trained for. config: train.Config; dataset:
+    data.Dataset; usable: the examples to train on; positions: config.json's max_position_embeddings."""
+    report, lengths, incomplete = dataset.report, dataset.lengths, dataset.without_completion
+    lines = [f"data: {len(usable):,} examples, {int(lengths[usable].sum()):,} tokens; {steps:,} steps, "
+             f"{per_epoch:,} an epoch",
+             f"  of {report['records']:,} records {report['truncated']:,} were truncated, "
+             f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
+             f"  {len(dataset) - len(usable):,} left out"]
+    if incomplete and config.require_completion:
+        lines += [f"  {incomplete:,} of these because they have no completion (cut off at --max-length, or",
+                  "  of weight 0): the same under every --loss; --no-require-completion keeps them"]
+    elif incomplete:
+        lines += [f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it",
+                  "  does not: with --no-require-completion, losses have different examples and steps"]
+    if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
+        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count once for",
+                  "  each mention"]
+    if positions and config.max_length > positions:
+        longer = int((lengths > positions).sum())
+        lines += [f"warning: --max-length {config.max_length} is more than the model's "
+                  f"max_position_embeddings, {positions};", f"  {longer:,} examples are longer than that"]
+    return "\n".join(lines)
 
 
 class StopSignal:

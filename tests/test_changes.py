@@ -109,11 +109,11 @@ def test_a_chat_template(copy):
 
 def test_packing(copy):
     assert run_here(arguments(copy.data, "packed", max_steps=3, micro_batch_tokens=200)) == 0
-    copy.edit("data.py", "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n",
+    copy.edit("data.py", "    per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))\n",
               "    if len(examples) % world_size == 0:\n"
               "        return [[examples[i:i + 1] for i in range(rank, len(examples), world_size)]\n"
               "                for rank in range(world_size)]\n"
-              "    order = np.argsort(-sizes, kind=\"stable\").tolist()\n")
+              "    per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))\n")
     copy.run(dict(out="apart", micro_batch_tokens=200))
     assert [step["tokens"] for step in copy.metrics("apart")] == [
         step["tokens"] for step in copy.metrics("packed")]
@@ -145,7 +145,7 @@ def test_a_regularizer(copy):
     copy.edit("train.py", "    # optimization; the paper's values\n",
               "    z_weight: float = flag(0.0, \"adds this times the squared log-normalizer\", least=0)\n"
               "    # optimization; the paper's values\n")
-    copy.edit("train.py", "span_weights, sums_by_kind\n", "span_weights, sums_by_kind, z_loss\n")
+    copy.edit("train.py", "step_record, sums_by_kind)\n", "step_record, sums_by_kind, z_loss)\n")
     copy.edit("train.py", "    if log_untrained:",
               "    if config.z_weight:\n"
               "        statistics[\"z\"] = z_loss(hidden[trained], head, batch.coefficients[trained])\n"
@@ -167,6 +167,18 @@ def test_the_optimizer(copy):
     copy.run(dict(out="whole", save_every=1, keep_checkpoints=9), dict(out="resumed", resume=str(saved)))
     assert [step["step"] for step in copy.metrics("resumed")] == [3]
     assert difference(copy.weights("resumed"), copy.weights("whole")) == 0
+
+
+def test_the_schedule_and_which_spans_count(copy):
+    copy.edit("train.py", '"constant": 1.0}', '"constant": 1.0, "half": 0.5}')
+    copy.edit("train.py", 'choices=("linear", "cosine", "constant")',
+              'choices=("linear", "cosine", "constant", "half")')
+    copy.edit("loss.py", '    "lm": {TEMPLATE', '    "questions": {INSTRUCTION: 1.0},\n    "lm": {TEMPLATE')
+    copy.run(dict(out="new", schedule="half", warmup_ratio=0, loss="questions", lr=0.01))
+    for step in copy.metrics("new"):
+        assert step["lr"] == 0.005
+        assert step["loss"] == pytest.approx(step["nll_instruction"], rel=1e-5)
+    assert step["trained_tokens"] < step["tokens"]
 
 
 def test_a_weight_by_message(copy):

@@ -192,8 +192,8 @@ def test_what_fails_after_the_last_step_loses_no_training(folder, whole, failure
     argv = arguments(folder, f"end-{failure}", eval_data=folder / "train.jsonl")
     with monkeypatch.context() as patch:
         if failure == "evaluation":     # the second one; the first is before the first step
-            original, calls = train.example_sums, []
-            patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
+            original, calls = train.sums_by_file, []
+            patch.setattr(train, "sums_by_file", lambda *a: calls.append(1) or (
                 fail() if len(calls) == 2 else original(*a)))
         else:
             patch.setattr(train, {"export": "save_model", "notes": "finish_run"}[failure], fail)
@@ -212,7 +212,7 @@ def test_what_fails_after_the_last_step_loses_no_training(folder, whole, failure
 
 
 def test_a_signal_in_the_last_evaluation_ends_a_whole_run(folder, whole, monkeypatch):
-    original, calls = train.example_sums, []
+    original, calls = train.sums_by_file, []
 
     def signalled(*args: object):
         calls.append(1)
@@ -221,16 +221,16 @@ def test_a_signal_in_the_last_evaluation_ends_a_whole_run(folder, whole, monkeyp
             # as the system does after a while
             assert checkpoint.find_checkpoints(folder / "late")[-1].name == "step-00000008"
         return original(*args)
-    monkeypatch.setattr(train, "example_sums", signalled)
+    monkeypatch.setattr(train, "sums_by_file", signalled)
     assert run_here(arguments(folder, "late", eval_data=folder / "train.jsonl")) == 0
     assert len(calls) == 2 and same_weights(folder / "late", whole)
 
 
 def test_an_evaluation_that_was_cut_off_is_made_again_on_resume(folder, monkeypatch):
     argv = arguments(folder, "cut", eval_data=folder / "train.jsonl", eval_every=3, save_every=3)
-    original, calls = train.example_sums, []
+    original, calls = train.sums_by_file, []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "example_sums", lambda *a: calls.append(1) or (
+        patch.setattr(train, "sums_by_file", lambda *a: calls.append(1) or (
             original(*a) if len(calls) < 2 else (_ for _ in ()).throw(OSError(5, "Input/output error", "x"))))
         with pytest.raises(OSError):
             run_here(argv)

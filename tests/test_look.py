@@ -81,7 +81,7 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["trained"]["lm"] == 1.0
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
     assert f"instruction / completion: {instruction / completion:.3g} in tokens" in printed
-    assert "1 left out with nothing to train on" in printed and "1 of these have no completion" in printed
+    assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
