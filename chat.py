@@ -566,7 +566,9 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
             tokenizer.check_content(text, encoded[e, i].ids)
             ids += encoded[e, i].ids
             for start, end in encoded[e, i].offsets:
-                kinds.append(_token_kind(text, kinds_of_text, min(start, len(text) - 1), max(end, start + 1)))
+                # Characters that a normalizer puts before the text have the empty span (0, 0). Their token
+                # has the kind of the text's first character.
+                kinds.append(_token_kind(text, kinds_of_text, start, max(end, 1)))
         out.append((ids, kinds))
     return out
 

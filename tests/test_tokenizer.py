@@ -15,7 +15,7 @@ from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from chat import Piece, TEMPLATE, check_vocabulary, load_template, tokenize
+from chat import COMPLETION, Piece, TEMPLATE, check_vocabulary, load_template, tokenize
 from runtime.tokenizer import Tokenizer
 from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
@@ -403,6 +403,15 @@ def test_text_that_a_tokenizer_cannot_encode_is_named_with_its_record(tmp_path):
     with pytest.raises(ValueError, match="x.jsonl:2: .*tokenizer.json: "):
         load_dataset([tmp_path / "x.jsonl"], tokenizer, load_template("plain", tokenizer), 99, "error",
                      tmp_path / "cache")
+
+
+def test_a_token_that_a_normalizer_puts_before_the_text_has_the_kind_of_the_first_character(tmp_path):
+    folder = write("llama2", tmp_path)
+    change(folder / "tokenizer.json",
+           normalizer={"type": "Replace", "pattern": {"Regex": "^"}, "content": "12"}, pre_tokenizer=None)
+    tokenizer = Tokenizer(folder)
+    ids, kinds = tokenize([Piece("a", COMPLETION), Piece("b", TEMPLATE)], tokenizer)
+    assert tokenizer.decode(ids) == "12ab" and kinds == [COMPLETION, COMPLETION, COMPLETION, TEMPLATE]
 
 
 def test_a_tokenizer_that_gives_random_ids_is_refused(tmp_path):
