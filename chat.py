@@ -14,17 +14,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import date as Date, datetime
+from datetime import date as Date
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
-
-from runtime.tokenizer import Tokenizer
+from runtime.jinja import render_jinja
+from runtime.tokenizer import Tokenizer, check_rows
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
@@ -32,30 +28,35 @@ ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INS
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
-# Switches of other trainers and servers, with the value that changes nothing here. On a message the first
-# seven decide whether it is trained.
-NEUTRAL = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0,
-           "label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
-           "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
-TRAINS = tuple(NEUTRAL)[:7]
+# A message's switches in other trainers that decide whether it is trained, with the value that says yes.
+TRAINS = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0}
+# These and other switches, with the value that changes nothing here.
+NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
+                    "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
 # Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
 REFUSED = {
-    r"(reasoning|thinking|thoughts?)(_\w+)?|tool_calls?|function_calls?":
-        "which this trainer does not render: write what the model should say into 'content'",
-    r"(\w+_)?tools|tool_choice|functions|documents|history|(image|audio|video)s?(_urls?|_paths?)?"
-    r"|(chat_)?template_kwargs|chat_template|(enable|disable)_thinking"
-    r"|prefix|prefill|add_generation_prompt|continue_final_message":
-        "which would not be trained as it is served: write it into the messages as text, or remove it",
-    r"(train|training|trainable|loss|masks?|masked)(_\w+)?|(\w+_)?loss_(mask|scale|weight)s?"
-    r"|((sample|example|token|turn)_)?weights?|labels?|(chosen|rejected)(_\w+)?"
-    r"|(is|do|no|to|should|compute|with)_?(train\w*|loss)|supervised?|include|ignored?|skip(ped)?|channel":
-        "which would change here what is trained: mark messages that are not to be trained with "
-        "\"weight\": 0, leave out records that are not, and remove the field",
+    r"""(reasoning|thinking|thoughts?)(_\w+)?
+      | (tool|function)_calls?
+    """: "which this trainer does not render: write what the model should say into 'content'",
+    r"""(\w+_)?tools
+      | tool_choice | functions | documents | history
+      | (image|audio|video)s?(_urls?|_paths?)?
+      | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
+      | prefix | prefill | add_generation_prompt | continue_final_message
+    """: "which would not be trained as it is served: write it into the messages as text, or remove it",
+    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
+      | (\w+_)?loss_(mask|scale|weight)s?
+      | ((sample|example|token|turn)_)?weights?
+      | labels? | (chosen|rejected)(_\w+)?
+      | (is|do|no|to|should|compute|with)_?(train\w*|loss)
+      | supervised? | include | ignored? | skip(ped)? | channel
+    """: "which would change here what is trained: mark messages that are not to be trained with "
+         "\"weight\": 0, leave out records that are not, and remove the field",
 }
 
 # Fields whose text belongs to the conversation in one layout or another.
-TEXTS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix", "system_message",
-         "developer")
+CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix",
+                       "system_message", "developer")
 
 
 # ---------------------------------------------------------------- records -> messages
@@ -111,17 +112,7 @@ def to_messages(record: dict) -> list[dict]:
     if "messages" in record:
         messages = record["messages"]
     elif "conversations" in record:
-        turns = record["conversations"]
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-        messages = []
-        for number, turn in enumerate(map(_present, turns), 1):
-            role, content = turn.pop("from", turn.get("role")), turn.pop("value", turn.get("content"))
-            role = SHAREGPT_ROLES.get(str(role), role)
-            if turn.get("role", role) != role or turn.get("content", content) != content:
-                raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
-                                 "'content': keep one of them")
-            messages.append({**turn, "role": role, "content": content})
+        messages = _from_sharegpt(record["conversations"])
     elif "prompt" in record and "completion" in record:
         messages = [{"role": "user", "content": record["prompt"]},
                     {"role": "assistant", "content": record["completion"]}]
@@ -135,29 +126,50 @@ def to_messages(record: dict) -> list[dict]:
         raise ValueError("has none of the known layouts: 'messages', 'conversations', "
                          "'prompt' + 'completion', 'instruction' + 'output'; "
                          f"its fields are {', '.join(map(repr, record)) or 'none'}")
-    return _checked(messages, record)
-
-
-def _checked(messages: object, record: dict) -> list[dict]:
-    """The messages of a record, with its system prompt first. ValueError if one of them is not a message, or
-    if the record holds text that is in none of them."""
     if not isinstance(messages, list) or not messages:
         raise ValueError("holds no messages")
+    messages = _with_system_prompt(messages, record)
+    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
+    _check_messages(messages, record)
+    return messages
+
+
+def _from_sharegpt(turns: object) -> list[dict]:
+    """The messages of a record's 'conversations'."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
+    messages = []
+    for number, turn in enumerate(map(_present, turns), 1):
+        role = turn.pop("from", turn.get("role"))
+        role = SHAREGPT_ROLES.get(str(role), role)
+        content = turn.pop("value", turn.get("content"))
+        if turn.get("role", role) != role or turn.get("content", content) != content:
+            raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
+                             "'content': keep one of them")
+        messages.append({**turn, "role": role, "content": content})
+    return messages
+
+
+def _with_system_prompt(messages: list, record: dict) -> list:
+    """The messages with the record's system prompt first. ValueError if they have another one."""
     for field in ("system", "system_prompt"):
         given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
         if record.get(field) and not given:
             messages = [{"role": "system", "content": record[field]}, *messages]
         elif record.get(field, "") not in ("", *given):
             raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
-    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
-    for field in TEXTS:
+    return messages
+
+
+def _check_messages(messages: list[dict], record: dict) -> None:
+    """ValueError if the record holds text that is in none of its messages."""
+    for field in CONVERSATION_FIELDS:
         text = record.get(field)
         if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
             raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
                              "write it into them, or remove the field")
     if "messages" in record and record.get("conversations"):
         raise ValueError("has both 'messages' and 'conversations': keep one of them")
-    return messages
 
 
 def _present(fields: dict) -> dict:
@@ -172,7 +184,7 @@ def _refuse(fields: dict, owner: str) -> None:
         if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
             continue
         for pattern, reason in REFUSED.items():
-            if re.fullmatch(pattern, field, re.IGNORECASE):
+            if re.fullmatch(pattern, field, re.IGNORECASE | re.VERBOSE):
                 raise ValueError(f"{owner} has {field!r}, {reason}")
 
 
@@ -189,7 +201,7 @@ def _message(message: dict, number: int) -> dict:
     for field, value in switches.items():
         if value not in (0, 1):
             raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
-    weights = {int(value == NEUTRAL[field]) for field, value in switches.items()}
+    weights = {int(value == TRAINS[field]) for field, value in switches.items()}
     if len(weights) > 1:
         raise ValueError(f"message {number} is to be trained and not to be trained: "
                          f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
@@ -243,45 +255,10 @@ class Template:
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Render as transformers' apply_chat_template does.
         ValueError with the template's own words if it refuses."""
-        now = datetime.fromisoformat(self.date)
-        try:
-            return _compile(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None,
-                strftime_now=now.strftime, **self.tokens)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"template {self.name}, line {error.lineno}: {error.message}") from None
-        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-            raise ValueError(f"template {self.name} refuses the messages: {error}") from None
+        return render_jinja(
+            self.source, self.name, self.date, messages=messages, tools=None, documents=None,
+            add_generation_prompt=add_generation_prompt, **self.tokens)
 
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` blocks mark assistant text for transformers. Spans come from sentinels here, so only
-    the block's body matters."""
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        lineno = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.Scope(body).set_lineno(lineno)
-
-
-@cache
-def _compile(source: str) -> jinja2.Template:
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(x: object, ensure_ascii: bool = False, indent: int | None = None,
-               separators: tuple | None = None, sort_keys: bool = False) -> str:
-        # Jinja's own filter escapes HTML.
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
-    # A template is code that others wrote.
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
-    env.filters["tojson"] = tojson
-    env.globals["raise_exception"] = raise_exception
-    return env.from_string(source)
 
 # A conversation to try templates with.
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -300,6 +277,8 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
     elif name in TEMPLATES:
         source = TEMPLATES[name].read_text(encoding="utf-8")
         if not tokenizer.adds_bos:
+            # This tokenizer does not add BOS to plain text, so its model was not trained with one. It is left
+            # out of the exported source, too.
             source = re.sub(r"{{-? bos_token }}", "", source)
     elif name.endswith(".jinja") and Path(name).is_file():
         source = Path(name).read_text(encoding="utf-8")
@@ -384,42 +363,68 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
         if template(shown) != template([{"role": m["role"], "content": m["content"]} for m in shown]):
             raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
                              f"special token {token[0]!r}, which would not stay text there: remove it")
-    parts = _take_apart(shown, template, add_generation_prompt)
-    text = "".join(part or "" for part in parts)
-    ends = (template.end_of_turn, template.tokens.get("eos_token"))
+    text = template(shown, add_generation_prompt)
+    literals, contents = _take_apart(text, shown, template, add_generation_prompt)
     pieces: list[Piece] = []
 
     def add(text: str, kind: int) -> None:
         pieces.extend(Piece(token, kind, special=i % 2 == 1) for i, token in enumerate(special.split(text)))
 
     # Where in the text the literal begins, and the kind of the answer that it ends, if any.
-    position, turn = 0, None
-    for i, literal in enumerate(parts[::2]):
-        content = parts[2 * i + 1] if i < len(messages) else None
-        end = special.search(literal) if turn is not None else None
-        # Some templates do not end every answer: the next special token is then another message's.
-        end = end.end() if end and (not template.end_of_turn or end[0] in ends) else 0
-        start, kind = len(literal), TEMPLATE
-        if content is not None:
-            answers = messages[i]["role"] == "assistant"
-            kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[messages[i]["role"]]
-            prompt = _generation_prompt(shown[:i], template) if answers else None
-            if prompt is not None and text.startswith(prompt):
-                # The prompt may end inside the content ("<think>"), but not with a special token: no content
-                # becomes one.
-                reach = len(prompt) - position
-                tokens = [token.end() - position for token in special.finditer(prompt)]
-                if end <= reach <= len(literal) + len(content) and max(tokens, default=0) <= len(literal):
-                    start = reach
-        add(literal[:end], TEMPLATE if turn is None else turn)
+    position, answer_kind = 0, None
+    for i, (literal, content) in enumerate(zip(literals, [*contents, None])):
+        end = 0
+        if answer_kind is not None:
+            end = _end_of_answer(literal, template)
+            add(literal[:end], answer_kind)
+        if content is None:
+            # The end of the text, or an empty message that the template left out, literal and all.
+            add(literal[end:], TEMPLATE)
+            continue
+        role = messages[i]["role"]
+        kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[role]
+        start, answer_kind = len(literal), None
+        if role == "assistant":
+            start = _start_of_answer(shown[:i], template, text, position, end, literal, content)
+            answer_kind = kind
         add(literal[end:start], TEMPLATE)
         add(literal[start:], kind)
-        if content is not None:
-            begins = max(0, start - len(literal))
-            pieces += [Piece(content[:begins], TEMPLATE), Piece(content[begins:], kind)]
-            turn = kind if answers else None
-        position += len(literal) + len(content or "")
+        # The generation prompt may end inside the content ("<think>").
+        start_in_content = max(0, start - len(literal))
+        pieces.append(Piece(content[:start_in_content], TEMPLATE))
+        pieces.append(Piece(content[start_in_content:], kind))
+        position += len(literal) + len(content)
     return [piece for piece in pieces if piece.text]
+
+
+def _end_of_answer(literal: str, template: Template) -> int:
+    """How much of the literal after an answer's content the model must write: up to its first special token,
+    or nothing if that token does not end a turn. Some templates end only the last answer, so the next special
+    token is another message's."""
+    token = _special_pattern(template.special).search(literal)
+    ends = (template.end_of_turn, template.tokens.get("eos_token"))
+    # While load_template tries the template, end_of_turn is not known yet: any special token counts.
+    if token and (not template.end_of_turn or token[0] in ends):
+        return token.end()
+    return 0
+
+
+def _start_of_answer(before: list[dict], template: Template, text: str, position: int, end: int,
+                     literal: str, content: str) -> int:
+    """Where in literal + content the answer starts: after the generation prompt if the text begins with it,
+    else at the content. before: the messages before the answer; position: of the literal in the text; end:
+    how much of the literal belongs to the answer before."""
+    prompt = _generation_prompt(before, template)
+    if prompt is None or not text.startswith(prompt):
+        return len(literal)
+    start = len(prompt) - position
+    if not end <= start <= len(literal) + len(content):
+        return len(literal)
+    # A special token of the prompt must not come from the content, where it is only text.
+    tokens = _special_pattern(template.special).finditer(prompt)
+    if any(token.end() - position > len(literal) for token in tokens):
+        return len(literal)
+    return start
 
 
 @cache
@@ -429,61 +434,73 @@ def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
         "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
 
 
-def _take_apart(messages: list[dict], template: Template, add_generation_prompt: bool) -> list[str | None]:
-    """The rendered text as [literal, content, literal, content, ..., literal], one content for each message,
-    None for an empty one that the template tests for and leaves out."""
-    text = template(messages, add_generation_prompt)
+def _take_apart(text: str, messages: list[dict], template: Template, add_generation_prompt: bool
+                ) -> tuple[list[str], list[str | None]]:
+    """The rendered text as (literals, contents): a literal, a content, a literal, a content, ..., a literal.
+    There is one content for each message, None for an empty one that the template tests for and leaves out.
+    """
     contents = [m["content"] for m in messages]
     mark = "\ue000"
     while mark in "".join(contents) + text + template.source:
         mark += "\ue000"
-    error = ""
+    problems = []
 
-    def skeleton(edges: int, empty: bool) -> list[str] | None:
-        """The literals around sentinels that have `edges` times the whitespace of the contents' edges."""
-        nonlocal error
-        remaining, literals, sentinels = "", [], []
+    def literals_around(edges: int, mark_empty: bool) -> list[str] | None:
+        """The literals, from a rendering with sentinels as contents. Sentinels have the whitespace at the
+        edges of the contents `edges` times. mark_empty: empty contents have sentinels, too."""
+        sentinels = []
         for i, content in enumerate(contents):
-            lead = content[:len(content) - len(content.lstrip())]
-            tail = content[len(content.rstrip()):]
-            sentinels.append(f"{lead * edges}{mark}\ue001{i}\ue002{tail * edges}" if content or empty else "")
+            before = content[:len(content) - len(content.lstrip())]
+            after = content[len(content.rstrip()):]
+            sentinel = f"{before * edges}{mark}\ue001{i}\ue002{after * edges}"
+            sentinels.append(sentinel if content or mark_empty else "")
         try:
             remaining = template([{**m, "content": x} for m, x in zip(messages, sentinels)],
                                  add_generation_prompt)
         except ValueError as refusal:
-            error = error or str(refusal)
+            problems.append(str(refusal))
             return None
+        literals = []
         for message, sentinel in zip(messages, sentinels):
-            literal, found, remaining = remaining.partition(sentinel) if sentinel else ("", True, remaining)
+            literal, found = "", True
+            if sentinel:
+                literal, found, remaining = remaining.partition(sentinel)
             if not found:
-                error = error or f"template {template.name} leaves out the {message['role']} message"
+                problems.append(f"template {template.name} leaves out the {message['role']} message")
                 return None
             literals.append(literal)
         literals.append(remaining)
         return literals if mark not in "".join(literals) else None
 
-    for empty in (True, False):
-        # First the contents as they are. Templates may test the whitespace at their edges (`plain` does), so
-        # the sentinels have it; if doubling it changes nothing else, the template does not strip it.
-        literals = skeleton(1, empty)
-        chosen = contents
-        if (literals is None or literals != skeleton(2, empty)
-                or _match(text, literals, [[c] for c in contents]) is None):
-            # Then contents that the template strips on either side, or writes as JSON, like a tool's answer.
-            literals = skeleton(0, empty)
-            chosen = literals and _match(text, literals, [
-                list(dict.fromkeys([c, c.strip(), c.lstrip(), c.rstrip(),
-                                    json.dumps(c, ensure_ascii=False)[1:-1]]))
-                for c in contents])
-        if literals is not None and chosen is not None:
-            chosen = [c if content or empty else None for c, content in zip(chosen, contents)]
-            return [x for pair in zip(literals, chosen) for x in pair] + [literals[-1]]
-    error = error or f"template {template.name} rewrites or repeats a message's text"
-    raise ValueError(f"{error}: its spans cannot be told apart, change the record or use another --template")
+    def as_they_are(mark_empty: bool) -> tuple[list[str], list[str]] | None:
+        """Contents that the template writes unchanged. Templates may test the whitespace at their edges
+        (`plain` does), so the sentinels have it. If doubling it changes no literal, it is not stripped."""
+        literals = literals_around(1, mark_empty)
+        if literals is None or literals != literals_around(2, mark_empty):
+            return None
+        return _match(text, literals, [[c] for c in contents])
+
+    def stripped_or_json(mark_empty: bool) -> tuple[list[str], list[str]] | None:
+        """Contents that the template strips on either side, or writes as JSON, like a tool's answer."""
+        literals = literals_around(0, mark_empty)
+        if literals is None:
+            return None
+        variants = [[c, c.strip(), c.lstrip(), c.rstrip(), json.dumps(c, ensure_ascii=False)[1:-1]]
+                    for c in contents]
+        return _match(text, literals, variants)
+
+    for mark_empty in (True, False):
+        if found := as_they_are(mark_empty) or stripped_or_json(mark_empty):
+            literals, written = found
+            return literals, [x if c or mark_empty else None for x, c in zip(written, contents)]
+    problem = problems[0] if problems else f"template {template.name} rewrites or repeats a message's text"
+    raise ValueError(f"{problem}: its spans cannot be told apart, change the record or use another "
+                     "--template")
 
 
-def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[str] | None:
-    """Choose a variant of each content so that literals and contents in turn spell text; None if none do."""
+def _match(text: str, literals: list[str], variants: list[list[str]]) -> tuple[list[str], list[str]] | None:
+    """Choose a variant of each content so that literals and contents in turn spell the text. Returns
+    (literals, contents chosen), or None if no choice does."""
     # (content, position in text, contents chosen): depth first, earlier variants first.
     stack = [(0, 0, ())]
     tried = set()
@@ -495,7 +512,7 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
         position += len(literals[i])
         if i == len(variants):
             if position == len(text):
-                return list(chosen)
+                return literals, list(chosen)
             continue
         stack += [(i + 1, position + len(variant), (*chosen, variant)) for variant in reversed(variants[i])
                   if text.startswith(variant, position)]
@@ -505,7 +522,7 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[st
 # ---------------------------------------------------------------- pieces -> tokens
 
 # What the tokenizers library takes for whitespace; Python's includes the separators \x1c to \x1f.
-SPACES = "".join(filter(str.isspace, map(chr, range(0x3001)))).translate(dict.fromkeys(range(0x1c, 0x20)))
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and c not in "\x1c\x1d\x1e\x1f")
 
 
 def tokenize(pieces: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -549,7 +566,9 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
             tokenizer.check_content(text, encoded[e, i].ids)
             ids += encoded[e, i].ids
             for start, end in encoded[e, i].offsets:
-                kinds.append(_token_kind(text, kinds_of_text, min(start, len(text) - 1), max(end, start + 1)))
+                # Characters that a normalizer puts before the text have the empty span (0, 0). Their token
+                # has the kind of the text's first character.
+                kinds.append(_token_kind(text, kinds_of_text, start, max(end, 1)))
         out.append((ids, kinds))
     return out
 
@@ -594,9 +613,11 @@ def _token_kind(text: str, kinds: list[int], start: int, end: int) -> int:
     return TEMPLATE if TEMPLATE in without_space or not without_space else without_space[0]
 
 
-def check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
-    """1 if the ids were found to be those that serving gives, 0 if a content spells a special token, or
-    something that the normalizer makes one of. ValueError if they differ, or BOS is written twice."""
+def matches_serving(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> bool:
+    """Whether the ids of an example were compared with those that serving gives, and found equal. False if
+    they cannot be compared: serving parses special tokens in contents, and one of these spells a special
+    token, or something that the normalizer makes one of. ValueError if the ids differ, or BOS is written
+    twice."""
     def served(text: str) -> list[int]:
         return tokenizer.reference.encode(text, add_special_tokens=False).ids
 
@@ -604,26 +625,20 @@ def check_ids(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -> int:
     spelled = {piece.kind for piece in pieces if not piece.special and
                served(piece.text) != tokenizer.at_start.encode(piece.text, add_special_tokens=False).ids}
     if spelled and TEMPLATE not in spelled:
-        return 0
+        return False
     if served(text) != ids:
         raise ValueError(f"{tokenizer.folder}/tokenizer.json treats text around special tokens in a way that "
                          f"is not supported: pieces and whole text give different ids for {text[:80]!r}")
     bos = tokenizer.special.get(tokenizer.bos_token)
     if tokenizer.adds_bos and ids[:2] == [bos, bos]:
         raise ValueError(f"the template writes the BOS token {tokenizer.bos_token} twice")
-    return 1
+    return True
 
 
 def check_vocabulary(rows: int, tokenizer: Tokenizer, template: Template) -> None:
     """ValueError unless every token that the template writes has one of the embedding's `rows`. Tokens that
     are never used, such as a padding token added without resizing, need none."""
     for piece in render(PROBE, template):
-        if piece.special and tokenizer.special[piece.text] >= rows:
-            raise ValueError(f"--template {template.name} writes {piece.text!r}, token "
-                             f"{tokenizer.special[piece.text]}, but {too_few_rows(rows, tokenizer)}")
-
-
-def too_few_rows(rows: int, tokenizer: Tokenizer) -> str:
-    """What is wrong where a token has none of the embedding's rows."""
-    return (f"the embedding has only {rows} rows; {tokenizer.folder} holds a tokenizer and a model that do "
-            "not belong together, or tokens were added without resizing the model")
+        if piece.special:
+            check_rows([tokenizer.special[piece.text]], rows,
+                       f"--template {template.name} writes {piece.text!r},", tokenizer.folder)

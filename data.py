@@ -32,10 +32,11 @@ import torch
 from tqdm import tqdm
 
 import chat
+import runtime.jinja
 import runtime.tokenizer
-from chat import (COMPLETION, KINDS, Piece, Template, check_ids, read_records, render, tokenize,
-                  tokenize_batch, too_few_rows)
-from runtime.tokenizer import Tokenizer
+from chat import (COMPLETION, KINDS, Piece, Template, matches_serving, read_records, render, tokenize,
+                  tokenize_batch)
+from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
@@ -89,7 +90,7 @@ CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "of
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "report.json": (np.uint8, (-1,))}
 # The code that turns records into tokens.
-CODE = tuple(map(Path, (chat.__file__, runtime.tokenizer.__file__, __file__)))
+CODE = tuple(map(Path, (chat.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__, __file__)))
 
 
 def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
@@ -263,7 +264,7 @@ def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progr
             # The first records show whether the ids are those that serving gives.
             if checked < 64:
                 with _naming(f"{files[file]}:{line}"):
-                    checked += check_ids(pieces, ids, tokenizer)
+                    checked += matches_serving(pieces, ids, tokenizer)
             yield ids, kinds, file, line
 
 
@@ -294,8 +295,8 @@ def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
         place = int(np.argmax(dataset.ids >= rows))
         example = int(np.searchsorted(dataset.offsets, place, side="right")) - 1
         index = int(dataset.ids[place])
-        raise ValueError(f"{dataset.where(example)}: holds {tokenizer.reference.id_to_token(index)!r}, token "
-                         f"{index}, but {too_few_rows(rows, tokenizer)}")
+        text = tokenizer.reference.id_to_token(index)
+        check_rows([index], rows, f"{dataset.where(example)}: holds {text!r},", tokenizer.folder)
 
 
 # ---------------------------------------------------------------- step plan

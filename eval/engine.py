@@ -13,8 +13,9 @@ N packed tokens, V vocabulary.
 """
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -24,18 +25,10 @@ from torch import Tensor, nn
 from kernels.layers import compute_dtype
 from model import Llama
 from runtime.model_config import ModelConfig
+from runtime.tokenizer import check_rows
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
-
-
-def check_ids(config: ModelConfig, sequences: Iterable[Sequence[int]]) -> None:
-    """ValueError unless all token ids of the sequences, such as prompts, have a row in the embedding."""
-    largest = max(map(max, filter(len, sequences)), default=0)
-    if largest >= config.vocab_size:
-        raise ValueError(f"a text holds token {largest}, the embedding has only {config.vocab_size} rows; "
-                         "tokenizer and model do not belong together, or tokens were added without resizing "
-                         "the model")
 
 
 # ---------------------------------------------------------------- choosing a token
@@ -296,7 +289,7 @@ class Engine:
         because a step computes over the longest one's places for all. keys: identifies each prompt for
         Sampling.draws, by default its number; on_token(number, id) is called as tokens come; done(number,
         ids) may end an answer after any token; lookup: the most tokens to guess (Document.guess)."""
-        check_ids(self.model.config, prompts)
+        check_rows(chain.from_iterable(prompts), self.model.config.vocab_size, "a prompt holds")
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
         cache = Cache(self.model.config, len(running), self.dtype, self.device)

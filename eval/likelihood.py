@@ -11,14 +11,15 @@ Shapes: N tokens of a row, n of them of one request, L tokens of that request up
 G key/value heads, D head size, C width, T targets.
 """
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.engine import check_ids
 from kernels.layers import compute_dtype
 from model import Attend, Llama
+from runtime.tokenizer import check_rows
 
 # The most queries in one attention call. It bounds the memory of masks and scores.
 TILE = 128
@@ -100,7 +101,8 @@ def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
     ValueError for an id beyond the embedding."""
     if not requests:
         return
-    check_ids(model.config, [ids for request in requests for ids in request])
+    tokens = chain.from_iterable(ids for request in requests for ids in request)
+    check_rows(tokens, model.config.vocab_size, "a text holds")
     config, device = model.config, model.head_weight.device
     longest = max(len(inputs) for inputs, _ in requests)
     cache = torch.zeros(config.num_hidden_layers, 2, config.num_key_value_heads, longest, config.head_dim,

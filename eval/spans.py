@@ -140,7 +140,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
                         help="what to do with longer ones")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096,
                         help="tokens of one forward pass; changes memory and speed only")
-    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenised data is kept between runs")
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenized data is kept between runs")
     add_bootstrap_flags(parser)
 
 

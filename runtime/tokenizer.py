@@ -12,7 +12,7 @@ import tokenizers
 
 from runtime.files import read_json
 
-# The names that transformers has for special tokens.
+# What transformers calls special tokens.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # How an added token is matched in a text.
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -40,8 +40,9 @@ class Tokenizer:
     ids; the exported folder names a class that takes the file as it is (write_tokenizer).
 
     named_tokens: {"eos_token": "</s>", ...}; special: {text: id} of all special tokens; adds_bos: whether
-    plain text begins with the BOS token; reference: parses special tokens in a text, as serving does;
-    at_start and after_special: encode text whose special tokens are not to be parsed, by where it stands.
+    plain text begins with the BOS token; reference: finds special tokens in a text, as serving does;
+    at_start and after_special: encode text in which special tokens are only text, the one at the start of an
+    example, the other after a special token.
 
     ValueError if the folder has no tokenizer.json, or if text that only spells a special token could become
     one.
@@ -158,6 +159,16 @@ class Tokenizer:
         return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
+def check_rows(ids: Iterable[int], rows: int, where: str, folder: str | Path = "the checkpoint") -> None:
+    """ValueError unless every id has one of the embedding's `rows`. where begins the message, folder names
+    the checkpoint in it."""
+    largest = max(ids, default=0)
+    if largest >= rows:
+        raise ValueError(f"{where} token {largest}, but the embedding has only {rows} rows; tokenizer and "
+                         f"model of {folder} do not belong together, or tokens were added without resizing "
+                         "the model")
+
+
 def _class_defaults(folder: Path, config: dict, byte_level: bool) -> dict[str, str]:
     """What the class that transformers would use for this folder adds to its files."""
     model = read_json(folder / "config.json")
@@ -179,14 +190,14 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
     the other files do not count. Otherwise special_tokens_map.json, even a null in it, overrides
     tokenizer_config.json, and what tokenizer.json says about a token overrides added_tokens.json.
     """
-    # With a tokenizer.json, these two have no effect; as text they would look like names below.
+    # Next to a tokenizer.json these two have no effect, and below they would look like names of tokens.
     fields = {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token")}
-    # additional_special_tokens is the old name.
+    # additional_special_tokens is the old name of the field.
     if "additional_special_tokens" in fields and not fields.get("extra_special_tokens"):
         fields["extra_special_tokens"] = fields.pop("additional_special_tokens")
     own = {name: fields.pop(name) for name in list(fields)
            if name.endswith("_token") and name not in NAMED and isinstance(fields[name], str)}
-    # An object gives names, too: {"image_token": "<image>"}.
+    # It may be an object with names, too: {"image_token": "<image>"}.
     if isinstance(fields.get("extra_special_tokens"), dict):
         own.update(fields.pop("extra_special_tokens"))
     if own:
@@ -224,7 +235,7 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
     tokens = {name: described(name, value) for name, value in values.items()}
     extra = [described("extra_special_tokens", value) for value in fields["extra_special_tokens"] or []]
     special = {token["content"]: token for token in (*tokens.values(), *extra)}
-    # The first of these that knows a token decides how it is matched, in the order of ids.
+    # How a token is matched is decided by the first of these that knows it, in the order of ids.
     known = {token["content"]: token for _, token in sorted(added.items(), key=lambda item: int(item[0]))}
     in_library = {token.content: token.__getstate__()
                   for token in tokenizer.get_added_tokens_decoder().values()}
@@ -245,10 +256,12 @@ def _read_chat_template(folder: Path, config: dict) -> str | None:
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
-    # There may be several, by name.
+    # There may be several with names.
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
+
+
 # Fields of tokenizer_config.json that are copied, since they change no ids. The others belong to the class
 # that the source named (legacy, add_prefix_space), have no effect next to tokenizer.json (add_bos_token), or
 # ask for code that is not in the folder.
@@ -258,7 +271,7 @@ KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokeniz
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat_template: str, end_of_turn: str,
                     model_config: dict) -> None:
-    """Write all the files of a checkpoint folder but the weights: tokenizer, chat template, and in
+    """Write all files of a checkpoint folder except the weights: tokenizer, chat template, and in
     generation_config.json the special token that ends an answer, end_of_turn. model_config: config.json's
     content.
 

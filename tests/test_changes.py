@@ -185,12 +185,12 @@ def test_a_weight_by_message(copy):
     copy.edit("chat.py", '"completion", "context")', '"completion", "context", "light")')
     copy.edit("chat.py", "COMPLETION, CONTEXT = range", "COMPLETION, CONTEXT, LIGHT = range")
     copy.edit("chat.py", "        if value not in (0, 1):\n", "        if value not in (0, 1, 0.5):\n")
-    copy.edit("chat.py", "    weights = {int(value == NEUTRAL[field]) for",
-              "    weights = {0.5 if value == 0.5 else int(value == NEUTRAL[field]) for")
+    copy.edit("chat.py", "    weights = {int(value == TRAINS[field]) for",
+              "    weights = {0.5 if value == 0.5 else int(value == TRAINS[field]) for")
     copy.edit("chat.py", '**({"weight": 0} if weights == {0} else {})}',
               '**({"weight": weights.pop()} if weights and weights != {1} else {})}')
-    copy.edit("chat.py", '            kind = CONTEXT if messages[i].get("weight") == 0 else',
-              '            kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
+    copy.edit("chat.py", '        kind = CONTEXT if messages[i].get("weight") == 0 else',
+              '        kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
     copy.edit("loss.py", "    weights = np.zeros(len(KINDS))\n",
               "    weights = np.zeros(len(KINDS))\n    weights[LIGHT] = 0.5\n")
     copy.edit("loss.py", "from chat import COMPLETION,", "from chat import LIGHT, COMPLETION,")

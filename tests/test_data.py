@@ -98,7 +98,7 @@ def test_each_part_changes_the_cache_key_and_another_place_does_not(folder, tmp_
         template = load_template(more.pop("template", "llama3"), tokenizer, **more)
         asked = [home / "train.jsonl"], tokenizer, template, max_length, overlong
         found = data.cache_parts(*asked)
-        assert not cache.exists()   # nothing was tokenised yet
+        assert not cache.exists()   # nothing was tokenized yet
         dataset = load_dataset(*asked, cache)
         return {**found, "key": dataset.key}
 

@@ -1,4 +1,4 @@
-"""Weights, denominators and regularisers against hand-made numbers and plain PyTorch."""
+"""Weights, denominators and regularizers against hand-made numbers and plain PyTorch."""
 import math
 
 import numpy as np

@@ -185,10 +185,10 @@ def test_one_example_or_no_resamples_have_no_interval():
     assert row[KINDS[1]]["nll_token_mean_interval"] is None
 
 
-def test_checkpoints_that_tokenise_otherwise_are_refused_before_any_is_run(folder, tmp_path, monkeypatch):
+def test_checkpoints_that_tokenize_differently_are_refused_before_any_is_run(folder, tmp_path, monkeypatch):
     make_model(tmp_path / "other", tokenizer="mistral")
     monkeypatch.setattr(spans, "example_sums", lambda *a: pytest.fail("evaluated"))
-    with pytest.raises(ValueError, match="other tokenises it otherwise than .*one does"):
+    with pytest.raises(ValueError, match="other tokenizes it differently from .*one "):
         spans.main(arguments(folder, model=[folder / "one", tmp_path / "other"], template="tulu"))
 
 

@@ -15,7 +15,7 @@ from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from chat import Piece, TEMPLATE, check_vocabulary, load_template, tokenize
+from chat import COMPLETION, Piece, TEMPLATE, check_vocabulary, load_template, tokenize
 from runtime.tokenizer import Tokenizer
 from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
@@ -163,7 +163,7 @@ def test_a_vocabulary_without_an_unknown_token_needs_none(tmp_path):
     assert plain_ids(tokenizer, "a plum </s>") == theirs("a plum </s>", add_special_tokens=False).input_ids
 
 
-def test_a_special_token_that_gets_through_is_refused_when_loading_and_when_tokenising(tmp_path, monkeypatch):
+def test_a_special_token_that_gets_through_is_refused_when_loading_and_when_tokenizing(tmp_path, monkeypatch):
     tokenizer = Tokenizer(write("unigram_nfkc", tmp_path))
     tokenizer.at_start = tokenizer.reference
     for text in ("a </s> b", "a ＜/s＞ b"):
@@ -356,7 +356,7 @@ def test_chatml_fits_a_tokenizer_whose_metadata_alone_calls_its_tokens_special(t
     assert load_template("chatml", Tokenizer(tmp_path)).end_of_turn == END
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path):
+def test_a_name_that_is_not_text_is_refused(tmp_path):
     for fields, message in (
             (dict(eos_token=["</s>"]), r"eos_token in .* is \['</s>'\]; a token must be text"),
             (dict(eos_token={"lstrip": True}), "eos_token in .* is {'lstrip': True}; a token"),
@@ -403,6 +403,15 @@ def test_text_that_a_tokenizer_cannot_encode_is_named_with_its_record(tmp_path):
     with pytest.raises(ValueError, match="x.jsonl:2: .*tokenizer.json: "):
         load_dataset([tmp_path / "x.jsonl"], tokenizer, load_template("plain", tokenizer), 99, "error",
                      tmp_path / "cache")
+
+
+def test_a_token_that_a_normalizer_puts_before_the_text_has_the_kind_of_the_first_character(tmp_path):
+    folder = write("llama2", tmp_path)
+    change(folder / "tokenizer.json",
+           normalizer={"type": "Replace", "pattern": {"Regex": "^"}, "content": "12"}, pre_tokenizer=None)
+    tokenizer = Tokenizer(folder)
+    ids, kinds = tokenize([Piece("a", COMPLETION), Piece("b", TEMPLATE)], tokenizer)
+    assert tokenizer.decode(ids) == "12ab" and kinds == [COMPLETION, COMPLETION, COMPLETION, TEMPLATE]
 
 
 def test_a_tokenizer_that_gives_random_ids_is_refused(tmp_path):
@@ -461,7 +470,7 @@ CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "Q
 
 
 @pytest.mark.parametrize("name", [*cast.CAST, *cast.OTHERS])
-def test_the_exported_folder_is_tokenised_as_it_was_trained(name, tmp_path):
+def test_the_exported_folder_is_tokenized_as_it_was_trained(name, tmp_path):
     for number, tokenizer_class in enumerate(CLASSES):
         source, folder = write(name, tmp_path / f"source-{number}"), tmp_path / f"final-{number}"
         change(source / "tokenizer_config.json", tokenizer_class=tokenizer_class, legacy=False,
@@ -571,7 +580,7 @@ def padded(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_token_beyond_the_embedding_that_is_never_used_is_no_matter(padded):
+def test_a_token_beyond_the_embedding_that_is_never_used_is_accepted(padded):
     assert tiny.run_here(tiny.arguments(padded, "run", epochs=1, eval_data=[padded / "train.jsonl"])) == 0
     final, source = Tokenizer(padded / "run" / "final"), Tokenizer(padded / "model")
     assert final.special["[PAD]"] == source.special["[PAD]"]
@@ -621,8 +630,8 @@ def test_held_out_loss_names_the_record_of_a_token_beyond_the_embedding(tmp_path
 def test_evaluation_names_a_token_beyond_the_embedding_too(tmp_path):
     model = load_model(tiny.make_model(tmp_path), "cpu")
     rows = model.config.vocab_size
-    with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
+    with pytest.raises(ValueError, match=f"token {rows}, but the embedding has only {rows} rows"):
         generate.generate(Engine(model), [[1, 2], [3, rows, 4]], {0}, 2)
     for request in (([1, rows], [2]), ([1, 2], [rows])):
-        with pytest.raises(ValueError, match=f"token {rows}, the embedding has only {rows} rows"):
+        with pytest.raises(ValueError, match=f"token {rows}, but the embedding has only {rows} rows"):
             list(likelihood.log_likelihoods(model, [([1], [2]), request]))
