@@ -283,11 +283,14 @@ def test_a_full_disk_before_the_first_step_leaves_no_folder_that_is_refused(fold
 def test_ctrl_c_before_the_first_step_is_one_line(folder):
     """As a user sees it: the process gets the signal while it loads the model."""
     script = folder / "ctrl_c.py"
+    # A test run in the background may ignore Ctrl-C, and its children too.
     script.write_text("import os, signal, sys\nimport train\n"
+                      "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
                       "def load_model(*a): os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
                       "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
     done = subprocess.run([sys.executable, str(script), *arguments(folder, "ctrl-c")], capture_output=True,
-                          text=True, env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+                          text=True, timeout=180,
+                          env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
     assert done.returncode == 130
     assert done.stderr == "error: interrupted before training began; nothing is lost\n"
 
