@@ -3,6 +3,7 @@ import argparse
 import gzip
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -93,8 +94,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
 
 def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float | tuple[float, float]
                  ) -> None:
-    """ValueError that names the flag: a number outside its limits, `least` or (least, most), or a file that
-    could not be written."""
+    """ValueError that names the flag: a number outside its limits, `least` or (least, most); an output file
+    that could not be written, or that is another flag's file and would be lost."""
     for name, limit in limits.items():
         value = getattr(args, name)
         least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
@@ -102,10 +103,17 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
         if value is not None and not least <= value <= most:
             bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bounds}")
-    for name in files:  # now, not when all has been computed
+    # Now, not when all has been computed.
+    for name in files:
         file = getattr(args, name)
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
             raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
+        for other, value in vars(args).items() if file else ():
+            named = value if isinstance(value, list) else [value]
+            if other != name and os.path.realpath(file) in (
+                    os.path.realpath(each) for each in named if isinstance(each, str) and each):
+                raise ValueError(f"--{name.replace('_', '-')} {file}: --{other.replace('_', '-')} names this "
+                                 "file, too; give another")
 
 
 def read_objects(file: str, fields: dict[str, type], what: str, limit: int | None = None) -> list[dict]:

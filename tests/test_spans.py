@@ -246,6 +246,14 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
+@pytest.mark.parametrize("flag", ["json", "per_example"])
+def test_an_output_may_not_be_a_file_that_is_read(folder, flag):
+    before = (folder / "b.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--data names this file, too"):
+        spans.main(arguments(folder, **{flag: folder / "b.jsonl"}))
+    assert (folder / "b.jsonl").read_bytes() == before
+
+
 @pytest.mark.parametrize("more, says", [
     (dict(confidence=1), "--confidence 1.0"),                                               # on every rank
     (dict(max_length=20, overlong="error"), "more than --max-length 20"),                   # on one
