@@ -94,9 +94,6 @@ class Answers:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"--output {self.file}: is not an output of this command, it holds lines that "
                              "are not answers; name another file") from None
-        if any(raw.values()) and settings and not old:
-            raise ValueError(f"--output {self.file}: holds answers whose settings are unknown, because "
-                             f"{settings_file.name} is missing; name another file, or remove it")
         if any(raw.values()) and (differ := [f"{name} was {old.get(name)}, is {value}"
                                              for name, value in settings.items() if old.get(name) != value]):
             raise ValueError(f"--output {self.file}: was written with other settings ({'; '.join(differ)}); "
