@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 from chat import TEMPLATES, Template, check_vocabulary, load_template
-from runtime.tokenizer import Tokenizer
 from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
 from eval.generate import answer_records
 from eval.spans import summary, sums_by_file
@@ -53,7 +52,7 @@ from runtime.machine import keep_freed_memory, peak_memory_mb
 from runtime.model_config import ModelConfig, read_config
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
                             show_answers)
-from runtime.tokenizer import write_tokenizer
+from runtime.tokenizer import Tokenizer, write_tokenizer
 from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
 
 # ---------------------------------------------------------------- flags
@@ -205,9 +204,14 @@ def make_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimi
                              fused=True)
 
 
+def warmup_steps(config: Config, total: int) -> int:
+    """Steps with rising learning rate, out of `total`."""
+    return math.ceil(config.warmup_ratio * total)
+
+
 def learning_rate(config: Config, step: int, total: int) -> float:
     """The learning rate of the step with index `step` out of `total`; above 0 from the first to the last."""
-    warmup = math.ceil(config.warmup_ratio * total)
+    warmup = warmup_steps(config, total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     # Falls from 1 to 1 / (total - warmup), so that the last step still learns.
@@ -362,7 +366,7 @@ def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
     """Autocast as --dtype asks. (With --shard, layers are gathered in the same dtype.)"""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == torch.bfloat16)
 
 
 def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:

@@ -13,7 +13,6 @@ weights' values, and free space on the disk.
 Shapes: E examples, K kinds of span.
 """
 import json
-import math
 import os
 import sys
 import textwrap
@@ -100,7 +99,7 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
         "trained": {loss: trained_fraction(totals, span_weights(loss)) for loss in PRESETS}
         | {"this run": trained_fraction(totals, weights)},
         "steps": total, "steps_per_epoch": steps.per_epoch, "epochs": total / steps.per_epoch,
-        "warmup_steps": math.ceil(config.warmup_ratio * total), "ranks": ranks, "packing": packed,
+        "warmup_steps": train.warmup_steps(config, total), "ranks": ranks, "packing": packed,
         "packing_efficiency": packed["tokens"] / (packed["micro_batches"] * config.micro_batch_tokens),
         "padded_efficiency": float(lengths.mean() / lengths.max()), "memory": memory,
         # with the tokenizer and the data; a GPU's memory holds none of it

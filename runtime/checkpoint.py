@@ -163,12 +163,12 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         raise ValueError(f"{folder}: was written with the optimizer {state['optimizer']}, this run has "
                          f"{type(optimizer).__qualname__}; resume with the code that it was started with, or "
                          "give another --output-dir")
-    for name, parameter in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
         if name not in weights or weights[name].shape != list(parameter.shape):
             raise ValueError(f"{folder}: {name} is missing, or not of the model's shape")
         fill(parameter, weights[name], everywhere)
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
-    parameters = dict(model.named_parameters())
     for stored_name, stored in tensors.items():
         key, _, name = stored_name.partition(".")
         value = _empty_state(parameters[name], stored)
