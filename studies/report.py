@@ -1,0 +1,312 @@
+"""Figures and tables of docs/findings.md from the runs in docs/findings/.
+
+    python -m studies.report
+
+Reads analyses.json, which says before any run what each analysis compares, its primary measure and the sign
+that the paper lets one expect. Writes docs/findings/ANALYSIS.png, and replaces what stands in
+docs/findings.md between <!-- ANALYSIS --> and <!-- end --> (`summary` is the table of all). An analysis whose
+runs are missing says so. The kinds of analysis:
+
+    differences     contenders minus the first one, for every file (eval.study's verdict)
+    trend           IM minus IT in one study for each x; the slope of that gain against ln(x)
+    epochs          IM minus IT after every epoch; how much more IT changes between two of them
+"""
+import gzip
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from eval.study_statistics import (CONFIDENCE, LABELS, by_example, difference, file_tokens, nll_values,
+                                   t_quantile, verdict)
+
+HERE = Path(__file__).resolve().parent
+FINDINGS = HERE.parent / "docs/findings"
+PAGE = HERE.parent / "docs/findings.md"
+Table = list[list[str]]
+
+
+class Missing(Exception):
+    """An analysis cannot be made yet. args: what is missing."""
+
+
+def load_lines(study: str, contenders: list[str], folder: Path = FINDINGS) -> list[dict]:
+    """The lines of these contenders' runs, in the order of `contenders`. Raises Missing."""
+    file = folder / f"{study}.jsonl.gz"
+    if not file.is_file():
+        raise Missing(f"no run of {study}")
+    with gzip.open(file, "rt") as lines:
+        lines = [line for line in map(json.loads, lines) if line["contender"] in contenders]
+    if absent := [name for name in contenders if name not in {line["contender"] for line in lines}]:
+        raise Missing(f"no run of {', '.join(absent)} in {study}")
+    return sorted(lines, key=lambda line: contenders.index(line["contender"]))
+
+
+def best_on_validation(result: dict, names: list[str]) -> str:
+    """The contender of the lowest validation NLL at its chosen rate and epoch."""
+    def nll(name: str) -> float:
+        choice = result["choices"][name]
+        return next(point["mean"] for point in choice["curve"][f"{choice['lr']:g}"]
+                    if point["step"] == choice["step"])
+    return min(names, key=nll)
+
+
+def interval(row: dict, digits: int) -> str:
+    """'-0.10 [-0.13, -0.07], 5 of 5 seeds'"""
+    if row["interval"] is None:
+        return f"{row['value']:+.{digits}f}"
+    low, high = row["interval"]
+    text = f"{row['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return text + (f", {row['seeds_agree']} of {row['seeds']} seeds" if "seeds" in row else "")
+
+
+def label(measure: str) -> str:
+    return LABELS[measure].removesuffix(",")
+
+
+def digits_of(measure: str) -> int:
+    return 3 if measure.startswith("nll") else 1
+
+
+# ---------------------------------------------------------------- the kinds
+# Each returns the primary difference, the tables, and a function that draws on a matplotlib figure.
+
+
+def differences(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+    primary, tables, shown = None, {}, []
+    for study in analysis["studies"]:
+        lines = load_lines(study, analysis["contenders"])
+        result = verdict(lines, analysis["contenders"][0])
+        rows = [row for row in result["differences"] if row["measure"] in analysis["measures"]
+                and row["file"] in analysis.get("files", [row["file"]])]
+        of_contender = [["", *(f"{name}: lr, epochs" for name in result["contenders"])],
+                        [study, *(f"{choice['lr']:g}, {choice['epoch']:g}"
+                                  for choice in (result["choices"][name] for name in result["contenders"]))]]
+        table = [["after " + study, "measure", result["baseline"], *result["contenders"][1:]]]
+        for key in dict.fromkeys((row["file"], row["measure"]) for row in rows):
+            cells = [row for row in rows if (row["file"], row["measure"]) == key]
+            digits = digits_of(key[1])
+            table.append([key[0], label(key[1]), f"{cells[0]['baseline_value']:.{digits}f}",
+                          *(interval(row, digits) for row in cells)])
+        tables[study] = table
+        tables[f"{study}, chosen"] = of_contender
+        if analysis.get("from_start"):
+            tables[f"{study}, from the start"] = changes(lines, result, analysis)
+        if study == analysis["primary"].get("study"):
+            primary = primary_row(analysis["primary"], result, rows)
+        shown += [(f"{study}: {row['file']}", row) for row in rows
+                  if row["measure"] == analysis["primary"]["measure"]]
+
+    def draw(figure: object) -> None:
+        forest(figure, shown, analysis)
+    return primary, tables, draw
+
+
+def primary_row(wanted: dict, result: dict, rows: list[dict]) -> dict:
+    """The difference that an analysis is judged by. Contender may be 'best of A, B on validation data'."""
+    name = wanted["contender"]
+    if name.startswith("best of "):
+        name = best_on_validation(result, name[len("best of "):-len(" on validation data")].split(", "))
+    key = name, wanted["measure"], wanted["file"]
+    return next(row for row in rows if (row["contender"], row["measure"], row["file"]) == key)
+
+
+def changes(lines: list[dict], result: dict, analysis: dict) -> Table:
+    """NLL a token before training and after it, for each file and contender; the mean over seeds."""
+    table = [["NLL a token", "before", *result["contenders"]]]
+    for file in analysis["files"]:
+        count = sum(lines[0]["tokens"]["test"][file])
+        row = [file, f"{sum(lines[0]['evaluations'][0]['test'][file]) / count:.3f}"]
+        for name in result["contenders"]:
+            choice = result["choices"][name]
+            chosen = [line for line in lines if (line["contender"], line["lr"]) == (name, choice["lr"])]
+            values = nll_values(chosen, choice["step"])["nll_token_mean", file]
+            row.append(f"{values.sum() / (len(values) * count):.3f}")
+        table.append(row)
+    return table
+
+
+def trend(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+    """The slope is that of a straight line through one mean gain for each x, its interval that of ordinary
+    least squares: every x has records of its own, whose accidents the seeds of one study do not show."""
+    wanted, points = analysis["primary"], []
+    it, im = analysis["contenders"]
+    for study, x in analysis["studies"].items():
+        result = verdict(load_lines(study, analysis["contenders"]), it)
+        points.append((x, next(row for row in result["differences"] if (row["measure"], row["file"])
+                               == (wanted["measure"], wanted["file"]))))
+    logs, gains = np.log([x for x, _ in points]), np.array([row["value"] for _, row in points])
+    slope, intercept = np.polyfit(logs, gains, 1)
+    residuals = gains - slope * logs - intercept
+    error = math.sqrt((residuals**2).sum() / (len(gains) - 2) / ((logs - logs.mean())**2).sum())
+    half = t_quantile(CONFIDENCE, len(gains) - 2) * error
+    primary = {"value": float(slope), "interval": [slope - half, slope + half], "measure": wanted["measure"]}
+    table = [[analysis["x"], f"{it}, %", f"{im}, %", f"{im} - {it}, points"]]
+    table += [[f"{x:g}", f"{row['baseline_value']:.1f}", f"{row['contender_value']:.1f}", interval(row, 1)]
+              for x, row in points]
+
+    def draw(figure: object) -> None:
+        axes = figure.subplots()
+        for x, row in points:
+            axes.plot([x] * row["seeds"], row["per_seed"], ".", color="0.6")
+            axes.plot([x, x], row["interval"], color="C0")
+            axes.plot(x, row["value"], "o", color="C0")
+        xs = np.exp(np.linspace(logs.min(), logs.max()))
+        axes.plot(xs, slope * np.log(xs) + intercept, color="C1",
+                  label=f"{slope:+.1f} [{slope - half:+.1f}, {slope + half:+.1f}] ln(x) {intercept:+.1f}")
+        axes.axhline(0, color="0.5", linewidth=0.8)
+        axes.set_xscale("log", base=2 if max(logs) < 4 else 10)
+        axes.set_xlabel(analysis["x"])
+        axes.set_ylabel(f"exact match, {im} - {it}, points")
+        axes.legend()
+    return primary, {"": table}, draw
+
+
+def epochs(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+    wanted, primary, tables, curves = analysis["primary"], None, {}, {}
+    first, last = wanted["between"]
+    names = analysis["contenders"]
+    for study in analysis["studies"]:
+        lines = load_lines(study, names)
+        by_name = {name: sorted((line for line in lines if line["contender"] == name),
+                                key=lambda line: line["seed"]) for name in names}
+        steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
+        values = {epoch: {name: nll_values(by_name[name], step) for name in names}
+                  for epoch, step in steps.items()}
+        files = [file for measure, file in values[first][names[0]] if measure == wanted["measure"]]
+
+        def gain(file: str, epoch: int) -> np.ndarray:
+            """(S, E) differences of examples' means, IM - IT"""
+            key = wanted["measure"], file
+            sums = values[epoch][names[1]][key] - values[epoch][names[0]][key]
+            return by_example(sums, np.array(file_tokens(lines[0]["tokens"], file)), wanted["measure"])
+
+        tables[study] = [["IM - IT after", *map(str, steps)]] + [
+            [file, *(f"{difference(gain(file, epoch))['value']:+.3f}" for epoch in steps)] for file in files]
+        tables[f"{study}, more"] = [["file", f"after {first}", f"after {last}", "change"]] + [
+            [file, *(interval(difference(d), 3) for d in (gain(file, first), gain(file, last),
+                                                          gain(file, last) - gain(file, first)))]
+            for file in files]
+        for file in files:
+            curves[study, file] = {epoch: difference(gain(file, epoch)) for epoch in steps}
+        if study == wanted["study"]:
+            file = wanted["file"]
+            primary = difference(gain(file, last) - gain(file, first)) | {"measure": wanted["measure"]}
+
+    def draw(figure: object) -> None:
+        panels = figure.subplots(1, len(analysis["studies"]), sharey=True, squeeze=False)[0]
+        for axes, study in zip(panels, analysis["studies"]):
+            for i, file in enumerate(file for of, file in curves if of == study):
+                of_file = curves[study, file]
+                low, high = zip(*(row["interval"] for row in of_file.values()))
+                axes.plot(of_file, [row["value"] for row in of_file.values()], color=f"C{i}", label=file)
+                axes.fill_between(of_file, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+            axes.axhline(0, color="0.5", linewidth=0.8)
+            axes.set_title(study)
+            axes.set_xlabel("epoch")
+        panels[0].set_ylabel("NLL (mean over examples), IM - IT")
+        panels[0].legend(fontsize="small")
+    return primary, tables, draw
+
+
+def forest(figure: object, shown: list[tuple[str, dict]], analysis: dict) -> None:
+    """Differences with their intervals, those of one file together. shown: [(label of the file, row)]."""
+    axes, y, ticks, colours = figure.subplots(), 0.0, {}, {}
+    for label in dict.fromkeys(label for label, _ in shown):
+        rows = [row for of, row in shown if of == label]
+        ticks[label] = y + (len(rows) - 1) / 2
+        for row in rows:
+            colour = colours.setdefault(row["contender"], f"C{len(colours)}")
+            axes.plot(row["interval"] or [], [y, y] if row["interval"] else [], color=colour)
+            axes.plot(row["value"], y, "o", color=colour, markersize=4)
+            y += 1
+        y += 1
+    figure.set_figheight(max(2.5, 0.16 * y + 1))
+    axes.axvline(0, color="0.5", linewidth=0.8)
+    axes.set_yticks(list(ticks.values()), list(ticks))
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{label(analysis['primary']['measure'])}: difference from "
+                    f"{analysis['contenders'][0]}, 95 % intervals")
+    axes.legend([axes.plot([], [], "o-", color=colour)[0] for colour in colours.values()], list(colours),
+                loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+
+
+# ---------------------------------------------------------------- the page
+
+
+def markdown(table: Table) -> str:
+    head, *rows = ("| " + " | ".join(row) + " |" for row in table)
+    return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
+
+
+def judgement(row: dict, expected: int) -> str:
+    """Whether the primary difference has the expected sign."""
+    low, high = row["interval"]
+    if low <= 0 <= high:
+        return "not shown: the interval contains 0"
+    return "agrees" if (row["value"] > 0) == (expected > 0) else "contradicts"
+
+
+def save_figure(draw: object, file: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure = plt.figure(figsize=(8, 4), layout="constrained")
+    draw(figure)
+    # No date or version in the file: the same runs give the same bytes.
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def primary_name(analysis: dict) -> str:
+    """'im - it, NLL (mean over examples) on user-oriented, after t0'"""
+    wanted = analysis["primary"]
+    base = analysis["contenders"][0]
+    text = f"{wanted['contender']} - {base}, {label(wanted['measure'])} on {wanted['file']}"
+    if analysis["kind"] == "trend":
+        return f"slope against ln({analysis['x']}) of {text}"
+    if analysis["kind"] == "epochs":
+        text += ", change from epoch {} to {}".format(*wanted["between"])
+    return text + f", after {wanted['study']}"
+
+
+def report(analyses: list[dict], page: str, folder: Path) -> str:
+    """The page with its tables made again; figures are written into `folder`."""
+    kinds = {"differences": differences, "trend": trend, "epochs": epochs}
+    summary = [["analysis", "claim", "paper", "primary measure", "ours", "the claim"]]
+    blocks = {}
+    for analysis in analyses:
+        name, ours, verdict_text = analysis["name"], "", "not measured yet"
+        try:
+            primary, tables, draw = kinds[analysis["kind"]](analysis)
+            save_figure(draw, folder / f"{name}.png")
+            blocks[name] = f"![{name}](findings/{name}.png)\n\n" + "\n\n".join(map(markdown, tables.values()))
+            ours = interval(primary, digits_of(primary["measure"]))
+            verdict_text = judgement(primary, analysis["expected"])
+        except (Missing, ValueError) as error:
+            blocks[name] = f"Not measured yet: {error}."
+        summary.append([f"[{name}](#{name})", analysis["claim"], analysis["paper"], primary_name(analysis),
+                        ours, verdict_text])
+    blocks["summary"] = markdown(summary)
+    for name, text in blocks.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        if not pattern.search(page):
+            raise ValueError(f"{PAGE}: has no <!-- {name} --> ... <!-- end -->; add them where it belongs")
+        page = pattern.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", page)
+    return page
+
+
+def main() -> None:
+    analyses = json.loads((HERE / "analyses.json").read_text())
+    FINDINGS.mkdir(exist_ok=True)
+    PAGE.write_text(report(analyses, PAGE.read_text(), FINDINGS))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")
