@@ -1,0 +1,194 @@
+"""studies/: the paper's analyses, from the published sets to the page of findings."""
+import gzip
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from eval.study import StudyConfig, parse_contenders, parse_lrs
+from runtime.flags import given_flags
+from studies import prepare, report, run
+
+ANALYSES = json.loads((run.HERE / "analyses.json").read_text())
+GRIDS = run.load_grids()
+
+
+def records(prefix, count):
+    return [{"id": f"{prefix}_{i}", "messages": [{"role": "user", "content": f"{prefix} {i}"},
+                                                {"role": "assistant", "content": "yes"}]} for i in range(count)]
+
+
+def published_sets(folder):
+    def write(name, rows):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if name.endswith(".gz"):
+            (folder / name).write_bytes(gzip.compress(text.encode()))
+        else:
+            (folder / name).write_text(text)
+    t0 = [row for i, size in enumerate((500, 300, 250, 200, 100)) for row in records(f"family{i}", size)]
+    write("t0_long_to_short_3k.jsonl", t0 + t0[:50])      # some twice
+    write("alpagasus_dolly_3k.jsonl", records("dolly", 800))
+    write("lima.jsonl", records("lima", 120))
+    write("test_user_oriented_252.jsonl", records("user", 252))
+    write("gsm8k_test.jsonl", [{"question": f"q{i}", "answer": f"a{i}"} for i in range(100)])
+    write("HumanEval.jsonl.gz", [{"prompt": f"def f{i}", "canonical_solution": "pass"} for i in range(90)])
+
+
+def test_no_record_and_no_family_is_on_both_sides_of_the_split(tmp_path):
+    published_sets(tmp_path)
+    prepare.prepare(tmp_path, tmp_path / "out")
+    of_file = {file.stem: file.read_text().splitlines() for file in (tmp_path / "out").iterdir()}
+    assert {name: len(lines) for name, lines in of_file.items()} == {
+        "t0-train": 480, "t0-validation": 96, "t0-near": 160, "t0-families": 160, "dolly-train": 480,
+        "dolly-validation": 96, "dolly-near": 160, "user-oriented": 252, "lima": 100, "gsm8k": 80, "humaneval": 80}
+    assert Counter(line for lines in of_file.values() for line in lines).most_common(1)[0][1] == 1
+
+    def families(*names):
+        return {json.loads(line)["id"].split("_")[0] for name in names for line in of_file[name]}
+    assert families("t0-train", "t0-validation", "t0-near") == {"family0", "family2", "family4"}
+    assert families("t0-families") == {"family1", "family3"}
+
+
+def test_a_missing_set_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no t0_long_to_short_3k.jsonl"):
+        prepare.prepare(tmp_path, tmp_path / "out")
+
+
+def config_of(grid):
+    text = {name: value for name, value in grid["flags"].items() if name not in run.FILES}
+    argv = []
+    for name, value in text.items():
+        values = value if isinstance(value, list) else [value]
+        argv += ["--" + name.replace("_", "-"), *map(str, values)]
+    return StudyConfig(**given_flags(StudyConfig, argv, "study", ""))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid["grid"])
+def test_a_grids_flags_are_a_studys(grid):
+    config = config_of(grid)
+    assert parse_contenders(config) and parse_lrs(config)
+    assert {*run.FILES} <= grid["flags"].keys()
+
+
+@pytest.mark.parametrize("analysis", ANALYSES, ids=lambda analysis: analysis["name"])
+def test_an_analysis_reads_runs_that_a_grid_makes_and_as_many_as_it_says(analysis):
+    cells = set()
+    for grid in GRIDS:
+        config = config_of(grid)
+        cells |= {(grid["study"], name, lr, seed) for name in parse_contenders(config)
+                  for lr in parse_lrs(config) for seed in range(config.seeds)}
+    wanted = {cell for cell in cells if cell[0] in analysis["studies"] and cell[1] in analysis["contenders"]}
+    assert {(cell[0], cell[1]) for cell in wanted} == {
+        (study, name) for study in analysis["studies"] for name in analysis["contenders"]}
+    assert len(wanted) == analysis["runs"]
+    file = analysis["primary"]["file"]
+    if file != report.TRAINING:
+        studies = [analysis["primary"]["study"]] if "study" in analysis["primary"] else analysis["studies"]
+        assert all(file in grid["flags"]["eval_data"] for grid in GRIDS if grid["study"] in studies)
+
+
+TOKENS = {"test": {"user-oriented": [4] * 30, "test": [2] * 20}, "validation": [3] * 10, "train": [5] * 10}
+
+
+def line(contender, seed, effect, exact=0.5, epochs=(0, 1, 2), rng=np.random.default_rng(0)):
+    """A run whose examples have `effect(epoch)` nats a token more, beside noise that all runs share."""
+    def sums(counts, epoch):
+        noise = np.random.default_rng(len(counts)).normal(size=len(counts))
+        return [float(n * (2 + noise[i] + effect(epoch) + 0.01 * rng.normal())) for i, n in enumerate(counts)]
+    evaluations = [{"step": 10 * epoch, "epoch": epoch, "validation": sums(TOKENS["validation"], epoch),
+                    "train": sums(TOKENS["train"], epoch),
+                    "test": {name: sums(counts, epoch) for name, counts in TOKENS["test"].items()}}
+                   for epoch in epochs]
+    right = [int(i < exact * 20) for i in range(20)]
+    return {"contender": contender, "lr": 1e-4, "seed": seed, "tokens": TOKENS, "evaluations": evaluations,
+            "end": {"generate": {"test": right}}}
+
+
+def save(folder, study, lines):
+    (folder / f"{study}.jsonl.gz").write_bytes(gzip.compress("".join(
+        json.dumps(each) + "\n" for each in lines).encode()))
+
+
+PRIMARY = {"study": "t0", "contender": "im", "measure": "nll_example_mean", "file": "user-oriented"}
+
+
+def page_of(analysis, folder):
+    name = analysis["name"]
+    page = f"<!-- summary -->\n<!-- end -->\n<!-- {name} -->\nold\n<!-- end -->\nafter\n"
+    return report.report([analysis | {"claim": "It is so", "paper": "yes"}], page, folder)
+
+
+@pytest.mark.parametrize("effect, expected, says", [
+    (-0.1, -1, "agrees"), (0.1, -1, "contradicts"), (0.0, -1, "not shown"), (0.1, 1, "agrees")])
+def test_a_planted_difference_is_judged_by_its_sign(tmp_path, monkeypatch, effect, expected, says):
+    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+    rng = np.random.default_rng(1)
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (name == "im") * effect, rng=rng)
+                          for seed in range(4) for name in ("it", "im")])
+    page = page_of({"name": "overfitting", "kind": "differences", "studies": ["t0"], "primary": PRIMARY,
+                    "contenders": ["it", "im"], "measures": ["nll_example_mean"], "expected": expected}, tmp_path)
+    summary = page.partition("<!-- end -->")[0]
+    assert says in summary and "old" not in page and page.endswith("after\n")
+    if effect:
+        assert f"| {effect:+.3f} [" in summary or f"| {effect:+.2f}" in summary
+    assert (tmp_path / "overfitting.png").stat().st_size > 5_000
+
+
+def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+    # Gains of 5, 10, 15 and 20 points at 1, e, e^2 and e^3: 5 points for each factor of e.
+    studies = {f"ratio-{i}": float(np.exp(i)) for i in range(4)}
+    for i, study in enumerate(studies):
+        save(tmp_path, study, [line(name, seed, lambda epoch: 0, exact) for seed in range(3)
+                               for name, exact in (("it", 0.4), ("im", 0.45 + 0.05 * i))])
+    page = page_of({"name": "ratio", "kind": "trend", "studies": studies, "x": "ratio", "expected": 1,
+                    "contenders": ["it", "im"],
+                    "primary": {"contender": "im", "measure": "exact_match", "file": "test"}}, tmp_path)
+    assert "| +5.0 [+5.0, +5.0] | agrees |" in page
+    assert "| 1 | 40.0 | 45.0 | +5.0 [" in page
+
+
+def test_epochs_are_compared_with_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+    rng = np.random.default_rng(1)
+    # IT loses 0.3 nats between the epochs 1 and 2, IM 0.1.
+    change = {"it": 0.3, "im": 0.1}
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * change[name], rng=rng)
+                          for seed in range(4) for name in change])
+    page = page_of({"name": "epochs", "kind": "epochs", "studies": ["t0"], "contenders": ["it", "im"],
+                    "primary": PRIMARY | {"between": [1, 2]}, "expected": -1}, tmp_path)
+    [cell] = [cell for cell in page.partition("<!-- end -->")[0].split(" | ") if cell.startswith(("-0.", "+0."))]
+    assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and "agrees" in page
+
+
+def test_what_was_not_run_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+    save(tmp_path, "t0", [line("it", seed, lambda epoch: 0) for seed in range(2)])
+    page = page_of({"name": "overfitting", "kind": "differences", "studies": ["t0"], "primary": PRIMARY,
+                    "contenders": ["it", "im"], "measures": ["nll_example_mean"], "expected": -1}, tmp_path)
+    assert "Not measured yet: no run of im in t0." in page and "not measured yet |" in page
+
+
+def test_the_best_regulariser_is_chosen_on_validation_data():
+    curve = [{"step": 10, "mean": 2.0}, {"step": 20, "mean": 1.5}]
+    choices = {name: {"lr": 1e-4, "step": step, "curve": {"0.0001": [
+        point | {"mean": point["mean"] + more} for point in curve]}}
+        for name, step, more in (("a", 20, 0.2), ("b", 20, 0.0), ("c", 10, 0.0))}
+    assert report.best_on_validation({"choices": choices}, ["a", "b", "c"]) == "b"
+
+
+def test_the_page_has_a_place_for_every_analysis():
+    text = report.PAGE.read_text()
+    for name in ("summary", *(analysis["name"] for analysis in ANALYSES)):
+        assert f"<!-- {name} -->" in text
+
+
+def test_publishing_twice_gives_the_same_bytes(tmp_path):
+    (tmp_path / "out/t0").mkdir(parents=True)
+    (tmp_path / "out/t0/runs.jsonl").write_text(json.dumps(line("it", 0, lambda epoch: 0)) + "\n")
+    files = []
+    for name in ("a", "b"):
+        run.publish(tmp_path / "out", tmp_path / name)
+        files.append((tmp_path / name / "t0.jsonl.gz").read_bytes())
+    assert files[0] == files[1] and json.loads(gzip.decompress(files[0]))["contender"] == "it"
