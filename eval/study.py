@@ -6,14 +6,16 @@
 
 A contender is a set of flags that say what is optimized: --losses im:span is `--loss im --normalize span`;
 --variants noisy='--loss it --neftune-alpha 5' has any. The first contender is the baseline of all
-differences. All train on the same examples, in the same order for the same seed. The same command resumes,
-in the middle of a run too (--save-every for kills; Ctrl-C saves), and more losses, rates or seeds may be
-added later.
+differences. All train on the same examples, in the same order for the same seed.
+
+The same command resumes, in the middle of a run too (Ctrl-C saves; --save-every is for kills). More losses,
+rates or seeds may be added later. --jobs N shares the cores among N processes; on a CPU the number of threads
+changes how sums are rounded.
 
 Each contender gets its own learning rate and number of epochs: those with the lowest NLL of completions on
-validation data (a mean over tokens), in the mean over seeds. Test files have no part in it. A run is evaluated
-after each epoch, or every --eval-every steps. With a schedule that decays, an epoch before the last is that of
-a run stopped early: its learning rate had not yet fallen, and a shorter run of its own might do better. What
+validation data, a mean over tokens and over seeds. Test files have no part in it. A run is evaluated after
+each epoch, or every --eval-every steps. With a schedule that decays, an epoch before the last is that of a
+run stopped early: its learning rate had not yet fallen, and a shorter run of its own might do better. What
 models generate is measured after the last step, with the chosen learning rate.
 
 Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
@@ -113,7 +115,8 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
     for text in config.variants:
         name, equals, given = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
-            raise ValueError(f"--variants {text}: write NAME='--flag value', NAME of letters, digits and ._+-")
+            raise ValueError(f"--variants {text}: write NAME='--flag value' with letters, digits and ._+- in "
+                             "NAME")
         try:
             argv = shlex.split(given)
         except ValueError as error:
@@ -312,7 +315,7 @@ def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluat
     total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
     say(f"{len(trained)} run(s) to do, {len(done)} done. Each trains {tokens:,} tokens; together they train\n"
         f"  {tokens * len(trained):,}, about {timedelta(seconds=round(total))} at {1 / seconds:,.0f} tokens/s"
-        + (f" and --jobs {jobs}" if jobs > 1 else "") + ",\n  without what is generated. Logs: "
+        + (f" and --jobs {jobs}" if jobs > 1 else "") + ",\n  without what is generated. Logs:\n  "
         f"{plan.folder}/runs/*/log.txt")
 
 

@@ -128,9 +128,13 @@ def perform(plan: Plan, run: Run) -> dict:
 
 def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
     """train.main() with these flags, resumed if it has begun. Raises Stopped."""
+    out = Path(config.output_dir)
     # Whole once it exists, and the last evaluation was before it.
-    if (Path(config.output_dir) / "final").is_dir():
+    if (out / "final").is_dir():
         return
+    # Measured once and its weights deleted, but its line is lost.
+    if "finished_after" in read_json(out / "identity.json"):
+        shutil.rmtree(out)
     write_text(folder / "flags.json", json.dumps(
         {name: value for name, value in dataclasses.asdict(config).items()
          if value not in (None, "", []) and name not in ("resume", "overwrite")}, indent=2))
