@@ -23,6 +23,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
@@ -328,6 +329,12 @@ def run_identity(config: Config, source: Source) -> dict[str, object]:
                        "template": parts["template"], "date": parts["date"]}
 
 
+def names_of(files: list[str]) -> list[str]:
+    """What to call each file in results: a/near.jsonl -> near; the whole path if two names are the same."""
+    names = [Path(file).name.split(".")[0] for file in files]
+    return [file if names.count(name) > 1 else name for name, file in zip(names, files)]
+
+
 def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict[str, Dataset]]:
     """The training set, (examples,) the indices of those to train on, and the held-out sets by name. One
     process of each machine tokenizes, the others read what it wrote. ValueError for bad records, and if
@@ -338,11 +345,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         check_embedding(dataset, source.model_config.vocab_size, source.tokenizer)
         return dataset
 
-    names = [Path(file).name.split(".")[0] for file in config.eval_data]
-    names = [file if names.count(name) > 1 else name for name, file in zip(names, config.eval_data)]
     with first_of_machine():
         train_set = load(config.train_data)
-        eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
+        eval_sets = {name: load([file]) for name, file in zip(names_of(config.eval_data), config.eval_data)}
     usable = train_set.trainable(config.span_weights, config.require_completion)
     if not len(usable):
         cut_off = config.require_completion and train_set.without_completion == len(train_set)
@@ -396,9 +401,10 @@ def evaluation_due(config: Config, step: int, total_steps: int) -> bool:
 
 
 def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source: Source, step: int,
-             total_steps: int) -> tuple[dict, list[dict]]:
+             total_steps: int, record_sums: Callable | None = None) -> tuple[dict, list[dict]]:
     """Held-out NLL by file and kind, and at both ends of the run exact matches of answers: what rank 0 adds
-    to eval.jsonl, and the answers. All ranks call."""
+    to eval.jsonl, and the answers. record_sums(step, eval_sets, sums) gets the NLL sums of each example, as
+    spans.sums_by_file() returns them. All ranks call."""
     answers: list[dict] = []
     with autocast(config, model.head_weight.device):
         sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
@@ -406,6 +412,8 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
                                      config.eval_generate)
     release(model)
+    if record_sums:
+        record_sums(step, eval_sets, sums)
     result = {"step": step, "data": {name: summary(sums[name], x.counts) for name, x in eval_sets.items()},
               "contents": {name: x.content for name, x in eval_sets.items()}}
     if answers:
@@ -431,8 +439,9 @@ def export(model: Llama, config: Config, source: Source) -> None:
 # ---------------------------------------------------------------- the run
 
 
-def main(argv: list[str]) -> int:
-    """Train; returns the exit status: 0, or 128 + signal number if one asked for a stop."""
+def main(argv: list[str], record_sums: Callable | None = None) -> int:
+    """Train; returns the exit status: 0, or 128 + signal number if one asked for a stop. record_sums: as in
+    evaluate(), for programs that want more of an evaluation than eval.jsonl holds."""
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
@@ -493,7 +502,7 @@ def main(argv: list[str]) -> int:
     if evaluation_due(config, first_step, total_steps) or (eval_sets and not start.evaluated):
         if is_main():   # an evaluation of this step that was interrupted may have left its line
             keep_lines(out / "eval.jsonl", first_step - 1)
-        after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps)
+        after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps, record_sums)
 
     # The loop. From here on a signal lets the current step end; before, it ends the run, and nothing is lost.
     stop, progress = StopSignal(), Progress(first_step, total_steps)
@@ -541,7 +550,7 @@ def main(argv: list[str]) -> int:
             say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
             return finish(128 + (stop.number or signal.SIGTERM))
         if evaluation_due(config, step, total_steps):
-            after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps)
+            after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps, record_sums)
     progress.close()
 
     # The end: what training has changed, and the folder to use.

@@ -174,11 +174,12 @@ def write_json(file: str | Path | None, result: dict) -> None:
         write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then."""
+def run(main: Callable[[list[str]], int | None]) -> None:
+    """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
+    return an exit status, too."""
     status = 0
     try:
-        main(sys.argv[1:])
+        status = main(sys.argv[1:]) or 0
         wait()
     except KeyboardInterrupt:
         status = 130

@@ -1,0 +1,480 @@
+"""Which loss for this data? Runs of train.py over losses, learning rates and seeds, and what they show.
+
+    python -m eval.study --model DIR --train-data F --eval-data near.jsonl far.jsonl --losses it im im:span \\
+        --lrs 2e-5 1e-4 --seeds 5 --output-dir STUDY            and any other flags of train.py
+    python -m eval.study --from STUDY/runs.jsonl                the verdict again, without any model
+
+A contender is a set of flags that say what is optimized: --losses im:span is `--loss im --normalize span`;
+--variants noisy='--loss it --neftune-alpha 5' has any. The first contender is the baseline of all
+differences. All train on the same examples, in the same order for the same seed.
+
+The same command resumes, in the middle of a run too (Ctrl-C saves; --save-every is for kills). More losses,
+rates or seeds may be added later. --jobs N shares the cores among N processes; on a CPU the number of threads
+changes how sums are rounded.
+
+Each contender gets its own learning rate and number of epochs: those with the lowest NLL of completions on
+validation data, a mean over tokens and over seeds. Test files have no part in it. A run is evaluated after
+each epoch, or every --eval-every steps. With a schedule that decays, an epoch before the last is that of a
+run stopped early: its learning rate had not yet fallen, and a shorter run of its own might do better. What
+models generate is measured after the last step, with the chosen learning rate.
+
+Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
+examples than these (study_statistics.half_width()); each is for itself, so of twenty without any effect one
+will exclude zero.
+
+    STUDY/runs.jsonl     a line a finished run, with everything that the verdict needs
+    STUDY/study.json     the verdict; also printed, and drawn in curves.png and differences.png
+    STUDY/data/          the split of the training records
+    STUDY/runs/          the runs (study_runs.py)
+"""
+import dataclasses
+import importlib.util
+import json
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from chat import read_records
+from eval import harness, memorization
+from eval.answers import hash_file
+from eval.common import Parser, read_objects, run, write_json
+from eval.study_report import pictures, report_text
+from eval.study_runs import Outcome, Plan, Run, delete_weights, run_here, run_in_workers
+from eval.study_statistics import verdict
+from loss import NORMALIZE, PRESETS
+from runtime.distributed import join_ranks, world_size
+from runtime.files import lock, read_json, write_text
+from runtime.flags import check_flag, flag, flag_name, given_flags
+from runtime.folder import append_line, check_identity, launch
+from runtime.report import say
+
+# What a contender may set: what is optimized. The data and the length are the same for all.
+CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
+                   "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio", "weight_decay",
+                   "beta1", "beta2", "adam_eps", "clip_grad_norm")
+FEW = 5     # validation records: fewer choose nothing
+
+
+@dataclass
+class StudyConfig(train.Config):
+    """The flags of a run, and these."""
+    output_dir: str = flag("runs/study", "folder of the study", metavar="DIR", free=True)
+    losses: list[str] = flag(list, "contenders: a loss, or LOSS:NORMALIZE, such as im:span (default it im)",
+                             metavar="LOSS")
+    variants: list[str] = flag(list, "more contenders: NAME='--flag value ...'", metavar="NAME=FLAGS")
+    lrs: list[str] = flag(list, "learning rates to choose from (default: --lr)", metavar="LR")
+    seeds: int = flag(5, "seeds of each: --seed and those after it", least=1)
+    validation_data: str = flag("", "records to choose learning rate and epoch by", metavar="FILE")
+    validation_fraction: float = flag(0.1, "without --validation-data: this part of the training records is "
+                                      "held out; 0: no choice, one learning rate and the last epoch",
+                                      least=0, below=1)
+    split_seed: int = flag(0, "seed of that split, and of the sample of training records", least=0)
+    train_sample: int = flag(256, "training records whose NLL is measured", least=1)
+    memorization: int = flag(64, "training prompts to answer at the end, as eval.memorization does; 0: none",
+                             least=0)
+    generate: int = flag(0, "prompts of each test file to answer at the end, for exact matches; 0: none",
+                         least=0)
+    tasks: list[str] = flag(list, "tasks of lm-evaluation-harness at the end", metavar="TASK")
+    tasks_flags: str = flag("", "more flags for eval.harness, in one string", metavar="FLAGS")
+    jobs: int = flag(1, "runs at the same time, each in its own process with its share of the cores", least=1,
+                     free=True)
+    deadline: float = flag(0.0, "seconds after which no run is started; 0: none", least=0, free=True)
+    keep_weights: bool = flag(False, "keep every run's final/", free=True)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def parse_contenders(config: StudyConfig) -> dict[str, dict]:
+    """The contenders' flags by name. ValueError for a loss or flag that does not exist, and for a name or
+    flags that are given twice."""
+    words = {}
+
+    def add(flag_: str, name: str, argv: list[str]) -> None:
+        if name in words:
+            raise ValueError(f"{flag_} {name}: is given twice; give each contender its own name")
+        words[name] = argv
+
+    for name in config.losses or ([] if config.variants else ["it", "im"]):
+        loss, colon, normalize = name.partition(":")
+        if loss not in PRESETS or colon and normalize not in NORMALIZE:
+            raise ValueError(f"--losses {name}: must be one of {', '.join(PRESETS)}, or such a name with "
+                             f"{', '.join(f':{each}' for each in NORMALIZE)}")
+        add("--losses", name, ["--loss", loss, *(["--normalize", normalize] if colon else [])])
+    for text in config.variants:
+        name, equals, given = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise ValueError(f"--variants {text}: write NAME='--flag value' with letters, digits and ._+- in "
+                             "NAME")
+        try:
+            argv = shlex.split(given)
+        except ValueError as error:
+            raise ValueError(f"--variants {text}: {error}") from None
+        add("--variants", name, argv)
+    contenders = {}
+    for name, argv in words.items():
+        try:
+            given = given_flags(train.Config, argv, "train.py", "")
+            if others := sorted(given.keys() - {*CONTENDER_FLAGS}):
+                raise ValueError(f"{', '.join(map(flag_name, others))} must be the same for all contenders; "
+                                 f"one may have {', '.join(map(flag_name, CONTENDER_FLAGS))}")
+            train.validate(dataclasses.replace(config, **given))
+        except ValueError as error:
+            raise ValueError(f"contender {name}: {error}") from None
+        if twice := next((other for other, flags in contenders.items() if flags == given), None):
+            raise ValueError(f"contender {name}: has the flags of {twice}; leave one of them out")
+        contenders[name] = given
+    return contenders
+
+
+def parse_lrs(config: StudyConfig) -> list[float]:
+    """--lrs in rising order. ValueError for a rate that is not one, and for one given twice."""
+    field = next(field for field in dataclasses.fields(train.Config) if field.name == "lr")
+    try:
+        lrs = [check_flag(field, text) for text in config.lrs] or [config.lr]
+    except ValueError as error:
+        raise ValueError(str(error).replace("--lr ", "--lrs ", 1)) from None
+    # Folders are named by the rate as it is shown.
+    if len({f"{lr:g}" for lr in lrs}) < len(lrs):
+        raise ValueError(f"--lrs {' '.join(config.lrs)}: a learning rate is given twice; give each once")
+    return sorted(lrs)
+
+
+def check(config: StudyConfig, lrs: list[float]) -> None:
+    """ValueError for flags that do not go together, and for what is missing, before anything is run."""
+    if world_size() > 1:
+        raise ValueError(f"a study runs on one rank, not {world_size()}: start it without torchrun; --jobs N "
+                         "has N processes")
+    if not config.eval_data:
+        raise ValueError("--eval-data is missing: give the test files on which the losses are compared")
+    for name, wrong in (("overwrite", config.overwrite), ("resume", config.resume != "auto"),
+                        ("shard", config.shard), ("require_completion", not config.require_completion)):
+        if wrong:
+            raise ValueError(f"{flag_name(name)}: a study has its own way; leave the flag out"
+                             + (f", or delete {config.output_dir} yourself" if name == "overwrite" else ""))
+    files = [*config.eval_data, config.validation_data]
+    for file in filter(None, files):
+        if not Path(file).is_file():
+            raise ValueError(f"{file}: no such file")
+    if config.validation_data and Path(config.validation_data).resolve() in {
+            Path(file).resolve() for file in config.eval_data}:
+        raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
+                         "test data must not choose; give other records")
+    if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
+        raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
+                         "by; give one rate or a fraction such as 0.1")
+    if config.memorization:
+        try:
+            memorization.import_bleu()
+        except ValueError as error:
+            raise ValueError(f"--memorization {config.memorization}: {error}; or give 0") from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("matplotlib is not installed, and the pictures need it: "
+                         "pip install -r requirements-eval.txt")
+    if config.tasks:
+        harness.parse_args(["--model", "x", *task_flags(config)])
+        if importlib.util.find_spec("lm_eval") is None:
+            raise ValueError("--tasks: needs lm-evaluation-harness: pip install -r requirements-eval.txt")
+    elif config.tasks_flags:
+        raise ValueError(f"--tasks-flags {config.tasks_flags}: needs --tasks; give that too")
+
+
+def task_flags(config: StudyConfig) -> list[str]:
+    """eval.harness's flags, or nothing."""
+    return ["--tasks", *config.tasks, *shlex.split(config.tasks_flags)] if config.tasks else []
+
+
+# ---------------------------------------------------------------- data
+
+
+def split(records: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """The records to train on and those held out, each in their order. Equal records stay together, so that
+    none is on both sides. fraction: of all records, as near as whole groups allow."""
+    counts = Counter(records)
+    groups = list(counts)
+    held_out: set[str] = set()
+    size = 0
+    for i in np.random.default_rng([seed, 1]).permutation(len(groups)):
+        if size >= round(fraction * len(records)):
+            break
+        held_out.add(groups[i])
+        size += counts[groups[i]]
+    return [r for r in records if r not in held_out], [r for r in records if r in held_out]
+
+
+def read_as_lines(files: list[str]) -> list[str]:
+    """Each record's messages as a line of JSON, the same for equal messages in whatever layout."""
+    return [json.dumps({"messages": messages}, sort_keys=True, ensure_ascii=False)
+            for file in files for messages, _ in read_records(file)]
+
+
+def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
+    """The files to train on, of validation and of the sample of training records, and the contents of those
+    that do not exist yet: they are written when nothing can be wrong any more. ValueError if too few records
+    are left."""
+    records, folder = read_as_lines(config.train_data), Path(config.output_dir) / "data"
+    train_files, validation, new = config.train_data, config.validation_data, {}
+    if validation:
+        held_out = read_as_lines([validation])
+    elif config.validation_fraction:
+        records, held_out = split(records, config.validation_fraction, config.split_seed)
+        train_files, validation = [str(folder / "study-train.jsonl")], str(folder / "study-validation.jsonl")
+        new = {train_files[0]: records, validation: held_out}
+    if validation and len(held_out) < FEW:
+        source = (f"--validation-data {validation}" if config.validation_data else
+                  f"--validation-fraction {config.validation_fraction}")
+        raise ValueError(f"{source}: {len(held_out)} validation record(s) are too few to choose by; give "
+                         f"{FEW} or more")
+    if not records:
+        raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
+                         "give less")
+    for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
+        if both := len({*read_as_lines([file])} & {*records}):
+            say(f"warning: {both} record(s) of {file} are training records, too")
+    order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
+    sample = str(folder / "study-train-sample.jsonl")
+    new[sample] = [records[i] for i in order[:max(config.train_sample, config.memorization)]]
+    return train_files, validation, sample, {file: "".join(line + "\n" for line in lines)
+                                             for file, lines in new.items()}
+
+
+# ---------------------------------------------------------------- the study's folder
+
+
+def study_identity(config: StudyConfig, source: train.Source) -> dict:
+    """What must be the same to go on with a study; all but contenders, rates and seeds."""
+    identity = train.run_identity(config, source)
+    free = {"lr", "seed", "losses", "variants", "lrs", "seeds"}
+    identity = {name: value for name, value in identity.items() if name not in free}
+    measures = {f.name: getattr(config, f.name) for f in dataclasses.fields(StudyConfig)
+                if f.name not in free and not f.metadata["free"]}
+    files = [hash_file(config.validation_data)] if config.validation_data else []
+    return json.loads(json.dumps({
+        **measures, **identity, "eval_every": config.eval_every, "validation_data": files,
+        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_file, config.eval_data)))}))
+
+
+def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> None:
+    """ValueError if the folder holds something else, or a study with other settings."""
+    out = Path(config.output_dir)
+    old = read_json(out / "settings.json")
+    if not old:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"--output-dir {out}: is not empty and holds no study; give another")
+        return
+    fix = "give another --output-dir, or the flags of before"
+    check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
+    for name, flags in contenders.items():
+        if (was := old["contenders"].get(name, flags)) != flags:
+            raise ValueError(f"--output-dir {out}: contender {name} was {was}, is {flags}; give it another "
+                             "name")
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The lines of runs.jsonl. One that a kill has cut off is removed: its run is measured again."""
+    if not file.is_file():
+        return []
+    whole = file.read_text(encoding="utf-8")
+    if not whole.endswith("\n"):
+        write_text(file, whole[:whole.rfind("\n") + 1])
+    return list(map(json.loads, whole[:whole.rfind("\n") + 1].splitlines()))
+
+
+# ---------------------------------------------------------------- how long
+
+
+def probe(config: train.Config, source: train.Source, dataset: train.Dataset, steps: train.Steps) -> float:
+    """Seconds a token of training takes: the second of two passes over a micro-batch."""
+    device = join_ranks(config.device)
+    model = train.prepare_model(config, source.folder, device)
+    micro_batch = steps[0][0][:1]
+    for _ in range(2):
+        started = time.monotonic()
+        train.accumulate_gradients(model, None, dataset, micro_batch, config, 0)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return (time.monotonic() - started) / dataset.lengths[micro_batch[0][0]].sum()
+
+
+def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluated: int, seconds: float,
+             jobs: int) -> None:
+    """Say what is about to be run. tokens: of one run; evaluated: tokens that a run evaluates; seconds: a
+    token of training takes, of which an evaluation has a third, the forward pass."""
+    trained = [each for each in todo if each.contender]
+    total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
+    say(f"{len(trained)} run(s) to do, {len(done)} done. Each trains {tokens:,} tokens; together they train\n"
+        f"  {tokens * len(trained):,}, about {timedelta(seconds=round(total))} at {1 / seconds:,.0f} tokens/s"
+        + (f" and --jobs {jobs}" if jobs > 1 else "") + ",\n  without what is generated. Logs:\n  "
+        f"{plan.folder}/runs/*/log.txt")
+
+
+# ---------------------------------------------------------------- the program
+
+
+def make_plan(config: StudyConfig, contenders: dict[str, dict], files: tuple[list[str], str, str]) -> Plan:
+    """files: to train on, of validation ("" if none), of the sample."""
+    train_files, validation, sample = files
+    base = train.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(train.Config)})
+    base.train_data, base.eval_generate = train_files, 0
+    base.eval_data = [*config.eval_data, *([validation] if validation else []), sample]
+    return Plan(Path(config.output_dir), base, contenders, config.eval_data, validation, sample,
+                config.memorization, config.generate, task_flags(config), config.keep_weights)
+
+
+def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> None:
+    """ValueError if a contender would leave out examples that the first one trains on, or the reverse."""
+    for name, flags in plan.contenders.items():
+        own = dataset.trainable(dataclasses.replace(plan.base, **flags).span_weights)
+        if not np.array_equal(own, usable):
+            only = np.setxor1d(own, usable)
+            raise ValueError(f"contender {name}: {len(only)} example(s), the first from "
+                             f"{dataset.where(int(only[0]))}, have nothing to train on under it or under the "
+                             f"first contender; give it a weight for completions")
+
+
+def conduct(config: StudyConfig) -> int:
+    """Run what is missing of the study, then give the verdict. Returns the exit status."""
+    started = time.monotonic()
+    contenders, lrs = parse_contenders(config), parse_lrs(config)
+    check(config, lrs)
+    out = Path(config.output_dir)
+    # A study that goes on tomorrow trains on the same text.
+    config.date = config.date or read_json(out / "settings.json").get("date", "")
+    source = train.open_source(dataclasses.replace(config, output_dir=str(out / "none")))
+    config.date = source.template.date
+    identity = study_identity(config, source)
+    check_study(config, identity, contenders)
+    *files, new_files = prepare_data(config)
+    plan = make_plan(config, contenders, files)
+    out.mkdir(parents=True, exist_ok=True)
+    lock_study(out)
+    (out / "data").mkdir(exist_ok=True)
+    for file, text in new_files.items():
+        if not Path(file).is_file():
+            write_text(file, text)
+    dataset, usable, eval_sets = train.load_data(dataclasses.replace(plan.base, **next(iter(
+        contenders.values()))), source)
+    same_examples(plan, dataset, usable)
+    steps = train.make_steps(plan.base, dataset, usable, 0, 1)
+    plan.base.eval_every = config.eval_every or steps.per_epoch
+    known = read_json(out / "settings.json").get("contenders", {})
+    write_json(out / "settings.json", {"identity": identity, "date": config.date,
+                                       "contenders": known | contenders})
+
+    # The whole grid, seed by seed, so that a study that is stopped has whole seeds.
+    grid = [Run(name, lr, seed) for seed, lr, name in product(
+        range(config.seed, config.seed + config.seeds), lrs, contenders)]
+    if plan.memorization or plan.generate or plan.tasks:
+        grid.insert(0, Run(None))
+    lines = {Run(line["contender"], line["lr"], line["seed"]): line
+             for line in read_lines(out / "runs.jsonl")}
+    todo = [each for each in grid if each not in lines]
+    for each in lines:      # a run may have been stopped between its line and this
+        if not plan.keep_weights:
+            delete_weights(plan, each)
+    total_steps = train.count_steps(plan.base, steps.per_epoch)
+    tokens = int(dataset.lengths[usable].sum() * total_steps / steps.per_epoch)
+    evaluations = sum(train.evaluation_due(plan.base, step, total_steps) for step in range(total_steps + 1))
+    evaluated = evaluations * sum(int(each.lengths.sum()) for each in eval_sets.values())
+    if todo:
+        announce(plan, todo, [each for each in grid if each in lines and each.contender], tokens, evaluated,
+                 probe(plan.base, source, dataset, steps), config.jobs)
+    status = run_all(plan, todo, lines, config, started)
+    write_text(out / "runs.jsonl", "".join(
+        json.dumps(lines[each]) + "\n" for each in sorted(lines, key=lambda each: (
+            each not in grid, grid.index(each) if each in grid else 0))))
+    if status >= 128 or (not status and any(each not in lines for each in grid)):
+        return status
+    give_verdict([lines[each] for each in grid if each in lines], next(iter(contenders)), out)
+    return status
+
+
+def lock_study(out: Path) -> None:
+    try:
+        lock(out / ".lock", launch())
+    except ValueError as error:
+        raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
+
+
+def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyConfig, started: float) -> int:
+    """Run what is to do, adding to lines and to runs.jsonl. Returns 0, 1 if a run failed, or 128 + signal
+    number."""
+    waiting, failed, status = iter(todo), [], 0
+    bar = tqdm(total=len(todo), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
+
+    def next_run() -> Run | None:
+        if config.deadline and time.monotonic() - started > config.deadline:
+            return None
+        return next(waiting, None)
+
+    def report(run: Run, outcome: Outcome) -> None:
+        nonlocal status
+        kind, value = outcome
+        if kind == "line":
+            append_line(plan.folder / "runs.jsonl", value)
+            lines[run] = value
+            if run.contender and not plan.keep_weights:
+                delete_weights(plan, run)
+            say(f"{run}: {value['seconds']:.0f} s of training" if run.contender else f"{run}: measured")
+            bar.update()
+        elif kind == "error":
+            failed.append(run)
+            tqdm.write(f"error: {run}: {value} ({plan.run_folder(run)}/log.txt)", file=sys.stderr)
+        else:
+            status = value
+
+    if config.jobs == 1:
+        run_here(plan, next_run, report)
+    else:
+        run_in_workers(plan, config.jobs, next_run, report)
+    bar.close()
+    left = sum(each not in lines for each in todo)
+    if left:
+        reason = "stopped" if status else f"{len(failed)} failed" if failed else "--deadline has passed"
+        say(f"{reason}: {left} run(s) are left; the same command resumes")
+    return status or (1 if failed else 0)
+
+
+def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
+    """Compute, print, write and draw it."""
+    result = verdict(lines, baseline)
+    write_json(out / "study.json", result)
+    pictures(result, out)
+    print(report_text(result))
+    print(f"\nin {out}: study.json has all numbers,\n  curves.png and differences.png show them")
+
+
+def again(argv: list[str]) -> int:
+    """--from: the verdict of lines that are there."""
+    parser = Parser("study", __doc__)
+    parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
+                        help="a study's runs.jsonl")
+    parser.add_argument("--baseline", default="", metavar="NAME", help="contender to compare the others with")
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write; default: next to the file")
+    args = parser.parse_args(argv)
+    lines = read_objects(args.lines, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
+    out = Path(args.output_dir or Path(args.lines).parent)
+    out.mkdir(parents=True, exist_ok=True)
+    give_verdict(lines, args.baseline, out)
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    if any(word.partition("=")[0] == "--from" for word in argv):
+        return again(argv)
+    return conduct(train.parse_args(argv, StudyConfig, "python -m eval.study", __doc__.split("\n\n")[0]))
+
+
+if __name__ == "__main__":
+    run(main)

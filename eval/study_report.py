@@ -1,0 +1,127 @@
+"""A study's verdict (study_statistics.verdict()) as text of 80 columns and as two pictures."""
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from eval.compare import COLOURS, DASHES, GREY, shorten
+from eval.study_statistics import MEANS
+
+WIDTH = 79
+# As a table names what was measured.
+MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL, mean over examples",
+            "memorized_exact": "exact match, %", "memorized_prefix": "shared prefix, %",
+            "memorized_bleu": "BLEU-4", "exact_match": "exact match, %", "task": "score"}
+
+
+def report_text(result: dict) -> str:
+    """The choices, the table of differences, and a sentence for each file."""
+    seeds, baseline = len(result["seeds"]), result["baseline"]
+    lines = [f"chosen on validation data, by the mean over {seeds} seed(s):" if any(
+        choice["curve"] for choice in result["choices"].values()) else "no choice was made:"]
+    for name, choice in result["choices"].items():
+        lines.append(f"  {shorten(name, 24):<24} lr {choice['lr']:g}, epoch {choice['epoch']:g} (step "
+                     f"{choice['step']:,})")
+        for lr, curve in choice["curve"].items():
+            values = " ".join(f"{point['mean']:.4f}" + "*" * (
+                float(lr) == choice["lr"] and point["step"] == choice["step"]) for point in curve)
+            lines.append(textwrap.fill(values, WIDTH, initial_indent=f"    {lr:>8}: ",
+                                       subsequent_indent=" " * 14))
+    lines += ["", f"minus {shorten(baseline, 24)}, paired by seed and example, with "
+              f"{100 * result['confidence']:g} % intervals",
+              "over seeds and examples; agree: seeds whose own difference has the same sign"]
+    titles = dict.fromkeys((row["file"], row["measure"]) for row in result["differences"])
+    for file, measure in titles:
+        rows = [row for row in result["differences"] if (row["file"], row["measure"]) == (file, measure)]
+        ends = f": {MEASURES[measure]}; {shorten(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
+        if rows[0]["start_value"] is not None:
+            ends += f", the start {rows[0]['start_value']:.4f}"
+        lines += ["", shorten(file, WIDTH - len(ends)) + ends]
+        for row in rows:
+            low, high = row["interval"] or (np.nan, np.nan)
+            interval = f"[{low:+.4f}, {high:+.4f}]" if row["interval"] else "no interval"
+            lines.append(f"  {shorten(row['contender'], 24):<24}{row['value']:>+10.4f} {interval:>22}"
+                         f"{row['seeds_agree']:>6} of {row['seeds']} agree")
+    lines.append("")
+    for text in [*result["sentences"], *(f"note: {note}" for note in result["notes"])]:
+        lines.append(textwrap.fill(text, WIDTH, subsequent_indent="  "))
+    return "\n".join(lines)
+
+
+def pictures(result: dict, folder: Path) -> None:
+    """Write FOLDER/curves.png and FOLDER/differences.png."""
+    import matplotlib
+    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+             "grid.alpha": 0.3, "legend.frameon": False, "axes.edgecolor": GREY}
+    with matplotlib.rc_context(style):
+        draw_curves(result).savefig(folder / "curves.png", dpi=150)
+        if result["differences"]:
+            draw_differences(result).savefig(folder / "differences.png", dpi=150)
+
+
+def looks(result: dict) -> dict[str, dict]:
+    """Colour and line style of each contender."""
+    return {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+            for i, name in enumerate(result["contenders"])}
+
+
+def draw_curves(result: dict) -> object:
+    """NLL over epochs, a panel for each file: the mean over seeds, their range as a band, the chosen epoch as
+    a dot. The scale is fitted to what comes after the first epoch; the start may lie above."""
+    from matplotlib.figure import Figure
+    curves = result["curves"]
+    columns = min(3, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(curves):]:
+        axes.remove()
+    for axes, (file, of_file) in zip(panels, curves.items()):
+        later = [point[end] for points in of_file.values() for point in points[1:] for end in ("low", "high")]
+        start = next(iter(of_file.values()))[0]["mean"]
+        for name, points in of_file.items():
+            look = looks(result)[name]
+            epochs = [point["epoch"] for point in points]
+            axes.plot(epochs, [point["mean"] for point in points], label=name, **look)
+            axes.fill_between(epochs, [point["low"] for point in points], [point["high"] for point in points],
+                              color=look["color"], alpha=0.2, linewidth=0)
+            chosen = next(point for point in points if point["step"] == result["choices"][name]["step"])
+            axes.plot(chosen["epoch"], chosen["mean"], "o", color=look["color"], markersize=5)
+        if later:
+            room = 0.08 * (max(later) - min(later)) or 0.1
+            axes.set_ylim(min(*later, start) - room, max(later) + room)
+        axes.set_title(shorten(file, 34))
+        axes.set_xlabel("epoch")
+    figure.supylabel("NLL of completions, nats a token")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    return figure
+
+
+def draw_differences(result: dict) -> object:
+    """A forest plot: the differences in NLL and, where there are any, those in percent, with intervals."""
+    from matplotlib.figure import Figure
+    nll = [row for row in result["differences"] if row["measure"] in MEANS]
+    others = [row for row in result["differences"] if row["measure"] not in MEANS]
+    panels = [rows for rows in (nll, others) if rows]
+    heights = [len(rows) for rows in panels]
+    figure = Figure(figsize=(7.5, 0.27 * sum(heights) + 0.9 * len(panels) + 0.4), layout="constrained")
+    grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axes, rows in zip(grid.ravel(), panels):
+        # Grouped by file and measure, so that contenders stand under each other.
+        groups = dict.fromkeys((row["file"], row["measure"]) for row in rows)
+        ordered = [row for group in groups for row in rows if (row["file"], row["measure"]) == group]
+        for place, row in enumerate(ordered):
+            colour = looks(result)[row["contender"]]["color"]
+            if row["interval"]:
+                axes.plot(row["interval"], [place, place], color=colour, linewidth=1.5)
+            axes.plot(row["value"], place, "o", color=colour, markersize=5)
+        axes.axvline(0, color=GREY, linewidth=1)
+        axes.set_yticks(range(len(ordered)), [
+            f"{row['contender']}   {shorten(row['file'], 24)}: {MEASURES[row['measure']]}"
+            for row in ordered])
+        axes.set_ylim(len(ordered) - 0.4, -0.6)
+        in_nats = rows[0]["measure"] in MEANS
+        axes.set_xlabel(f"minus {result['baseline']}, " + (
+            "nats a token (left: lower NLL)" if in_nats else "percentage points or score"))
+    return figure

@@ -1,0 +1,422 @@
+"""A study's statistics against definitions and simulations; its grid against runs that were not disturbed."""
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tiny
+import train
+from data import load_dataset
+from chat import load_template
+from eval import study, study_runs
+from eval import study_statistics as statistics
+from eval.study_report import report_text
+from runtime.tokenizer import Tokenizer
+from tiny import make_records, run_apart, run_module, setup, stop_after, weights
+
+# ---------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("confidence, df, expected", [      # scipy.stats.t.ppf((1 + confidence) / 2, df)
+    (0.95, 1, 12.706204736174694), (0.95, 2, 4.302652729749462), (0.95, 4, 2.7764451051977934),
+    (0.99, 9.5, 3.2070156284394886), (0.95, 199, 1.9719565442517533), (0.95, 1e6, 1.959966356814107),
+    (0.5, 3, 0.7648923284043444)])
+def test_t_quantiles_are_scipys(confidence, df, expected):
+    assert statistics.t_quantile(confidence, df) == pytest.approx(expected, rel=1e-7)
+
+
+def test_an_interval_worked_out_by_hand():
+    """Two seeds, three examples. The mean is 3; seeds have 2, 4 and examples 2, 3, 4, so A = 3 (1 + 1) = 6
+    and B = 2 (1 + 0 + 1) / 2 = 2; the remainders are 1, 0, -1 and -1, 0, 1, so C = 4 / 2 = 2."""
+    d = np.array([[2.0, 2.0, 2.0], [2.0, 4.0, 6.0]])
+    seeds, examples = 12.706204736174694, 4.302652729749462
+    square = (seeds**2 * 6 - seeds * examples * 2 + examples**2 * 2) / 6
+    assert statistics.half_width(d) == pytest.approx(math.sqrt(square), rel=1e-9)
+    row = statistics.difference(d)
+    assert row["value"] == 3 and row["per_seed"] == [2, 4] and row["seeds_agree"] == 2
+    assert row["interval"] == pytest.approx([3 - math.sqrt(square), 3 + math.sqrt(square)])
+    # One seed: the usual t interval over examples. scipy.stats.t.interval(0.95, 2, 4, sqrt(4 / 3))
+    assert statistics.difference(d[1:])["interval"] == pytest.approx([-0.968275, 8.968275], abs=1e-5)
+    # Numbers of whole runs: the usual t interval over seeds.
+    assert statistics.difference(np.array([2.0, 4.0]))["interval"] == pytest.approx([3 - seeds, 3 + seeds])
+
+
+def draws(seeds: int, examples: int, of_seed: float, of_example: float, count: int = 2000) -> np.ndarray:
+    """(count, S, E) differences with mean 0: an effect of the seed, one of the example, and a remainder."""
+    rng = np.random.default_rng([seeds, examples, int(100 * of_seed), int(100 * of_example)])
+    return (of_seed * rng.normal(size=(count, seeds, 1)) + of_example * rng.normal(size=(count, 1, examples))
+            + rng.normal(size=(count, seeds, examples)))
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+@pytest.mark.parametrize("of_seed, of_example", [(0, 1), (0.05, 1), (0.2, 1), (0.5, 1), (1, 0.3), (0.1, 3)])
+def test_intervals_hold_the_true_mean_as_often_as_they_say(seeds, of_seed, of_example):
+    """And so a difference is shown where there is none in 3 to 7 % of studies; 2 % with only three seeds."""
+    d = draws(seeds, 40, of_seed, of_example)
+    covered = float((np.abs(d.mean((1, 2))) <= statistics.half_width(d)).mean())
+    assert 0.93 <= covered <= (0.98 if seeds == 3 else 0.97)
+
+
+def test_a_planted_difference_is_found():
+    d = draws(5, 60, 0.05, 0.5, count=300) - 0.4
+    found = d.mean((1, 2)) + statistics.half_width(d) < 0
+    assert found.mean() > 0.9
+
+
+def test_values_of_a_token_mean_have_its_mean_and_its_error():
+    """Against a jackknife of the ratio over examples."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(1, 60, 200)
+    sums = (0.1 * tokens + rng.normal(0, 2, 200))[None]
+    values = statistics.by_example(sums, tokens, "nll_token_mean")
+    ratio = sums.sum() / tokens.sum()
+    assert values.mean() == pytest.approx(ratio)
+    left_out = (sums.sum() - sums[0]) / (tokens.sum() - tokens)
+    jackknife = math.sqrt(199 / 200 * ((left_out - left_out.mean()) ** 2).sum())
+    assert values.std(ddof=1) / math.sqrt(200) == pytest.approx(jackknife, rel=0.05)
+    assert statistics.by_example(sums, tokens, "nll_example_mean").mean() == pytest.approx(
+        (sums / tokens).mean())
+
+
+# ---------------------------------------------------------------- selection and verdict
+
+
+def line(contender: str, seed: int, test: list[list[float]], validation: list[float], lr: float = 1e-4
+         ) -> dict:
+    """A run with evaluations after 0, 1, ... epochs of 10 steps. test: NLL sums of two examples of 1 and 3
+    tokens at each; validation: NLL of one token at each."""
+    return {"contender": contender, "flags": {}, "lr": lr, "seed": seed, "steps": 10 * (len(test) - 1),
+            "tokens": {"test": {"far": [1, 3]}, "validation": [1], "train": [2]},
+            "evaluations": [{"step": 10 * i, "epoch": float(i), "test": {"far": sums}, "validation": [nll],
+                             "train": [1.0]} for i, (sums, nll) in enumerate(zip(test, validation))],
+            "end": {}, "seconds": 1.0}
+
+
+def test_selection_takes_the_lowest_mean_over_seeds():
+    curves = {1e-4: {10: [3.0, 1.0], 20: [2.5, 2.5]}, 1e-3: {10: [2.0, 1.8], 20: [1.0, 3.1]}}
+    assert statistics.select(curves) == (1e-3, 10)
+    # The same from lines, where the start has the lowest NLL of all and is not a choice.
+    lines = [line("it", seed, [[1, 1]] * 3, [0.0, *(curves[lr][step][seed] for step in (10, 20))], lr)
+             for seed in (0, 1) for lr in curves]
+    assert statistics.validation_curves(lines) == {"it": curves}
+    choice, notes = statistics.choose(lines)
+    assert (choice["it"]["lr"], choice["it"]["step"], choice["it"]["epoch"]) == (1e-3, 10, 1.0)
+    assert notes == ["it: lr 0.001 is the highest that was tried; a higher one may be better"]
+    assert statistics.select({1e-3: {10: [math.nan]}, 1e-4: {10: [9.0]}}) == (1e-4, 10)
+
+
+def test_test_data_cannot_choose():
+    """The choice is a function of numbers among which there are none of test files."""
+    lines = [line(name, seed, [[4, 8], [2, 4], [1, 2]], [3, 1, 2])
+             for name in ("it", "im") for seed in (0, 1)]
+    for each in lines:
+        for evaluation in each["evaluations"]:
+            evaluation["test"] = evaluation["train"] = None
+    curves = statistics.validation_curves(lines)
+    assert curves["im"] == {1e-4: {10: [1.0, 1.0], 20: [2.0, 2.0]}}
+    assert statistics.select(curves["im"]) == (1e-4, 10)
+    assert "test" not in statistics.select.__code__.co_names + statistics.validation_curves.__code__.co_names
+
+
+def test_a_verdict_worked_out_by_hand():
+    """im has 0.5 and 0.6 less in example 1 (one token), 0.6 less in example 2 (three tokens)."""
+    lines = [line("it", 0, [[9, 9], [2.0, 6.0], [0, 0]], [3, 1, 2]),
+             line("it", 1, [[9, 9], [2.2, 6.0], [0, 0]], [3, 1, 2]),
+             line("im", 0, [[9, 9], [7, 7], [1.5, 5.4]], [3, 2, 1]),
+             line("im", 1, [[9, 9], [7, 7], [1.6, 5.4]], [3, 2, 1])]
+    result = statistics.verdict(lines)
+    assert [result["choices"][name]["epoch"] for name in ("it", "im")] == [1.0, 2.0]
+    tokens, examples = result["differences"][:2]
+    assert (tokens["measure"], examples["measure"]) == statistics.MEANS
+    # (-0.55 - 0.6) / 4 and (-0.55 - 0.2) / 2
+    assert tokens["value"] == pytest.approx(-0.2875) and examples["value"] == pytest.approx(-0.375)
+    assert (tokens["contender"], tokens["file"], tokens["examples"]) == ("im", "far", 2)
+    assert tokens["baseline_value"] == pytest.approx(8.1 / 4) and tokens["start_value"] == 18 / 4
+    assert tokens["contender_value"] == pytest.approx(6.95 / 4)
+    assert examples["per_seed"] == pytest.approx([-0.35, -0.4])
+    # A = C = 0.0025, B = 0.1225, and both t are 12.7062: the half width is 12.7062 sqrt(0.1225 / 4).
+    assert examples["interval"] == pytest.approx([-0.375 - 2.223586, -0.375 + 2.223586], abs=1e-5)
+    assert result["sentences"][0].startswith("im on far: no difference is shown: -0.287 [")
+    assert result["curves"]["far"]["im"][2] == {"step": 20, "epoch": 2.0, "mean": pytest.approx(6.95 / 4),
+                                                "low": pytest.approx(6.9 / 4), "high": pytest.approx(1.75)}
+    # The order of lines and the other contender as the baseline change the sign only.
+    turned = statistics.verdict(lines[::-1], "im")["differences"][0]
+    assert turned["value"] == pytest.approx(0.2875) and turned["contender"] == "it"
+
+
+@pytest.mark.parametrize("row, expected", [
+    ((-0.1, [-0.13, -0.07]), "im lowers NLL on far by 0.100 [0.070, 0.130]"),
+    ((0.1, [0.07, 0.13]), "im raises NLL on far by 0.100 [0.070, 0.130]"),
+    ((-0.01, [-0.03, 0.02]), "im on far: no difference is shown: -0.010 [-0.030, 0.020]"),
+    ((-0.01, None), "im changes NLL on far by -0.010; there is no interval from so few numbers")])
+def test_a_difference_in_words(row, expected):
+    value, interval = row
+    assert statistics.sentence({"contender": "im", "file": "far", "value": value, "interval": interval}
+                               ) == expected
+
+
+def test_a_verdict_has_the_same_seeds_for_all_and_says_what_it_leaves_out():
+    lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1], lr) for name in ("it", "im")
+             for seed in (0, 1, 2) for lr in (1e-4, 1e-3)]
+    unfinished = [each for each in lines if (each["contender"], each["seed"]) != ("im", 2)
+                  and (each["contender"], each["lr"], each["seed"]) != ("it", 1e-3, 1)]
+    result = statistics.verdict(unfinished)
+    assert result["seeds"] == [0, 1] and list(result["choices"]["it"]["curve"]) == ["0.0001"]
+    assert result["notes"][:2] == ["seed 2 is left out: not every contender has finished it",
+                                   "it with lr 0.001 is left out: it has not finished every seed"]
+    with pytest.raises(ValueError, match="no seed is finished for every contender"):
+        statistics.verdict([lines[0], line("im", 7, [[4, 8], [2, 4]], [3, 1])])
+    other = line("im", 0, [[4, 8], [2, 4]], [3, 1])
+    other["tokens"]["train"] = [3]
+    with pytest.raises(ValueError, match="im, lr 0.0001, seed 0: was evaluated on other data than it"):
+        statistics.verdict([lines[0], other])
+
+
+# ---------------------------------------------------------------- data
+
+
+def test_equal_records_are_never_on_both_sides():
+    records = [str(i % 30) for i in range(100)]
+    for seed in range(20):
+        training, held_out = study.split(records, 0.2, seed)
+        assert not {*training} & {*held_out} and sorted(training + held_out) == sorted(records)
+        assert 20 <= len(held_out) <= 23
+    assert study.split(records, 0.2, 0) == study.split(records, 0.2, 0) != study.split(records, 0.2, 1)
+
+
+def test_the_split_keeps_every_record_as_it_is(folder):
+    """In another layout, and with a message that is not trained: the same tokens of the same kinds."""
+    (folder / "layouts.jsonl").write_text(
+        '{"prompt": "red", "completion": "blue", "id": 3}\n{"messages": [{"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "b", "weight": 0}, {"role": "user", "content": "a"}, '
+        '{"role": "assistant", "content": "plum"}]}\n')
+    lines = study.read_as_lines([str(folder / "layouts.jsonl")])
+    (folder / "again.jsonl").write_text("".join(line + "\n" for line in lines))
+    tokenizer = Tokenizer(folder / "model")
+    before, after = (load_dataset([str(folder / name)], tokenizer, load_template("llama3", tokenizer), 120,
+                                  "truncate", folder / "cache") for name in ("layouts.jsonl", "again.jsonl"))
+    assert np.array_equal(before.ids, after.ids) and np.array_equal(before.kinds, after.kinds)
+
+
+# ---------------------------------------------------------------- the grid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = setup(tmp_path_factory.mktemp("study"), 30, layers=1)
+    make_records(folder / "near.jsonl", 8, seed=7)
+    make_records(folder / "far.jsonl", 6, seed=9, longest=6)
+    return folder
+
+
+def arguments(folder: Path, out: str, **more: object) -> list[str]:
+    """A study of two losses with two seeds in runs of six steps."""
+    base = dict(eval_data=[folder / "near.jsonl", folder / "far.jsonl"], losses=["it", "im"], seeds=2,
+                validation_fraction=0.2, train_sample=6, memorization=4, generate=2, batch_size=8)
+    return tiny.arguments(folder, out, **{**base, **more})
+
+
+def results(folder: Path, out: str) -> list[dict]:
+    """runs.jsonl without times."""
+    lines = [json.loads(text) for text in (folder / out / "runs.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """A study that nothing disturbs, and that keeps its weights."""
+    assert study.main([*arguments(folder, "whole"), "--keep-weights"]) == 0
+    return folder / "whole"
+
+
+def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
+    for name in ("it-lr0.01-seed0", "im-lr0.01-seed1"):     # the first and the last
+        flags = json.loads((whole / "runs" / name / "flags.json").read_text())
+        run_apart(["--config", str(whole / "runs" / name / "flags.json"), "--output-dir", str(folder / name)])
+        alone, here = weights(folder / name / "final"), weights(Path(flags["output_dir"]) / "final")
+        assert alone.keys() == here.keys() and all((alone[key] == here[key]).all() for key in alone)
+        assert (folder / name / "eval.jsonl").read_text() == (
+            Path(flags["output_dir"]) / "eval.jsonl").read_text()
+
+
+def test_the_lines_hold_what_the_runs_evaluated(folder, whole):
+    start, *lines = results(folder, "whole")
+    assert start["contender"] is None and {"memorization", "generate"} == start["end"].keys()
+    assert [(line["contender"], line["lr"], line["seed"]) for line in lines] == [
+        (name, 0.01, seed) for seed in (0, 1) for name in ("it", "im")]
+    for line in lines:
+        assert [e["epoch"] for e in line["evaluations"]] == [0, 1, 2] and line["steps"] == 6
+        own = whole / "runs" / f"{line['contender']}-lr0.01-seed{line['seed']}" / "train" / "eval.jsonl"
+        for evaluation, logged in zip(line["evaluations"], map(json.loads, own.read_text().splitlines())):
+            for role, name in (("validation", "study-validation"), ("train", "study-train-sample")):
+                expected = logged["data"][name]["completion"]["nll_token_mean"]
+                assert np.sum(evaluation[role]) / np.sum(line["tokens"][role]) == pytest.approx(
+                    expected, rel=1e-4)
+            for name in ("near", "far"):
+                expected = logged["data"][name]["completion"]
+                nats, tokens = (np.array(x["test"][name]) for x in (evaluation, line["tokens"]))
+                assert (nats / tokens).mean() == pytest.approx(expected["nll_example_mean"], rel=1e-4)
+                assert len(tokens) == expected["examples"]
+        assert len(line["end"]["memorization"]["prefix"]) == 4
+        assert {name: len(x) for name, x in line["end"]["generate"].items()} == {"near": 2, "far": 2}
+
+
+def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch):
+    """In the middle of a run, then between two runs, then killed while it wrote a line."""
+    argv = arguments(folder, "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)   # in the second run's second epoch
+        assert study.main(argv) == 128 + signal.SIGTERM
+    assert len(results(folder, "stopped")) == 2
+    assert list((folder / "stopped/runs/im-lr0.01-seed0/train/checkpoints").iterdir())
+    with monkeypatch.context() as patch:
+        perform = study_runs.perform
+
+        def stop_behind(plan, run):
+            line = perform(plan, run)
+            if run.seed == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return line
+        patch.setattr(study_runs, "perform", stop_behind)
+        assert study.main(argv) == 128 + signal.SIGTERM
+    file = folder / "stopped" / "runs.jsonl"
+    done = len(results(folder, "stopped"))
+    file.write_text(file.read_text()[:-20])
+    assert study.main(argv) == 0
+    assert done < 5 and results(folder, "stopped") == results(folder, "whole")
+    assert (folder / "stopped/study.json").read_text() == (whole / "study.json").read_text()
+    assert not list((folder / "stopped").glob("runs/*/train/final")), "weights are deleted once measured"
+
+
+def test_the_signal_handlers_come_back(folder, whole):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert study.main([*arguments(folder, "whole"), "--keep-weights"]) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys):
+    trained, main = [], train.main
+    monkeypatch.setattr(train, "main", lambda argv, *more: trained.append(argv) or main(argv, *more))
+    base = dict(memorization=0, generate=0, epochs=1)
+    argv = arguments(folder, "added", seeds=1, **base)
+    assert study.main(argv) == 0 and len(trained) == 2
+    assert study.main(argv) == 0 and len(trained) == 2
+    assert study.main(arguments(folder, "added", losses=["it", "im:span"], variants="im-noisy=--loss im "
+                                "--neftune-alpha 5", **base)) == 0
+    added = [Path(argv[1]).parent.name for argv in trained[2:]]
+    assert added == ["im=span-lr0.01-seed0", "im-noisy-lr0.01-seed0", "it-lr0.01-seed1",
+                     "im=span-lr0.01-seed1", "im-noisy-lr0.01-seed1"]
+    flags = [json.loads(Path(argv[1]).read_text()) for argv in trained[2:4]]
+    assert [(each["loss"], each["normalize"], each["neftune_alpha"]) for each in flags] == [
+        ("im", "span", 0.0), ("im", "token", 5.0)]
+    result = json.loads((folder / "added" / "study.json").read_text())
+    assert result["contenders"] == ["it", "im:span", "im-noisy"] and result["seeds"] == [0, 1]
+    fits_the_terminal(capsys.readouterr().out, folder)
+
+
+def fits_the_terminal(printed: str, folder: Path) -> None:
+    assert max(len(text) for text in printed.splitlines() if str(folder) not in text) <= 80
+
+
+def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys):
+    """With a learning rate that makes the loss infinite."""
+    argv = arguments(folder, "failed", memorization=0, generate=0, epochs=1, lrs=["0.01", "1e30"], seeds=1)
+    assert study.main(argv) == 1
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
+    assert len(errors) == 2 and errors[0].startswith("error: it lr 1e+30 seed 0: step 2: loss ")
+    assert [line["lr"] for line in results(folder, "failed")] == [0.01, 0.01]
+    assert json.loads((folder / "failed" / "study.json").read_text())["choices"]["im"]["lr"] == 0.01
+
+
+def test_a_deadline_starts_no_more_runs(folder, capsys):
+    argv = arguments(folder, "late", memorization=0, generate=0)
+    assert study.main([*argv, "--deadline", "0.001"]) == 0
+    assert "4 run(s) are left; the same command resumes" in capsys.readouterr().out
+    assert results(folder, "late") == [] and not (folder / "late" / "study.json").exists()
+
+
+def test_workers_give_the_same_lines(folder, whole):
+    assert run_module("eval.study", arguments(folder, "jobs", jobs=2)).returncode == 0
+    assert results(folder, "jobs") == results(folder, "whole")
+    assert (folder / "jobs/study.json").read_text() == (whole / "study.json").read_text()
+
+
+class Deadly(study_runs.Plan):
+    """Kills the process that would start the run with lr 2, and measures nothing of others."""
+
+    def run_folder(self, run: study_runs.Run) -> Path:
+        if run.lr == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().run_folder(run)
+
+
+def test_a_worker_that_dies_costs_its_run_only(tmp_path):
+    plan = Deadly(tmp_path, train.Config(device="cpu"), {}, [], "", "", 0, 0, [], False)
+    runs, reports = [study_runs.Run(None, lr) for lr in (1, 2, 3, 4, 5)], {}
+    waiting = iter(runs)
+    study_runs.run_in_workers(plan, 1, lambda: next(waiting, None), reports.__setitem__)
+    assert reports.keys() == {*runs}
+    assert reports[runs[1]] == ("error", "its process died (exit code -9)")
+    assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
+
+
+def test_the_verdict_of_lines_alone_is_the_studys(folder, whole, tmp_path, capsys):
+    assert study.main(["--from", str(whole / "runs.jsonl"), "--output-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "study.json").read_text() == (whole / "study.json").read_text()
+    printed = capsys.readouterr().out
+    result = json.loads((whole / "study.json").read_text())
+    assert report_text(result) in printed
+    fits_the_terminal(printed, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json", "curves.png", "differences.png"}
+
+
+def test_every_contender_trains_on_the_same_examples(folder):
+    """train.py leaves out records without a completion under every loss; one that ignores completions would
+    train on fewer, where a record has no system message."""
+    with pytest.raises(ValueError, match="contender odd: .* example.* have nothing to train on"):
+        study.main(arguments(folder, "odd", variants="odd=--loss it --completion-weight 0 --system-weight 1"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(losses=["it", "imm"]), "--losses imm: must be one of it, im, lm"),
+    (dict(losses=["it", "im:word"]), "--losses im:word: must be one of"),
+    (dict(losses=["it", "it"]), "--losses it: is given twice"),
+    (dict(variants="a=--loss im --loss-of 3"), "contender a: unrecognized arguments: --loss-of 3"),
+    (dict(variants="a=--epochs 3"), "contender a: --epochs must be the same for all contenders"),
+    (dict(variants="a b=--loss im"), "--variants a b=--loss im: write NAME="),
+    (dict(variants="again=--loss im"), "contender again: has the flags of im"),
+    (dict(variants="a=--loss im --neftune-alpha -1"), "contender a: --neftune-alpha -1: must be"),
+    (dict(lrs=["1e-3", "0"]), "--lrs 0: must be a finite number above 0"),
+    (dict(lrs=["1e-3", "0.001"]), "--lrs 1e-3 0.001: a learning rate is given twice"),
+    (dict(seeds=0), "--seeds 0: must be a whole number, 1 or more"),
+    (dict(validation_fraction=0.05), "--validation-fraction 0.05: 2 validation record"),
+    (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
+    (dict(validation_data="near"), "--validation-data .*near.jsonl: is also a file of --eval-data"),
+    (dict(overwrite=True), "--overwrite: a study has its own way"),
+    (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks")])
+def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, message, monkeypatch):
+    if "validation_data" in flags:
+        flags = dict(validation_data=folder / "near.jsonl")
+    monkeypatch.setattr(train, "main", None)
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        study.main(arguments(folder, str(tmp_path / "study"), **flags))
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
+    def refused(message: str, **more: object) -> None:
+        with pytest.raises(ValueError, match=message):
+            study.main(arguments(folder, "whole", **more))
+
+    refused("--epochs was 2, is 3", epochs=3)
+    refused("--memorization was 4, is 5", memorization=5)
+    refused("--validation-fraction was 0.2, is 0.3", validation_fraction=0.3)
+    refused("--eval-data was", eval_data=[folder / "near.jsonl"])
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match="is not empty and holds no study"):
+        study.main(arguments(folder, "foreign"))
