@@ -47,22 +47,22 @@ from quickstart.world import (  # noqa: E402
     SEED, SYSTEM, description, make_world, pretraining_document, question_record, record, record_of_length,
     words)
 
-EXAMPLES, HELD_OUT = 500, 125  # the quick start's; two in five describe, each of the entities once
+EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
 WORDS = 64  # of a record's instruction and answer together, where only their ratio is given
-DOCUMENTS = 100_000  # of the pretraining text
+DOCUMENTS = 48_000  # of the pretraining text
 VOCABULARY = 1536  # enough for every word of this small language to become one token
 POSITIONS = 1024
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": True, "initializer_range": 0.02,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
 PRETRAINING = {  # flags of train.py
-    "max-steps": 3000, "batch-size": 32, "micro-batch-tokens": 8192, "max-length": POSITIONS, "lr": 3e-3,
+    "max-steps": 3000, "batch-size": 16, "micro-batch-tokens": 8192, "max-length": POSITIONS, "lr": 3e-3,
     "schedule": "cosine", "warmup-ratio": 0.03, "weight-decay": 0.1, "beta2": 0.95, "adam-eps": 1e-8,
 }
 

@@ -9,14 +9,14 @@ description in one fixed order, and the bare word.
 Whether an answer is right can therefore be counted: every record has one right answer, which follows from the
 report or from the facts.
 """
-import itertools
 import math
 import random
 from collections.abc import Iterator
+from itertools import islice, product
 
 SEED = 7
-ENTITIES = {"person": 180, "town": 60, "beast": 60}
-PARTS = 6  # of six entities, in the order of their invention, the first is for test and the second validation
+ENTITIES = {"person": 120, "town": 40, "beast": 40}
+PARTS = 5  # of five entities, as they are invented, the first is for test and the second for validation
 
 # ------------------------------------------------------------------------------------------- the words
 # Names are put together from syllables (see invent_names); only common nouns are written out.
@@ -115,13 +115,12 @@ EVENTS = [
 VALUES = {"count": COUNTS, "goods": GOODS, "tool": TOOLS, "instrument": INSTRUMENTS, "hour": HOURS,
           "dish": DISHES, "season": SEASONS, "colour": COLOURS, "animal": ANIMALS}
 
-# How pretraining asks and answers ...
-CLERK = ["The clerk wrote {answer}.", "The book says {answer}."]
-ABOUT = ["About {names}.", "Of {names}."]
-# ... and how the records do.
+# Requests, in pretraining and in records. Pretraining answers in other words than records do: with facts in
+# any order, and with a word of the report in a sentence or with its whole sentence.
 DESCRIBE = ["Describe {names}.", "Tell me about {names}.", "What is known of {names}?"]
 BRIEFLY = ["Describe {names} in short.", "Who or what is {names}?"]
 ASK = ["{report} {request}", "Read this and answer. {report} {request}", "{report} Question: {request}"]
+CLERK = ["The clerk wrote {answer}.", "The book says {answer}."]
 FULL_WORDS, SHORT_WORDS, QUESTION_WORDS = 19.0, 7.0, 5.2  # means of descriptions and questions
 SYSTEM = "You are the clerk of the valleys and answer from the books."
 
@@ -189,12 +188,13 @@ def ask(rng: random.Random, pairs: list[tuple[str, str]], count: int) -> tuple[s
 
 # ------------------------------------------------------------------------------------------- pretraining
 
-def knowledge(rng: random.Random, entities: list[dict]) -> str:
-    """All that is known of the entities, one after the other."""
+def knowledge(rng: random.Random, entities: list[dict], short: bool = False) -> str:
+    """All that is known of the entities, one after the other; short: two facts of each."""
     sentences = []
     for entity in entities:
         facts = PHRASINGS[entity["kind"]]
-        sentences += [rng.choice(options).format(**entity) for options in rng.sample(facts, len(facts))]
+        chosen = rng.sample(facts, 2 if short else len(facts))
+        sentences += [rng.choice(options).format(**entity) for options in chosen]
     return " ".join(sentences)
 
 
@@ -204,21 +204,25 @@ def pretraining_document(rng: random.Random, world: list[dict]) -> list[dict]:
     entities = rng.sample(world, rng.choice([1, 1, 2, 3]))
     if rng.random() < 0.3:
         return [{"role": "assistant", "content": knowledge(rng, entities)}]
-    messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.1 else []
-    count = rng.choice([1, 2, 3, 4, 5, 6, rng.randint(7, 40)])
-    told = [event for _, event in zip(range(count), events(rng, world))]
-    report, pairs = " ".join(sentence for sentence, _ in told), [pair for _, each in told for pair in each]
-    rng.shuffle(pairs)
-    pairs, turns = pairs[:12], []
-    while pairs:
+    length = rng.choice([1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, rng.randint(7, 40)])
+    report = list(islice(events(rng, world), length))
+    questions = [(*pair, sentence) for sentence, pairs in report for pair in pairs]
+    rng.shuffle(questions)
+    questions, turns = questions[:10], []
+    while questions:
         count = rng.choice([1, 1, 1, 2, 3, 5])
-        asked, pairs = pairs[:count], pairs[count:]
-        request, answer = ask(rng, asked, len(asked))
-        turns.append((request, rng.choice(CLERK).format(answer=answer)))
+        asked, answers, sentences = zip(*questions[:count])
+        questions = questions[count:]
+        answer = rng.choice([" ".join(sentences), *CLERK]).format(answer=", ".join(answers))
+        turns.append((" ".join(asked), answer))
     if rng.random() < 0.5:
-        turns.insert(rng.randint(0, len(turns)),
-                     (rng.choice(ABOUT).format(names=list_names(entities)), knowledge(rng, entities)))
-    turns[0] = (f"{report} {turns[0][0]}", turns[0][1])
+        short = rng.random() < 0.2
+        request = rng.choice(BRIEFLY if short else DESCRIBE).format(names=list_names(entities))
+        turns.insert(rng.randint(0, len(turns)), (request, knowledge(rng, entities, short)))
+    first, answer = turns[0]
+    told = " ".join(sentence for sentence, _ in report)
+    turns[0] = (rng.choice(ASK).format(report=told, request=first), answer)
+    messages = [{"role": "system", "content": SYSTEM}] if rng.random() < 0.1 else []
     for request, answer in turns:
         messages += [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
     return messages
@@ -241,7 +245,7 @@ def record(rng: random.Random, kind: str, request: str, answer: str) -> dict:
 
 def question_record(rng: random.Random, named: list[dict]) -> dict:
     """A report of three to six sentences and a question."""
-    told = [event for _, event in zip(range(rng.randint(3, 6)), events(rng, named))]
+    told = list(islice(events(rng, named), rng.randint(3, 6)))
     report = " ".join(sentence for sentence, _ in told)
     request, answer = ask(rng, [pair for _, pairs in told for pair in pairs], 1)
     return record(rng, "long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
@@ -259,7 +263,7 @@ def composition(instruction_words: float, answer_words: float) -> tuple[int, int
         return abs(answer - answer_words) + max(0, least - instruction_words)
 
     most = int(answer_words / FULL_WORDS) + 1
-    return min(filter(any, itertools.product(range(most + 1), range(3), range(7))), key=misses)
+    return min(filter(any, product(range(most + 1), range(3), range(7))), key=misses)
 
 
 def record_of_length(rng: random.Random, named: list[dict], described: list[dict], instruction_words: int,
