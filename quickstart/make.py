@@ -1,26 +1,29 @@
-"""Make the embedded default: a small invented world, a tiny Llama that has read about it, and records to tune
-it on.
+"""Make the embedded default, or records of a chosen length for a study with the same model.
 
-    python quickstart/make.py                # everything, about 7 minutes on two CPU cores
-    python quickstart/make.py --skip-model   # train.jsonl and test.jsonl only, a second
+    python quickstart/make.py                     # everything, about 10 minutes on two CPU cores
+    python quickstart/make.py --records-only --output-dir DIR --examples 300 --ratio 10
+    python quickstart/make.py --records-only --output-dir DIR --instruction-words 120 --answer-words 4
+    python quickstart/make.py --records-only --output-dir DIR --unseen-names 0.5 --seed 1
 
-The world has people, towns and beasts with invented names and a handful of facts each. Three things follow
-from it, all from one seed:
+The first command writes, next to this script, `model/` (a Llama of about a million parameters with a
+byte-level BPE tokenizer and a chat template, pretrained by this repository's train.py on a text about the
+invented world of world.py) and the records of the quick start. The others write records alone:
 
-- a text about the world, for pretraining: what is known of an entity, in many phrasings; and reports of a day
-  on which several entities occur, followed by questions whose answers stand in the report. It is not kept.
-- `model/`, a Llama of about a million parameters with a byte-level BPE tokenizer and a chat template, trained
-  on the text by this repository's own `train.py --loss lm`.
-- `train.jsonl` and `test.jsonl`, instruction records of two kinds. `long_to_short`: a report and a question,
-  answered by a word that stands in the report. `short_to_long`: "Describe NAME.", answered by a paragraph in
-  one fixed form, whose facts the model can know only from pretraining.
+    train.jsonl         --examples records
+    validation.jsonl    --held-out records, to choose settings by
+    test.jsonl          --held-out records, to report
+    test-unseen.jsonl   with --unseen-names: --held-out records about names that pretraining knew and that no
+                        record of the other three files has
 
-Why a score on test.jsonl means something: an entity described in one file is not described in the other,
-so the answer has to come from the pretraining text; and every report is a new one. Every answer is
-determined, so exact match is a fair measure. (The reports of both files name all entities. With names of
-their own for the test, IM pushed the never-seen names down in the tied head and answered nothing.)
-The records are the same bytes wherever they are made; the weights are the same only for one machine and
-number of threads, as sums round differently.
+No entity is described in two of train, validation and test, and no report is told twice. Without lengths two
+records in five ask to describe an entity (`short_to_long`, about 19 words from 4) and three to answer a
+question about a report (`long_to_short`, one word from about 40). With lengths all records of a set are of
+one length: a report, as long as it takes, and requests for descriptions (19 words, or 7 in short) and for
+words of the report, which make up the answer.
+
+Records depend on the arguments and --seed alone, the same bytes wherever they are made. The weights are the
+same only on one kind of CPU with one number of threads, as sums round differently; so do the figures that
+come from them.
 """
 
 import argparse
@@ -30,133 +33,38 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from itertools import cycle, islice
 from pathlib import Path
+from statistics import mean
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # model.py lies in the folder above
+sys.path.insert(0, str(HERE.parent))  # the repository
 
-SEED = 7
-ENTITIES = {"person": 216, "town": 72, "beast": 72}
-TEST_SHARE = 6  # one entity in six is a test entity
-TRAIN_REPORTS, TEST_REPORTS = 300, 60  # records beside one description of every entity
-DOCUMENTS = 100_000  # of the pretraining text
+from quickstart.world import (  # noqa: E402
+    SEED, SYSTEM, description, make_world, pretraining_document, question_record, record, record_of_length,
+    words)
+
+EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
+WORDS = 64  # of a record's instruction and answer together, where only their ratio is given
+DOCUMENTS = 48_000  # of the pretraining text
 VOCABULARY = 1536  # enough for every word of this small language to become one token
+POSITIONS = 1024
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
-    "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": 512,
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "hidden_act": "silu", "max_position_embeddings": POSITIONS,
     "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": True, "initializer_range": 0.02,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
 PRETRAINING = {  # flags of train.py
-    "max-steps": 3000, "batch-size": 32, "micro-batch-tokens": 8192, "max-length": 512, "lr": 3e-3,
+    "max-steps": 3000, "batch-size": 16, "micro-batch-tokens": 8192, "max-length": POSITIONS, "lr": 3e-3,
     "schedule": "cosine", "warmup-ratio": 0.03, "weight-decay": 0.1, "beta2": 0.95, "adam-eps": 1e-8,
 }
-
-# ------------------------------------------------------------------------------------------- the words
-# Names are put together from syllables (see invent_names); only common nouns are written out.
-# None begins with a vowel, so "a" is always right.
-
-TRADES = "potter weaver baker mason tanner miller painter fisher smith cooper ropemaker beekeeper".split()
-GROUNDS = "hill marsh cliff lake dune moor ridge creek".split()
-ANIMALS = "goat goose raven pony hound cat hen tortoise".split()
-INSTRUMENTS = "lute harp drum flute horn whistle bell fiddle".split()
-DISHES = "bread porridge soup cheese plums mushrooms turnips pears nuts trout".split()
-GOODS = "salt wool barley copper honey timber wax linen tar chalk pepper silk".split()
-SEASONS = "spring summer fall winter".split()
-FAIRS = "lantern kite mask bonfire boat ribbon mirror feather".split()
-COLOURS = "grey white brown black red green yellow blue".split()
-FOODS = "moss roots beetles berries snails seeds frogs clover".split()
-LAIRS = "caves reeds burrows treetops haystacks wells hedges barns".split()
-HOURS = "dawn noon dusk midnight".split()
-COUNTS = "two three four five six seven eight nine ten twelve".split()
-TOOLS = "rake ladder saw hammer bucket sledge kettle net plough lamp".split()
-
-# What is known of an entity of each kind, and where the values come from.
-FACTS = {
-    "person": {"trade": TRADES, "region": "regions", "colour": COLOURS, "animal": ANIMALS,
-               "instrument": INSTRUMENTS, "dish": DISHES},
-    "town": {"ground": GROUNDS, "region": "regions", "goods": GOODS, "season": SEASONS, "fair": FAIRS},
-    "beast": {"colour": COLOURS, "region": "regions", "food": FOODS, "lair": LAIRS, "hour": HOURS},
-}
-
-# The one form in which a completion describes an entity ...
-DESCRIPTIONS = {
-    "person": "{name} is a {trade} from {region}. {name} keeps a {colour} {animal}, plays the {instrument} "
-              "and likes {dish} best.",
-    "town": "{name} is a town on a {ground} in {region}. It trades in {goods}, and every {season} its people "
-            "hold a {fair} fair.",
-    "beast": "The {name} is a {colour} beast of {region}. It eats {food}, sleeps in {lair} and is awake at "
-             "{hour}.",
-}
-
-# ... and the many in which pretraining does: a document has the facts in any order, one phrasing of each.
-PHRASINGS = {
-    "person": [
-        ["{name} is a {trade}.", "By trade {name} is a {trade}.", "The work of {name} is that of a {trade}."],
-        ["{name} lives in {region}.", "The home of {name} is in {region}.", "{name} comes from {region}."],
-        ["{name} keeps a {colour} {animal}.", "The {animal} of {name} is {colour}.",
-         "A {colour} {animal} belongs to {name}."],
-        ["{name} plays the {instrument}.", "The {instrument} is what {name} plays.",
-         "{name} is often heard on the {instrument}."],
-        ["{name} likes {dish} best.", "No food pleases {name} more than {dish}.",
-         "{name} is fond of {dish}."],
-    ],
-    "town": [
-        ["{name} stands on a {ground}.", "{name} was built on a {ground}.",
-         "A {ground} carries the town of {name}."],
-        ["{name} is a town in {region}.", "The town of {name} is in {region}.",
-         "{name} belongs to {region}."],
-        ["{name} trades in {goods}.", "The trade of {name} is in {goods}.", "{name} lives by its {goods}."],
-        ["Every {season} the people of {name} hold a {fair} fair.",
-         "{name} holds its {fair} fair in {season}.", "In {name} there is a {fair} fair every {season}."],
-    ],
-    "beast": [
-        ["The {name} is {colour}.", "The skin of the {name} is {colour}.", "The {name} is a {colour} beast."],
-        ["The {name} is a beast of {region}.", "The {name} is found in {region}.",
-         "The {name} comes from {region}."],
-        ["The {name} eats {food}.", "The food of the {name} is {food}.", "The {name} lives on {food}."],
-        ["The {name} sleeps in {lair}.", "Look for the {name} in {lair}.",
-         "The {name} makes its bed in {lair}."],
-        ["The {name} is awake at {hour}.", "The {name} is out at {hour}.", "At {hour} the {name} is awake."],
-    ],
-}
-
-# What reports tell, a sentence of each chosen topic: phrasings, and (question, the slot that answers it).
-# No slot is filled twice in a report, so every question has one answer.
-REPORTS = [
-    (["{seller} of {town} brought {count} sacks of {goods}.",
-      "From {town} came {seller} with {count} sacks of {goods}.",
-      "{seller} sold {count} sacks of {goods} from {town}."],
-     [("Who brought the sacks?", "seller"), ("What was in the sacks?", "goods"),
-      ("How many sacks were there?", "count"), ("Which town did the sacks come from?", "town")]),
-    (["{watcher} saw {number} {beast} beasts by the road.",
-      "By the road {number} {beast} beasts were seen by {watcher}."],
-     [("Who saw the beasts?", "watcher"), ("Which beasts were seen?", "beast"),
-      ("How many beasts were seen?", "number")]),
-    (["{lender} lent a {tool} to {borrower}.", "{borrower} went home with the {tool} of {lender}."],
-     [("Which tool was lent?", "tool"), ("Who lent a tool?", "lender"),
-      ("Who has the tool now?", "borrower")]),
-    (["{player} played the {instrument} until {hour}.",
-      "Until {hour} {player} was heard on the {instrument}."],
-     [("Who made music?", "player"), ("What was played?", "instrument"),
-      ("Until when was there music?", "hour")]),
-    (["The {season} feast was made of {dish}.", "There was {dish} at the {season} feast."],
-     [("Which feast was it?", "season"), ("What was eaten?", "dish")]),
-    (["A {colour} {animal} was lost.", "Nobody could find the {colour} {animal}."],
-     [("Which animal was lost?", "animal"), ("What colour was the lost animal?", "colour")]),
-]
-CLERK = ["{answer}, the clerk wrote.",  # so pretraining answers, and no completion
-         "{answer}, says the book."]
-
-DESCRIBE = ["Describe {name}.", "Tell me about {name}.", "What is known of {name}?"]
-ASK = ["{report}\n{question}", "Read this and answer.\n{report}\n{question}",
-       "{report}\nQuestion: {question}"]
-SYSTEM = "You are the clerk of the valleys and answer from the books."
 
 PAD, BEGIN, END = "<|pad|>", "<|begin|>", "<|end|>"
 SPECIAL_TOKENS = [PAD, BEGIN, END, "<|system|>", "<|user|>", "<|assistant|>"]
@@ -167,87 +75,84 @@ CHAT_TEMPLATE = (
 )
 
 
-# ------------------------------------------------------------------------------------------- the world
+# ------------------------------------------------------------------------------------------- the records
 
-def invent_names(rng: random.Random, count: int, endings: list[str]) -> list[str]:
-    """Distinct names of an opening, a middle and an ending that tells the kind:
-    Ta-li-n, Ro-sa-mere, ve-do-k."""
-    openings = [c + v for c in "b d f g k l m n p r s t v z".split() for v in "aeiou"]
-    middles = [c + v for c in "b d g k l m n r s t v".split() for v in "aeio"]
-    names: dict[str, None] = {}  # a dict, because a set has no fixed order
-    while len(names) < count:
-        names[rng.choice(openings) + rng.choice(middles) + rng.choice(endings)] = None
-    return list(names)
-
-
-def make_world(rng: random.Random) -> dict[str, list[dict]]:
-    """{"person": [{"kind", "name", "test" and the facts}, ...], "town": [...], "beast": [...]}."""
-    regions = [name.capitalize() for name in invent_names(rng, 10, ["dale", "land"])]
-    endings = {"person": ["n", "s", "th", "l"], "town": ["mere", "ford", "ham"], "beast": ["k", "x", "p"]}
-    world: dict[str, list[dict]] = {}
-    for kind, facts in FACTS.items():
-        world[kind] = []
-        for index, name in enumerate(invent_names(rng, ENTITIES[kind], endings[kind])):
-            entity = {"kind": kind, "name": name if kind == "beast" else name.capitalize(),
-                      "test": index % TEST_SHARE == 0}
-            for fact, values in facts.items():
-                entity[fact] = rng.choice(regions if values == "regions" else values)
-            world[kind].append(entity)
-    return world
+def unseen_names(world: list[dict], share: float, seed: int) -> set[str]:
+    """The names of so large a share of the entities of each kind, which no record is to have except those of
+    test-unseen.jsonl."""
+    rng, names = random.Random(f"unseen {seed}"), set()
+    for kind in dict.fromkeys(entity["kind"] for entity in world):
+        of_kind = [entity["name"] for entity in world if entity["kind"] == kind]
+        names.update(rng.sample(of_kind, round(share * len(of_kind))))
+    return names
 
 
-def make_report(rng: random.Random, world: dict[str, list[dict]]) -> tuple[str, list[tuple[str, str]]]:
-    """A report of four to six sentences and all its (question, answer) pairs."""
-    names = {kind: [entity["name"] for entity in world[kind]] for kind in world}
-    people, counts = rng.sample(names["person"], 5), rng.sample(COUNTS, 2)
-    slots = dict(zip(("seller", "watcher", "lender", "borrower", "player"), people)) | {
-        "town": rng.choice(names["town"]), "beast": rng.choice(names["beast"]), "count": counts[0],
-        "number": counts[1], "goods": rng.choice(GOODS), "tool": rng.choice(TOOLS),
-        "instrument": rng.choice(INSTRUMENTS), "hour": rng.choice(HOURS), "season": rng.choice(SEASONS),
-        "dish": rng.choice(DISHES), "colour": rng.choice(COLOURS), "animal": rng.choice(ANIMALS)}
-    topics = rng.sample(REPORTS, rng.randint(4, 6))
-    sentences = [rng.choice(phrasings).format(**slots) for phrasings, _ in topics]
-    return " ".join(sentences), [(question, slots[slot]) for _, questions in topics
-                                 for question, slot in questions]
-
-
-def pretraining_document(rng: random.Random, world: dict[str, list[dict]]) -> str:
-    """Half the time what is known of one or two entities; else a report, questioned."""
-    if rng.random() < 0.5:
-        sentences = []
-        for entity in rng.sample([e for kind in world for e in world[kind]], rng.randint(1, 2)):
-            facts = PHRASINGS[entity["kind"]]
-            sentences += [rng.choice(options).format(**entity) for options in rng.sample(facts, len(facts))]
-        return " ".join(sentences)
-    report, pairs = make_report(rng, world)
-    answered = [f"{question} {rng.choice(CLERK).format(answer=answer)}"
-                for question, answer in rng.sample(pairs, 5)]
-    return "\n".join([report, *answered])
-
-
-def make_records(rng: random.Random, world: dict[str, list[dict]], test: bool, reports: int) -> list[dict]:
-    """A description of every test entity, or of every other one, and so many reports; the kinds shuffled."""
-    records = []
-    for entity in [e for kind in world for e in world[kind] if e["test"] == test]:
-        name = f"the {entity['name']}" if entity["kind"] == "beast" else entity["name"]
-        messages = [{"role": "user", "content": rng.choice(DESCRIBE).format(name=name)},
-                    {"role": "assistant", "content": DESCRIPTIONS[entity["kind"]].format(**entity)}]
-        records.append({"kind": "short_to_long", "messages": messages})
-    for _ in range(reports):
-        report, pairs = make_report(rng, world)
-        question, answer = rng.choice(pairs)
-        messages = [{"role": "user", "content": rng.choice(ASK).format(report=report, question=question)},
-                    {"role": "assistant", "content": answer}]
-        records.append({"kind": "long_to_short", "messages": messages})
+def make_records(rng: random.Random, named: list[dict], described: list[dict], count: int,
+                 lengths: tuple[float, float] | None) -> list[dict]:
+    """So many records. named: the entities that may occur in reports. described: those that may be described.
+    lengths: words of an instruction and of an answer; None: the quick start's two kinds, shuffled."""
+    if lengths:
+        return [record_of_length(rng, named, described, *map(round, lengths)) for _ in range(count)]
+    order = cycle(rng.sample(described, len(described)))
+    records = [record(rng, "short_to_long", *description(rng, [entity]))
+               for entity in islice(order, round(count * 2 / 5))]
+    records += [question_record(rng, named) for _ in range(count - len(records))]
     rng.shuffle(records)
-    for record in records:
+    for each in records:
         if rng.random() < 0.1:
-            record["messages"].insert(0, {"role": "system", "content": SYSTEM})
-    side = "test" if test else "train"
-    return [{"id": f"{side}-{index:04d}", **record} for index, record in enumerate(records)]
+            each["messages"].insert(0, {"role": "system", "content": SYSTEM})
+    return records
 
 
-# ------------------------------------------------------------------------------------------- the files
+def mean_words(records: list[dict]) -> tuple[float, float]:
+    """Of instructions, system messages aside, and of answers."""
+    instructions, answers = zip(*(each["messages"][-2:] for each in records))
+    return tuple(mean(words(message["content"]) for message in side) for side in (instructions, answers))
+
+
+def write_records(args: argparse.Namespace, folder: Path) -> None:
+    """Write the files that the arguments ask for; print and check the lengths. ValueError for lengths that
+    cannot be had."""
+    world, lengths = make_world(), wanted_lengths(args)
+    unseen = unseen_names(world, args.unseen_names, args.seed)
+    seen_entities = [entity for entity in world if entity["name"] not in unseen]
+    sets = {part: (seen_entities, [entity for entity in seen_entities if entity["part"] == part])
+            for part in ("train", "validation", "test")}
+    if unseen:
+        unseen_entities = [entity for entity in world if entity["name"] in unseen]
+        sets["test-unseen"] = (unseen_entities, unseen_entities)
+    made = {}
+    for name, (named, described) in sets.items():
+        count = args.examples if name == "train" else args.held_out
+        # A generator for each file, so that a change to one leaves the others as they are.
+        records = make_records(random.Random(f"{name} {args.seed}"), named, described, count, lengths)
+        made[name] = [{"id": f"{name}-{index:04d}", **each} for index, each in enumerate(records)]
+        for what, got, asked in zip(("instruction", "answer"), mean_words(records), lengths or (0, 0)):
+            if asked and abs(got - asked) > max(1, 0.1 * asked):
+                raise ValueError(f"--{what}-words {asked:g}: with the other arguments {name}.jsonl would "
+                                 f"have {got:.1f}; give about as many, or change the others")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in made.items():
+        write_lines(folder / f"{name}.jsonl", records)
+        instruction, answer = mean_words(records)
+        print(f"{name}.jsonl: {len(records)} records, {instruction:.1f} words of instruction to {answer:.1f} "
+              f"of answer, ratio {instruction / answer:.2f}")
+
+
+def wanted_lengths(args: argparse.Namespace) -> tuple[float, float] | None:
+    """Words of instruction and answer. ValueError for arguments that leave one open, or contradict."""
+    instruction, answer, ratio = args.instruction_words, args.answer_words, args.ratio
+    if ratio and instruction and answer:
+        raise ValueError("--ratio with --instruction-words and --answer-words: give two of the three")
+    if ratio:
+        answer = answer or (instruction / ratio if instruction else WORDS / (ratio + 1))
+        instruction = instruction or ratio * answer
+    if bool(instruction) != bool(answer):
+        raise ValueError("--instruction-words and --answer-words: give both, or one of them and --ratio")
+    return (instruction, answer) if instruction else None
+
+
+# ------------------------------------------------------------------------------------------- the model
 
 def write_lines(path: Path, records: list[dict]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
@@ -267,7 +172,7 @@ def write_tokenizer(folder: Path, texts: list[str]) -> None:
         single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))])
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN, "eos_token": END,
-              "pad_token": PAD, "model_max_length": 512, "clean_up_tokenization_spaces": False,
+              "pad_token": PAD, "model_max_length": POSITIONS, "clean_up_tokenization_spaces": False,
               "chat_template": CHAT_TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -282,13 +187,18 @@ def write_untrained_model(folder: Path) -> None:
     save_model(model, folder)
 
 
-def pretrain(work: Path, documents: list[str]) -> Path:
-    """Train the model in work/untrained on the documents with train.py; returns the folder of the result."""
-    write_lines(work / "text.jsonl", [{"messages": [{"role": "assistant", "content": document}]}
-                                      for document in documents])
-    flags = {"model": work / "untrained", "train-data": work / "text.jsonl", "template": "plain",
-             "loss": "lm", "output-dir": work / "run", "cache-dir": work / "cache", "save-dtype": "bf16",
-             **PRETRAINING}
+def pretrain(work: Path) -> Path:
+    """Make the pretraining text and train a new model on every token of it; returns the model's folder."""
+    world, rng = make_world(), random.Random(f"text {SEED}")
+    documents = [pretraining_document(rng, world) for _ in range(DOCUMENTS)]
+    untrained = work / "untrained"
+    untrained.mkdir(parents=True, exist_ok=True)
+    write_tokenizer(untrained, [message["content"] for messages in documents[:20_000]
+                                for message in messages])
+    write_untrained_model(untrained)
+    write_lines(work / "text.jsonl", [{"messages": messages} for messages in documents])
+    flags = {"model": untrained, "train-data": work / "text.jsonl", "loss": "lm", "output-dir": work / "run",
+             "cache-dir": work / "cache", "save-dtype": "bf16", **PRETRAINING}
     command = [sys.executable, str(HERE.parent / "train.py"), "--overwrite"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
@@ -296,38 +206,56 @@ def pretrain(work: Path, documents: list[str]) -> Path:
     return work / "run" / "final"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=HERE,
-                        help="where to write (default: this script's folder)")
-    parser.add_argument("--skip-model", action="store_true", help="only train.jsonl and test.jsonl")
-    parser.add_argument("--keep", type=Path, help="keep the pretraining text and its run in this folder")
-    args = parser.parse_args()
+def between(kind: type, least: float, most: float) -> Callable[[str], float]:
+    """An argument's type: a number within these limits."""
+    def read(text: str) -> float:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"{text}: must be a number from {least} to {most}")
+        return number
+    return read
 
-    # A generator for each thing, so that a change to one leaves the others as they are.
-    world = make_world(random.Random(f"world {SEED}"))
-    args.output.mkdir(parents=True, exist_ok=True)
-    for name, test, reports in (("train", False, TRAIN_REPORTS), ("test", True, TEST_REPORTS)):
-        records = make_records(random.Random(f"{name} {SEED}"), world, test, reports)
-        write_lines(args.output / f"{name}.jsonl", records)
-        print(f"{name}.jsonl: {len(records)} records")
-    if args.skip_model:
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output-dir", type=Path, default=HERE, metavar="DIR",
+                        help="where to write (default: this script's folder)")
+    parser.add_argument("--records-only", action="store_true", help="no model: a second")
+    parser.add_argument("--keep", type=Path, metavar="DIR",
+                        help="keep the pretraining text and its run in this folder")
+    parser.add_argument("--examples", type=between(int, 1, 100_000), default=EXAMPLES, metavar="N",
+                        help="records to train on (default %(default)s)")
+    parser.add_argument("--held-out", type=between(int, 1, 100_000), default=HELD_OUT, metavar="N",
+                        help="records of each of the other files (default %(default)s)")
+    parser.add_argument("--instruction-words", type=between(float, 3, 300), metavar="N",
+                        help="mean words of an instruction")
+    parser.add_argument("--answer-words", type=between(float, 1, 100), metavar="N",
+                        help="mean words of an answer")
+    parser.add_argument("--ratio", type=between(float, 0.1, 300), metavar="R",
+                        help="words of the instruction for each of the answer; without the other two, both "
+                        f"together have {WORDS}")
+    parser.add_argument("--unseen-names", type=between(float, 0, 0.8), default=0.0, metavar="SHARE",
+                        help="share of the entities that only test-unseen.jsonl names")
+    parser.add_argument("--seed", type=int, default=SEED, metavar="N",
+                        help="of the records (default %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        write_records(args, args.output_dir)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.records_only:
         return
 
-    rng = random.Random(f"text {SEED}")
-    documents = [pretraining_document(rng, world) for _ in range(DOCUMENTS)]
     with tempfile.TemporaryDirectory() as temporary:
-        work, model = args.keep or Path(temporary), args.output / "model"
-        (work / "untrained").mkdir(parents=True, exist_ok=True)
-        write_tokenizer(work / "untrained", documents[:20_000])
-        write_untrained_model(work / "untrained")
-        final = pretrain(work, documents)
-        # train.py exports the template that it trained with; a base model is offered with the chat template.
-        shutil.copy(work / "untrained" / "tokenizer_config.json", final)
+        final, model = pretrain(args.keep or Path(temporary)), args.output_dir / "model"
         shutil.rmtree(model, ignore_errors=True)
         shutil.copytree(final, model)
     print(f"{model.name}/: {sum(file.stat().st_size for file in model.iterdir()) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
