@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.study_statistics import (CONFIDENCE, LABELS, by_example, difference, file_tokens, nll_values,
+from eval.study_report import MEASURES
+from eval.study_statistics import (CONFIDENCE, by_example, difference, file_tokens, nll_values,
                                    t_quantile, verdict)
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +34,7 @@ class Missing(Exception):
     """An analysis cannot be made yet. args: what is missing."""
 
 
-def load_lines(study: str, contenders: list[str], folder: Path = FINDINGS) -> list[dict]:
+def load_lines(study: str, contenders: list[str], folder: Path) -> list[dict]:
     """The lines of these contenders' runs, in the order of `contenders`. Raises Missing."""
     file = folder / f"{study}.jsonl.gz"
     if not file.is_file():
@@ -43,6 +44,14 @@ def load_lines(study: str, contenders: list[str], folder: Path = FINDINGS) -> li
     if absent := [name for name in contenders if name not in {line["contender"] for line in lines}]:
         raise Missing(f"no run of {', '.join(absent)} in {study}")
     return sorted(lines, key=lambda line: contenders.index(line["contender"]))
+
+
+def compared(lines: list[dict], baseline: str) -> dict:
+    """eval.study's verdict. Raises Missing if no seed is finished for every contender."""
+    try:
+        return verdict(lines, baseline)
+    except ValueError as error:
+        raise Missing(str(error)) from None
 
 
 def best_on_validation(result: dict, names: list[str]) -> str:
@@ -63,10 +72,6 @@ def interval(row: dict, digits: int) -> str:
     return text + (f", {row['seeds_agree']} of {row['seeds']} seeds" if "seeds" in row else "")
 
 
-def label(measure: str) -> str:
-    return LABELS[measure].removesuffix(",")
-
-
 def digits_of(measure: str) -> int:
     return 3 if measure.startswith("nll") else 1
 
@@ -75,11 +80,11 @@ def digits_of(measure: str) -> int:
 # Each returns the primary difference, the tables, and a function that draws on a matplotlib figure.
 
 
-def differences(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+def differences(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
     primary, tables, shown = None, {}, []
     for study in analysis["studies"]:
-        lines = load_lines(study, analysis["contenders"])
-        result = verdict(lines, analysis["contenders"][0])
+        lines = load_lines(study, analysis["contenders"], folder)
+        result = compared(lines, analysis["contenders"][0])
         rows = [row for row in result["differences"] if row["measure"] in analysis["measures"]
                 and row["file"] in analysis.get("files", [row["file"]])]
         of_contender = [["", *(f"{name}: lr, epochs" for name in result["contenders"])],
@@ -89,7 +94,7 @@ def differences(analysis: dict) -> tuple[dict, dict[str, Table], object]:
         for key in dict.fromkeys((row["file"], row["measure"]) for row in rows):
             cells = [row for row in rows if (row["file"], row["measure"]) == key]
             digits = digits_of(key[1])
-            table.append([key[0], label(key[1]), f"{cells[0]['baseline_value']:.{digits}f}",
+            table.append([key[0], MEASURES[key[1]], f"{cells[0]['baseline_value']:.{digits}f}",
                           *(interval(row, digits) for row in cells)])
         tables[study] = table
         tables[f"{study}, chosen"] = of_contender
@@ -129,13 +134,13 @@ def changes(lines: list[dict], result: dict, analysis: dict) -> Table:
     return table
 
 
-def trend(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+def trend(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
     """The slope is that of a straight line through one mean gain for each x, its interval that of ordinary
     least squares: every x has records of its own, whose accidents the seeds of one study do not show."""
     wanted, points = analysis["primary"], []
     it, im = analysis["contenders"]
     for study, x in analysis["studies"].items():
-        result = verdict(load_lines(study, analysis["contenders"]), it)
+        result = compared(load_lines(study, analysis["contenders"], folder), it)
         points.append((x, next(row for row in result["differences"] if (row["measure"], row["file"])
                                == (wanted["measure"], wanted["file"]))))
     logs, gains = np.log([x for x, _ in points]), np.array([row["value"] for _, row in points])
@@ -165,12 +170,12 @@ def trend(analysis: dict) -> tuple[dict, dict[str, Table], object]:
     return primary, {"": table}, draw
 
 
-def epochs(analysis: dict) -> tuple[dict, dict[str, Table], object]:
+def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
     wanted, primary, tables, curves = analysis["primary"], None, {}, {}
     first, last = wanted["between"]
     names = analysis["contenders"]
     for study in analysis["studies"]:
-        lines = load_lines(study, names)
+        lines = load_lines(study, names, folder)
         by_name = {name: sorted((line for line in lines if line["contender"] == name),
                                 key=lambda line: line["seed"]) for name in names}
         steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
@@ -202,8 +207,8 @@ def epochs(analysis: dict) -> tuple[dict, dict[str, Table], object]:
             for i, file in enumerate(file for of, file in curves if of == study):
                 of_file = curves[study, file]
                 low, high = zip(*(row["interval"] for row in of_file.values()))
-                axes.plot(of_file, [row["value"] for row in of_file.values()], color=f"C{i}", label=file)
-                axes.fill_between(of_file, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
+                axes.plot([*of_file], [row["value"] for row in of_file.values()], color=f"C{i}", label=file)
+                axes.fill_between([*of_file], low, high, color=f"C{i}", alpha=0.15, linewidth=0)
             axes.axhline(0, color="0.5", linewidth=0.8)
             axes.set_title(study)
             axes.set_xlabel("epoch")
@@ -228,7 +233,7 @@ def forest(figure: object, shown: list[tuple[str, dict]], analysis: dict) -> Non
     axes.axvline(0, color="0.5", linewidth=0.8)
     axes.set_yticks(list(ticks.values()), list(ticks))
     axes.invert_yaxis()
-    axes.set_xlabel(f"{label(analysis['primary']['measure'])}: difference from "
+    axes.set_xlabel(f"{MEASURES[analysis['primary']['measure']]}: difference from "
                     f"{analysis['contenders'][0]}, 95 % intervals")
     axes.legend([axes.plot([], [], "o-", color=colour)[0] for colour in colours.values()], list(colours),
                 loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
@@ -265,7 +270,7 @@ def primary_name(analysis: dict) -> str:
     """'im - it, NLL (mean over examples) on user-oriented, after t0'"""
     wanted = analysis["primary"]
     base = analysis["contenders"][0]
-    text = f"{wanted['contender']} - {base}, {label(wanted['measure'])} on {wanted['file']}"
+    text = f"{wanted['contender']} - {base}, {MEASURES[wanted['measure']]} on {wanted['file']}"
     if analysis["kind"] == "trend":
         return f"slope against ln({analysis['x']}) of {text}"
     if analysis["kind"] == "epochs":
@@ -274,19 +279,19 @@ def primary_name(analysis: dict) -> str:
 
 
 def report(analyses: list[dict], page: str, folder: Path) -> str:
-    """The page with its tables made again; figures are written into `folder`."""
+    """The page with its tables made again. folder: of the runs; the figures are written there."""
     kinds = {"differences": differences, "trend": trend, "epochs": epochs}
     summary = [["analysis", "claim", "paper", "primary measure", "ours", "the claim"]]
     blocks = {}
     for analysis in analyses:
         name, ours, verdict_text = analysis["name"], "", "not measured yet"
         try:
-            primary, tables, draw = kinds[analysis["kind"]](analysis)
+            primary, tables, draw = kinds[analysis["kind"]](analysis, folder)
             save_figure(draw, folder / f"{name}.png")
             blocks[name] = f"![{name}](findings/{name}.png)\n\n" + "\n\n".join(map(markdown, tables.values()))
             ours = interval(primary, digits_of(primary["measure"]))
             verdict_text = judgement(primary, analysis["expected"])
-        except (Missing, ValueError) as error:
+        except Missing as error:
             blocks[name] = f"Not measured yet: {error}."
         summary.append([f"[{name}](#{name})", analysis["claim"], analysis["paper"], primary_name(analysis),
                         ours, verdict_text])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from eval.study import StudyConfig, parse_contenders, parse_lrs
+from eval.study_statistics import TRAINING
 from runtime.flags import given_flags
 from studies import prepare, report, run
 
@@ -15,8 +16,7 @@ GRIDS = run.load_grids()
 
 
 def records(prefix, count):
-    return [{"id": f"{prefix}_{i}", "messages": [{"role": "user", "content": f"{prefix} {i}"},
-                                                {"role": "assistant", "content": "yes"}]} for i in range(count)]
+    return [{"id": f"{prefix}_{i}", **prepare.messages(f"{prefix} {i}", "yes")} for i in range(count)]
 
 
 def published_sets(folder):
@@ -41,7 +41,8 @@ def test_no_record_and_no_family_is_on_both_sides_of_the_split(tmp_path):
     of_file = {file.stem: file.read_text().splitlines() for file in (tmp_path / "out").iterdir()}
     assert {name: len(lines) for name, lines in of_file.items()} == {
         "t0-train": 480, "t0-validation": 96, "t0-near": 160, "t0-families": 160, "dolly-train": 480,
-        "dolly-validation": 96, "dolly-near": 160, "user-oriented": 252, "lima": 100, "gsm8k": 80, "humaneval": 80}
+        "dolly-validation": 96, "dolly-near": 160, "user-oriented": 252, "lima": 100, "gsm8k": 80,
+        "humaneval": 80}
     assert Counter(line for lines in of_file.values() for line in lines).most_common(1)[0][1] == 1
 
     def families(*names):
@@ -56,9 +57,8 @@ def test_a_missing_set_is_named(tmp_path):
 
 
 def config_of(grid):
-    text = {name: value for name, value in grid["flags"].items() if name not in run.FILES}
     argv = []
-    for name, value in text.items():
+    for name, value in grid["flags"].items():
         values = value if isinstance(value, list) else [value]
         argv += ["--" + name.replace("_", "-"), *map(str, values)]
     return StudyConfig(**given_flags(StudyConfig, argv, "study", ""))
@@ -83,7 +83,7 @@ def test_an_analysis_reads_runs_that_a_grid_makes_and_as_many_as_it_says(analysi
         (study, name) for study in analysis["studies"] for name in analysis["contenders"]}
     assert len(wanted) == analysis["runs"]
     file = analysis["primary"]["file"]
-    if file != report.TRAINING:
+    if file != TRAINING:
         studies = [analysis["primary"]["study"]] if "study" in analysis["primary"] else analysis["studies"]
         assert all(file in grid["flags"]["eval_data"] for grid in GRIDS if grid["study"] in studies)
 
@@ -91,18 +91,19 @@ def test_an_analysis_reads_runs_that_a_grid_makes_and_as_many_as_it_says(analysi
 TOKENS = {"test": {"user-oriented": [4] * 30, "test": [2] * 20}, "validation": [3] * 10, "train": [5] * 10}
 
 
-def line(contender, seed, effect, exact=0.5, epochs=(0, 1, 2), rng=np.random.default_rng(0)):
+def line(contender, seed, effect, right=10):
     """A run whose examples have `effect(epoch)` nats a token more, beside noise that all runs share."""
+    rng = np.random.default_rng([seed, len(contender), ord(contender[1])])
+
     def sums(counts, epoch):
         noise = np.random.default_rng(len(counts)).normal(size=len(counts))
         return [float(n * (2 + noise[i] + effect(epoch) + 0.01 * rng.normal())) for i, n in enumerate(counts)]
     evaluations = [{"step": 10 * epoch, "epoch": epoch, "validation": sums(TOKENS["validation"], epoch),
                     "train": sums(TOKENS["train"], epoch),
                     "test": {name: sums(counts, epoch) for name, counts in TOKENS["test"].items()}}
-                   for epoch in epochs]
-    right = [int(i < exact * 20) for i in range(20)]
+                   for epoch in (0, 1, 2)]
     return {"contender": contender, "lr": 1e-4, "seed": seed, "tokens": TOKENS, "evaluations": evaluations,
-            "end": {"generate": {"test": right}}}
+            "end": {"generate": {"test": [1] * right + [0] * (20 - right)}}}
 
 
 def save(folder, study, lines):
@@ -111,6 +112,8 @@ def save(folder, study, lines):
 
 
 PRIMARY = {"study": "t0", "contender": "im", "measure": "nll_example_mean", "file": "user-oriented"}
+COMPARISON = {"name": "overfitting", "kind": "differences", "studies": ["t0"], "primary": PRIMARY,
+              "contenders": ["it", "im"], "measures": ["nll_example_mean"]}
 
 
 def page_of(analysis, folder):
@@ -121,13 +124,10 @@ def page_of(analysis, folder):
 
 @pytest.mark.parametrize("effect, expected, says", [
     (-0.1, -1, "agrees"), (0.1, -1, "contradicts"), (0.0, -1, "not shown"), (0.1, 1, "agrees")])
-def test_a_planted_difference_is_judged_by_its_sign(tmp_path, monkeypatch, effect, expected, says):
-    monkeypatch.setattr(report, "FINDINGS", tmp_path)
-    rng = np.random.default_rng(1)
-    save(tmp_path, "t0", [line(name, seed, lambda epoch: (name == "im") * effect, rng=rng)
+def test_a_planted_difference_is_judged_by_its_sign(tmp_path, effect, expected, says):
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (name == "im") * effect)
                           for seed in range(4) for name in ("it", "im")])
-    page = page_of({"name": "overfitting", "kind": "differences", "studies": ["t0"], "primary": PRIMARY,
-                    "contenders": ["it", "im"], "measures": ["nll_example_mean"], "expected": expected}, tmp_path)
+    page = page_of(COMPARISON | {"expected": expected}, tmp_path)
     summary = page.partition("<!-- end -->")[0]
     assert says in summary and "old" not in page and page.endswith("after\n")
     if effect:
@@ -135,13 +135,12 @@ def test_a_planted_difference_is_judged_by_its_sign(tmp_path, monkeypatch, effec
     assert (tmp_path / "overfitting.png").stat().st_size > 5_000
 
 
-def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path):
     # Gains of 5, 10, 15 and 20 points at 1, e, e^2 and e^3: 5 points for each factor of e.
     studies = {f"ratio-{i}": float(np.exp(i)) for i in range(4)}
     for i, study in enumerate(studies):
-        save(tmp_path, study, [line(name, seed, lambda epoch: 0, exact) for seed in range(3)
-                               for name, exact in (("it", 0.4), ("im", 0.45 + 0.05 * i))])
+        save(tmp_path, study, [line(name, seed, lambda epoch: 0, right) for seed in range(3)
+                               for name, right in (("it", 8), ("im", 9 + i))])
     page = page_of({"name": "ratio", "kind": "trend", "studies": studies, "x": "ratio", "expected": 1,
                     "contenders": ["it", "im"],
                     "primary": {"contender": "im", "measure": "exact_match", "file": "test"}}, tmp_path)
@@ -149,24 +148,21 @@ def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path, monkeypatch):
     assert "| 1 | 40.0 | 45.0 | +5.0 [" in page
 
 
-def test_epochs_are_compared_with_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FINDINGS", tmp_path)
-    rng = np.random.default_rng(1)
+def test_epochs_are_compared_with_each_other(tmp_path):
     # IT loses 0.3 nats between the epochs 1 and 2, IM 0.1.
     change = {"it": 0.3, "im": 0.1}
-    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * change[name], rng=rng)
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * change[name])
                           for seed in range(4) for name in change])
     page = page_of({"name": "epochs", "kind": "epochs", "studies": ["t0"], "contenders": ["it", "im"],
                     "primary": PRIMARY | {"between": [1, 2]}, "expected": -1}, tmp_path)
-    [cell] = [cell for cell in page.partition("<!-- end -->")[0].split(" | ") if cell.startswith(("-0.", "+0."))]
+    cells = page.partition("<!-- end -->")[0].split(" | ")
+    [cell] = [cell for cell in cells if cell.startswith(("-0.", "+0."))]
     assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and "agrees" in page
 
 
-def test_what_was_not_run_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "FINDINGS", tmp_path)
+def test_what_was_not_run_is_said(tmp_path):
     save(tmp_path, "t0", [line("it", seed, lambda epoch: 0) for seed in range(2)])
-    page = page_of({"name": "overfitting", "kind": "differences", "studies": ["t0"], "primary": PRIMARY,
-                    "contenders": ["it", "im"], "measures": ["nll_example_mean"], "expected": -1}, tmp_path)
+    page = page_of(COMPARISON | {"expected": -1}, tmp_path)
     assert "Not measured yet: no run of im in t0." in page and "not measured yet |" in page
 
 
