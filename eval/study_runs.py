@@ -275,7 +275,7 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
     """As run_here(), in `jobs` processes. A thread for each of them hands out runs; a process that dies is
     replaced. report is called by one thread at a time."""
     context, lock, workers, ended = multiprocessing.get_context("spawn"), threading.Lock(), set(), []
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, torch.get_num_threads() // jobs)
 
     def start() -> tuple:
         connection, other = context.Pipe()
