@@ -245,13 +245,22 @@ def whole(folder) -> Path:
 
 
 def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
-    for name in ("it-lr0.01-seed0", "im-lr0.01-seed1"):     # the first and the last
-        flags = json.loads((whole / "runs" / name / "flags.json").read_text())
-        run_apart(["--config", str(whole / "runs" / name / "flags.json"), "--output-dir", str(folder / name)])
-        alone, here = weights(folder / name / "final"), weights(Path(flags["output_dir"]) / "final")
-        assert alone.keys() == here.keys() and all((alone[key] == here[key]).all() for key in alone)
-        assert (folder / name / "eval.jsonl").read_text() == (
-            Path(flags["output_dir"]) / "eval.jsonl").read_text()
+    """Bit for bit: the first run by flags written here, the last by the file of flags that the study left."""
+    data = whole / "data"
+    alone = [tiny.arguments(folder, "alone", batch_size=8, loss="it", lr=0.01, seed=0, eval_every=3,
+                            train_data=data / "study-train.jsonl", eval_data=[
+                                folder / "near.jsonl", folder / "far.jsonl", data / "study-validation.jsonl",
+                                data / "study-train-sample.jsonl"]),
+             ["--config", str(whole / "runs/im-lr0.01-seed1/flags.json"),
+              "--output-dir", str(folder / "alone")]]
+    for name, argv in zip(("it-lr0.01-seed0", "im-lr0.01-seed1"), alone):
+        run_apart([*argv, "--overwrite"])
+        flags = json.loads((folder / "alone" / "run_config.json").read_text())
+        assert f"{flags['loss']}-lr{flags['lr']:g}-seed{flags['seed']}" == name
+        expected, own = folder / "alone", whole / "runs" / name / "train"
+        a, b = weights(expected / "final"), weights(own / "final")
+        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+        assert (expected / "eval.jsonl").read_text() == (own / "eval.jsonl").read_text()
 
 
 def test_the_lines_hold_what_the_runs_evaluated(folder, whole):
