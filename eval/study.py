@@ -19,8 +19,8 @@ run stopped early: its learning rate had not yet fallen, and a shorter run of it
 models generate is measured after the last step, with the chosen learning rate.
 
 Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
-examples than these (study_statistics.half_width()); each is for itself, so of twenty without any effect one
-will exclude zero.
+examples than these (study_statistics.half_width()), with the chosen learning rate and epoch taken as given.
+Each is for itself: of twenty comparisons without any effect, one excludes zero on average.
 
     STUDY/runs.jsonl     a line a finished run, with everything that the verdict needs
     STUDY/study.json     the verdict; also printed, and drawn in curves.png and differences.png
