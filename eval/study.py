@@ -19,8 +19,8 @@ run stopped early: its learning rate had not yet fallen, and a shorter run of it
 models generate is measured after the last step, with the chosen learning rate.
 
 Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
-examples than these (study_statistics.half_width()); each is for itself, so of twenty without any effect one
-will exclude zero.
+examples than these (study_statistics.half_width()), with the chosen learning rate and epoch taken as given.
+Each is for itself: of twenty comparisons without any effect, one excludes zero on average.
 
     STUDY/runs.jsonl     a line a finished run, with everything that the verdict needs
     STUDY/study.json     the verdict; also printed, and drawn in curves.png and differences.png
@@ -50,7 +50,7 @@ from eval import harness, memorization
 from eval.answers import hash_file
 from eval.common import Parser, read_objects, run, write_json
 from eval.study_report import pictures, report_text
-from eval.study_runs import Outcome, Plan, Run, delete_weights, run_here, run_in_workers
+from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
 from eval.study_statistics import verdict
 from loss import NORMALIZE, PRESETS
 from runtime.distributed import join_ranks, world_size
@@ -174,6 +174,8 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
     if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
         raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
                          "by; give one rate or a fraction such as 0.1")
+    if config.seeds == 1:
+        say("warning: --seeds 1: intervals will be over examples, not over seeds")
     if config.memorization:
         try:
             memorization.import_bleu()
@@ -265,20 +267,22 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
         "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_file, config.eval_data)))}))
 
 
-def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> None:
-    """ValueError if the folder holds something else, or a study with other settings."""
+def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:
+    """The contenders that the study in the folder already has. ValueError if the folder holds something else,
+    or a study with other settings."""
     out = Path(config.output_dir)
     old = read_json(out / "settings.json")
     if not old:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".lock"}):
             raise ValueError(f"--output-dir {out}: is not empty and holds no study; give another")
-        return
+        return {}
     fix = "give another --output-dir, or the flags of before"
     check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
         if (was := old["contenders"].get(name, flags)) != flags:
             raise ValueError(f"--output-dir {out}: contender {name} was {was}, is {flags}; give it another "
                              "name")
+    return old["contenders"]
 
 
 def read_lines(file: Path) -> list[dict]:
@@ -304,7 +308,10 @@ def probe(config: train.Config, source: train.Source, dataset: train.Dataset, st
         train.accumulate_gradients(model, None, dataset, micro_batch, config, 0)
         if device.type == "cuda":
             torch.cuda.synchronize()
-    return (time.monotonic() - started) / dataset.lengths[micro_batch[0][0]].sum()
+    seconds = (time.monotonic() - started) / dataset.lengths[micro_batch[0][0]].sum()
+    del model
+    free_memory()
+    return seconds
 
 
 def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluated: int, seconds: float,
@@ -343,34 +350,45 @@ def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> Non
                              f"first contender; give it a weight for completions")
 
 
-def conduct(config: StudyConfig) -> int:
-    """Run what is missing of the study, then give the verdict. Returns the exit status."""
-    started = time.monotonic()
-    contenders, lrs = parse_contenders(config), parse_lrs(config)
-    check(config, lrs)
+def prepare(config: StudyConfig, contenders: dict[str, dict]
+            ) -> tuple[Plan, train.Source, train.Dataset, train.Steps, int]:
+    """Check everything, make the study's folder and tokenize: the plan, the model's folder, the training set,
+    its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
     out = Path(config.output_dir)
     # A study that goes on tomorrow trains on the same text.
     config.date = config.date or read_json(out / "settings.json").get("date", "")
     source = train.open_source(dataclasses.replace(config, output_dir=str(out / "none")))
     config.date = source.template.date
     identity = study_identity(config, source)
-    check_study(config, identity, contenders)
+    known = check_study(config, identity, contenders)
     *files, new_files = prepare_data(config)
     plan = make_plan(config, contenders, files)
+
+    # Until here nothing has been written.
     out.mkdir(parents=True, exist_ok=True)
     lock_study(out)
+    settings = {"identity": identity, "date": config.date, "contenders": known}
+    write_json(out / "settings.json", settings)
     (out / "data").mkdir(exist_ok=True)
     for file, text in new_files.items():
         if not Path(file).is_file():
             write_text(file, text)
-    dataset, usable, eval_sets = train.load_data(dataclasses.replace(plan.base, **next(iter(
-        contenders.values()))), source)
+    first = dataclasses.replace(plan.base, **next(iter(contenders.values())))
+    dataset, usable, eval_sets = train.load_data(first, source)
     same_examples(plan, dataset, usable)
-    steps = train.make_steps(plan.base, dataset, usable, 0, 1)
+    steps = train.make_steps(first, dataset, usable, 0, 1)
     plan.base.eval_every = config.eval_every or steps.per_epoch
-    known = read_json(out / "settings.json").get("contenders", {})
-    write_json(out / "settings.json", {"identity": identity, "date": config.date,
-                                       "contenders": known | contenders})
+    write_json(out / "settings.json", settings | {"contenders": known | contenders})
+    return plan, source, dataset, steps, sum(int(each.lengths.sum()) for each in eval_sets.values())
+
+
+def conduct(config: StudyConfig) -> int:
+    """Run what is missing of the study, then give the verdict. Returns the exit status."""
+    started = time.monotonic()
+    contenders, lrs = parse_contenders(config), parse_lrs(config)
+    check(config, lrs)
+    plan, source, dataset, steps, evaluated = prepare(config, contenders)
+    out = plan.folder
 
     # The whole grid, seed by seed, so that a study that is stopped has whole seeds.
     grid = [Run(name, lr, seed) for seed, lr, name in product(
@@ -383,11 +401,10 @@ def conduct(config: StudyConfig) -> int:
     for each in lines:      # a run may have been stopped between its line and this
         if not plan.keep_weights:
             delete_weights(plan, each)
-    total_steps = train.count_steps(plan.base, steps.per_epoch)
-    tokens = int(dataset.lengths[usable].sum() * total_steps / steps.per_epoch)
-    evaluations = sum(train.evaluation_due(plan.base, step, total_steps) for step in range(total_steps + 1))
-    evaluated = evaluations * sum(int(each.lengths.sum()) for each in eval_sets.values())
     if todo:
+        total = train.count_steps(plan.base, steps.per_epoch)
+        tokens = int(dataset.lengths[steps.usable].sum() * total / steps.per_epoch)
+        evaluated *= sum(train.evaluation_due(plan.base, step, total) for step in range(total + 1))
         announce(plan, todo, [each for each in grid if each in lines and each.contender], tokens, evaluated,
                  probe(plan.base, source, dataset, steps), config.jobs)
     status = run_all(plan, todo, lines, config, started)
@@ -422,8 +439,9 @@ def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyCo
         nonlocal status
         kind, value = outcome
         if kind == "line":
-            append_line(plan.folder / "runs.jsonl", value)
+            # In this order: a signal between the two must not lose the line.
             lines[run] = value
+            append_line(plan.folder / "runs.jsonl", value)
             if run.contender and not plan.keep_weights:
                 delete_weights(plan, run)
             say(f"{run}: {value['seconds']:.0f} s of training" if run.contender else f"{run}: measured")

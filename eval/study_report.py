@@ -24,7 +24,7 @@ def report_text(result: dict) -> str:
                      f"{choice['step']:,})")
         for lr, curve in choice["curve"].items():
             values = " ".join(f"{point['mean']:.4f}" + "*" * (
-                float(lr) == choice["lr"] and point["step"] == choice["step"]) for point in curve)
+                lr == f"{choice['lr']:g}" and point["step"] == choice["step"]) for point in curve)
             lines.append(textwrap.fill(values, WIDTH, initial_indent=f"    {lr:>8}: ",
                                        subsequent_indent=" " * 14))
     lines += ["", f"minus {shorten(baseline, 24)}, paired by seed and example, with "

@@ -141,12 +141,17 @@ def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
     with stoppable():   # which also brings the signal handlers back that train.main() replaces
         status = train.main(["--config", str(folder / "flags.json")],
                             partial(record_evaluation, plan, folder / "evaluations"))
-    # Two models must not be in memory at once.
+    free_memory()
+    if status:
+        raise Stopped(status)
+
+
+def free_memory() -> None:
+    """Free a model that is no longer used, so that two are never in memory at once, nor in that of a device
+    which several processes share."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if status:
-        raise Stopped(status)
 
 
 def record_evaluation(plan: Plan, folder: Path, step: int, eval_sets: dict[str, Dataset],
@@ -259,7 +264,7 @@ def run_here(plan: Plan, next_run: Callable[[], Run | None], report: Callable[[R
                 if outcome[0] == "stopped":
                     return
         except Stopped as stopped:      # between two runs
-            report(run, ("stopped", stopped.args[0]))
+            report(Run(None), ("stopped", stopped.args[0]))
 
 
 def serve(connection: object, plan: Plan, threads: int) -> None:

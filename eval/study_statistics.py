@@ -56,10 +56,10 @@ def half_width(d: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
 
         half^2 = (max(t_S^2 A - t_S t_E C, 0) + t_E^2 B) / SE
 
-    Simulated coverage of 95 % intervals, over ratios of the three variances from nothing to ten times the
-    others and 20 to 1,000 examples: 94 to 98 % with three seeds, 94 to 97.4 % with five, 94 to 97 % with ten.
-    The sum of the mean squares with Satterthwaite's degrees of freedom has 92 % at worst with three seeds, a
-    bootstrap over seeds much less.
+    Simulated coverage of 95 % intervals, with 20 to 1,000 examples and effects whose standard deviation is 0
+    to 1 (seeds) and 0 to 3 (examples) times the remainder's: 93.9 to 98.0 % with three seeds, 94.2 to 97.3 %
+    with five, 94.3 to 96.9 % with ten. A + B - C with Satterthwaite's degrees of freedom comes down to 92 %
+    with three seeds.
     """
     seeds, examples = d.shape[-2:]
     if examples < 2:

@@ -16,6 +16,7 @@ from eval import study, study_runs
 from eval import study_statistics as statistics
 from eval.study_report import report_text
 from runtime.tokenizer import Tokenizer
+from harness_tasks import make_tasks
 from tiny import make_records, run_apart, run_module, setup, stop_after, weights
 
 # ---------------------------------------------------------------- intervals
@@ -107,6 +108,16 @@ def test_selection_takes_the_lowest_mean_over_seeds():
     assert (choice["it"]["lr"], choice["it"]["step"], choice["it"]["epoch"]) == (1e-3, 10, 1.0)
     assert notes == ["it: lr 0.001 is the highest that was tried; a higher one may be better"]
     assert statistics.select({1e-3: {10: [math.nan]}, 1e-4: {10: [9.0]}}) == (1e-4, 10)
+
+
+def test_without_validation_data_the_last_step_of_one_rate_is_taken():
+    lines = [line("it", seed, [[4, 8], [2, 4], [1, 2]], [3, 1, 2]) for seed in (0, 1)]
+    for each in lines:
+        each["tokens"]["validation"] = []
+    assert statistics.verdict(lines)["choices"] == {"it": {"lr": 1e-4, "step": 20, "epoch": 2.0, "curve": {}}}
+    lines += [each | {"lr": 1e-3} for each in lines]
+    with pytest.raises(ValueError, match="several learning rates and no validation data to choose by"):
+        statistics.verdict(lines)
 
 
 def test_test_data_cannot_choose():
@@ -234,13 +245,22 @@ def whole(folder) -> Path:
 
 
 def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
-    for name in ("it-lr0.01-seed0", "im-lr0.01-seed1"):     # the first and the last
-        flags = json.loads((whole / "runs" / name / "flags.json").read_text())
-        run_apart(["--config", str(whole / "runs" / name / "flags.json"), "--output-dir", str(folder / name)])
-        alone, here = weights(folder / name / "final"), weights(Path(flags["output_dir"]) / "final")
-        assert alone.keys() == here.keys() and all((alone[key] == here[key]).all() for key in alone)
-        assert (folder / name / "eval.jsonl").read_text() == (
-            Path(flags["output_dir"]) / "eval.jsonl").read_text()
+    """Bit for bit: the first run by flags written here, the last by the file of flags that the study left."""
+    data = whole / "data"
+    alone = [tiny.arguments(folder, "alone", batch_size=8, loss="it", lr=0.01, seed=0, eval_every=3,
+                            train_data=data / "study-train.jsonl", eval_data=[
+                                folder / "near.jsonl", folder / "far.jsonl", data / "study-validation.jsonl",
+                                data / "study-train-sample.jsonl"]),
+             ["--config", str(whole / "runs/im-lr0.01-seed1/flags.json"),
+              "--output-dir", str(folder / "alone")]]
+    for name, argv in zip(("it-lr0.01-seed0", "im-lr0.01-seed1"), alone):
+        run_apart([*argv, "--overwrite"])
+        flags = json.loads((folder / "alone" / "run_config.json").read_text())
+        assert f"{flags['loss']}-lr{flags['lr']:g}-seed{flags['seed']}" == name
+        expected, own = folder / "alone", whole / "runs" / name / "train"
+        a, b = weights(expected / "final"), weights(own / "final")
+        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+        assert (expected / "eval.jsonl").read_text() == (own / "eval.jsonl").read_text()
 
 
 def test_the_lines_hold_what_the_runs_evaluated(folder, whole):
@@ -364,6 +384,31 @@ def test_a_worker_that_dies_costs_its_run_only(tmp_path):
     assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
 
 
+def test_tasks_of_the_harness_are_numbers_of_a_run(folder, tmp_path):
+    """And a verdict pairs them by seed, with the usual t interval."""
+    make_tasks(tmp_path / "tasks", 4)
+    base = train.Config(model=str(folder / "model"), device="cpu", dtype="fp32")
+    flags = ["--tasks", "tiny_choice", "--include_path", str(tmp_path / "tasks")]
+    plan = study_runs.Plan(tmp_path, base, {}, [], "", "", 0, 0, flags, False)
+    tasks = study_runs.measure(plan, plan.base.model, tmp_path)["tasks"]
+    assert tasks.keys() == {"tiny_choice acc", "tiny_choice acc_norm"} and 0 <= tasks["tiny_choice acc"] <= 1
+    lines = [line(name, seed, [[4, 8], [2, 4]], [3, 1]) | {"end": {"tasks": {"acc": score}}}
+             for name, seed, score in (("it", 0, 0.25), ("it", 1, 0.5), ("im", 0, 0.5), ("im", 1, 0.5))]
+    [row] = [row for row in statistics.verdict(lines)["differences"] if row["measure"] == "task"]
+    assert (row["file"], row["value"], row["per_seed"]) == ("acc", 0.125, [0.25, 0])
+    assert row["interval"] == pytest.approx([0.125 - 12.706205 * 0.125, 0.125 + 12.706205 * 0.125])
+
+
+def test_a_study_may_be_a_file_of_flags(folder, tmp_path):
+    (tmp_path / "study.json").write_text(json.dumps({"losses": ["it", "im"], "lrs": ["1e-3", "1e-2"],
+                                                     "seeds": 3, "variants": ["a=--loss im --kl-weight 1"]}))
+    config = train.parse_args(["--config", str(tmp_path / "study.json"), "--model", "x", "--train-data", "y"],
+                              study.StudyConfig)
+    assert study.parse_contenders(config) == {"it": {"loss": "it"}, "im": {"loss": "im"},
+                                              "a": {"loss": "im", "kl_weight": 1.0}}
+    assert study.parse_lrs(config) == [1e-3, 1e-2] and config.seeds == 3
+
+
 def test_the_verdict_of_lines_alone_is_the_studys(folder, whole, tmp_path, capsys):
     assert study.main(["--from", str(whole / "runs.jsonl"), "--output-dir", str(tmp_path)]) == 0
     assert (tmp_path / "study.json").read_text() == (whole / "study.json").read_text()
@@ -377,8 +422,12 @@ def test_the_verdict_of_lines_alone_is_the_studys(folder, whole, tmp_path, capsy
 def test_every_contender_trains_on_the_same_examples(folder):
     """train.py leaves out records without a completion under every loss; one that ignores completions would
     train on fewer, where a record has no system message."""
+    more = dict(memorization=0, generate=0, epochs=1, seeds=1)
     with pytest.raises(ValueError, match="contender odd: .* example.* have nothing to train on"):
-        study.main(arguments(folder, "odd", variants="odd=--loss it --completion-weight 0 --system-weight 1"))
+        study.main(arguments(folder, "odd", **more,
+                             variants="odd=--loss it --completion-weight 0 --system-weight 1"))
+    # Nothing is in the way of the command mended.
+    assert study.main(arguments(folder, "odd", **more, variants="odd=--loss it --system-weight 1")) == 0
 
 
 @pytest.mark.parametrize("flags, message", [
