@@ -32,7 +32,7 @@ from bench.common import (REPOSITORY, child, cores, hardware, in_turn, json_chil
                           spread)
 
 THIS = "train.py"
-PEERS = ("trl", "trainer", "transformers")
+PEERS = ("trl", "trl-liger", "trainer", "transformers")
 
 
 def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, folder: Path) -> dict:
