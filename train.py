@@ -251,8 +251,11 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
     # Read after the forward pass: with --shard, that is what gathers it.
     head = unwrap(model).head_weight
     trained, untrained = batch.trained, batch.untrained
+    if not len(untrained):
+        # All of them: a view does, instead of a copy.
+        trained = slice(None)
     loss, trained_nll = weighted_nll(hidden[trained], head, batch.targets[trained],
-                                     batch.coefficients[trained])
+                                     batch.coefficients[trained], compiled=config.compile)
     statistics = {"loss": loss, "nll": sums_by_kind(trained_nll, batch.kinds[trained])}
     if reference is not None:
         with torch.no_grad():
@@ -262,7 +265,7 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
         statistics["kl"] = kl
         loss = loss + config.kl_weight * kl
     if log_untrained:   # no gradient
-        values = nll(hidden.detach()[untrained], head, batch.targets[untrained])
+        values = nll(hidden.detach()[untrained], head, batch.targets[untrained], compiled=config.compile)
         statistics["nll"] = statistics["nll"] + sums_by_kind(values, batch.kinds[untrained])
     return loss, statistics, trained_nll
 

@@ -86,11 +86,34 @@ def test_attention_definition_is_a_loop_over_documents():
 # ---------------------------------------------------------------- head
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+@pytest.fixture(params=["one chunk", "many chunks", "as on CUDA", "as on CUDA, not compiled"])
 def chunk_size(request, monkeypatch):
-    if request.param == "many chunks":
+    """As on CUDA: in its chunks, and with what torch.compile traces; a backend runs that as it is."""
+    if request.param != "one chunk":
         for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10)):
             monkeypatch.setattr(head_kernels, name, size)
+    if request.param.startswith("as on CUDA"):
+        as_on_cuda(monkeypatch, works=request.param == "as on CUDA")
+
+
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, works: bool = True) -> list:
+    """Let the head take its way for CUDA, on the CPU. works: whether torch.compile does. Returns a list that
+    gets what is compiled."""
+    compiled, original = [], torch.compile
+
+    def compile_eagerly(function: Callable, **more: object) -> Callable:
+        compiled.append(function)
+        if not works:
+            raise RuntimeError("no compiler is found")
+        return original(function, **more, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    monkeypatch.setattr(head_kernels, "on_gpu", lambda x: True)
+    monkeypatch.setattr(head_kernels, "TILE", 4)
+    monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 17 * 31)
+    for name in ("nll_of_logits", "nll_and_gradient"):
+        monkeypatch.setattr(head_kernels, name, head_kernels.Compiled(getattr(head_kernels, f"_{name}")))
+    return compiled
 
 
 def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[torch.Tensor, ...]:
@@ -101,6 +124,7 @@ def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[
     return hidden, head, targets, torch.rand(rows, generator=generator)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 @pytest.mark.parametrize("rows", [1, 6, 7, 40])
 def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows, chunk_size):
     hidden, head, targets, scale = random_rows(rows)
@@ -115,6 +139,7 @@ def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows, chunk_size):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
     hidden, head, targets, scale = random_rows(40)
     plain = (scale * nll_reference(hidden, head, targets)).sum()
@@ -127,12 +152,59 @@ def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
         assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 def test_no_rows_give_zero_with_a_graph(chunk_size):
     hidden, head, targets, scale = random_rows(3)
     loss, values = weighted_nll(hidden[:0], head, targets[:0], scale[:0])
     assert loss.item() == 0 and loss.requires_grad and len(values) == 0
     loss.backward()
     assert not hidden.grad.any() and not head.grad.any()
+
+
+def test_chunks_for_cuda_are_whole_tiles_of_thousands_of_rows_within_a_bound():
+    for rows, vocabulary, size in ((13_000, 49_152, 3328), (4096, 49_152, 4096), (4097, 49_152, 2176),
+                                   (13_000, 151_936, 3328), (9_000, 262_144, 1920), (50, 10**9, 50)):
+        slices = head_kernels.chunks(rows, vocabulary, large=True)
+        assert [i for x in slices for i in range(rows)[x]] == list(range(rows)) and slices[0].stop == size
+        assert len({x.stop - x.start for x in slices[:-1]}) <= 1
+        assert size == rows or size % 128 == 0 and size * vocabulary <= 2**29
+
+
+def test_what_is_done_to_each_logit_is_compiled_on_cuda_only_and_only_where_it_may_be(monkeypatch):
+    hidden, head, targets, scale = random_rows()
+    original = head_kernels.on_gpu
+    compiled = as_on_cuda(monkeypatch)
+    for on_gpu, allowed in ((original, True), (lambda x: True, False)):
+        monkeypatch.setattr(head_kernels, "on_gpu", on_gpu)
+        weighted_nll(hidden, head, targets, scale, compiled=allowed)
+        nll(hidden, head, targets, compiled=allowed)
+    assert not compiled
+    for _ in range(2):
+        weighted_nll(hidden, head, targets, scale)
+        nll(hidden, head, targets)
+    assert compiled == [head_kernels._nll_and_gradient, head_kernels._nll_of_logits]
+
+
+def test_where_torch_compile_does_not_work_it_is_tried_once_and_the_loss_is_the_same(monkeypatch):
+    hidden, head, targets, scale = random_rows()
+    expected, _ = weighted_nll(hidden, head, targets, scale)
+    compiled = as_on_cuda(monkeypatch, works=False)
+    with pytest.warns(UserWarning, match="without torch.compile.*RuntimeError: no compiler is found"):
+        loss, _ = weighted_nll(hidden, head, targets, scale)
+    assert len(compiled) == 1 and len(head_kernels.chunks(40, 31, large=True)) > 1
+    torch.testing.assert_close(loss, expected)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_compiler_that_does_not_work():
+    def run_out(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    function = head_kernels.Compiled(run_out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        with pytest.raises(torch.OutOfMemoryError):
+            function(torch.zeros(1))
+    assert function.works
 
 
 # ---------------------------------------------------------------- layers

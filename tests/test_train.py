@@ -321,7 +321,7 @@ def changed_in_step(number: int, original: Callable, change: Callable) -> Callab
 @pytest.mark.parametrize("what, owner, name, change, says", [
     ("loss", head._WeightedNLL, "forward", lambda r: (r[0] * math.nan, r[1] * math.nan),
      r"loss nan, .*Its loss is not finite for .*train\.jsonl:\d+"),
-    ("gradient", head._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, None, None),
+    ("gradient", head._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, *r[2:]),
      r"loss \d+\.\d+, kl \d+\.\d+, gradient norm (inf|nan)"),
     ("KL", train, "kl_divergence", lambda r: r + math.nan, r"loss \d+\.\d+, kl nan, gradient norm \d+\.\d+"),
 ], ids=["loss", "gradient", "KL"])
