@@ -173,7 +173,7 @@ FINDS = {
     "tiled: a leak between documents is caught", "bf16": "a leak between documents is caught", "syncs":
     "--neftune-alpha 5: waits of 5 steps", "quickstart": "deterministic: resumed equals uninterrupted",
     "transformers": "Qwen2, bf16: gradients", "generation": "Qwen2: answers as transformers, of 3", "ranks":
-    "FSDP2 by gloo: gradients", "compile": "1B: first step of a compiled layer, deterministic", "ceilings":
+    "FSDP2 by gloo: gradients", "compile": "1B: first step with compiling, deterministic", "ceilings":
     "a small kernel, started from Python", "speed-0.13B": "0.13B: tiled attention", "speed-0.5B":
     "0.5B: attention", "speed-1B": "1B, eager: optimizer", "peers": "trl"}
 

@@ -31,7 +31,8 @@ def test_logits_loss_and_gradients_in_fp32_are_those_of_the_cpu(tmp_path):
 
 
 def test_flash_attention_sees_the_past_of_its_own_document_only(tmp_path):
-    check(gpu_checks.attention, tmp_path, "flash, head size 128, group 8", "flash: a leak", "flash: a dropped")
+    check(gpu_checks.attention, tmp_path, "flash, head size 128, group 8", "flash: a leak",
+          "flash: a dropped")
 
 
 def test_a_step_in_bf16_does_not_depend_on_packing_recomputation_compilation_or_chunks(tmp_path):
