@@ -250,12 +250,12 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
     hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)         # (N, C)
     # Read after the forward pass: with --shard, that is what gathers it.
     head = unwrap(model).head_weight
-    trained, untrained = batch.trained, batch.untrained
+    trained, untrained, compiled = batch.trained, batch.untrained, config.compile is not False
     if not len(untrained):
         # All of them: a view does, instead of a copy.
         trained = slice(None)
     loss, trained_nll = weighted_nll(hidden[trained], head, batch.targets[trained],
-                                     batch.coefficients[trained], compiled=config.compile)
+                                     batch.coefficients[trained], compiled)
     statistics = {"loss": loss, "nll": sums_by_kind(trained_nll, batch.kinds[trained])}
     if reference is not None:
         with torch.no_grad():
@@ -265,7 +265,7 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
         statistics["kl"] = kl
         loss = loss + config.kl_weight * kl
     if log_untrained:   # no gradient
-        values = nll(hidden.detach()[untrained], head, batch.targets[untrained], compiled=config.compile)
+        values = nll(hidden.detach()[untrained], head, batch.targets[untrained], compiled)
         statistics["nll"] = statistics["nll"] + sums_by_kind(values, batch.kinds[untrained])
     return loss, statistics, trained_nll
 

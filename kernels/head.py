@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.layers import compute_dtype
+from kernels.layers import compute_dtype, multiplies_to_fp32
 
 CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
 CACHED_LOGITS = 2**20   # of these, in fp32 at once on a CPU: 4 MB stay in its cache
@@ -70,8 +70,8 @@ def _nll_and_gradient(logits: Tensor, at_target: Tensor, targets: Tensor, scale:
 
 
 def _nll_and_gradient_in_blocks(logits: Tensor, targets: Tensor, scales: Tensor, out: Tensor) -> None:
-    """_nll_and_gradient() where it cannot be compiled, which writes the NLL to out: a block of rows at a time,
-    so that what is in fp32 stays small, and in a CPU's cache."""
+    """_nll_and_gradient() where it is not compiled; writes the NLL to out. A block of rows at a time, so
+    that what is in fp32 is small and stays in a CPU's cache."""
     block_rows = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS) // logits.shape[1])
     blocks = (y.split(block_rows) for y in (logits, targets, scales, out))
     for block, target, scale, nll_of_block in zip(*blocks):
@@ -107,7 +107,8 @@ class Compiled:
             except Exception as error:  # no Triton, no C compiler, or a fault of theirs: of any type
                 self.works = False
                 warnings.warn(f"the loss is computed without torch.compile, which takes longer: "
-                              f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+                              f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                              stacklevel=2)
         return self.compiled(*args) if self.works else None
 
 
@@ -127,11 +128,11 @@ def on_gpu(x: Tensor) -> bool:
 
 @cache
 def adds_in_fp32(device: torch.device) -> bool:
-    """Whether this PyTorch's addmm adds a product of bf16 matrices to an fp32 one on the device (CUDA, from
-    2.10 on)."""
-    sums, factor = (torch.zeros(16, 16, device=device, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    """Whether addmm adds a product of bf16 matrices to an fp32 matrix on this device: on CUDA, but not in
+    PyTorch before 2.10."""
+    sums = torch.zeros(16, 16, device=device)
     try:
-        torch.addmm(sums, factor, factor, out_dtype=torch.float32, out=sums)
+        torch.addmm(sums, sums.bfloat16(), sums.bfloat16(), out_dtype=torch.float32, out=sums)
         return True
     except (TypeError, RuntimeError):
         return False
@@ -139,7 +140,7 @@ def adds_in_fp32(device: torch.device) -> bool:
 
 def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
     """sums += a @ b; sums in fp32. On CUDA the product is not rounded to bf16 first."""
-    if on_gpu(sums) and a.dtype == torch.bfloat16 and adds_in_fp32(sums.device):
+    if multiplies_to_fp32(a) and adds_in_fp32(a.device):
         torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
         return
     for rows_of_a, rows_of_sums in zip(a.split(HEAD_ROWS), sums.split(HEAD_ROWS)):
@@ -171,7 +172,8 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, compiled: bool = T
             out[chunk] = fused
             continue
         block_rows = max(1, CHUNK_LOGITS // len(head_weight))
-        for block, of_block, nll_of_block in zip(*(y.split(block_rows) for y in (logits, target, out[chunk]))):
+        blocks = (y.split(block_rows) for y in (logits, target, out[chunk]))
+        for block, of_block, nll_of_block in zip(*blocks):
             nll_of_block.copy_(torch.nn.functional.cross_entropy(block.float(), of_block, reduction="none"))
     return out
 

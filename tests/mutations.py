@@ -109,7 +109,17 @@ FAULTS = [
           "type(module) is nn.Linear", "isinstance(module, nn.Linear)",
           "kernels::linears_step_aside_for_what_is_not_a_plain_linear_layer"),
 
+    fault("grad-rounded", "a weight's fp32 gradient is rounded", "kernels/layers.py",
+          "if dtype == torch.float32 and multiplies_to_fp32(a):", "if False:",
+          "kernels::weights_gradients_are_the_fp32_products_where_a_gpu_returns_them"),
+    fault("compiled-rounded", "... only where compiled", "kernels/layers.py",
+          "if not multiplies_to_fp32(cast):", "if True:",
+          "kernels::weights_gradients_are_the_fp32_products_where_a_gpu_returns_them"),
+
     # -- loss.py, kernels/head.py
+    fault("head-rounded", "the head's products are rounded", "kernels/head.py",
+          "if multiplies_to_fp32(a) and adds_in_fp32(a.device):", "if False:",
+          "kernels::the_heads_gradient_is_summed_in_fp32_without_rounding_where_a_gpu_adds_so"),
     fault("token-mean", "token: all targets counted below", "loss.py",
           "counts[:, weights != 0].sum()", "counts.sum()", "loss::hand_computed_example"),
     fault("example-mean", "example: all examples counted below", "loss.py",

@@ -388,3 +388,71 @@ def test_linears_step_aside_for_what_is_not_a_plain_linear_layer(change):
     expected = torch.autograd.grad((expected + plain(normed(x, weight))).sum(), x)[0]
     torch.testing.assert_close(results[0][1], expected)
     assert not torch.allclose(results[0][1], 2 * results[1][1])     # what two plain ones would give
+
+
+def multiply_as_cuda_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.mm's and torch.addmm's out_dtype, which no CPU has: bf16 products are summed and returned in
+    fp32."""
+    def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # Autocast leaves fp64 alone.
+        return (a.double() @ b.double()).float()
+
+    def mm(a: torch.Tensor, b: torch.Tensor, **more: object) -> torch.Tensor:
+        return exact(a, b) if more == {"out_dtype": torch.float32} else original(a, b, **more)
+
+    def addmm(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype,
+              out: torch.Tensor) -> None:
+        assert out is sums and out_dtype == sums.dtype == torch.float32
+        out += exact(a, b)
+
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    for module in (layers, head_kernels):
+        monkeypatch.setattr(module, "multiplies_to_fp32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(head_kernels, "adds_in_fp32", lambda device: True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_gradients_are_the_fp32_products_where_a_gpu_returns_them(compiled, monkeypatch):
+    """All of a layer's code is one graph when compiled."""
+    multiply_as_cuda_does(monkeypatch)
+    modules, (x, weight) = make_linears(12, 6, 4), make((50, 12), (12,))
+    grads = [g.bfloat16() for g in make((50, 6), (50, 4), seed=1)]
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        return layers.linears(normed(x, weight), *modules)
+
+    if compiled:
+        function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with autocast("bf16"):
+        outputs, exact = function(x, weight), normed_reference(x, weight).detach().float()
+        expected = layers.linears_reference(normed_reference(x, weight), *modules)
+    parameters = [p for module in modules for p in module.parameters()]
+    got = torch.autograd.grad(outputs, [*parameters, x, weight], grads)
+    plain = torch.autograd.grad(expected, [*parameters, x, weight], grads)
+    for a, b in zip(got, plain):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).norm() <= 0.01 * b.norm()
+    for a, b, grad in ((got[0], plain[0], grads[0]), (got[2], plain[2], grads[1])):
+        torch.testing.assert_close(a, grad.float().T @ exact, atol=1e-5, rtol=1e-5)
+        assert torch.equal(b, b.bfloat16().float()) and not torch.equal(a, a.bfloat16().float())
+
+
+def test_the_heads_gradient_is_summed_in_fp32_without_rounding_where_a_gpu_adds_so(monkeypatch):
+    """Of 100 chunks, each of which rounds its product to bf16 otherwise."""
+    hidden, head, targets, scale = random_rows(400)
+    off = []
+    for as_cuda_does in (False, True):
+        as_on_cuda(monkeypatch)
+        monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 4 * 31)
+        if as_cuda_does:
+            multiply_as_cuda_does(monkeypatch)
+        with autocast("bf16"):
+            got = torch.autograd.grad(weighted_nll(hidden, head, targets, scale)[0], head)[0]
+            cast = head.detach().bfloat16().requires_grad_()
+            logits = hidden.detach().bfloat16() @ cast.T
+        logits = logits.detach().float().requires_grad_()
+        (scale * F.cross_entropy(logits, targets, reduction="none")).sum().backward()
+        exact = logits.grad.bfloat16().float().T @ hidden.detach().bfloat16().float()
+        off.append(((got - exact).norm() / exact.norm()).item())
+    assert off[1] < 1e-4 < 5e-4 < off[0]

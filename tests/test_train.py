@@ -352,8 +352,8 @@ def test_the_records_whose_loss_is_not_finite_are_named_with_their_lines(folder,
     ids = Tokenizer(folder / "model").reference.encode("zzz", add_special_tokens=False).ids
     original, marked = head._WeightedNLL.forward, []
 
-    def forward(ctx, hidden, head, targets, scale):
-        value, nlls = original(ctx, hidden, head, targets, scale)
+    def forward(ctx, hidden, head, targets, scale, compiled):
+        value, nlls = original(ctx, hidden, head, targets, scale, compiled)
         bad = torch.isin(targets, torch.tensor(ids))
         marked.append(bool(bad.any()))
         return value + bad.sum() * math.nan if bad.any() else value, nlls.masked_fill(bad, math.nan)
