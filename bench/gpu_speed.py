@@ -231,21 +231,43 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     report.row(10, f"{name}: attention", "varlen" if model.varlen else "tiled")
     if device == "cuda":
         model.compile_layers()
-    baseline = None
-    for loss, size in itertools.product(("im", "it"), sizes):
-        what = f"{name} {loss.upper()} {size:,}"
-        with report.trying(10, what):
-            config = settings(loss, size, device, tiny)
-            found = measure_row(report, what, model, config, device, tiny, 1 if baseline else 2)
-            baseline = baseline or found
-    if not switches or not baseline:
-        return
+    with contextlib.ExitStack() as given_up:
+        baseline = first_steps(name, report, model, usual, device, tiny, given_up)
+        for loss, size in itertools.product(("im", "it"), sizes):
+            what = f"{name} {loss.upper()} {size:,}"
+            if (loss, size) != ("im", sizes[0]):
+                with report.trying(10, what):
+                    measure_row(report, what, model, settings(loss, size, device, tiny), device, tiny)
+        if switches and baseline:
+            switched_off(name, report, model, usual, device, tiny, baseline["tokens_per_second"])
 
+
+def first_steps(name: str, report: Report, model: Llama, config: train.Config, device: str, tiny: bool,
+                given_up: contextlib.ExitStack) -> dict[str, float] | None:
+    """The first measurement. If it raises, that is a failed row, and it is tried again without one more of
+    what may be at fault: the other measurements are worth having even so."""
+    def eager() -> None:
+        model.compiled = None
+
+    what = f"{name} {config.loss.upper()} {config.micro_batch_tokens:,}"
+    without = {"": lambda: None, ", eager": eager,
+               ", eager, unfused": lambda: given_up.enter_context(unfused_loss()),
+               ", eager, unfused, rounded": lambda: given_up.enter_context(rounded_products())}
+    for ending, give_up in without.items():
+        give_up()
+        with report.trying(10, what + ending):
+            return measure_row(report, what + ending, model, config, device, tiny, 2)
+    return None
+
+
+def switched_off(name: str, report: Report, model: Llama, usual: train.Config, device: str, tiny: bool,
+                 speed: float) -> None:
+    """The speed without one change after the other, in percent of `speed`, and profiles."""
     def compare(what: str, changed: Llama) -> None:
         with report.trying(11, f"{name}: {what}"):
-            speed = measure(changed, usual, device, tiny, 1, 2)["tokens_per_second"]
-            report.row(11, f"{name}: {what}", 100 * speed / baseline["tokens_per_second"],
-                       "% of the speed", data={"tokens_per_second": speed})
+            slower = measure(changed, usual, device, tiny, 1, 2)["tokens_per_second"]
+            report.row(11, f"{name}: {what}", 100 * slower / speed, "% of the speed",
+                       data={"tokens_per_second": slower})
 
     if device == "cuda":
         with report.trying(12, f"{name}: kernels"):
@@ -262,6 +284,8 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
         compare("unfused loss", model)
     with deterministic():
         compare("deterministic", model)
+    with rounded_products():
+        compare("weight gradients rounded to bf16", model)
     model.varlen = False
     compare("tiled attention", model)
 
@@ -277,6 +301,14 @@ def small_chunks() -> Iterator[None]:
 def unfused_loss() -> Iterator[None]:
     """Each operation on the logits by itself."""
     with mock.patch.object(kernels.head.nll_and_gradient, "works", False):
+        yield
+
+
+@contextlib.contextmanager
+def rounded_products() -> Iterator[None]:
+    """A weight's gradient is rounded to bf16 before it is added up."""
+    with (mock.patch("kernels.layers.multiplies_to_fp32", lambda x: False),
+          mock.patch("kernels.head.multiplies_to_fp32", lambda x: False)):
         yield
 
 
