@@ -45,18 +45,18 @@ class Stage:
     alone: bool = False
 
 
-# In the order in which they start: what takes longest or matters most first.
+# In the order in which they start: what matters most or takes longest first.
 STAGES = (
     Stage("versions", "bench.gpu_checks:versions", 60),
     Stage("quickstart", "bench.gpu_checks:quickstart", 190),
     Stage("bf16", "bench.gpu_checks:bf16", 150),
     Stage("attention", "bench.gpu_checks:attention", 90),
     Stage("fp32", "bench.gpu_checks:fp32", 60),
-    Stage("compile", "bench.gpu_speed:compile_times", 150),
     Stage("syncs", "bench.gpu_checks:syncs", 100),
     Stage("transformers", "bench.gpu_checks:transformers_parity", 90),
     Stage("generation", "bench.gpu_checks:generation", 60),
     Stage("ranks", "bench.gpu_checks:ranks", 120),
+    Stage("compile", "bench.gpu_speed:compile_times", 150),
     Stage("ceilings", "bench.gpu_speed:ceilings", 40, alone=True),
     Stage("speed-0.13B", "bench.gpu_speed:speed_small", 120, alone=True),
     Stage("speed-1B", "bench.gpu_speed:speed_large", 150, alone=True),
