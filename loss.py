@@ -136,8 +136,8 @@ def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) 
     first, second = (_hash(_hash(examples ^ word)[batch.documents] + batch.positions.int()) for word in words)
     columns = torch.arange(width, dtype=torch.int32, device=device)
     noise = torch.empty(len(scale), width, device=device)
-    # On a CPU a block of rows at a time, which stays in its cache.
-    block_rows = max(1, 2**15 // width) if device.type == "cpu" else max(1, len(noise))
+    # A block of rows at a time: on a CPU it stays in the cache, elsewhere its memory stays small.
+    block_rows = max(1, (2**15 if device.type == "cpu" else 2**25) // width)
     blocks = (x.split(block_rows) for x in (noise, first[:, None], second[:, None], scale[:, None]))
     for block, first, second, scale in zip(*blocks):
         # An odd factor maps no two columns to the same number.
