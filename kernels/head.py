@@ -22,6 +22,9 @@ HEAD_ROWS = 2**13       # rows of the head's gradient that are added to at once,
 # On CUDA, whose matrix products want thousands of rows, in whole tiles: the most rows of a chunk, of which it
 # has a multiple of TILE, and the most logits, 1 GB in bf16.
 CUDA_ROWS, TILE, CUDA_LOGITS = 2**12, 128, 2**29
+# Chunks of fewer rows are not compiled: torch.compile tunes for the number of rows that it sees first, and
+# divides the work on few rows in a way that is slow for many.
+LEAST_COMPILED = 512
 
 
 def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tensor:
@@ -89,14 +92,16 @@ def _nll_and_gradient_in_blocks(logits: Tensor, targets: Tensor, scales: Tensor,
 class Compiled:
     """A function as torch.compile makes it, if that works on this machine, which its first call shows.
 
-        result = compiled(*args)        None if it does not work
+        result = compiled(*args)        None if it does not work, or if args[0] has too few rows
     """
 
     def __init__(self, function: Callable[..., Tensor]):
         self.function, self.compiled, self.works = function, None, True
 
     def __call__(self, *args: Tensor) -> Tensor | None:
-        if self.works and self.compiled is None:
+        if not self.works or len(args[0]) < LEAST_COMPILED:
+            return None
+        if self.compiled is None:
             try:
                 compiled = torch.compile(self.function, fullgraph=True)
                 result = compiled(*args)
@@ -109,7 +114,8 @@ class Compiled:
                 warnings.warn(f"the loss is computed without torch.compile, which takes longer: "
                               f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
                               stacklevel=2)
-        return self.compiled(*args) if self.works else None
+                return None
+        return self.compiled(*args)
 
 
 nll_of_logits, nll_and_gradient = Compiled(_nll_of_logits), Compiled(_nll_and_gradient)

@@ -111,6 +111,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch, works: bool = True) -> list:
     monkeypatch.setattr(head_kernels, "on_gpu", lambda x: True)
     monkeypatch.setattr(head_kernels, "TILE", 4)
     monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 17 * 31)
+    monkeypatch.setattr(head_kernels, "LEAST_COMPILED", 1)
     for name in ("nll_of_logits", "nll_and_gradient"):
         monkeypatch.setattr(head_kernels, name, head_kernels.Compiled(getattr(head_kernels, f"_{name}")))
     return compiled
@@ -174,11 +175,13 @@ def test_what_is_done_to_each_logit_is_compiled_on_cuda_only_and_only_where_it_m
     hidden, head, targets, scale = random_rows()
     original = head_kernels.on_gpu
     compiled = as_on_cuda(monkeypatch)
-    for on_gpu, allowed in ((original, True), (lambda x: True, False)):
+    for on_gpu, allowed, least in ((original, True, 1), (lambda _: True, False, 1), (lambda _: True, True, 17)):
         monkeypatch.setattr(head_kernels, "on_gpu", on_gpu)
+        monkeypatch.setattr(head_kernels, "LEAST_COMPILED", least)
         weighted_nll(hidden, head, targets, scale, compiled=allowed)
         nll(hidden, head, targets, compiled=allowed)
     assert not compiled
+    monkeypatch.setattr(head_kernels, "LEAST_COMPILED", 16)
     for _ in range(2):
         weighted_nll(hidden, head, targets, scale)
         nll(hidden, head, targets)
@@ -203,7 +206,7 @@ def test_running_out_of_memory_is_not_taken_for_a_compiler_that_does_not_work():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(torch, "compile", lambda function, **_: function)
         with pytest.raises(torch.OutOfMemoryError):
-            function(torch.zeros(1))
+            function(torch.zeros(head_kernels.LEAST_COMPILED))
     assert function.works
 
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 import train
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, load_template
+from runtime.model_config import read_config
 from runtime.tokenizer import Tokenizer
 from data import collate, load_dataset, plan
-from kernels import head
+from kernels import head, layers
 from loss import neftune_noise
-from tiny import (arguments, difference, make_model, make_records, metrics, run_apart, run_here, setup,
-                  weights)
+from tiny import (arguments, copies_of_meta_tensors, difference, make_model, make_records, metrics, run_apart,
+                  run_here, setup, weights)
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,37 @@ def test_compile_compiles_every_layer_alike_and_changes_nothing(folder, monkeypa
     start, plain, traced = (weights(folder / name)
                             for name in ("deep", "not-compiled/final", "compiled/final"))
     assert difference(traced, plain) < 1e-5 < 1e-3 < difference(start, plain)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("loss", ["it", "im", "lm"])
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_the_host_need_not_know_a_number_of_the_device_to_do_a_step(
+        folder, monkeypatch, loss, recompute, as_on_cuda):
+    """On CUDA it would wait for each."""
+    copies = copies_of_meta_tensors(monkeypatch)
+    if as_on_cuda:
+        monkeypatch.setattr(head, "on_gpu", lambda x: True)
+        for module in (head, layers):
+            monkeypatch.setattr(module, "multiplies_to_fp32", lambda x: x.dtype == torch.bfloat16)
+        for name in ("nll_of_logits", "nll_and_gradient"):
+            monkeypatch.setattr(head, name, getattr(head, f"_{name}"))
+    config = train.parse_args(arguments(folder, "meta", loss=loss, neftune_alpha=5, kl_weight=0.1,
+                                        compile=True))
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset(config.train_data, tokenizer, load_template("llama3", tokenizer), 120, "truncate",
+                           folder / "cache")
+    steps = train.make_steps(config, dataset, dataset.trainable(config.span_weights), 0, 1)
+    with torch.device("meta"):
+        trained, reference = (model_module.Llama(read_config(folder / "model")).bfloat16() for _ in range(2))
+    trained.recompute = recompute
+    batch = collate(dataset, *steps[0][0][0]).to(torch.device("meta"))
+    reference.requires_grad_(False)
+    value, statistics, nll = train.micro_batch_loss(trained, reference, batch, config, 0, log_untrained=True)
+    value.backward()
+    assert not copies and statistics.keys() == {"loss", "nll", "kl"} and len(nll) == len(batch.trained) > 0
+    assert bool(len(batch.untrained)) or loss == "lm"
+    assert all(x.is_meta for x in (value, nll, *statistics.values(), *(p.grad for p in trained.parameters())))
 
 
 def test_what_was_not_computed_is_null_in_the_metrics(folder):
