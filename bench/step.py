@@ -65,13 +65,15 @@ def training(config: train.Config, document: int = 0) -> tuple[model_module.Llam
     rate stays at --lr. document: tokens of synthetic documents; 0: the records of --train-data."""
     keep_freed_memory()
     device = join_ranks(config.device)
+    folder = resolve_model(config.model)
+    config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
+        config, read_config(folder), device)
     if document:
-        folder = resolve_model(config.model)
         dataset = synthetic(4 * config.batch_size, document, read_config(folder).vocab_size)
         usable = np.arange(len(dataset))
     else:
         source = train.open_source(config)
-        folder, (dataset, usable, _) = source.folder, train.load_data(config, source)
+        dataset, usable, _ = train.load_data(config, source)
     steps = train.make_steps(config, dataset, usable, rank(), world_size())
     raw_model = train.prepare_model(config, folder, device)
     optimizer = train.make_optimizer(raw_model, config)
@@ -148,7 +150,8 @@ def limit(config: train.Config, args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- profile
 
 # Autograd nodes by name. Others belong to a part if they multiply matrices of its sizes, see by_shapes().
-NODES = {"TiledAttention": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP, "WeightedNLL": HEAD,
+NODES = {"GeneratedBackwardFor_spantune_tiled_attention": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS,
+         "SwiGLU": MLP, "WeightedNLL": HEAD,
          "Index": HEAD}
 NODE = "autograd::engine::evaluate_function: "
 
