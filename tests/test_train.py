@@ -317,8 +317,12 @@ def test_deterministic_changes_nothing_on_a_cpu(folder, monkeypatch):
         row["loss"] for row in metrics(folder / "deterministic")]
 
 
-def test_metrics_say_which_attention_ran_and_what_a_gpu_reserved(folder):
+def test_metrics_say_which_attention_ran_and_what_a_gpu_reserved(folder, monkeypatch):
+    """Peaks are those of one step each."""
+    resets = []
+    monkeypatch.setattr(train, "reset_peak", resets.append)
     run_here(arguments(folder, "machine", max_steps=2))
+    assert len(resets) == 2
     for row in metrics(folder / "machine"):
         assert row["attention"] == "tiled products" and row["peak_reserved_mb"] is None
         assert row["peak_memory_mb"] > 100
