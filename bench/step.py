@@ -68,16 +68,17 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
     what to train, prepared already; by default --model."""
     keep_freed_memory()
     device = join_ranks(config.device)
+    model_config = raw_model.config if raw_model else read_config(resolve_model(config.model))
+    config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
+        config, model_config, device)
     if document:
-        folder = Path() if raw_model else resolve_model(config.model)
-        vocabulary = (raw_model.config if raw_model else read_config(folder)).vocab_size
-        dataset = synthetic([document] * (4 * config.batch_size), vocabulary)
+        dataset = synthetic([document] * (4 * config.batch_size), model_config.vocab_size)
         usable = np.arange(len(dataset))
     else:
         source = train.open_source(config)
-        folder, (dataset, usable, _) = source.folder, train.load_data(config, source)
+        dataset, usable, _ = train.load_data(config, source)
     steps = train.make_steps(config, dataset, usable, rank(), world_size())
-    raw_model = raw_model or train.prepare_model(config, folder, device)
+    raw_model = raw_model or train.prepare_model(config, resolve_model(config.model), device)
     optimizer = train.make_optimizer(raw_model, config)
     with train.autocast(config, device):
         model = data_parallel(raw_model, device)
@@ -152,8 +153,9 @@ def limit(config: train.Config, args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- profile
 
 # Autograd nodes by name. Others belong to a part if they multiply matrices of its sizes, see by_shapes().
-NODES = {"TiledAttention": ATTENTION, "GeneratedBackwardFor_torch_attn": ATTENTION, "RMSNorm": NORMS,
-         "Rotate": NORMS, "SwiGLU": MLP, "WeightedNLL": HEAD, "Index": HEAD}
+NODES = {"GeneratedBackwardFor_spantune_tiled_attention": ATTENTION,
+         "GeneratedBackwardFor_torch_attn": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP,
+         "WeightedNLL": HEAD, "Index": HEAD}
 NODE = "autograd::engine::evaluate_function: "
 
 
@@ -209,6 +211,8 @@ def part_of(event: object, around: tuple[str, str], shape: ModelConfig) -> tuple
 
 def profile_step(config: train.Config, args: argparse.Namespace) -> dict:
     model, one_step = training(config, args.document)
+    # Compiled layers have no parts.
+    model.compiled = None
     mark(model)
     plain = [one_step(step)["seconds"] for step in range(args.warmup + args.repeats)][args.warmup:]
     return {"seconds": statistics.median(plain)} | profiled(model, one_step, args.warmup + args.repeats)

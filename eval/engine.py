@@ -288,7 +288,7 @@ class Engine:
             cache.write(layer, rows, k, v)
             out = [in_cache(layer, q[:old])] if old else []
             if new:
-                out.append(among_new(layer, q[old:], k[old:], v[old:]))
+                out.append(among_new(q[old:], k[old:], v[old:]))
             return out[0] if len(out) == 1 else torch.cat(out)
 
         with self.autocast:

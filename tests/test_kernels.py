@@ -1,4 +1,7 @@
 """The fast paths against their definitions, forward and backward, and what they keep in between."""
+import re
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -50,6 +53,39 @@ def test_a_bucket_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(h
     finally:
         torch.use_deterministic_algorithms(False)
         attention_kernels._length_buckets.cache_clear()
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None,
+                scale=None):
+    assert is_causal and max_q == max_k == 144 and query.shape == key.shape
+    return attention_reference(query, key, value, cu_seq_q)
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, True)
+
+
+def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+    assert window_size == (-1, 0) and enable_gqa and key.shape[1] == 2
+    return attention_reference(query, key, value, cu_seq_q)
+
+
+@pytest.mark.parametrize("function", [varlen_2_10, varlen_2_11, varlen_2_13])
+def test_varlen_attn_is_called_as_each_release_of_pytorch_has_it(function, monkeypatch):
+    """Stand-ins with the signatures of PyTorch 2.10, 2.11 and 2.13. Before 2.12 keys need as many heads as
+    queries."""
+    monkeypatch.setattr(attention_kernels, "varlen_attn", function)
+    monkeypatch.setattr(attention_kernels, "VARLEN_KEYWORDS", attention_kernels.varlen_keywords(function))
+    assert attention_kernels.varlen_fault(4, 2, 8, torch.device("cpu")) == ""
+
+
+def test_a_pytorch_without_varlen_attn_is_refused_by_its_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(ImportError, match=f"PyTorch {re.escape(torch.__version__)} is too old: 2.10 "):
+        runpy.run_path(attention_kernels.__file__)
 
 
 def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
