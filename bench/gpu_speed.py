@@ -33,6 +33,7 @@ from data import collate
 from eval import estimate
 from loss import coefficients
 from model import Llama, parameter_count
+from runtime.machine import keep_freed_memory
 from runtime.model_config import ModelConfig
 
 PEAK_FLOPS = 989e12
@@ -224,6 +225,8 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     """Speed and memory by loss and micro-batch; then, if asked for, by what is switched off, and profiles."""
     # For the deterministic steps at the end; CUDA reads it when it starts. An H100 uses this size anyway.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # As train.py does, also before CUDA starts.
+    keep_freed_memory()
     sizes = (64, 128) if tiny else (16384, 4096, 32768)
     usual = settings("im", sizes[0], device, tiny)
     model = random_model(shape_of(name, tiny), device)
