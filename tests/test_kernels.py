@@ -209,9 +209,10 @@ def test_chunks_for_cuda_are_whole_tiles_of_thousands_of_rows_within_a_bound():
 
 def test_what_is_done_to_each_logit_is_compiled_on_cuda_only_and_only_where_it_may_be(monkeypatch):
     hidden, head, targets, scale = random_rows()
-    original = head_kernels.on_gpu
+    on_cpu = head_kernels.on_gpu
     compiled = as_on_cuda(monkeypatch)
-    for on_gpu, allowed, least in ((original, True, 1), (lambda _: True, False, 1), (lambda _: True, True, 17)):
+    on_cuda = head_kernels.on_gpu
+    for on_gpu, allowed, least in ((on_cpu, True, 1), (on_cuda, False, 1), (on_cuda, True, 17)):
         monkeypatch.setattr(head_kernels, "on_gpu", on_gpu)
         monkeypatch.setattr(head_kernels, "LEAST_COMPILED", least)
         weighted_nll(hidden, head, targets, scale, compiled=allowed)
