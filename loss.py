@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
-from data import Batch, Dataset
+from data import Batch, Dataset, to_device
 from kernels.head import chunks
+from kernels.layers import compute_dtype
 from runtime.distributed import from_all
 
 # Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is not the template's, so IM counts it.
@@ -78,9 +79,10 @@ def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.
 
 
 def sums_by_kind(values: Tensor, kinds: Tensor) -> Tensor:
-    """(K,) float64 sums of values, (R,) fp32, by the kinds of their targets, (R,)."""
-    return torch.zeros(len(KINDS), dtype=torch.float64, device=values.device).index_add_(
-        0, kinds, values.double())
+    """(K,) float64 sums of values, (R,) fp32, by the kinds of their targets, (R,). The same bits every time,
+    on CUDA too."""
+    of_kind = kinds == torch.arange(len(KINDS), device=kinds.device)[:, None]   # (K, R)
+    return torch.where(of_kind, values.double(), 0.0).sum(1)
 
 
 # ---------------------------------------------------------------- regularizers
@@ -100,25 +102,49 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
         log_q = (reference_hidden @ reference_head.T).float().log_softmax(-1)
         return (scale * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
+    reference_head = reference_head.to(compute_dtype(hidden))
     # Zero with a graph, for a rank without targets.
     total = hidden.sum() * 0.0
     for chunk in chunks(len(hidden), len(head_weight)):
         total = total + checkpoint(chunk_kl, hidden[chunk], head_weight, reference_hidden[chunk].detach(),
-                                   coefficients[chunk], use_reentrant=False)
+                                   coefficients[chunk], use_reentrant=False, preserve_rng_state=False)
     return total
+
+
+def _hash(x: Tensor) -> Tensor:
+    """Replaces each number of x, int32, by a random-looking one; different ones stay different. With these
+    shifts and factors half of the bits change, on average, if one bit of x does (lowbias32: Chris Wellons,
+    "Prospecting for Hash Functions", 2018). Products wrap around, as int32 does on any device."""
+    for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b - 2**32)):
+        # The mask clears copies of the sign, which a shift of int32 fills in.
+        x ^= (x >> shift) & (2**(32 - shift) - 1)
+        x *= factor
+    x ^= (x >> 16) & 0xffff
+    return x
 
 
 def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) -> Tensor:
     """(N, width) noise for the embeddings, uniform in +-alpha / sqrt(length * width) with each document's own
-    length (arXiv 2310.05914, algorithm 1). It depends on (seed, step, example) alone, so packing, ranks and
-    resuming do not change it."""
-    lengths = batch.cu_seqlens.diff().tolist()
-    noise = torch.empty(len(batch.ids), width)
-    for rows, length, example in zip(noise.split(lengths), lengths, batch.examples.tolist()):
-        state = int(np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0])
-        scale = alpha / math.sqrt(length * width)
-        rows.uniform_(-scale, scale, generator=torch.Generator().manual_seed(state))
-    return noise.to(batch.ids.device)
+    length (arXiv 2310.05914, algorithm 1). Each number is a hash of (seed, step, example, place in the
+    document, column), made on the batch's device. Packing, ranks, device and resuming do not change it."""
+    device, lengths = batch.ids.device, batch.cu_seqlens.diff()
+    scales = alpha / (lengths * width).double().sqrt()                          # (documents,)
+    scale = to_device((scales * 2.0**-23).float(), device)[batch.documents]     # (N,)
+    examples = to_device(torch.from_numpy(batch.examples), device).int()
+    # Two words for each token. One alone would be the same for two tokens of some step sooner or later.
+    words = np.random.SeedSequence([seed, step]).generate_state(2).view(np.int32).tolist()
+    first, second = (_hash(_hash(examples ^ word)[batch.documents] + batch.positions.int()) for word in words)
+    columns = torch.arange(width, dtype=torch.int32, device=device)
+    noise = torch.empty(len(scale), width, device=device)
+    # A block of rows at a time: on a CPU it stays in the cache, elsewhere its memory stays small.
+    block_rows = max(1, (2**15 if device.type == "cpu" else 2**25) // width)
+    blocks = (x.split(block_rows) for x in (noise, first[:, None], second[:, None], scale[:, None]))
+    for block, first, second, scale in zip(*blocks):
+        # An odd factor maps no two columns to the same number.
+        hashed = _hash((first ^ columns).mul_(second | 1))
+        # The upper 24 bits with the sign, which fp32 holds exactly: -2^23 to 2^23 - 1.
+        torch.mul(hashed >> 8, scale, out=block)
+    return noise
 
 
 # ---------------------------------------------------------------- what a step's sums say

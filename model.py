@@ -15,6 +15,7 @@ F feed-forward width.
 """
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +27,13 @@ from kernels.layers import linears, rms_norm, rotate, swiglu
 from runtime.model_config import ModelConfig, read_config
 from runtime.weights import DTYPE_BY_NAME, EMBEDDING, Stored, fill, match
 
-# (layer, q (N, H, D), k (N, G, D), v (N, G, D)) -> (N, H, D). Generation brings its own, with a cache.
+# What a layer attends with: q (N, H, D), k (N, G, D), v (N, G, D) -> (N, H, D).
+AttendInLayer = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Generation brings its own, with a cache: (number of the layer, q, k, v) -> (N, H, D).
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+# Shorter rows are not compiled. PyTorch would compile sizes 0 and 1 separately, and tune for the first row.
+LEAST_COMPILED = 16
 
 # ---------------------------------------------------------------- modules
 
@@ -47,9 +53,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention within documents. x: (N, C); cos, sin: (N, 1, D / 2) -> (N, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, queries, config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, keys, config.qkv_bias)
@@ -60,18 +66,12 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
         # linears(x, a, b) is [a(x), b(x)], without keeping the output of a norm for the backward pass.
         q, k, v = (y.unflatten(-1, (-1, self.head_dim))                         # (N, H or G, D)
                    for y in linears(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(self.attend(attend, q, k, v).flatten(1))             # (N, C)
-
-    # Not compiled: document lengths change with every batch. Compiled code would also specialize on
-    # self.layer, so it would compile once per layer and stop at eight.
-    @torch.compiler.disable
-    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(self.layer, q, k, v)
+        return self.o_proj(attend(q, k, v).flatten(1))                          # (N, C)
 
 
 class MLP(nn.Module):
@@ -92,14 +92,21 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). x: (N, C); cos, sin: (N, 1, D / 2) -> (N, C)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer,
+                compute: Callable[..., Tensor]) -> Tensor:
+        """compute: Layer.compute, or what was compiled from it. FSDP's hooks run around this call: they are
+        not compiled."""
+        return compute(self, x, cos, sin, attend)
+
+    # Compiled once for all layers: nothing in it, nor in what it calls, may differ from layer to layer.
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, attend: AttendInLayer) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -110,7 +117,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -124,7 +131,8 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(
             config.hidden_size, config.vocab_size, False)
         self.recompute = False              # whether layers recompute activations: less memory, more time
-        self.varlen = False                 # whether attention is varlen_attention()
+        self.varlen, self.attention = False, "tiled products"   # whether it is varlen_attention(); in words
+        self.compiled: Callable[..., Tensor] | None = None  # Layer.compute as compile_layers() compiled it
         self.source_dtype = torch.float32   # of the files that the weights were loaded from
         # Not a buffer: building on the meta device must not lose it, and no state dict should hold it.
         with torch.device("cpu"):
@@ -134,32 +142,44 @@ class Llama(nn.Module):
     def head_weight(self) -> Tensor:
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def choose_attention(self, dtype: torch.dtype) -> str:
-        """Choose varlen_attention() on CUDA in bf16 if it passes a check, else attention(). Returns a warning
-        if the check fails, or ""."""
-        device = self.head_weight.device
-        if device.type != "cuda" or dtype != torch.bfloat16:
-            return ""
-        config = self.config
-        fault = varlen_fault(config.num_attention_heads, config.num_key_value_heads, config.head_dim, device)
+    def choose_attention(self, dtype: torch.dtype) -> None:
+        """Choose varlen_attention() on CUDA in bf16 if it passes a check, else attention(), and say in
+        self.attention which and why. dtype: to compute in."""
+        device, config = self.head_weight.device, self.config
+        fault = "varlen_attn needs CUDA and bf16"
+        if device.type == "cuda" and dtype == torch.bfloat16:
+            fault = varlen_fault(config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+                                 device)
         self.varlen = not fault
-        if fault:
-            return f"varlen_attn is not used: {fault}; the slower plain attention is"
-        return ""
+        self.attention = f"tiled products: {fault}" if fault else "varlen_attn (flash)"
 
-    def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> Attend:
-        """The attention of a packed row with these documents, as layers call it."""
+    def compile_layers(self) -> None:
+        """Compile the layers as one graph, whatever their number, the rows' lengths and documents; another
+        one where no gradient is computed. Generation runs them as they are."""
+        # Else sizes that happen to be equal in the first row would be taken to be equal in all rows.
+        torch.fx.experimental._config.use_duck_shape = False
+        self.compiled = torch.compile(Layer.compute, fullgraph=True, dynamic=True)
+
+    def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> AttendInLayer:
+        """The attention of a packed row with these documents, the same for every layer."""
         if not self.varlen or len(cu_seqlens) < 2:
-            return lambda layer, q, k, v: attention(q, k, v, cu_seqlens)
-        longest, on_device = int(cu_seqlens.diff().max()), cu_seqlens.to(device, non_blocking=True)
-        return lambda layer, q, k, v: varlen_attention(q, k, v, on_device, longest)
+            return lambda q, k, v: attention(q, k, v, cu_seqlens)
+        longest = int(cu_seqlens.diff().max())
+        if device.type == "cuda":
+            # The host does not wait for a copy from pinned memory.
+            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
+        return lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, longest)
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:
         """Hidden states, (N, C). ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU,
         where documents begin and end in the row; noise: (N, C), added to the embeddings; attend: replaces
         the attention over cu_seqlens."""
-        attend = attend or self.attention_over(cu_seqlens, ids.device)
+        compute, over_row = Layer.compute, None
+        if attend is None:
+            over_row = self.attention_over(cu_seqlens, ids.device)
+            if self.compiled and len(ids) >= LEAST_COMPILED:
+                compute = self.compiled
         if self.frequencies.device != ids.device:
             self.frequencies = self.frequencies.to(ids.device)
         angles = positions[:, None, None].float() * self.frequencies            # (N, 1, D / 2)
@@ -167,11 +187,13 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)                                        # (N, C)
         if noise is not None:
             x = x + noise
-        for layer in self.model.layers:
+        for number, layer in enumerate(self.model.layers):
+            arguments = x, cos, sin, over_row or partial(attend, number), compute
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                # Nothing in a layer is random, so there is no state of generators to store and set.
+                x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(*arguments)
         return self.model.norm(x)
 
 

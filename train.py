@@ -36,6 +36,7 @@ from torch import Tensor
 
 from chat import TEMPLATES, Template, check_vocabulary, load_template
 from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
+from eval.estimate import memory
 from eval.generate import answer_records
 from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
@@ -43,13 +44,14 @@ from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence,
                   step_record, sums_by_kind)
 from model import Llama, load_model, parameter_count, stored_weights
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
-from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_main, is_main,
+from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
 from runtime.flags import flag, flag_name, given_flags
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
-from runtime.machine import keep_freed_memory, peak_memory_mb
+from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
+                             peak_reserved_mb, reset_peak)
 from runtime.model_config import ModelConfig, read_config
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
                             show_answers)
@@ -94,8 +96,9 @@ class Config:
     epochs: int = flag(2, "passes over the training data", least=1)
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
     batch_size: int = flag(128, "examples in a step, over all ranks", least=1)
-    micro_batch_tokens: int = flag(4096, "tokens of one forward and backward pass; changes memory and speed "
-                                   "only", least=1, free=True)
+    micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
+                                   "only; 0: 4096 on a CPU, up to 16384 on CUDA, as memory allows", least=0,
+                                   free=True)
     lr: float = flag(2e-5, "peak learning rate", above=0)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
@@ -113,7 +116,10 @@ class Config:
                        "optimizer state", free=True)
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
                            free=True)
-    compile: bool = flag(False, "torch.compile the decoder layers", free=True)
+    compile: bool | None = flag(None, "torch.compile the decoder layers; default: on CUDA, where it works",
+                                free=True)
+    deterministic: bool = flag(False, "on CUDA: the same bits every time, at the cost of some speed (a CPU "
+                               "always gives them)", free=True)
     # output
     output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR", free=True)
     overwrite: bool = flag(False, "delete what a run left in --output-dir and start from scratch", free=True,
@@ -183,7 +189,6 @@ def validate(config: Config) -> None:
         raise ValueError(f"--eval-data {' '.join(config.eval_data)}: a file is given twice; give each once")
     need("eval_every", not config.eval_every or bool(config.eval_data), "0 without --eval-data")
     need("eval_generate", not config.eval_generate or bool(config.eval_data), "0 without --eval-data")
-    need("compile", not (config.shard and config.compile), "off with --shard")
     need("eval_generate", not (config.shard and config.eval_generate),
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
     # Raises for weights that leave nothing to train.
@@ -251,9 +256,12 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
     hidden = model(batch.ids, batch.positions, batch.cu_seqlens, noise)         # (N, C)
     # Read after the forward pass: with --shard, that is what gathers it.
     head = unwrap(model).head_weight
-    trained, untrained = batch.trained, batch.untrained
+    trained, untrained, compiled = batch.trained, batch.untrained, config.compile is not False
+    if not len(untrained):
+        # All of them: a view does, instead of a copy.
+        trained = slice(None)
     loss, trained_nll = weighted_nll(hidden[trained], head, batch.targets[trained],
-                                     batch.coefficients[trained])
+                                     batch.coefficients[trained], compiled)
     statistics = {"loss": loss, "nll": sums_by_kind(trained_nll, batch.kinds[trained])}
     if reference is not None:
         with torch.no_grad():
@@ -263,7 +271,7 @@ def micro_batch_loss(model: torch.nn.Module, reference: Llama | None, batch: Bat
         statistics["kl"] = kl
         loss = loss + config.kl_weight * kl
     if log_untrained:   # no gradient
-        values = nll(hidden.detach()[untrained], head, batch.targets[untrained])
+        values = nll(hidden.detach()[untrained], head, batch.targets[untrained], compiled)
         statistics["nll"] = statistics["nll"] + sums_by_kind(values, batch.kinds[untrained])
     return loss, statistics, trained_nll
 
@@ -359,6 +367,20 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     return train_set, usable, eval_sets
 
 
+def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device) -> int:
+    """What --micro-batch-tokens 0 means here, the same on all ranks: 4096 on a CPU, where more is no faster;
+    on CUDA up to 16384, as far as it is estimated to take four fifths of the free memory at most."""
+    sizes = [4096]
+    if device.type == "cuda":
+        for tokens in (8192, 16384):
+            packed = {"largest": tokens, "trained": tokens, "other": tokens}
+            parts = memory(model_config, packed, config.compute_dtype, world_size(),
+                           config.shard and world_size() > 1, config.recompute, config.kl_weight > 0, True)
+            if sum(parts.values()) <= 0.8 * torch.cuda.mem_get_info(device)[0]:
+                sizes.append(tokens)
+    return min(from_all(sizes[-1]))
+
+
 def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, world_size: int) -> Steps:
     """The batches of one rank. ValueError if --micro-batch-tokens is less than an example has."""
     return Steps(dataset, usable, partial(coefficients, weights=config.span_weights,
@@ -374,6 +396,19 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == torch.bfloat16)
 
 
+def should_compile(config: Config, device: torch.device) -> bool:
+    """Whether to compile the layers: as --compile says, by default on CUDA, where it works. ValueError if it
+    was asked for and does not."""
+    if config.compile is False or (config.compile is None and device.type != "cuda"):
+        return False
+    fault = compile_fault(device)
+    if fault and config.compile:
+        raise ValueError(f"--compile: torch.compile does not work here: {fault}; give --no-compile")
+    if fault:
+        say(f"warning: the layers are not compiled, and slower: torch.compile does not work here: {fault}")
+    return not fault
+
+
 def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
     """The weights of --model on this rank, its share of them with --shard."""
     divide = None
@@ -381,8 +416,9 @@ def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
         divide = partial(shard, device=device, dtype=config.compute_dtype)
     model = load_model(folder, device, divide)
     model.recompute = config.recompute
-    if warning := model.choose_attention(config.compute_dtype):
-        say(f"warning: {warning}")
+    model.choose_attention(config.compute_dtype)
+    if should_compile(config, device):
+        model.compile_layers()
     return model
 
 
@@ -445,6 +481,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
+    if config.deterministic:
+        deterministic()
     device, out = join_ranks(config.device), Path(config.output_dir)
     say(describe(config))
     if config.shard and world_size() == 1:
@@ -454,6 +492,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     source = open_source(config)
     # Saved with the run, so that it resumes with the same date.
     config.date = source.template.date
+    config.micro_batch_tokens = (config.micro_batch_tokens
+                                 or default_micro_batch_tokens(config, source.model_config, device))
     identity = run_identity(config, source)
     settings = asdict(config)
     if is_main():
@@ -491,13 +531,12 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     optimizer = make_optimizer(raw_model, config)
     lr_factors = [group["lr"] / config.lr for group in optimizer.param_groups]
     step = first_step = load_checkpoint(start.resume, raw_model, optimizer) if start.resume else 0
-    if config.compile:
-        for layer in raw_model.model.layers:
-            layer.compile(dynamic=True)
     with autocast(config, device):
         model = data_parallel(raw_model, device)
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size()} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
+    say(f"attention: {raw_model.attention}; layers {'compiled' if raw_model.compiled else 'not compiled'}; "
+        f"micro-batches of up to {config.micro_batch_tokens:,} tokens")
 
     if evaluation_due(config, first_step, total_steps) or (eval_sets and not start.evaluated):
         if is_main():   # an evaluation of this step that was interrupted may have left its line
@@ -509,13 +548,15 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     say(f"ready to train after {time.monotonic() - started:.1f} s")
     while step < total_steps:
         began = time.monotonic()
+        reset_peak(device)
         log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
         micro_batches, counts = steps[step]
         sums, nll_by_batch = accumulate_gradients(model, reference, train_set, micro_batches, config, step,
                                                   log_untrained)
 
         # One sum over the ranks, and the only place where the host waits for the device.
-        sums.add({"stop": torch.tensor(float(stop.number), device=device)})
+        # (torch.tensor() would wait for a copy to the device.)
+        sums.add({"stop": torch.full((), float(stop.number), device=device)})
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
         totals, [grad_norm] = sums.over_ranks(whole(norm))
         stopping = totals.pop("stop") > 0 and step + 1 < total_steps
@@ -536,6 +577,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
         record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
                              grad_norm=grad_norm, seconds=time.monotonic() - began,
                              peak_memory_mb=peak_memory_mb(device))
+        record |= {"peak_reserved_mb": peak_reserved_mb(device),
+                   "attention": "varlen_attn" if raw_model.varlen else "tiled products"}
         if is_main():
             append_line(out / "metrics.jsonl", record)
         progress.update(record, line=log_untrained)

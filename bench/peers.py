@@ -3,6 +3,7 @@
     python -m bench.peers trl --result FILE -- --model DIR --train-data FILE --batch-size 64
 
   trl           TRL's SFTTrainer with packing, in rows of --max-length: what its guide advises for speed
+  trl-liger     the same with Liger's kernels
   trainer       transformers' Trainer; records of similar length share a batch of --padded-rows
   transformers  a plain loop; records of similar length share a step, in padded micro-batches of at most
                 --micro-batch-tokens
@@ -94,7 +95,7 @@ def load_model(config: train.Config) -> tuple[torch.nn.Module, int]:
                                                 attn_implementation="sdpa"), pad_id
 
 
-def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool) -> dict:
+def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool, liger: bool = False) -> dict:
     """TRL's SFTTrainer, which is a Trainer of transformers, or that Trainer itself."""
     from datasets import Dataset
     from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
@@ -114,7 +115,7 @@ def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool) ->
         adam_beta2=config.beta2, adam_epsilon=config.adam_eps, weight_decay=config.weight_decay,
         max_grad_norm=config.clip_grad_norm, optim="adamw_torch_fused", lr_scheduler_type="constant",
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, seed=config.seed,
-        gradient_checkpointing=False)
+        gradient_checkpointing=False, use_liger_kernel=liger)
 
     class Timer(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
@@ -183,6 +184,7 @@ def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
 
 
 PEERS = {"trl": lambda config, args: run_trainer(config, args, True),
+         "trl-liger": lambda config, args: run_trainer(config, args, True, liger=True),
          "trainer": lambda config, args: run_trainer(config, args, False), "transformers": run_transformers}
 
 

@@ -10,9 +10,9 @@ of them instruction, instead of records.
 speed: of the steps after --warmup; under torchrun of all ranks together. limit: the matrix products of one
 micro-batch and nothing else, in the dtype of the run, each layer's with its own weights: for each linear
 layer x W' forward, g W and g' x backward, and for the head the same over the trained targets. profile: one
-step under torch.profiler, on a CPU. The time of each operation goes to the innermost part around it. Forward,
-parts are ranges around modules and functions; backward, they follow from the name of the autograd node. So
-the parts add up to the step.
+step under torch.profiler. The time of each operation, on CUDA of the kernels that it started, goes to the
+innermost part around it. Forward, parts are ranges around modules and functions; backward, they follow from
+the name of the autograd node. So the parts add up to the step, or to the device's time.
 """
 import argparse
 import json
@@ -21,12 +21,13 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import model as model_module
@@ -49,31 +50,35 @@ def part(name: str) -> record_function:
     return record_function(f"part:{name}")
 
 
-def synthetic(examples: int, document: int, vocabulary: int) -> Dataset:
-    """Random examples whose rows are `document` tokens long, the first half instruction."""
-    length = document + 1       # the last token is a target only
-    kinds = np.where(np.arange(length) < length // 2, INSTRUCTION, COMPLETION).astype(np.uint8)
-    counts = np.bincount(kinds[1:], minlength=len(KINDS)).astype(np.int32)
-    ids = np.random.default_rng(0).integers(vocabulary, size=examples * length, dtype=np.int32)
-    return Dataset([], ids, np.tile(kinds, examples), np.arange(examples + 1) * length,
-                   np.zeros((examples, 2), np.int32), np.tile(counts, (examples, 1)), {}, "", "")
+def synthetic(documents: Sequence[int], vocabulary: int) -> Dataset:
+    """Random examples whose rows have these lengths in tokens, the first half of each instruction."""
+    lengths = [document + 1 for document in documents]      # the last token is a target only
+    kinds = [np.where(np.arange(n) < n // 2, INSTRUCTION, COMPLETION).astype(np.uint8) for n in lengths]
+    counts = [np.bincount(each[1:], minlength=len(KINDS)) for each in kinds]
+    ids = np.random.default_rng(0).integers(vocabulary, size=sum(lengths), dtype=np.int32)
+    return Dataset([], ids, np.concatenate(kinds), np.cumsum([0, *lengths]),
+                   np.zeros((len(lengths), 2), np.int32), np.array(counts, np.int32), {}, "", "")
 
 
-def training(config: train.Config, document: int = 0) -> tuple[model_module.Llama, Callable[[int], dict]]:
+def training(config: train.Config, document: int = 0, raw_model: model_module.Llama | None = None
+             ) -> tuple[model_module.Llama, Callable[[int], dict]]:
     """Set up a run of train.py on this rank. Returns its model, and the function that makes the step of a
     given number: {"seconds", "loss", and of all ranks together "tokens" and "trained_tokens"}. The learning
-    rate stays at --lr. document: tokens of synthetic documents; 0: the records of --train-data."""
+    rate stays at --lr. document: tokens of synthetic documents; 0: the records of --train-data. raw_model:
+    what to train, prepared already; by default --model."""
     keep_freed_memory()
     device = join_ranks(config.device)
+    model_config = raw_model.config if raw_model else read_config(resolve_model(config.model))
+    config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
+        config, model_config, device)
     if document:
-        folder = resolve_model(config.model)
-        dataset = synthetic(4 * config.batch_size, document, read_config(folder).vocab_size)
+        dataset = synthetic([document] * (4 * config.batch_size), model_config.vocab_size)
         usable = np.arange(len(dataset))
     else:
         source = train.open_source(config)
-        folder, (dataset, usable, _) = source.folder, train.load_data(config, source)
+        dataset, usable, _ = train.load_data(config, source)
     steps = train.make_steps(config, dataset, usable, rank(), world_size())
-    raw_model = train.prepare_model(config, folder, device)
+    raw_model = raw_model or train.prepare_model(config, resolve_model(config.model), device)
     optimizer = train.make_optimizer(raw_model, config)
     with train.autocast(config, device):
         model = data_parallel(raw_model, device)
@@ -148,8 +153,9 @@ def limit(config: train.Config, args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- profile
 
 # Autograd nodes by name. Others belong to a part if they multiply matrices of its sizes, see by_shapes().
-NODES = {"TiledAttention": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP, "WeightedNLL": HEAD,
-         "Index": HEAD}
+NODES = {"GeneratedBackwardFor_spantune_tiled_attention": ATTENTION,
+         "GeneratedBackwardFor_torch_attn": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP,
+         "WeightedNLL": HEAD, "Index": HEAD}
 NODE = "autograd::engine::evaluate_function: "
 
 
@@ -167,6 +173,7 @@ def mark(model: model_module.Llama) -> None:
         if isinstance(module, model_module.RMSNorm) or leaf in ("o_proj", "mlp"):
             module.forward = wrapped(module.forward, {"o_proj": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS))
     model_module.attention = wrapped(model_module.attention, ATTENTION)
+    model_module.varlen_attention = wrapped(model_module.varlen_attention, ATTENTION)
     model_module.rotate = wrapped(model_module.rotate, NORMS)
     train.weighted_nll = wrapped(train.weighted_nll, HEAD)
 
@@ -204,27 +211,61 @@ def part_of(event: object, around: tuple[str, str], shape: ModelConfig) -> tuple
 
 def profile_step(config: train.Config, args: argparse.Namespace) -> dict:
     model, one_step = training(config, args.document)
+    # Compiled layers have no parts.
+    model.compiled = None
     mark(model)
     plain = [one_step(step)["seconds"] for step in range(args.warmup + args.repeats)][args.warmup:]
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-        profiled = one_step(args.warmup + args.repeats)
+    return {"seconds": statistics.median(plain)} | profiled(model, one_step, args.warmup + args.repeats)
+
+
+def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number: int) -> dict:
+    """Where the time of a step of training() goes, by part. model: marked with mark(), its layers not
+    compiled."""
+    cuda = model.head_weight.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda],
+                 record_shapes=True) as recorded:
+        step = one_step(number)
+        if cuda:
+            torch.cuda.synchronize()
+    events = [event for event in recorded.events() if event.device_type == DeviceType.CPU]
+    # Ranges show up on the device, too, around the kernels that are counted already.
+    ranges = {event.name for event in events}
     times: dict[tuple[str, str], float] = defaultdict(float)
+
+    def own_seconds(event: object) -> float:
+        if not cuda:
+            return event.self_cpu_time_total / 1e6
+        return sum(kernel.duration for kernel in event.kernels if kernel.name not in ranges) / 1e6
 
     def walk(event: object, around: tuple[str, str]) -> None:
         own = part_of(event, around, model.config)
-        times[own] += event.self_cpu_time_total / 1e6
+        times[own] += own_seconds(event)
         for inner in event.cpu_children:
             walk(inner, own)
 
-    for event in recorded.events():
-        if event.cpu_parent is None and event.name == f"part:{OTHER}":
+    for event in events:
+        # On CUDA the backward pass runs in a thread of its own.
+        if event.cpu_parent is None and (cuda or event.name == f"part:{OTHER}"):
             walk(event, (OTHER, "forward"))
     total = sum(times.values())
-    # Nothing is lost, and nothing counts twice.
-    assert abs(total - profiled["seconds"]) < 0.05 * profiled["seconds"], (total, profiled)
+    expected = sum(kernels(recorded).values()) if cuda else step["seconds"]
+    # Near 0 if nothing is lost, and nothing counts twice.
+    error = abs(total - expected) / expected
+    assert cuda or error < 0.05, (total, expected, step)
     parts = [{"name": name, "forward": times[name, "forward"], "backward": times[name, "backward"],
               "share": (times[name, "forward"] + times[name, "backward"]) / total} for name in PARTS]
-    return {"seconds": statistics.median(plain), "profiled": profiled, "parts": parts}
+    return {"profiled": step, "seconds_of_parts": total, "error": error, "parts": parts}
+
+
+def kernels(recorded: profile) -> dict[str, float]:
+    """{kernel: seconds} of all that ran on the CUDA device, copies too."""
+    events = recorded.events()
+    ranges = {event.name for event in events if event.device_type == DeviceType.CPU}
+    times: dict[str, float] = defaultdict(float)
+    for event in events:
+        if event.device_type == DeviceType.CUDA and event.name not in ranges:
+            times[event.name] += event.time_range.elapsed_us() / 1e6
+    return times
 
 
 def main(argv: list[str]) -> None:

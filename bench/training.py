@@ -32,7 +32,7 @@ from bench.common import (REPOSITORY, child, cores, hardware, in_turn, json_chil
                           spread)
 
 THIS = "train.py"
-PEERS = ("trl", "trainer", "transformers")
+PEERS = ("trl", "trl-liger", "trainer", "transformers")
 
 
 def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, folder: Path) -> dict:
@@ -46,7 +46,7 @@ def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks:
           max(1, args.threads // ranks), checkout)
     lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][:-1]
     columns = ([line[key] for line in lines] for key in ("seconds", "tokens", "trained_tokens"))
-    return summary(*columns, lines[-1]["peak_memory_mb"] / 1024, args.warmup)
+    return summary(*columns, max(line["peak_memory_mb"] for line in lines) / 1024, args.warmup)
 
 
 def run_peer(name: str, flags: list[str], args: argparse.Namespace) -> dict:

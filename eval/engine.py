@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from data import to_device
 from kernels.layers import compute_dtype
 from model import Llama
 from runtime.model_config import ModelConfig
@@ -65,22 +66,34 @@ class Sampling:
         logits, ids = (logits.float() - logits.amax(-1, keepdim=True)) / self.temperature, None
         if self.top_k:
             logits, ids = logits.topk(min(self.top_k, logits.shape[-1]))
+        mass = logits.softmax(-1)
         if self.top_p < 1:
-            mass = logits.softmax(-1)
-            # On a CPU sorting is slow, and a few ids usually hold all of top_p.
-            likeliest = mass.topk(min(1024, mass.shape[-1]) if mass.device.type == "cpu" else mass.shape[-1])
-            if bool((likeliest.values.sum(-1) < self.top_p).any()):
-                likeliest = mass.sort(-1, descending=True)
+            likeliest = None
+            if mass.device.type == "cpu":
+                # Sorting is slow there, and a few ids usually hold all of top_p.
+                likeliest = mass.topk(min(1024, mass.shape[-1]))
+                if bool((likeliest.values.sum(-1) < self.top_p).any()):
+                    likeliest = None
+            likeliest = likeliest or mass.sort(-1, descending=True)
             ids = likeliest.indices if ids is None else ids.gather(-1, likeliest.indices)
-            # The probability of all ids that are more likely.
-            before = likeliest.values.double().cumsum(-1) - likeliest.values
-            mass = likeliest.values.masked_fill(before >= self.top_p, 0)
+            # Left out where the probability of all ids that are more likely is top_p or more.
+            units = in_units(likeliest.values)
+            units = units.masked_fill(units.cumsum(-1) - units >= round(self.top_p * UNITS), 0)
         else:
-            mass = logits.softmax(-1)
-        total = mass.double().cumsum(-1)
+            units = in_units(mass)
+        total = units.cumsum(-1)
         # In fp64 draw * total is less than the total, so no id without probability is ever taken.
-        chosen = torch.searchsorted(total, draw.double()[:, None] * total[:, -1:], right=True)
+        chosen = torch.searchsorted(total, (draw.double()[:, None] * total[:, -1:]).long(), right=True)
         return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+UNITS = 2**52
+
+
+def in_units(mass: Tensor) -> Tensor:
+    """Probabilities as whole numbers of 1 / UNITS. Their cumulative sums are exact. (Those of floating-point
+    numbers CUDA refuses in deterministic mode.)"""
+    return (mass.double() * UNITS).long()
 
 
 # ---------------------------------------------------------------- guessing tokens
@@ -155,7 +168,7 @@ class Cache:
             self.layers = [F.pad(layer, (0, 0, 0, wanted - now)) for layer in self.layers]     # or cuts
 
     def keep(self, slots: list[int]) -> None:
-        which = torch.tensor(slots, device=self.layers[0].device)
+        which = to_device(torch.tensor(slots), self.layers[0].device)
         self.layers = [layer.index_select(1, which) for layer in self.layers]
 
     def rows(self, slots: Tensor, places: Tensor) -> Tensor:
@@ -172,16 +185,17 @@ class Cache:
         stored = self.layers[layer]
         stored.view(-1, stored.shape[-1]).index_copy_(0, rows, keys_and_values.to(stored.dtype))
 
-    def attention(self, slots: Tensor, nth: Tensor, places: Tensor, queries: int
+    def attention(self, slots: Tensor, nth: Tensor, places: Tensor, queries: int, longest: int
                   ) -> Callable[[int, Tensor], Tensor]:
         """The attention of new tokens over the cache, (layer, q (N, H, D)) -> (N, H, D). slots, nth, places:
-        (N,) each token's slot, its number among the slot's new tokens, its place in the document; queries: H.
+        (N,) each token's slot, its number among the slot's new tokens, its place in the document; queries: H;
+        longest: the most new tokens of a slot.
 
         All queries that share keys are lines of one product, S lines for each of B * G. Slots with fewer new
         tokens than others leave some lines unused; only the two products are computed for those."""
         device, (_, count, keys, total, size) = slots.device, self.layers[0].shape      # -, B, G, T, D
         head, group = torch.arange(queries, device=device), queries // keys
-        most = (int(nth.max()) + 1) * group                                             # S
+        most = longest * group                                                          # S
         product = slots[:, None] * keys + head // group                                 # (N, H)
         line = nth[:, None] * group + head % group                                      # (N, H)
         line_of_query = (product * most + line).flatten()
@@ -259,24 +273,28 @@ class Engine:
         documents = [(slot, place, ids) for slot, (place, ids) in running.items()]
         documents += [(slot, 0, prompt) for slot, prompt in new.items()]
         cache.fit(max(place + len(ids) for _, place, ids in documents))
-        slots, nth, places, ids = torch.tensor([(slot, j, place + j, token) for slot, place, ids in documents
-                                                for j, token in enumerate(ids)], device=device).unbind(1)
+        # One copy to the device.
+        tokens = torch.tensor([(slot, j, place + j, token) for slot, place, ids in documents
+                               for j, token in enumerate(ids)])
+        slots, nth, places, ids = to_device(tokens, device).unbind(1)
         rows, old = cache.rows(slots, places), sum(len(ids) for _, ids in running.values())
         cu_seqlens = torch.tensor([0, *map(len, new.values())]).cumsum(0).int()
         among_new = self.model.attention_over(cu_seqlens, device)
         if old:
-            in_cache = cache.attention(slots[:old], nth[:old], places[:old], queries)
+            longest = max(len(ids) for _, ids in running.values())
+            in_cache = cache.attention(slots[:old], nth[:old], places[:old], queries, longest)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.write(layer, rows, k, v)
             out = [in_cache(layer, q[:old])] if old else []
             if new:
-                out.append(among_new(layer, q[old:], k[old:], v[old:]))
+                out.append(among_new(q[old:], k[old:], v[old:]))
             return out[0] if len(out) == 1 else torch.cat(out)
 
         with self.autocast:
             hidden = self.model(ids, places, cu_seqlens, attend=attend)
-        return torch.cat([hidden[:old], hidden[old:][cu_seqlens[1:].to(device) - 1]])
+        last = to_device(cu_seqlens[1:].long() - 1, device)
+        return torch.cat([hidden[:old], hidden[old:].index_select(0, last)])
 
     @torch.inference_mode()
     def answers(self, prompts: list[list[int]], stop: set[int], max_new_tokens: int, batch_size: int = 64,
@@ -312,7 +330,9 @@ class Engine:
             guesses |= {slot: [] for slot in new}
             draw = torch.cat([running[slot].draws[running[slot].made:][:len(guess) + 1]
                               for slot, guess in guesses.items()])
-            chosen = iter(sampling.choose(self.head(hidden.to(self.dtype)), draw.to(hidden.device)).tolist())
+            chosen = sampling.choose(self.head(hidden.to(self.dtype)), to_device(draw, self.device))
+            # The host waits for the device here, once a step.
+            chosen = iter(chosen.tolist())
             for slot, guess in guesses.items():
                 document, before = running[slot], len(running[slot].ids)
                 document.take([next(chosen) for _ in range(len(guess) + 1)], guess, stop, done)

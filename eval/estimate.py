@@ -7,7 +7,7 @@ first layer; and when it ends at the embeddings. What the allocator wastes is no
 import numpy as np
 import torch
 
-from kernels.head import CACHED_LOGITS, CHUNK_LOGITS, HEAD_ROWS
+from kernels.head import CACHED_LOGITS, HEAD_ROWS, chunks
 from model import parameter_count
 from runtime.model_config import ModelConfig
 
@@ -41,7 +41,8 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
 def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, ranks: int, shard: bool,
            recompute: bool, reference: bool, cuda: bool = False) -> dict[str, float]:
     """Bytes of a rank by purpose, at the moment that needs most. packed: packing(); dtype: to compute in;
-    reference: whether there is a second model for KL; cuda: the loss is computed in larger blocks there."""
+    reference: whether there is a second model for KL; cuda: the loss is computed in larger chunks there, and
+    with torch.compile."""
     count, layers, tokens = parameter_count(config), config.num_hidden_layers, packed["largest"]
     width, vocabulary = config.hidden_size, config.vocab_size
     head, gate = vocabulary * width, config.intermediate_size * width       # numbers of these weights
@@ -49,17 +50,19 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     layer = (count - outer) // layers
     size, cast = dtype.itemsize, dtype.itemsize if dtype != torch.float32 else 0    # cast: of a copy in dtype
 
-    # The loss. Two chunks of logits are there at once: one is freed only when the next is made.
-    def logits(targets: int, at_once: int) -> int:
-        chunks = -(-targets * vocabulary // CHUNK_LOGITS)
-        return min(chunks, at_once) * -(-targets // max(1, chunks)) * vocabulary
+    # The loss: a chunk of logits at a time.
+    def logits(targets: int, large: bool = cuda) -> int:
+        return vocabulary * max((x.stop - x.start for x in chunks(targets, vocabulary, large)), default=0)
 
-    pair = logits(packed["trained"], 2)
-    exact = 0 if not cast else 4 * (pair if cuda else min(pair, 2 * CACHED_LOGITS))
+    of_trained, of_other = logits(packed["trained"]), logits(packed["other"])
+    # On CUDA nothing as large as the logits is in fp32, and the head's gradient is added to in place.
+    on_cpu = 0 if cuda else 1
+    exact = 4 * min(of_trained, CACHED_LOGITS) if cast else 0
     loss = max(
-        size * (pair + min(HEAD_ROWS, vocabulary) * width) + exact,    # logits, rows of the head's gradient
-        (size + 2 * 4) * logits(packed["other"], 1),                # the NLL of other spans, in fp32
-        reference * ((2 * size + 8 * 4) * logits(packed["trained"], 1) + 4 * head))     # log p, log q, p, ...
+        size * (of_trained + on_cpu * min(HEAD_ROWS, vocabulary) * width) + on_cpu * exact,
+        (size + on_cpu * 2 * 4) * of_other,                         # the NLL of other spans
+        # log p, log q, p, ... for KL
+        reference * ((2 * size + 8 * 4) * logits(packed["trained"], large=False) + 4 * head))
 
     # A layer's backward pass. FSDP has the layer as received and as used, its whole gradient, and what it
     # sends of that. Without FSDP autograd keeps the copies that linear layers compute with.

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import to_device
 from kernels.layers import compute_dtype
 from model import Attend, Llama
 from runtime.tokenizer import check_rows
@@ -111,9 +112,9 @@ def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
     states = torch.zeros(longest, config.hidden_size, device=device)
     for row in make_rows(requests, capacity):
         ids = [token for i, first, last in row for token in requests[i][0][first:last]]
-        positions = [place for _, first, last in row for place in range(first, last)]
-        hidden = model(torch.tensor(ids, device=device), torch.tensor(positions, device=device), None,
-                       attend=attend_to_own_request(row, cache))
+        places = [place for _, first, last in row for place in range(first, last)]
+        ids_and_places = to_device(torch.tensor([ids, places], dtype=torch.int64), device)
+        hidden = model(*ids_and_places, None, attend=attend_to_own_request(row, cache))
         # The states that predict the targets of the requests that end in this row.
         ended, predicting, start = [], [], 0
         for i, first, last in row:
@@ -125,8 +126,9 @@ def log_likelihoods(model: Llama, requests: list[Request], capacity: int = 4096
                 predicting.append(states[last - len(targets):last].clone())
         if not ended:
             continue
-        wanted = torch.tensor([token for i in ended for token in requests[i][1]], device=device)
-        log_p, greedy = score(model, torch.cat(predicting), wanted)
+        wanted = to_device(torch.tensor([token for i in ended for token in requests[i][1]]), device)
+        # One copy of both, for which the host waits.
+        log_p, greedy = torch.stack([x.double() for x in score(model, torch.cat(predicting), wanted)]).cpu()
         sizes = [len(requests[i][1]) for i in ended]
-        for i, values, right in zip(ended, log_p.double().cpu().split(sizes), greedy.cpu().split(sizes)):
+        for i, values, right in zip(ended, log_p.split(sizes), greedy.split(sizes)):
             yield i, values.sum().item(), bool(right.all())

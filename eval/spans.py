@@ -42,13 +42,16 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
     sums. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
     rows = [row for step in plan(dataset.lengths, 0, 0, 1024, capacity, world_size) for row in step[rank]]
     sums = torch.zeros(len(dataset) * len(KINDS), dtype=torch.float64)
+    cells, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, device=device)]
     # Some rows may be empty, and are run nevertheless: all ranks of a sharded model must do the same.
     for examples in progress(rows):
-        batch = collate(dataset, examples, np.zeros((len(examples), len(KINDS)))).to(device)
+        on_cpu = collate(dataset, examples, np.zeros((len(examples), len(KINDS))))
+        cells.append(torch.from_numpy(examples)[on_cpu.documents] * len(KINDS) + on_cpu.kinds)
+        batch = on_cpu.to(device)
         hidden = model(batch.ids, batch.positions, batch.cu_seqlens)
-        values = nll(hidden, model.head_weight, batch.targets)
-        cell = torch.from_numpy(examples)[batch.documents.cpu()] * len(KINDS) + batch.kinds.cpu()
-        sums.index_add_(0, cell, values.double().cpu())
+        values.append(nll(hidden, model.head_weight, batch.targets))
+    # The only copy from the device, for which the host waits.
+    sums.index_add_(0, torch.cat(cells), torch.cat(values).cpu().double())
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)

@@ -6,13 +6,20 @@
 
 Shapes: N packed tokens, H query heads, G key/value heads, D head size.
 """
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    raise ImportError(f"PyTorch {torch.__version__} is too old: 2.10 or newer is needed, and the tests run "
+                      "with the version in requirements.txt") from None
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -114,56 +121,75 @@ def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-class _TiledAttention(torch.autograd.Function):
-    """Attention within documents by plain matrix products: a tile of queries at a time with the keys up to
-    its end, documents of similar length together.
+# Attention within documents by plain matrix products: a tile of queries at a time with the keys up to its
+# end, documents of similar length together.
+#
+# Padding follows a document's end, where no causal query of the document looks, so it needs no mask; what the
+# padding itself attends to is thrown away, and its gradient is zero. The weights are recomputed in the
+# backward pass. Shapes: B documents of a bucket, L the longest, T queries of a tile, R = H / G query heads
+# for each key head. On a CPU this takes a half to a fifth of the time of PyTorch's fused kernel, document by
+# document (bench.attention).
+#
+# torch.compile cannot trace what lengths decide, so these are operators, which it calls as they are.
 
-    Padding follows a document's end, where no causal query of the document looks, so it needs no mask; what
-    the padding itself attends to is thrown away, and its gradient is zero. The weights are recomputed in the
-    backward pass. Shapes: B documents of a bucket, L the longest, T queries of a tile, R = H / G query heads
-    for each key head. On a CPU this takes a half to a fifth of the time of PyTorch's fused kernel, document
-    by document (bench.attention).
-    """
+@torch.library.custom_op("spantune::tiled_attention", mutates_args=())
+def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+    out = _like(q)
+    for queries, keys, values, tiles, query_indices, _ in _bucket_tensors(q, k, v, _lengths(cu_seqlens)):
+        results = torch.empty_like(queries)
+        for start, end in tiles:
+            tile = queries[:, :, start:end]
+            weights = _causal_weights(tile, keys[:, :end], start)
+            results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(tile)
+        query_indices.scatter(results, out)
+    return out
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.lengths = lengths
-        out = torch.empty_like(q)
-        for queries, keys, values, tiles, query_indices, _ in _bucket_tensors(q, k, v, lengths):
-            results = torch.empty_like(queries)
-            for start, end in tiles:
-                tile = queries[:, :, start:end]
-                weights = _causal_weights(tile, keys[:, :end], start)
-                results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(tile)
-            query_indices.scatter(results, out)
-        return out
 
-    @staticmethod
-    def backward(ctx, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v = ctx.saved_tensors
-        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (q, k, v))
-        for bucket in _bucket_tensors(q, k, v, ctx.lengths):
-            queries, keys, values, tiles, query_indices, key_indices = bucket
-            grads = query_indices.gather(grad_out)
-            if query_indices.padding is not None:
-                grads.index_fill_(0, query_indices.padding, 0)
-            grads = grads.view_as(queries)
-            grad_queries = torch.empty_like(queries)
-            # Several tiles add to a key's gradient, so it is summed in fp32.
-            grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-            for start, end in tiles:
-                tile, grad = queries[:, :, start:end], grads[:, :, start:end].flatten(1, 2)
-                weights = _causal_weights(tile, keys[:, :end], start)
-                grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
-                grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                grad_queries[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(tile)
-                grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), tile.flatten(1, 2))
-                grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
-            query_indices.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
-            key_indices.scatter(grad_keys, grad_k)
-            key_indices.scatter(grad_values, grad_v)
-        return grad_q, grad_k, grad_v, None
+@torch.library.custom_op("spantune::tiled_attention_backward", mutates_args=())
+def _tiled_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor
+                              ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_q, grad_k, grad_v = (_like(x) for x in (q, k, v))
+    for bucket in _bucket_tensors(q, k, v, _lengths(cu_seqlens)):
+        queries, keys, values, tiles, query_indices, key_indices = bucket
+        grads = query_indices.gather(grad_out)
+        if query_indices.padding is not None:
+            grads.index_fill_(0, query_indices.padding, 0)
+        grads = grads.view_as(queries)
+        grad_queries = torch.empty_like(queries)
+        # Several tiles add to a key's gradient, so it is summed in fp32.
+        grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for start, end in tiles:
+            tile, grad = queries[:, :, start:end], grads[:, :, start:end].flatten(1, 2)
+            weights = _causal_weights(tile, keys[:, :end], start)
+            grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            grad_queries[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(tile)
+            grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), tile.flatten(1, 2))
+            grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+        query_indices.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
+        key_indices.scatter(grad_keys, grad_k)
+        key_indices.scatter(grad_values, grad_v)
+    return grad_q, grad_k, grad_v
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _lengths(cu_seqlens: Tensor) -> tuple[int, ...]:
+    return tuple(cu_seqlens.diff().tolist())
+
+
+def _save_inputs(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+# What torch.compile has to know: the shapes of the outputs, and which is the backward pass.
+_tiled_attention.register_fake(lambda q, k, v, cu_seqlens: _like(q))
+_tiled_attention_backward.register_fake(lambda grad_out, q, k, v, cu_seqlens: (_like(q), _like(k), _like(v)))
+_tiled_attention.register_autograd(
+    lambda ctx, grad_out: (*_tiled_attention_backward(grad_out, *ctx.saved_tensors), None),
+    setup_context=_save_inputs)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -171,15 +197,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     if not len(q):
         # No output, but k and v stay in the graph: DDP waits for a gradient of every parameter.
         return q * (k.sum() + v.sum())
-    return _TiledAttention.apply(q, k, v, tuple(cu_seqlens.diff().tolist()))
+    return _tiled_attention(q, k, v, cu_seqlens)
+
+
+def varlen_keywords(function: Callable[..., Tensor]) -> dict[str, object]:
+    """How this release's varlen_attn is told to be causal and, if it knows of them, that k and v may have
+    fewer heads than q: PyTorch 2.10 has is_causal, 2.11 window_size, 2.12 enable_gqa, too."""
+    known = inspect.signature(function).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return causal | ({"enable_gqa": True} if "enable_gqa" in known else {})
+
+
+VARLEN_KEYWORDS = varlen_keywords(varlen_attn)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
     """attention() by PyTorch's flash attention over packed documents, bf16 on CUDA. cu_seqlens on the device;
-    longest: of the documents, in tokens."""
-    from torch.nn.attention.varlen import varlen_attn
-    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, window_size=(-1, 0),
-                       enable_gqa=True)
+    longest: at least the tokens of the longest document."""
+    if "enable_gqa" not in VARLEN_KEYWORDS:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))       # (N, H, D)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **VARLEN_KEYWORDS)
 
 
 def varlen_fault(heads: int, key_heads: int, size: int, device: torch.device) -> str:
@@ -197,7 +234,7 @@ def varlen_fault(heads: int, key_heads: int, size: int, device: torch.device) ->
                                        torch.autograd.grad(expected, exact, grad.float()))]
         worst = max(((a.float() - b).norm() / b.norm()).item() for a, b in pairs)
     except Exception as error:
-        return f"it raised {type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"varlen_attn raised {type(error).__name__}: {str(error).splitlines()[0]}"
     # Rounding to bf16 alone makes 0.2 to 0.6 %.
-    return "" if worst < 0.02 else f"it is {worst:.1%} off the reference"
+    return "" if worst < 0.02 else f"varlen_attn is {worst:.1%} off the reference"
 

@@ -10,7 +10,8 @@ fast paths keep what they were given and recompute the rest. The output of rms_n
 recipe, so that linears() need not keep it either. Whatever else a linear is given, from another norm or
 activation, has no recipe and is kept as usual: nothing here has to know which modules a model is made of.
 
-torch.compile gets the definitions: it fuses them by itself.
+torch.compile gets the definitions: it fuses them by itself. Only linear layers keep a backward pass of their
+own on CUDA, whose products give a weight's gradient in fp32.
 
 Shapes: N packed tokens, C width, D head size, F feed-forward width.
 """
@@ -25,6 +26,18 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrix products of x are computed: autocast's choice, else x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def multiplies_to_fp32(x: Tensor) -> bool:
+    """Whether torch.mm can return products of x in fp32, as they were summed: of bf16 matrices on CUDA."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cuda" and torch.version.hip is None
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in dtype; in fp32 it is not rounded to bf16 first, if that can be avoided."""
+    if dtype == torch.float32 and multiplies_to_fp32(a):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 
 class Recipe(NamedTuple):
@@ -175,8 +188,13 @@ def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """linears_reference(): x (N, C) -> (N, width of the module) each. Instead of an x that has a recipe, the
     recipe's inputs are kept, and x's gradient adds up over the modules in one tensor. Steps aside for
     anything but a plain nn.Linear, such as an adapter, or one with hooks or another forward()."""
-    if torch.compiler.is_compiling() or not all(map(_is_plain, modules)):
+    if not all(map(_is_plain, modules)):
         return linears_reference(x, *modules)
+    if torch.compiler.is_compiling():
+        cast = x.to(compute_dtype(x))
+        if not multiplies_to_fp32(cast):
+            return linears_reference(x, *modules)
+        return [_LinearForCompile.apply(cast, module.weight, module.bias) for module in modules]
     parameters = [p for module in modules for p in (module.weight, module.bias)]
     if not torch.is_grad_enabled():
         dtype = compute_dtype(x)
@@ -208,6 +226,7 @@ class _Linears(torch.autograd.Function):
         x = x.to(compute_dtype(x))
         weights = [weight.to(x.dtype) for weight in parameters[::2]]
         ctx.function, ctx.count, ctx.has_bias = function, count, [b is not None for b in parameters[1::2]]
+        ctx.dtypes = [weight.dtype for weight in parameters[::2]]
         ctx.save_for_backward(*inputs, *weights)
         return tuple(_linear(x, weight, bias) for weight, bias in zip(weights, parameters[1::2]))
 
@@ -221,6 +240,22 @@ class _Linears(torch.autograd.Function):
         for grad, weight in zip(grads[1:], weights[1:]):
             grad_x.addmm_(grad, weight)
         grad_parameters = []
-        for grad, has_bias in zip(grads, ctx.has_bias):
-            grad_parameters += [(grad.T @ x).float(), grad.sum(0) if has_bias else None]
+        for grad, dtype, has_bias in zip(grads, ctx.dtypes, ctx.has_bias):
+            grad_parameters += [product(grad.T, x, dtype), grad.sum(0) if has_bias else None]
         return grad_x, None, None, *[None] * ctx.count, *grad_parameters
+
+
+class _LinearForCompile(torch.autograd.Function):
+    """x @ weight.T + bias, in x's dtype. torch.compile decides what is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        cast = weight.to(x.dtype)
+        ctx.save_for_backward(x, cast)
+        ctx.dtype, ctx.has_bias = weight.dtype, bias is not None
+        return _linear(x, cast, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, product(grad.T, x, ctx.dtype), grad.sum(0) if ctx.has_bias else None

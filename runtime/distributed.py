@@ -205,15 +205,15 @@ def whole(x: Tensor) -> Tensor:
 def data_parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """DDP around the model of several ranks; a sharded model, or that of a single rank, as it is.
 
-    DDP rebuilds its buckets after a process's first backward pass. With three or more ranks the order of the
+    DDP is not told the device, or it would move the documents' bounds there, which the host needs.
+    It rebuilds its buckets after a process's first backward pass. With three or more ranks the order of the
     buckets affects rounding. A pass over two tokens with loss 0 fixes the order before the first step, so a
     resumed run matches an uninterrupted one bit for bit. The second pass makes the gradients views of the
     final buckets, so that micro-batches accumulate in place.
     """
     if not dist.is_initialized() or is_sharded(model):
         return model
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     ids = torch.zeros(2, dtype=torch.int64, device=device)
     for _ in range(2):
         hidden = wrapped(ids, torch.arange(2, device=device), torch.tensor([0, 2], dtype=torch.int32))

@@ -1,6 +1,8 @@
-"""Settings of the machine: the memory allocator, threads, and how much memory was used.
+"""Settings of the machine: memory allocators, threads, deterministic operations, whether torch.compile works,
+and how much memory was used.
 
-Nothing here changes a result. The allocator's settings apply to Linux with glibc, and do nothing elsewhere.
+Nothing here but deterministic() changes a result. malloc's settings apply to Linux with glibc, and do nothing
+elsewhere. All of them are made before CUDA starts, which reads the environment only then.
 """
 import contextlib
 import ctypes
@@ -15,7 +17,11 @@ def keep_freed_memory(shapes: int = 256) -> None:
     """Let glibc keep freed memory, in huge pages, instead of returning it to the system. A step frees and
     allocates gigabytes, and every page that comes from the system again costs a fault. shapes: how many
     compiled matrix products oneDNN caches (its default is 1024). The cached ones fragment the memory between
-    large blocks; others are compiled again."""
+    large blocks; others are compiled again.
+
+    On CUDA, let PyTorch's segments grow: rows of ever other lengths leave gaps in segments of fixed sizes."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:     # its old name
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes))
     # Another libc has no mallopt, another system no madvise.
     with contextlib.suppress(OSError, AttributeError):
@@ -51,8 +57,40 @@ def share_threads() -> None:
         torch.set_num_threads(max(1, cores // ranks))
 
 
+def deterministic() -> None:
+    """Let operations on CUDA give the same bits every time. The backward pass of flash attention and sums by
+    index do only then. PyTorch raises an error for an operation that cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # PyTorch would also fill new memory, which takes time. Everything here is written before it is read.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def compile_fault(device: torch.device) -> str:
+    """Why torch.compile does not work here, tried on a small function; "" if it does. It needs Triton on CUDA
+    and a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+def reset_peak(device: torch.device) -> None:
+    """Reset what peak_memory_mb() and peak_reserved_mb() have counted so far on a CUDA device."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory so far in MB: allocated on a CUDA device, or resident of this process on a CPU."""
+    """The most memory in MB: allocated on a CUDA device since reset_peak(), or on a CPU resident of this
+    process since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**10 if sys.platform == "linux" else 2**20)
+
+
+def peak_reserved_mb(device: torch.device) -> float | None:
+    """The most memory in MB that PyTorch has taken from a CUDA device since reset_peak(), for tensors and
+    between them; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None

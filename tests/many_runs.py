@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -19,6 +21,8 @@ from runtime import distributed, weights  # noqa: E402
 
 # Bytes, so that tiny tensors too are read, sent and written in several pieces, and added up in two buckets.
 weights.PIECE = dist._DEFAULT_FIRST_BUCKET_BYTES = 2048
+# With --compile the traced operations run as they are: what is tested is that they can be traced.
+torch.compile = partial(torch.compile, backend="eager")
 
 
 class Ended(BaseException):

@@ -1,12 +1,19 @@
 """The benchmarks measure what they say: train.py's own step, and the steps after the warm-up."""
+import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
-from bench import step, training
-from tiny import arguments, metrics, run_here, setup
+from bench import gpu, step, training
+from tiny import ROOT, arguments, metrics, run_here, setup
 
 # A train.py whose measured steps take SECONDS for 10 tokens, and all others 100 s.
 PROGRAM = """
@@ -53,6 +60,132 @@ def test_the_step_that_is_measured_is_the_step_of_train(tmp_path, batch_tokens):
 
 
 def test_synthetic_documents_have_the_length_that_was_asked_for():
-    dataset = step.synthetic(5, 40, vocabulary=7)
+    dataset = step.synthetic([40] * 5, vocabulary=7)
     assert dataset.lengths.tolist() == [40] * 5 and dataset.ids.max() == 6
     assert dataset.counts.sum(1).tolist() == [40] * 5 and (dataset.counts[0] > 0).sum() == 2
+
+
+# ---------------------------------------------------------------- bench.gpu
+
+FAKE_STAGES = """
+import os, subprocess, sys, time
+from pathlib import Path
+
+def good(report, device, tiny):
+    report.at_most(3, "small enough", 0.5, 1.0)
+    report.row(2, "a number", 1234567.0, "us")
+
+def hang(report, device, tiny):
+    report.at_most(3, "found before it hung", 0.5, 1.0)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(600)
+
+def broken(report, device, tiny):
+    with report.trying(4, "what raises is a row"):
+        raise RuntimeError("no such kernel")
+    report.at_most(4, "not a number", float("nan"), 1.0)
+    report.at_least(4, "a planted fault that is missed", 0.5, 1.0)
+    sys.exit("gave up")
+"""
+
+
+@pytest.fixture
+def fake_stages(tmp_path, monkeypatch):
+    (tmp_path / "fake_stages.py").write_text(FAKE_STAGES)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    return tmp_path
+
+
+def is_running(pid: int) -> bool:
+    """Not a zombie either, which a dead process is until its parent asks for its status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_stage_that_hangs_or_fails_costs_its_own_results_only(fake_stages, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "STAGES", (
+        gpu.Stage("hang", "fake_stages:hang", 4), gpu.Stage("broken", "fake_stages:broken", 30),
+        gpu.Stage("good", "fake_stages:good", 30, alone=True)))
+    output = fake_stages / "results.json"
+    assert gpu.main(["--device", "cpu", "--budget", "60", "--output", str(output)]) == 1
+    results = json.loads(output.read_text())
+    outcomes = {name: stage["outcome"] for name, stage in results["stages"].items()}
+    assert outcomes == {"hang": "killed at its deadline of 4 s", "broken": "exit status 1: gave up",
+                        "good": "ended"}
+    assert {row["name"]: row["passed"] for row in results["rows"]} == {
+        "small enough": True, "a number": None, "found before it hung": True, "what raises is a row": False,
+        "not a number": False, "a planted fault that is missed": False, "hang": False, "broken": False}
+    wait_for(lambda: not any(is_running(int(pid)) for pid in (fake_stages / "pids").read_text().split()))
+    *_, table, last = capsys.readouterr().out.partition("\n\n")
+    *lines, last = last.splitlines()
+    assert max(map(len, lines)) <= 80 and any("1,234,567 us" in line for line in lines)
+    assert any("RuntimeError: no such kernel" in line for line in lines)
+    summary = json.loads(last)
+    assert summary["passed"] == 2 and "broken: not a number" in summary["failed"]
+    assert gpu.main(["--table", str(output)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages):
+    program = ("import sys; from bench import gpu; gpu.STAGES = ("
+               "gpu.Stage('good', 'fake_stages:good', 30), gpu.Stage('hang', 'fake_stages:hang', 300)); "
+               "sys.exit(gpu.main(['--device', 'cpu', '--output', sys.argv[1]]))")
+    output, pids = fake_stages / "results.json", fake_stages / "pids"
+    process = subprocess.Popen([sys.executable, "-c", program, str(output)], cwd=ROOT, text=True,
+                               env={**os.environ, "PYTHONPATH": f"{ROOT}:{fake_stages}"},
+                               stdout=subprocess.PIPE)
+
+    def found() -> set[str]:
+        rows = json.loads(output.read_text())["rows"] if output.is_file() else []
+        return {row["name"] for row in rows}
+
+    # While it runs, the file holds what the stages have found.
+    wait_for(lambda: found() == {"small enough", "a number", "found before it hung"})
+    wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not any(is_running(int(pid)) for pid in pids.read_text().split())
+    assert json.loads(out.splitlines()[-1])["failed"] == ["hang: hang"]
+    assert found() == {"small enough", "a number", "found before it hung", "hang"}
+
+
+def test_no_stage_starts_when_no_time_is_left(fake_stages, monkeypatch):
+    monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("good", "fake_stages:good", 30, alone=True),))
+    monkeypatch.setattr(gpu, "LEAST", 60)
+    output = fake_stages / "results.json"
+    assert gpu.main(["--device", "cpu", "--budget", "68", "--output", str(output)]) == 1
+    assert json.loads(output.read_text())["stages"]["good"]["outcome"] == "not started: no time was left"
+
+
+# What a stage has to find in a dry run, besides failing at nothing.
+FINDS = {
+    "versions": "torch", "fp32": "Qwen3: gradients, worst tensor", "attention":
+    "tiled: a leak between documents is caught", "bf16": "a leak between documents is caught", "syncs":
+    "--neftune-alpha 5: waits of 5 steps", "quickstart": "deterministic: resumed equals uninterrupted",
+    "transformers": "Qwen2, bf16: gradients", "generation": "Qwen2: answers as transformers, of 3", "ranks":
+    "FSDP2 by gloo: gradients", "compile": "1B: first step with compiling, deterministic", "ceilings":
+    "a small kernel, started from Python", "speed-0.13B": "0.13B: tiled attention", "speed-0.5B":
+    "0.5B: attention", "speed-1B": "1B, eager: optimizer", "peers": "trl"}
+
+
+@pytest.mark.parametrize("stage", gpu.STAGES, ids=lambda stage: stage.name)
+def test_a_dry_run_of_a_gpu_stage_fails_at_nothing(stage, tmp_path, monkeypatch):
+    # What matters is that layers go through the compiler, not its code.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    gpu.run_stage(stage.function, tmp_path / "rows.jsonl", "cpu")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row for row in rows if row["passed"] is False] == []
+    assert FINDS[stage.name] in [row["name"] for row in rows]
+    results = {"rows": rows, "hardware": {"gpus": [], "cpu": "a CPU", "versions": {}}, "seconds": 1,
+               "budget": 2}
+    assert max(map(len, gpu.table(results).splitlines())) <= 80

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import chat
 import data
@@ -251,6 +252,18 @@ def test_batch_shifts_and_counts_positions_within_each_document(folder):
     assert weighted == {SYSTEM, INSTRUCTION, COMPLETION}, "under IM no template or context target has weight"
     assert {TEMPLATE, CONTEXT} <= set(batch.kinds[batch.untrained].tolist())
     assert sorted([*batch.trained.tolist(), *batch.untrained.tolist()]) == list(range(at))
+
+
+def test_a_batch_is_copied_to_a_gpu_from_pinned_memory_but_for_the_documents_bounds(folder, monkeypatch):
+    dataset, examples = load(folder), np.array([5, 0, 7])
+    batch = collate(dataset, examples, np.zeros_like(dataset.counts[examples]))
+    pinned, copied = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **more: copied.append((x, *a, more)) or x)
+    batch.to(torch.device("cuda"))
+    tensors = [x for name, x in vars(batch).items() if name not in ("cu_seqlens", "examples")]
+    assert [id(x) for x in pinned] == [id(x) for x, *_ in copied] == [id(x) for x in tensors]
+    assert all(how == [torch.device("cuda"), {"non_blocking": True}] for _, *how in copied)
 
 
 def test_empty_batch(folder):

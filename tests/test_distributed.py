@@ -15,6 +15,7 @@ from chat import load_template
 from runtime.tokenizer import Tokenizer
 from data import load_dataset, plan
 from loss import span_weights
+from runtime import distributed
 from tiny import (ROOT, arguments, command, difference, make_records, metrics, run_here, run_many, run_script,
                   setup, weights)
 
@@ -71,6 +72,8 @@ def on_ranks(folder, alone) -> None:
         run_many(folder, [
             *(flags_of(folder, name, f"{mode}-{ranks}-{name}", **more)
               for name in RUNS for mode, more in MODES.items()),
+            *(flags_of(folder, "it", f"{mode}-{ranks}-compiled", compile=True, **more)
+              for mode, more in MODES.items() if ranks == 2),
             *(resumed(folder, start, f"{start}-to-{mode}-{ranks}", **more)
               for start in starts for mode, more in MODES.items()),
             *(flags_of(folder, "im", mode, **{**more, "output_dir": f"own-{mode}-resumed"},
@@ -95,6 +98,27 @@ def test_sharding_does_not_change_the_trajectory(folder, alone, on_ranks, name, 
             for data, kinds in theirs["data"].items():
                 for kind, value in kinds.items():
                     assert mine["data"][data][kind] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled_layers_run_on_several_ranks(folder, alone, on_ranks, mode):
+    out = weights(folder / f"{mode}-2-compiled" / "final")
+    assert difference(out, weights(alone["it"] / "final")) < 1e-5 < 0.01 < difference(
+        out, weights(folder / "model"))
+
+
+def test_ddp_leaves_its_inputs_on_their_devices(monkeypatch):
+    """Told a device, DDP would move the documents' bounds to it, and the host would wait to read them."""
+    class Told(Exception):
+        pass
+
+    def told(model, **more):
+        raise Told(more)
+    monkeypatch.setattr(distributed, "DistributedDataParallel", told)
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
+    with pytest.raises(Told) as raised:
+        distributed.data_parallel(torch.nn.Linear(1, 1), torch.device("cuda"))
+    assert raised.value.args == ({"gradient_as_bucket_view": True},)
 
 
 @pytest.mark.parametrize("start, to", [

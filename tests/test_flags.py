@@ -19,6 +19,7 @@ class Some:
     name: str = flag("", "any text")
     files: list[str] = flag(list, "names")
     fast: bool = flag(False, "yes or no")
+    tidy: bool | None = flag(None, "yes, no, or as the device asks")
     delete: bool = flag(False, "only on the command line", in_file=False)
 
 
@@ -40,6 +41,7 @@ def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
     ("name", "", '--name "": must be text, and not empty'), ("name", [], r"--name \[\]: must be text"),
     ("files", [1], r"--files \[1\]: must be one name or a list"), ("files", {"a": 1}, "--files"),
     ("files", [""], "--files"), ("fast", "no", '--fast "no": must be true or false'), ("fast", 1, "--fast 1"),
+    ("tidy", "no", '--tidy "no": must be true or false'), ("tidy", None, ""),
     ("delete", "no", ""), ("unheard_of", 1, "unknown flags 'unheard_of'")])
 def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, says):
     if not says:
@@ -47,15 +49,18 @@ def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, say
         return
     with pytest.raises(ValueError, match=says):
         given(tmp_path, {name: value})
-    if isinstance(value, str) and name != "fast":   # the same words on the command line
+    if isinstance(value, str) and name not in ("fast", "tidy"):   # the same words on the command line
         with pytest.raises(ValueError, match=says.split(":")[0]):
             given_flags(Some, flags(**{name: value}), "some.py", "")
 
 
 def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
-    saved = {"rate": "1e-4", "share": 0, "count": 7, "mode": "b", "files": "one.jsonl", "fast": True}
-    argv = ["--rate", "1e-4", "--share", "0", "--count", "7", "--mode", "b", "--files", "one.jsonl", "--fast"]
-    expected = {"rate": 1e-4, "share": 0.0, "count": 7, "mode": "b", "files": ["one.jsonl"], "fast": True}
+    saved = {"rate": "1e-4", "share": 0, "count": 7, "mode": "b", "files": "one.jsonl", "fast": True,
+             "tidy": False}
+    argv = ["--rate", "1e-4", "--share", "0", "--count", "7", "--mode", "b", "--files", "one.jsonl", "--fast",
+            "--no-tidy"]
+    expected = {"rate": 1e-4, "share": 0.0, "count": 7, "mode": "b", "files": ["one.jsonl"], "fast": True,
+                "tidy": False}
     assert given(tmp_path, saved) == given_flags(Some, argv, "some.py", "") == expected
     assert given(tmp_path, saved, ["--no-fast", "--rate", "2", "--files", "a", "b"]) == {
         **expected, "fast": False, "rate": 2.0, "files": ["a", "b"]}
@@ -105,10 +110,10 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
         default = getattr(train.Config(), f.name)
         choices = f.metadata["choices"]
         other[f.name] = (next(c for c in choices if c != default) if choices else not default
-                         if f.type is bool else ["a", "b"] if f.type == list[str]
+                         if f.type in (bool, bool | None) else ["a", "b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
-            if name not in ("overwrite", "resume", "device", "compile", "eval_generate")}
+            if name not in ("overwrite", "resume", "device", "eval_generate")}
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept
@@ -130,7 +135,6 @@ def test_flags_config_file_and_their_errors(tmp_path):
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
                        (["--max-length", "1"], "--max-length 1"),
-                       (["--shard", "--compile"], "--compile"),
                        (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(argv)

@@ -386,7 +386,7 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
 # Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.
 MAY_CHANGE = {"output_dir", "overwrite", "save_every", "keep_checkpoints", "save_dtype", "resume",
               "eval_every", "log_every", "eval_generate", "eval_data", "date", "micro_batch_tokens", "device",
-              "shard", "recompute", "compile", "cache_dir"}
+              "shard", "recompute", "compile", "deterministic", "cache_dir"}
 # These may where the steps already trained stay as they were.
 MAY_IN_PART = {"epochs", "max_steps", "warmup_ratio"}
 

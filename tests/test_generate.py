@@ -1,6 +1,7 @@
 """Generation against transformers on random weights, sampling against a plain implementation of it, and the
 program on a tiny checkpoint folder."""
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import eval.engine as engine
 import eval.generate as module
@@ -18,7 +20,7 @@ from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
 from references import FAMILIES, make_reference
-from tiny import WORDS, flags, make_model, make_records, run_module
+from tiny import WORDS, copies_of_meta_tensors, flags, make_model, make_records, run_module
 
 LENGTHS = (5, 30, 1, 12, 21, 12, 3, 40, 2)
 NEVER = {-1}
@@ -191,6 +193,34 @@ def test_samples_are_the_prompts_own_whatever_runs_beside_them(mine):
     assert different[0] == alone[0] and len(set(map(tuple, different.values()))) == 3
     reseeded = next(Engine(mine).answers(same[:1], NEVER, 15, 1, Sampling(1.0, 0.9, 20, seed=4), [(0, 0)]))
     assert reseeded[1] != alone[0]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, 0.9), Sampling(0.7, 0.9, 20)],
+                         ids=["greedy", "all", "top-p", "top-k"])
+def test_the_host_waits_once_a_step_for_the_ids_that_were_chosen(mine, monkeypatch, sampling):
+    steps, step = [], Engine.step
+    monkeypatch.setattr(Engine, "step", lambda *a: steps.append(1) or step(*a))
+    copies = copies_of_meta_tensors(monkeypatch)
+    monkeypatch.setattr(torch, "autocast", lambda *a, **more: nullcontext())
+    found = list(Engine(mine.to("meta")).answers(make_prompts(), NEVER, 15, 4, sampling))
+    assert sorted(i for i, _, _ in found) == list(range(len(LENGTHS)))
+    assert copies == ["tolist"] * len(steps) and len(steps) > 15
+
+
+class NoSumsOfFloats(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten.cumsum.default or not args[0].is_floating_point()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_sampling_cumulates_integers_which_cuda_does_in_deterministic_mode_too(top_p):
+    """There cumsum raises for floating-point numbers."""
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(0))
+    with NoSumsOfFloats():
+        Sampling(1.0, top_p).choose(logits, torch.rand(4))
+    mass = engine.in_units(logits.softmax(-1))
+    assert (mass.sum(-1) / engine.UNITS - 1).abs().max() < 1e-6
 
 
 # ---------------------------------------------------------------- guessed tokens

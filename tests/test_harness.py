@@ -30,7 +30,7 @@ from eval.harness_model import HarnessModel
 from eval.likelihood import log_likelihoods
 from harness_tasks import TASKS, make_documents, make_tasks, write_lines
 from model import Llama, load_model
-from tiny import ROOT, WORDS, flags, make_model
+from tiny import ROOT, WORDS, copies_of_meta_tensors, flags, make_model
 
 # Reading the harness's own tasks takes ten seconds.
 NO_DEFAULTS = partial(TaskManager, include_defaults=False)
@@ -109,6 +109,16 @@ def test_no_token_of_a_shared_prefix_is_computed_twice(folder, monkeypatch):
     assert sum(rows) == len(prefixes) < sum(len(inputs) for inputs, _ in requests) / 3
     assert max(rows) == 100
     assert list(log_likelihoods(model, [], 100)) == []
+
+
+def test_the_host_waits_once_for_each_row_in_which_requests_end(folder, monkeypatch):
+    model = load_model(folder / "model").requires_grad_(False)
+    requests = make_requests(model)
+    ended = sum(any(last == len(requests[i][0]) for i, _, last in row)
+                for row in likelihood.make_rows(requests, 100))
+    copies = copies_of_meta_tensors(monkeypatch)
+    assert len(list(log_likelihoods(model.to("meta"), requests, 100))) == len(requests)
+    assert copies == ["cpu"] * ended and ended > 2
 
 
 def test_bf16_is_as_far_from_exact_as_each_request_alone(folder):

@@ -95,14 +95,14 @@ def test_a_part_imports_only_what_lies_below_it(part):
         assert others <= MAY_IMPORT[part], f"{module} imports {sorted(others - MAY_IMPORT[part])}"
 
 
-@pytest.mark.parametrize("module", ["eval.spans", "eval.generate"])
+@pytest.mark.parametrize("module", ["eval.estimate", "eval.generate", "eval.spans"])
 def test_what_train_takes_from_eval_knows_nothing_of_train(module):
     assert module in ARROWS["train"] and "train" not in reached(module)
 
 
 def test_train_takes_nothing_else_from_eval():
     taken = {module for module in ARROWS["train"] if module.startswith("eval")}
-    assert taken == {"eval.spans", "eval.generate"}
+    assert taken == {"eval.estimate", "eval.generate", "eval.spans"}
 
 
 def test_no_module_imports_itself_over_others():

@@ -1,4 +1,7 @@
 """The fast paths against their definitions, forward and backward, and what they keep in between."""
+import re
+import runpy
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -52,6 +55,39 @@ def test_a_bucket_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(h
         attention_kernels._length_buckets.cache_clear()
 
 
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None,
+                scale=None):
+    assert is_causal and max_q == max_k == 144 and query.shape == key.shape
+    return attention_reference(query, key, value, cu_seq_q)
+
+
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1)):
+    assert window_size == (-1, 0)
+    return varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, True)
+
+
+def varlen_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None,
+                window_size=(-1, -1), enable_gqa=False, seqused_k=None, block_table=None, num_splits=None):
+    assert window_size == (-1, 0) and enable_gqa and key.shape[1] == 2
+    return attention_reference(query, key, value, cu_seq_q)
+
+
+@pytest.mark.parametrize("function", [varlen_2_10, varlen_2_11, varlen_2_13])
+def test_varlen_attn_is_called_as_each_release_of_pytorch_has_it(function, monkeypatch):
+    """Stand-ins with the signatures of PyTorch 2.10, 2.11 and 2.13. Before 2.12 keys need as many heads as
+    queries."""
+    monkeypatch.setattr(attention_kernels, "varlen_attn", function)
+    monkeypatch.setattr(attention_kernels, "VARLEN_KEYWORDS", attention_kernels.varlen_keywords(function))
+    assert attention_kernels.varlen_fault(4, 2, 8, torch.device("cpu")) == ""
+
+
+def test_a_pytorch_without_varlen_attn_is_refused_by_its_version(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)
+    with pytest.raises(ImportError, match=f"PyTorch {re.escape(torch.__version__)} is too old: 2.10 "):
+        runpy.run_path(attention_kernels.__file__)
+
+
 def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
     """A document of 16 tiles, with a gradient whose mean is not 0: sums in bf16 would stop growing. Rounding
     what each tile gives costs 0.2 % here, rounding their sums too 0.5 %."""
@@ -86,11 +122,35 @@ def test_attention_definition_is_a_loop_over_documents():
 # ---------------------------------------------------------------- head
 
 
-@pytest.fixture(params=["one chunk", "many chunks"])
+@pytest.fixture(params=["one chunk", "many chunks", "as on CUDA", "as on CUDA, not compiled"])
 def chunk_size(request, monkeypatch):
-    if request.param == "many chunks":
+    """As on CUDA: in its chunks, and with what torch.compile traces; a backend runs that as it is."""
+    if request.param != "one chunk":
         for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10)):
             monkeypatch.setattr(head_kernels, name, size)
+    if request.param.startswith("as on CUDA"):
+        as_on_cuda(monkeypatch, works=request.param == "as on CUDA")
+
+
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch, works: bool = True) -> list:
+    """Let the head take its way for CUDA, on the CPU. works: whether torch.compile does. Returns a list that
+    gets what is compiled."""
+    compiled, original = [], torch.compile
+
+    def compile_eagerly(function: Callable, **more: object) -> Callable:
+        compiled.append(function)
+        if not works:
+            raise RuntimeError("no compiler is found")
+        return original(function, **more, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    monkeypatch.setattr(head_kernels, "on_gpu", lambda x: True)
+    monkeypatch.setattr(head_kernels, "TILE", 4)
+    monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 17 * 31)
+    monkeypatch.setattr(head_kernels, "LEAST_COMPILED", 1)
+    for name in ("nll_of_logits", "nll_and_gradient"):
+        monkeypatch.setattr(head_kernels, name, head_kernels.Compiled(getattr(head_kernels, f"_{name}")))
+    return compiled
 
 
 def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[torch.Tensor, ...]:
@@ -101,6 +161,7 @@ def random_rows(rows: int = 40, width: int = 12, vocabulary: int = 31) -> tuple[
     return hidden, head, targets, torch.rand(rows, generator=generator)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 @pytest.mark.parametrize("rows", [1, 6, 7, 40])
 def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows, chunk_size):
     hidden, head, targets, scale = random_rows(rows)
@@ -115,6 +176,7 @@ def test_chunked_loss_equals_plain_loss_with_unequal_weights(rows, chunk_size):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
     hidden, head, targets, scale = random_rows(40)
     plain = (scale * nll_reference(hidden, head, targets)).sum()
@@ -127,12 +189,62 @@ def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
         assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 2e-2
 
 
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
 def test_no_rows_give_zero_with_a_graph(chunk_size):
     hidden, head, targets, scale = random_rows(3)
     loss, values = weighted_nll(hidden[:0], head, targets[:0], scale[:0])
     assert loss.item() == 0 and loss.requires_grad and len(values) == 0
     loss.backward()
     assert not hidden.grad.any() and not head.grad.any()
+
+
+def test_chunks_for_cuda_are_whole_tiles_of_thousands_of_rows_within_a_bound():
+    for rows, vocabulary, size in ((13_000, 49_152, 3328), (4096, 49_152, 4096), (4097, 49_152, 2176),
+                                   (13_000, 151_936, 3328), (9_000, 262_144, 1920), (50, 10**9, 50)):
+        slices = head_kernels.chunks(rows, vocabulary, large=True)
+        assert [i for x in slices for i in range(rows)[x]] == list(range(rows)) and slices[0].stop == size
+        assert len({x.stop - x.start for x in slices[:-1]}) <= 1
+        assert size == rows or size % 128 == 0 and size * vocabulary <= 2**29
+
+
+def test_what_is_done_to_each_logit_is_compiled_on_cuda_only_and_only_where_it_may_be(monkeypatch):
+    hidden, head, targets, scale = random_rows()
+    on_cpu = head_kernels.on_gpu
+    compiled = as_on_cuda(monkeypatch)
+    on_cuda = head_kernels.on_gpu
+    for on_gpu, allowed, least in ((on_cpu, True, 1), (on_cuda, False, 1), (on_cuda, True, 17)):
+        monkeypatch.setattr(head_kernels, "on_gpu", on_gpu)
+        monkeypatch.setattr(head_kernels, "LEAST_COMPILED", least)
+        weighted_nll(hidden, head, targets, scale, compiled=allowed)
+        nll(hidden, head, targets, compiled=allowed)
+    assert not compiled
+    monkeypatch.setattr(head_kernels, "LEAST_COMPILED", 16)
+    for _ in range(2):
+        weighted_nll(hidden, head, targets, scale)
+        nll(hidden, head, targets)
+    assert compiled == [head_kernels._nll_and_gradient, head_kernels._nll_of_logits]
+
+
+def test_where_torch_compile_does_not_work_it_is_tried_once_and_the_loss_is_the_same(monkeypatch):
+    hidden, head, targets, scale = random_rows()
+    expected, _ = weighted_nll(hidden, head, targets, scale)
+    compiled = as_on_cuda(monkeypatch, works=False)
+    with pytest.warns(UserWarning, match="without torch.compile.*RuntimeError: no compiler is found"):
+        loss, _ = weighted_nll(hidden, head, targets, scale)
+    assert len(compiled) == 1 and len(head_kernels.chunks(40, 31, large=True)) > 1
+    torch.testing.assert_close(loss, expected)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_compiler_that_does_not_work():
+    def run_out(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    function = head_kernels.Compiled(run_out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+        with pytest.raises(torch.OutOfMemoryError):
+            function(torch.zeros(head_kernels.LEAST_COMPILED))
+    assert function.works
 
 
 # ---------------------------------------------------------------- layers
@@ -316,3 +428,71 @@ def test_linears_step_aside_for_what_is_not_a_plain_linear_layer(change):
     expected = torch.autograd.grad((expected + plain(normed(x, weight))).sum(), x)[0]
     torch.testing.assert_close(results[0][1], expected)
     assert not torch.allclose(results[0][1], 2 * results[1][1])     # what two plain ones would give
+
+
+def multiply_as_cuda_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.mm's and torch.addmm's out_dtype, which no CPU has: bf16 products are summed and returned in
+    fp32."""
+    def exact(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        # Autocast leaves fp64 alone.
+        return (a.double() @ b.double()).float()
+
+    def mm(a: torch.Tensor, b: torch.Tensor, **more: object) -> torch.Tensor:
+        return exact(a, b) if more == {"out_dtype": torch.float32} else original(a, b, **more)
+
+    def addmm(sums: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype,
+              out: torch.Tensor) -> None:
+        assert out is sums and out_dtype == sums.dtype == torch.float32
+        out += exact(a, b)
+
+    original = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    for module in (layers, head_kernels):
+        monkeypatch.setattr(module, "multiplies_to_fp32", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(head_kernels, "adds_in_fp32", lambda device: True)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_gradients_are_the_fp32_products_where_a_gpu_returns_them(compiled, monkeypatch):
+    """All of a layer's code is one graph when compiled."""
+    multiply_as_cuda_does(monkeypatch)
+    modules, (x, weight) = make_linears(12, 6, 4), make((50, 12), (12,))
+    grads = [g.bfloat16() for g in make((50, 6), (50, 4), seed=1)]
+
+    def function(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
+        return layers.linears(normed(x, weight), *modules)
+
+    if compiled:
+        function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    with autocast("bf16"):
+        outputs, exact = function(x, weight), normed_reference(x, weight).detach().float()
+        expected = layers.linears_reference(normed_reference(x, weight), *modules)
+    parameters = [p for module in modules for p in module.parameters()]
+    got = torch.autograd.grad(outputs, [*parameters, x, weight], grads)
+    plain = torch.autograd.grad(expected, [*parameters, x, weight], grads)
+    for a, b in zip(got, plain):
+        assert a.dtype == b.dtype == torch.float32 and (a - b).norm() <= 0.01 * b.norm()
+    for a, b, grad in ((got[0], plain[0], grads[0]), (got[2], plain[2], grads[1])):
+        torch.testing.assert_close(a, grad.float().T @ exact, atol=1e-5, rtol=1e-5)
+        assert torch.equal(b, b.bfloat16().float()) and not torch.equal(a, a.bfloat16().float())
+
+
+def test_the_heads_gradient_is_summed_in_fp32_without_rounding_where_a_gpu_adds_so(monkeypatch):
+    """Of 100 chunks, each of which rounds its product to bf16 otherwise."""
+    hidden, head, targets, scale = random_rows(400)
+    off = []
+    for as_cuda_does in (False, True):
+        as_on_cuda(monkeypatch)
+        monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 4 * 31)
+        if as_cuda_does:
+            multiply_as_cuda_does(monkeypatch)
+        with autocast("bf16"):
+            got = torch.autograd.grad(weighted_nll(hidden, head, targets, scale)[0], head)[0]
+            cast = head.detach().bfloat16().requires_grad_()
+            logits = hidden.detach().bfloat16() @ cast.T
+        logits = logits.detach().float().requires_grad_()
+        (scale * F.cross_entropy(logits, targets, reduction="none")).sum().backward()
+        exact = logits.grad.bfloat16().float().T @ hidden.detach().bfloat16().float()
+        off.append(((got - exact).norm() / exact.norm()).item())
+    assert off[1] < 1e-4 < 5e-4 < off[0]

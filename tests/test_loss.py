@@ -4,11 +4,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE
 from data import Batch
 from kernels import head as head_kernels
-from loss import coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
+from loss import _hash, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
 
 
 # One document, tokens:  <u> name a plum </u> <a> red </a>      targets are all but the first
@@ -72,7 +73,10 @@ def test_presets_and_overrides():
 
 def test_sums_by_kind():
     got = sums_by_kind(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([COMPLETION, TEMPLATE, COMPLETION]))
-    assert got.tolist() == [2, 0, 0, 5, 0]
+    assert got.dtype == torch.float64 and got.tolist() == [2, 0, 0, 5, 0]
+    # One that is not finite is its kind's alone.
+    got = sums_by_kind(torch.tensor([math.nan, 2.0]), torch.tensor([COMPLETION, TEMPLATE]))
+    assert math.isnan(got[COMPLETION]) and got.nan_to_num().tolist() == [2, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("chunk_logits", [2**25, 7 * 31])
@@ -98,12 +102,36 @@ def test_kl_is_zero_at_the_start_positive_later_and_has_the_full_gradient(chunk_
     assert kl_divergence(hidden[:0], head, start_hidden[:0], start_head, scale[:0]).requires_grad
 
 
+class Casts(TorchDispatchMode):
+    """Counts the tensors of a shape that are cast."""
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return function(*args, **(kwargs or {}))
+
+
+def test_kl_casts_the_starting_models_head_once_for_all_chunks_and_both_passes(monkeypatch):
+    monkeypatch.setattr(head_kernels, "CHUNK_LOGITS", 7 * 31)
+    hidden, head = torch.randn(40, 12).requires_grad_(), torch.randn(31, 12).requires_grad_()
+    results = []
+    for start_head in (head.detach(), head.detach().bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16), Casts((31, 12)) as casts:
+            kl_divergence(hidden, head, hidden.detach(), start_head, torch.rand(40)).backward()
+        results.append(casts.count)
+    assert len(head_kernels.chunks(40, 31)) > 2 and results[0] == results[1] + 1
+
+
 def batch_of(lengths: list[int], examples: list[int]) -> Batch:
-    n = sum(lengths)
-    fields = dict.fromkeys(("ids", "targets", "kinds", "positions", "documents", "coefficients",
-                            "trained", "untrained"), torch.zeros(n))
-    return Batch(**fields, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
-                 examples=np.array(examples))
+    n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    unused = ("ids", "targets", "kinds", "coefficients", "trained", "untrained")
+    fields = dict.fromkeys(unused, torch.zeros(n))
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return Batch(**fields, documents=documents, positions=torch.arange(n) - cu_seqlens[documents],
+                 cu_seqlens=cu_seqlens.int(), examples=np.array(examples))
 
 
 def test_neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the_documents_length():
@@ -113,5 +141,52 @@ def test_neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the
         bound = alpha / math.sqrt(length * width)               # the paper's formula
         assert 0.95 * bound < rows.abs().max() <= bound and abs(rows.mean()) < bound / 10
         assert torch.equal(rows, neftune_noise(batch_of([length], [example]), width, alpha, 1, 2))
-        for seed, step, other in ((2, 2, example), (1, 3, example), (1, 2, example + 1)):
-            assert not torch.equal(rows, neftune_noise(batch_of([length], [other]), width, alpha, seed, step))
+        for seed, step, other in ((2, 2, example), (1, 3, example), (1, 2, example + 1),
+                                  (1 + 2**70, 2, example)):
+            another = neftune_noise(batch_of([length], [other]), width, alpha, seed, step)
+            assert not torch.equal(rows, another)
+
+
+def test_the_hash_of_the_noise_is_its_formula_on_unsigned_numbers():
+    numbers = np.random.default_rng(0).integers(0, 2**32, 10_001, dtype=np.uint32)
+    expected = numbers.copy()
+    for shift, factor in ((16, 0x7feb352d), (15, 0x846ca68b)):
+        expected ^= expected >> np.uint32(shift)
+        expected *= np.uint32(factor)
+    expected ^= expected >> np.uint32(16)
+    got = _hash(torch.from_numpy(numbers.view(np.int32).copy()))
+    np.testing.assert_array_equal(got.numpy().view(np.uint32), expected)
+
+
+def test_neftune_noise_is_uniform_and_its_numbers_have_nothing_to_do_with_each_other():
+    """In standard deviations of what independent uniform numbers would give, of which 5 are a fault."""
+    length, width = 1024, 256
+
+    def uniform(seed: int, step: int) -> torch.Tensor:
+        batch, alpha = batch_of([length] * 3, [0, 1, 70_000]), math.sqrt(length * width)
+        return neftune_noise(batch, width, alpha, seed, step).double().view(-1, length, width)
+
+    x = uniform(0, 0)
+    n = x.numel()
+    assert -1 <= x.min() < -0.999 and 0.999 < x.max() < 1
+    # Variance 1 / 3, and of the square 4 / 45.
+    assert abs(x.mean()) * math.sqrt(3 * n) < 5 and abs(x.square().mean() - 1 / 3) * math.sqrt(n * 45 / 4) < 5
+    counts = torch.histc(x, 256, -1, 1)
+    chi_squared = ((counts - n / 256).square() / (n / 256)).sum()
+    assert abs(chi_squared - 255) < 5 * math.sqrt(2 * 255)
+
+    def related(a: torch.Tensor, b: torch.Tensor) -> float:
+        return abs(float((a * b).mean())) * 3 * math.sqrt(a.numel())
+
+    for lag in (1, 2, 16, 128):
+        assert related(x[..., lag:], x[..., :-lag]) < 5 and related(x[:, lag:], x[:, :-lag]) < 5
+    assert related(x[1:], x[:-1]) < 5                                           # examples
+    assert related(x[:, 1:, 1:], x[:, :-1, :-1]) < 5
+    for seed, step in ((0, 1), (1, 0), (1, 1), (0, 65_536)):
+        assert related(x, uniform(seed, step)) < 5
+    # Sums over a token's numbers and over a column's vary as sums of independent numbers do.
+    for sums, count in ((x.sum(2), width), (x.sum(1), length)):
+        assert abs(sums.square().mean() * 3 / count - 1) * math.sqrt(sums.numel() / 2) < 5
+    bits = ((x * 2**23).round().long() + 2**23).flatten()
+    for bit in range(24):
+        assert abs((bits >> bit & 1).double().mean() - 0.5) * 2 * math.sqrt(n) < 5

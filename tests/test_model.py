@@ -3,6 +3,8 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +12,24 @@ import torch.nn.functional as F
 import transformers
 
 import model as model_module
+from eval.engine import Engine
 from kernels import attention as attention_kernels
 from kernels.attention import attention_reference
 from model import Llama, load_model
 from references import FAMILIES, LLAMA3, SIZES, make_reference, packed, same_as_transformers
 from runtime.model_config import ModelConfig, read_config
+
+
+def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
+    """Let torch.compile run what it traces as it is. Returns the list that its graphs are added to."""
+    graphs, original = [], torch.compile
+    torch.compiler.reset()
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable:
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
+    return graphs
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -84,11 +99,63 @@ def test_varlen_is_used_only_if_it_agrees_with_the_definition(fault, tmp_path, m
     reason = attention_kernels.varlen_fault(4, 2, 8, torch.device("cpu"))
     assert (reason == "") == (fault == "")
     if fault == "raises":
-        assert reason == "it raised RuntimeError: no kernel"
+        assert reason == "varlen_attn raised RuntimeError: no kernel"
     else:
         mine.varlen = True
         assert torch.allclose(mine(*row), expected, atol=1e-5) == (fault == "")
-    assert mine.choose_attention(torch.bfloat16) == ""      # never on the CPU
+    mine.choose_attention(torch.bfloat16)   # never on the CPU
+    assert not mine.varlen and mine.attention == "tiled products: varlen_attn needs CUDA and bf16"
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_layers_are_compiled_as_one_graph_whatever_the_rows(varlen, monkeypatch):
+    """For all layers and for rows of any lengths and number of documents, with noise or recomputation: one
+    graph with gradients, one without. In the first row all sizes are equal, the width of the model, too."""
+    graphs = count_graphs(monkeypatch)
+
+    def stand_in(q, k, v, cu_seqlens, longest):
+        return attention_kernels.attention(q, k, v, cu_seqlens) + q.new_zeros(longest).sum()
+
+    monkeypatch.setattr(model_module, "varlen_attention", stand_in)
+    config = ModelConfig.from_dict({**SIZES, "model_type": "llama", "num_hidden_layers": 10})
+    compiled, plain = Llama(config), Llama(config)
+    for model in (compiled, plain):
+        model_module.init_weights(model, 0)
+        model.varlen = varlen
+    compiled.compile_layers()
+    n = config.hidden_size
+    for number, lengths in enumerate([[n], [20, 12], [7, 9, 11], [1] * 40, [60, 1, 1], [16], [2], [1], []]):
+        row = packed([torch.arange(length) for length in lengths] or [torch.arange(0)])
+        row = row if lengths else (*row[:2], torch.zeros(1, dtype=torch.int32))
+        noise = torch.randn(sum(lengths), n) if number % 2 else None
+        for recompute in (False, True):
+            compiled.recompute = plain.recompute = recompute
+            outs = [model(*row, noise) for model in (compiled, plain)]
+            grad = torch.randn_like(outs[0])
+            for model, out in zip((compiled, plain), outs):
+                model.zero_grad()
+                out.backward(grad)
+            torch.testing.assert_close(*outs, atol=1e-4, rtol=1e-4)
+            for a, b in zip(compiled.parameters(), plain.parameters()):
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-3, rtol=1e-3)
+    assert len(graphs) == 1
+    for lengths in ([30, 10], [50], [17, 18, 19]):
+        with torch.no_grad():
+            compiled(*packed([torch.arange(length) for length in lengths]))
+    assert len(graphs) == 2
+    # Generation runs the layers of its copy, with its own attention.
+    answers = [next(Engine(model).answers([[5, 6, 7] * 8], set(), 4)) for model in (compiled, plain)]
+    assert answers[0] == answers[1] and len(graphs) == 2
+
+
+def test_recomputation_leaves_the_random_state_alone(monkeypatch):
+    """Nothing in a layer is random. On CUDA storing and setting the state takes time in each layer."""
+    model = Llama(ModelConfig.from_dict({**SIZES, "model_type": "llama"}))
+    model_module.init_weights(model, 0)
+    model.recompute = True
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("the state was stored"))
+    model(*packed([torch.arange(9)])).sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lm_head" not in name)
 
 
 def test_empty_row_has_a_graph_to_every_parameter(tmp_path):

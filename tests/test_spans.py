@@ -14,7 +14,9 @@ from chat import KINDS, load_template
 from runtime.tokenizer import Tokenizer
 from data import load_dataset
 from eval import bootstrap, spans
-from tiny import flags, make_model, make_records, run_module
+from model import Llama
+from runtime.model_config import read_config
+from tiny import copies_of_meta_tensors, flags, make_model, make_records, run_module
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,18 @@ def test_neither_micro_batches_nor_ranks_change_the_numbers(folder):
         assert other.keys() == whole.keys() and len(whole) == 2 * 2 * len(KINDS)
         for key in whole:
             np.testing.assert_allclose(other[key], whole[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("capacity", [120, 600])
+def test_the_host_waits_for_a_file_once_however_many_rows_it_takes(folder, monkeypatch, capacity):
+    tokenizer = Tokenizer(folder / "one")
+    template = load_template("llama3", tokenizer)
+    dataset = load_dataset([folder / "a.jsonl"], tokenizer, template, 120, "truncate", folder / "cache")
+    with torch.device("meta"):
+        model = Llama(read_config(folder / "one"))
+    copies, rows = copies_of_meta_tensors(monkeypatch), []
+    spans.example_sums(model, dataset, capacity, torch.device("meta"), progress=lambda x: rows.extend(x) or x)
+    assert copies == ["cpu"] and len(rows) > 2
 
 
 def test_a_seed_fixes_the_intervals_and_another_gives_others(folder):

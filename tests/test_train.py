@@ -2,7 +2,9 @@
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,13 @@ from safetensors.torch import load_file, save_file
 import model as model_module
 import train
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, load_template
+from runtime.model_config import ModelConfig, read_config
 from runtime.tokenizer import Tokenizer
 from data import collate, load_dataset, plan
-from kernels import head
+from kernels import head, layers
 from loss import neftune_noise
-from tiny import (arguments, difference, make_model, make_records, metrics, run_apart, run_here, setup,
-                  weights)
+from tiny import (arguments, copies_of_meta_tensors, difference, make_model, make_records, metrics, run_apart,
+                  run_here, setup, weights)
 
 
 @pytest.fixture(scope="module")
@@ -235,29 +238,126 @@ def test_recompute_changes_nothing(folder):
     assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
 
 
-def test_compile_compiles_every_layer_alike_and_changes_nothing(folder, monkeypatch):
-    """By a backend that runs the traced operations as they are: what is tested is what is handed to it. With
-    ten layers, because PyTorch gives up on code that it had to compile eight times."""
+def test_compile_changes_nothing_and_makes_one_graph_of_a_run(folder, monkeypatch):
+    """By a backend that runs the traced operations as they are. PyTorch would give up on code that it had to
+    compile eight times: here ten layers and several micro-batches a step, with noise and recomputation."""
     make_model(folder / "deep", layers=10)
-    compiled, graphs, calls, original = [], [], [], torch.nn.Module.compile
-
-    def compile_eagerly(module: torch.nn.Module, **more: object) -> None:
-        compiled.append(module)
-        original(module, **more, backend=backend)
+    graphs, calls, original = [], [], torch.compile
+    torch.compiler.reset()
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Callable:
         graphs.append(graph)
         return lambda *args: calls.append(1) or graph.forward(*args)
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
-    argv = dict(model=folder / "deep", max_steps=2, lr=1e-3)
+    monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
+    monkeypatch.setattr(train, "compile_fault", lambda device: "")
+    argv = dict(model=folder / "deep", max_steps=2, lr=1e-3, micro_batch_tokens=200, recompute=True,
+                neftune_alpha=5)
     run_here(arguments(folder, "not-compiled", **argv))
-    assert not compiled
+    assert not graphs
     run_here(arguments(folder, "compiled", **argv, compile=True))
-    assert {type(module) for module in compiled} == {model_module.Layer} and len(set(compiled)) == 10
-    assert len(calls) == len(graphs) * 10 * 2 > 0      # in each layer of each step
+    # In each layer of each micro-batch, forward and again backward.
+    assert len(graphs) == 1 and len(calls) > 2 * 10 * 2 and len(calls) % 20 == 0
     start, plain, traced = (weights(folder / name)
                             for name in ("deep", "not-compiled/final", "compiled/final"))
     assert difference(traced, plain) < 1e-5 < 1e-3 < difference(start, plain)
+
+
+def test_layers_are_compiled_by_default_on_cuda_only_and_only_where_it_works(monkeypatch, capsys):
+    cpu, cuda, fault = torch.device("cpu"), torch.device("cuda"), [""]
+    monkeypatch.setattr(train, "compile_fault", lambda device: fault[0])
+    for compile, device, expected in ((None, cpu, False), (None, cuda, True), (True, cpu, True),
+                                      (True, cuda, True), (False, cpu, False), (False, cuda, False)):
+        assert train.should_compile(train.Config(compile=compile), device) == expected
+    assert not capsys.readouterr().out
+    fault[0] = "TritonMissing: no triton"
+    assert not train.should_compile(train.Config(), cuda)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("warning: the layers are not compiled") and "TritonMissing: no triton" in line
+    with pytest.raises(ValueError, match="--compile: .*TritonMissing: no triton; give --no-compile"):
+        train.should_compile(train.Config(compile=True), cuda)
+
+
+def test_micro_batches_are_as_large_as_a_gpu_allows_and_the_same_on_every_rank(folder, monkeypatch):
+    """SmolLM2-135M's shape: 8,192 tokens take 6.4 GB, 16,384 take 9.8, and a fifth of the memory is left."""
+    shape = ModelConfig.from_dict(dict(
+        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True))
+    free, other = [0], [16384]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80e9))
+    monkeypatch.setattr(train, "from_all", lambda tokens: [tokens, other[0]])
+    found = []
+    for free[0] in (7e9, 12e9, 13e9):
+        found.append(train.default_micro_batch_tokens(train.Config(), shape, torch.device("cuda")))
+    assert found == [4096, 8192, 16384]
+    other[0] = 4096
+    assert train.default_micro_batch_tokens(train.Config(), shape, torch.device("cuda")) == 4096
+    other[0] = 16384
+    assert train.default_micro_batch_tokens(train.Config(), shape, torch.device("cpu")) == 4096
+    # What was chosen is stored, so that --config repeats it.
+    run_here([*arguments(folder, "chosen", max_steps=1), "--micro-batch-tokens", "0"])
+    assert json.loads((folder / "chosen" / "run_config.json").read_text())["micro_batch_tokens"] == 4096
+
+
+def test_deterministic_changes_nothing_on_a_cpu(folder, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    argv = dict(dtype="bf16", max_steps=2, eval_data=folder / "train.jsonl", eval_generate=2)
+    run_here(arguments(folder, "usual", **argv))
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    try:
+        run_here(arguments(folder, "deterministic", **argv, deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+    usual, same = (weights(folder / out / "final") for out in ("usual", "deterministic"))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in usual.items())
+    assert [row["loss"] for row in metrics(folder / "usual")] == [
+        row["loss"] for row in metrics(folder / "deterministic")]
+
+
+def test_metrics_say_which_attention_ran_and_what_a_gpu_reserved(folder, monkeypatch):
+    """Peaks are those of one step each."""
+    resets = []
+    monkeypatch.setattr(train, "reset_peak", resets.append)
+    run_here(arguments(folder, "machine", max_steps=2))
+    assert len(resets) == 2
+    for row in metrics(folder / "machine"):
+        assert row["attention"] == "tiled products" and row["peak_reserved_mb"] is None
+        assert row["peak_memory_mb"] > 100
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("loss", ["it", "im", "lm"])
+@pytest.mark.parametrize("as_on_cuda", [False, True])
+def test_the_host_need_not_know_a_number_of_the_device_to_do_a_step(
+        folder, monkeypatch, loss, recompute, as_on_cuda):
+    """On CUDA it would wait for each."""
+    copies = copies_of_meta_tensors(monkeypatch)
+    if as_on_cuda:
+        monkeypatch.setattr(head, "on_gpu", lambda x: True)
+        for module in (head, layers):
+            monkeypatch.setattr(module, "multiplies_to_fp32", lambda x: x.dtype == torch.bfloat16)
+        for name in ("nll_of_logits", "nll_and_gradient"):
+            monkeypatch.setattr(head, name, getattr(head, f"_{name}"))
+    config = train.parse_args(arguments(folder, "meta", loss=loss, neftune_alpha=5, kl_weight=0.1,
+                                        compile=True))
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset(config.train_data, tokenizer, load_template("llama3", tokenizer), 120, "truncate",
+                           folder / "cache")
+    steps = train.make_steps(config, dataset, dataset.trainable(config.span_weights), 0, 1)
+    with torch.device("meta"):
+        trained, reference = (model_module.Llama(read_config(folder / "model")).bfloat16() for _ in range(2))
+    trained.recompute = recompute
+    batch = collate(dataset, *steps[0][0][0]).to(torch.device("meta"))
+    reference.requires_grad_(False)
+    value, statistics, nll = train.micro_batch_loss(trained, reference, batch, config, 0, log_untrained=True)
+    value.backward()
+    assert not copies and statistics.keys() == {"loss", "nll", "kl"} and len(nll) == len(batch.trained) > 0
+    assert bool(len(batch.untrained)) or loss == "lm"
+    assert all(x.is_meta for x in (value, nll, *statistics.values(), *(p.grad for p in trained.parameters())))
 
 
 def test_what_was_not_computed_is_null_in_the_metrics(folder):
@@ -321,7 +421,7 @@ def changed_in_step(number: int, original: Callable, change: Callable) -> Callab
 @pytest.mark.parametrize("what, owner, name, change, says", [
     ("loss", head._WeightedNLL, "forward", lambda r: (r[0] * math.nan, r[1] * math.nan),
      r"loss nan, .*Its loss is not finite for .*train\.jsonl:\d+"),
-    ("gradient", head._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, None, None),
+    ("gradient", head._WeightedNLL, "backward", lambda r: (r[0], r[1] * math.inf, *r[2:]),
      r"loss \d+\.\d+, kl \d+\.\d+, gradient norm (inf|nan)"),
     ("KL", train, "kl_divergence", lambda r: r + math.nan, r"loss \d+\.\d+, kl nan, gradient norm \d+\.\d+"),
 ], ids=["loss", "gradient", "KL"])
@@ -352,8 +452,8 @@ def test_the_records_whose_loss_is_not_finite_are_named_with_their_lines(folder,
     ids = Tokenizer(folder / "model").reference.encode("zzz", add_special_tokens=False).ids
     original, marked = head._WeightedNLL.forward, []
 
-    def forward(ctx, hidden, head, targets, scale):
-        value, nlls = original(ctx, hidden, head, targets, scale)
+    def forward(ctx, hidden, head, targets, scale, compiled):
+        value, nlls = original(ctx, hidden, head, targets, scale, compiled)
         bad = torch.isin(targets, torch.tensor(ids))
         marked.append(bool(bad.any()))
         return value + bad.sum() * math.nan if bad.any() else value, nlls.masked_fill(bad, math.nan)

@@ -141,6 +141,32 @@ def difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[k] - b[k]).norm() / b[k].norm()) for k in b)
 
+# ---------------------------------------------------------------- what the host waits for
+
+
+def copies_of_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Makes code run on the meta device, in place of CUDA. Tensors there have no numbers, so what the host
+    would wait for raises; but x.cpu() and x.tolist() give zeros. Returns a list that gets the name of each
+    such call."""
+    names: list[str] = []
+
+    def zeros_instead(name: str) -> None:
+        original = getattr(torch.Tensor, name)
+
+        def function(x: torch.Tensor) -> object:
+            if x.is_meta:
+                names.append(name)
+                x = torch.zeros(x.shape, dtype=x.dtype)
+            return original(x)
+        monkeypatch.setattr(torch.Tensor, name, function)
+
+    zeros_instead("cpu")
+    zeros_instead("tolist")
+    # The meta device has no autocast.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    return names
+
+
 # ---------------------------------------------------------------- stop and resume
 
 

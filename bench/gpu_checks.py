@@ -1,0 +1,659 @@
+"""The stages of bench.gpu that check: what holds on CUDA as on a CPU, and what is equal to what.
+
+A stage is function(report, device, tiny); tiny: shapes for a dry run on a CPU. Where numbers cannot be equal,
+the bound is stated with the check. In fp32: 1e-4 of a tensor's norm (TF32 would make some 1e-3). In bf16: 1.5
+times what computing in bf16 itself changes of the gradient, measured against fp32. Two roundings of the same
+step differ by about the square root of 2 of that. Faults are planted to see that a check would catch them.
+"""
+import contextlib
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import train
+from bench.common import REPOSITORY
+from bench.gpu import Report
+from bench.step import synthetic
+from data import Dataset, collate
+from eval.engine import Engine
+from kernels.attention import attention as tiled_attention
+from kernels.attention import varlen_attention
+from loss import coefficients
+from model import Llama
+from runtime.distributed import data_parallel, shard
+from runtime.model_config import ModelConfig
+
+FP32_LIMIT = 1e-4
+BF16_FACTOR = 1.5
+
+
+# ---------------------------------------------------------------- models and gradients of a test
+
+
+def shapes(tiny: bool) -> dict[str, dict]:
+    """config.json of a small model of each family."""
+    common = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+                  num_attention_heads=4, num_key_value_heads=2, head_dim=64, max_position_embeddings=8192,
+                  rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=False)
+    if tiny:
+        common |= dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+    return {"Llama": common | dict(model_type="llama"),
+            "Qwen2": common | dict(model_type="qwen2", tie_word_embeddings=True),
+            "Qwen3": common | dict(model_type="qwen3")}
+
+
+def build(config: dict) -> Llama:
+    """A model on the CPU with random weights that make every part matter."""
+    model = Llama(ModelConfig.from_dict(config))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.08, generator=generator)
+    return model
+
+
+def settings(dtype: str) -> train.Config:
+    return train.parse_args(["--model", "none", "--train-data", "none", "--dtype", dtype, "--loss", "im"])
+
+
+def on(device: str, model: torch.nn.Module) -> torch.nn.Module:
+    """A copy of the model."""
+    return copy.deepcopy(model).to(device)
+
+
+def step_of(model: torch.nn.Module, dataset: Dataset, micro_batches: Sequence[Sequence[int]],
+            config: train.Config) -> tuple[float, dict[str, Tensor]]:
+    """The loss and the gradients, in fp64 on the CPU, of a step of these examples."""
+    table = coefficients(dataset.counts, config.span_weights, config.normalize)
+    model.zero_grad()
+    sums, _ = train.accumulate_gradients(
+        model, None, dataset, [(np.array(m), table[m]) for m in micro_batches], config, 0)
+    gradients = {name: train.whole(p.grad).detach().double().cpu() for name, p in model.named_parameters()}
+    return float(sums["loss"]), gradients
+
+
+def whole_gradient(gradients: dict[str, Tensor]) -> Tensor:
+    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||."""
+    a, b = (x.detach().double().cpu() for x in (a, b))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def worst(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """The largest distance of two tensors of the same name."""
+    assert a.keys() == b.keys()
+    return max(distance(a[name], b[name]) for name in b)
+
+
+def logits(model: Llama, dataset: Dataset, device: str, config: train.Config) -> Tensor:
+    """(N, V) of all examples in one row."""
+    batch = collate(dataset, np.arange(len(dataset)), np.ones((len(dataset), dataset.counts.shape[1])))
+    batch = batch.to(torch.device(device))
+    with torch.no_grad(), train.autocast(config, torch.device(device)):
+        return (model(batch.ids, batch.positions, batch.cu_seqlens) @ model.head_weight.T).float()
+
+
+def exact_matrix_products() -> None:
+    """No TF32, in this process."""
+    torch.set_float32_matmul_precision("highest")
+
+
+# ---------------------------------------------------------------- stages
+
+
+def versions(report: Report, device: str, tiny: bool) -> None:
+    report.row(1, "torch", torch.__version__)
+    report.row(1, "CUDA of torch", torch.version.cuda or "none")
+    report.row(1, "Python", sys.version.split()[0])
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        report.row(1, "card", properties.name)
+        report.row(1, "its memory", properties.total_memory / 2**30, "GiB")
+        report.row(1, "its multiprocessors", properties.multi_processor_count)
+        with report.trying(1, "nvidia-smi"):
+            query = "driver_version,power.limit,clocks.max.sm,temperature.gpu"
+            done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+                                  capture_output=True, text=True, timeout=20)
+            report.row(1, "driver", note=f"{query}: {done.stdout.strip()}")
+    for name, config in shapes(tiny).items():
+        with report.trying(1, f"attention of {name}, bf16"):
+            model = build(config).to(device)
+            warning = model.choose_attention(torch.bfloat16)
+            if device == "cuda":
+                report.holds(1, f"varlen_attn is used: {name}, bf16", model.varlen, warning)
+            else:
+                report.row(1, f"attention of {name}", "varlen" if model.varlen else "tiled")
+
+
+def fp32(report: Report, device: str, tiny: bool) -> None:
+    """Logits, loss and gradients in fp32 on the device and on the CPU."""
+    exact_matrix_products()
+    config = settings("fp32")
+    for name, shape in shapes(tiny).items():
+        with report.trying(3, name):
+            model = build(shape)
+            dataset = synthetic([1, 20, 37] if tiny else [1, 127, 128, 129, 700], shape["vocab_size"])
+            batches = [range(len(dataset))]
+            moved = on(device, model)
+            report.at_most(3, f"{name}: logits", distance(logits(moved, dataset, device, config),
+                                                          logits(model, dataset, "cpu", config)), FP32_LIMIT)
+            (loss, got), (expected_loss, expected) = (
+                step_of(each, dataset, batches, config) for each in (moved, model))
+            report.at_most(3, f"{name}: loss", abs(loss / expected_loss - 1), FP32_LIMIT)
+            report.at_most(3, f"{name}: gradients, worst tensor", worst(got, expected), FP32_LIMIT)
+            if device == "cuda":
+                torch.set_float32_matmul_precision("high")
+                _, rounded = step_of(moved, dataset, batches, config)
+                exact_matrix_products()
+                report.row(3, f"{name}: what TF32 would make of that", worst(rounded, expected))
+
+
+# ---------------------------------------------------------------- attention
+
+
+def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], causal: bool = True) -> Tensor:
+    """Attention in fp64, document by document. q: (N, H, D); k, v: (N, G, D) -> (N, H, D)."""
+    group, out = q.shape[1] // k.shape[1], []
+    for a, b, c in zip(*(x.double().split(list(lengths)) for x in (q, k, v))):
+        b, c = (x.repeat_interleave(group, 1) for x in (b, c))
+        scores = torch.einsum("nhd,mhd->hnm", a, b) * a.shape[-1] ** -0.5
+        if causal:
+            future = torch.ones(scores.shape[1:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        out.append(torch.einsum("hnm,mhd->nhd", scores.softmax(-1), c))
+    return torch.cat(out)
+
+
+def document_error(got: Tensor, expected: Tensor, lengths: Sequence[int]) -> float:
+    """The largest distance of a document, ||a - b|| / ||b||. A document whose b is smaller than usual, such
+    as the zero gradient of a single query, is compared with the usual size."""
+    usual = expected.square().mean().sqrt()
+    pairs = zip(got.double().split(list(lengths)), expected.split(list(lengths)))
+    return max(((a - b).norm() / torch.maximum(b.norm(), usual * b.numel() ** 0.5)).item() for a, b in pairs)
+
+
+def attention(report: Report, device: str, tiny: bool) -> None:
+    """bf16 attention over packed documents, with its gradients, against fp64."""
+    rows = [[1], [127, 128, 129], [4096], [1, 127, 1, 128, 129, 4096, 1]]
+    sizes, groups = (64, 128), (1, 3, 4, 8)
+    if tiny:
+        rows, sizes, groups = [[1], [1, 17, 5]], (8,), (1, 3)
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, cu_seqlens.to(device), int(cu_seqlens.diff().max()))
+
+    functions = {"tiled": tiled_attention} if device == "cpu" else {"flash": flash, "tiled": tiled_attention}
+    # Rounding to bf16 alone makes 0.2 to 0.6 %.
+    limit = 0.01
+
+    def errors(function: Callable, lengths: list[int], cuts: list[int], size: int, group: int,
+               causal: bool = True) -> float:
+        """The worst error of the output and the gradients. cuts: the documents' lengths as the function is
+        told; causal: as the truth is."""
+        make = torch.Generator().manual_seed(0)
+        n, keys = sum(lengths), 2
+        inputs = [torch.randn(n, heads, size, generator=make).to(device, torch.bfloat16).requires_grad_()
+                  for heads in (keys * group, keys, keys)]
+        grad = torch.randn(n, keys * group, size, generator=make).to(device, torch.bfloat16)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        expected = exact_attention(*exact, lengths, causal)
+        got = function(*inputs, torch.tensor([0, *cuts]).cumsum(0).int())
+        pairs = [(got, expected), *zip(torch.autograd.grad(got, inputs, grad),
+                                       torch.autograd.grad(expected, exact, grad.double()))]
+        return max(document_error(a.detach(), b.detach(), lengths) for a, b in pairs)
+
+    for name, function in functions.items():
+        for size in sizes:
+            for group in groups:
+                with report.trying(4, f"{name}, head size {size}, group {group}"):
+                    found = {str(lengths): errors(function, lengths, lengths, size, group)
+                             for lengths in rows}
+                    which = max(found, key=found.get)
+                    report.at_most(4, f"{name}, head size {size}, group {group}", found[which], limit,
+                                   note=f"worst with documents of {which}")
+        with report.trying(4, f"{name}: planted faults"):
+            lengths = rows[-1]
+            joined = [lengths[0] + lengths[1], *lengths[2:]]
+            report.at_least(4, f"{name}: a leak between documents is caught",
+                            errors(function, lengths, joined, sizes[0], groups[1]), 5 * limit)
+            report.at_least(4, f"{name}: a dropped causal mask is caught",
+                            errors(function, lengths, lengths, sizes[0], groups[1], causal=False), 5 * limit)
+
+
+# ---------------------------------------------------------------- bf16
+
+
+@contextlib.contextmanager
+def leak(model: Llama) -> Iterator[None]:
+    """The first two documents of every row can see each other."""
+    def joined(cu_seqlens: Tensor, device: torch.device) -> Callable:
+        cut = torch.cat([cu_seqlens[:1], cu_seqlens[2:]]) if len(cu_seqlens) > 2 else cu_seqlens
+        return Llama.attention_over(model, cut, device)
+
+    model.attention_over = joined
+    yield
+    del model.attention_over
+
+
+@contextlib.contextmanager
+def chunks_of(rows: int, vocabulary: int) -> Iterator[None]:
+    """The head in chunks of at most so many targets."""
+    with (mock.patch("kernels.head.CHUNK_LOGITS", rows * vocabulary),
+          mock.patch("kernels.head.CUDA_ROWS", rows)):
+        yield
+
+
+def bf16(report: Report, device: str, tiny: bool) -> None:
+    """A step in bf16 by several ways: packed or not, recomputed, compiled, in other chunks."""
+    exact_matrix_products()
+    config, shape = settings("bf16"), shapes(tiny)["Llama"]
+    dataset = synthetic([9, 2, 30, 17] if tiny else [300, 2, 700, 129, 64, 1000], shape["vocab_size"])
+    packed, alone = [range(len(dataset))], [[i] for i in range(len(dataset))]
+    pairs = [[i, i + 1] for i in range(0, len(dataset), 2)]
+    model = on(device, build(shape))
+    _, exact = step_of(model, dataset, packed, settings("fp32"))
+    exact = whole_gradient(exact)
+    model.choose_attention(torch.bfloat16)
+    expected_loss, gradients = step_of(model, dataset, packed, config)
+    expected = whole_gradient(gradients)
+    rounding = distance(expected, exact)
+    limit = BF16_FACTOR * rounding
+    report.row(5, "what bf16 itself changes of the gradient", rounding,
+               note="the bound of the rows below is 1.5 times this")
+
+    def compare(name: str, micro_batches: Sequence[Sequence[int]] = packed, changed: Llama = model) -> None:
+        loss, gradients = step_of(changed, dataset, micro_batches, config)
+        report.at_most(5, f"{name}: gradient", distance(whole_gradient(gradients), expected), limit)
+        report.at_most(5, f"{name}: loss", abs(loss / expected_loss - 1), 2e-3)
+
+    with report.trying(5, "the same again"):
+        _, gradients = step_of(model, dataset, packed, config)
+        equal = torch.equal(whole_gradient(gradients), expected)
+        report.row(5, "the same again: equal bit for bit", "yes" if equal else "no",
+                   note="flash attention's backward pass adds in any order")
+    with report.trying(5, "unpacked"):
+        compare("unpacked", alone)
+    with report.trying(5, "two documents a micro-batch"):
+        compare("two documents a micro-batch", pairs)
+    with report.trying(5, "recompute"):
+        model.recompute = True
+        compare("recompute")
+    model.recompute = False
+    for rows in (16,) if tiny else (128, 512):
+        with report.trying(5, f"chunks of {rows} targets"), chunks_of(rows, shape["vocab_size"]):
+            compare(f"chunks of {rows} targets")
+    if model.varlen:
+        with report.trying(5, "tiled attention"):
+            model.varlen = False
+            compare("tiled attention")
+        model.varlen = True
+    with report.trying(5, "planted leak"), leak(model):
+        _, gradients = step_of(model, dataset, packed, config)
+        report.at_least(5, "a leak between documents is caught",
+                        distance(whole_gradient(gradients), expected), limit)
+    with report.trying(5, "compile"):
+        compiled = on(device, build(shape))
+        compiled.choose_attention(torch.bfloat16)
+        compiled.compile_layers()
+        compare("compiled", changed=compiled)
+        compare("compiled, two documents a micro-batch", pairs, compiled)
+
+
+# ---------------------------------------------------------------- syncs
+
+
+class Waits:
+    """Where the host waited for the device while this counted, {"file:line": how often}."""
+
+    TEXT = "called a synchronizing CUDA operation"
+
+    def __init__(self) -> None:
+        self.places: Counter[str] = Counter()
+
+    def note(self, message: Warning | str, *_: object, **__: object) -> None:
+        if self.TEXT in str(message):
+            # The innermost line of this repository.
+            frames = [frame for frame in traceback.extract_stack()[:-1]
+                      if Path(frame.filename).is_relative_to(REPOSITORY) and frame.filename != __file__]
+            frame = frames[-1] if frames else None
+            place = f"{Path(frame.filename).relative_to(REPOSITORY)}:{frame.lineno}" if frame else "elsewhere"
+            self.places[place] += 1
+
+    @contextlib.contextmanager
+    def counting(self, steps: range) -> Iterator[None]:
+        """Count in these steps of train.main()."""
+        original, cuda = train.accumulate_gradients, torch.cuda.is_available()
+
+        def accumulate(*args: object) -> object:
+            step = args[5]
+            if step in (steps.start, steps.stop) and cuda:
+                torch.cuda.set_sync_debug_mode("warn" if step == steps.start else "default")
+            self.on = step in steps
+            return original(*args)
+
+        def show(*args: object, **kwargs: object) -> None:
+            if self.on:
+                self.note(*args, **kwargs)
+
+        self.on = False
+        with warnings.catch_warnings(), mock.patch("train.accumulate_gradients", accumulate):
+            warnings.simplefilter("always")
+            warnings.showwarning = show
+            yield
+        if cuda:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def syncs(report: Report, device: str, tiny: bool) -> None:
+    """How often the host waits for the device in five steps of train.py."""
+    steps = range(2, 7)
+    quick = REPOSITORY / "quickstart"
+    for more in ([], ["--neftune-alpha", "5"]):
+        name = " ".join(more) or "plain"
+        with report.trying(6, name), tempfile.TemporaryDirectory() as folder:
+            waits = Waits()
+            with waits.counting(steps):
+                status = train.main([
+                    "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
+                    "--output-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache", "--max-length", "512",
+                    "--max-steps", "8", "--batch-size", "8" if tiny else "32", "--micro-batch-tokens", "512",
+                    "--log-every", "1000", "--device", device, *more])
+            report.holds(6, f"{name}: the run ends well", status == 0)
+            report.at_most(6, f"{name}: waits of {len(steps)} steps", sum(waits.places.values()), len(steps))
+            for place, count in waits.places.most_common(12):
+                report.row(6, f"{name}: {place}", count, "waits")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------- the quick start
+
+
+def start_run(folder: Path, name: str, flags: Sequence[str]) -> subprocess.Popen:
+    """train.py's embedded default, in a process of its own. With one thread, because several run at once."""
+    with open(folder / f"{name}.txt", "a") as log:
+        return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), "--output-dir",
+                                 str(folder / name), "--cache-dir", str(folder / "cache"),
+                                 "--save-dtype", "fp32", *flags],
+                                stdout=log, stderr=log, cwd=REPOSITORY,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def ended_well(process: subprocess.Popen, folder: Path, name: str) -> None:
+    if status := process.wait():
+        raise RuntimeError(f"exit status {status}: {(folder / f'{name}.txt').read_text()[-250:].strip()}")
+
+
+def lines(file: Path) -> list[dict]:
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def same_run(a: Path, b: Path) -> tuple[bool, float]:
+    """Whether two runs have the same losses and weights, bit for bit, and how far apart the weights are."""
+    from safetensors.torch import load_file
+    losses = [[(x["loss"], x["grad_norm"]) for x in lines(run / "metrics.jsonl")] for run in (a, b)]
+    left, right = (load_file(run / "final" / "model.safetensors") for run in (a, b))
+    equal = all(torch.equal(left[name], right[name]) for name in right)
+    return equal and losses[0] == losses[1] and len(losses[0]) > 0, worst(left, right)
+
+
+def quickstart(report: Report, device: str, tiny: bool) -> None:
+    """The embedded default twice, and --deterministic with a SIGKILL in the middle."""
+    steps = 6 if tiny else 120
+    common = ["--device", device, *(["--eval-generate", "0", "--max-steps", "4"] if tiny else [])]
+    exact = ["--deterministic", "--eval-generate", "0", "--max-steps", str(steps), "--device", device,
+             "--save-every", str(steps // 6)]
+    if tiny:
+        common, exact = common + ["--batch-size", "4"], exact + ["--batch-size", "4"]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        running: list[subprocess.Popen] = []
+
+        def start(name: str, flags: list[str]) -> subprocess.Popen:
+            running.append(start_run(folder, name, flags))
+            return running[-1]
+
+        try:
+            began = time.monotonic()
+            killed, whole_run = start("killed", exact), start("exact", exact)
+            first, second = start("first", common), start("second", common)
+            with report.trying(7, "deterministic: killed and resumed"):
+                metrics = folder / "killed" / "metrics.jsonl"
+                while len(lines(metrics)) < steps // 2 and killed.poll() is None:
+                    time.sleep(0.02)
+                killed.kill()
+                killed.wait()
+                done = len(lines(metrics))
+                report.holds(7, "deterministic: killed in the middle", 0 < done < steps,
+                             f"after {done} of {steps} steps: {(folder / 'killed.txt').read_text()[-250:]}")
+                ended_well(start("killed", exact), folder, "killed")
+                ended_well(whole_run, folder, "exact")
+                equal, far = same_run(folder / "killed", folder / "exact")
+                report.holds(7, "deterministic: resumed equals uninterrupted", equal,
+                             f"weights are {far:.1e} apart")
+            with report.trying(7, "quick start"):
+                ended_well(first, folder, "first")
+                report.row(7, "quick start, next to three others", time.monotonic() - began, "s")
+                metrics = lines(folder / "first" / "metrics.jsonl")
+                report.at_most(7, "loss of the last step over that of the first",
+                               metrics[-1]["loss"] / metrics[0]["loss"], 1.0 if tiny else 0.7)
+                for line in lines(folder / "first" / "eval.jsonl"):
+                    if "exact_match" in line:
+                        report.row(7, f"exact matches at step {line['step']}", line["exact_match"])
+                later = metrics[len(metrics) // 2:]
+                report.row(7, "its speed", sum(x["tokens"] for x in later) / sum(x["seconds"] for x in later),
+                           "tokens/s")
+            with report.trying(7, "quick start again"):
+                ended_well(second, folder, "second")
+                equal, far = same_run(folder / "second", folder / "first")
+                report.row(7, "again: equal bit for bit", "yes" if equal else "no",
+                           note=f"weights are {far:.1e} apart")
+        finally:
+            for process in running:
+                process.kill()
+                process.wait()
+
+
+# ---------------------------------------------------------------- transformers
+
+
+def by_transformers(config: dict, model: Llama, device: str) -> torch.nn.Module:
+    """transformers' model with the weights of `model`."""
+    import transformers
+    classes = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
+    fields = {name: value for name, value in config.items() if name != "model_type"}
+    built = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, classes[config["model_type"]])(**fields), attn_implementation="sdpa",
+        dtype=torch.float32)
+    missing, surplus = built.load_state_dict(model.state_dict(), strict=False)
+    assert not surplus and set(missing) <= {"lm_head.weight"}, (missing, surplus)
+    built.tie_weights()
+    return built.to(device).eval()
+
+
+def transformers_step(reference: torch.nn.Module, dataset: Dataset, config: train.Config, device: str
+                      ) -> tuple[Tensor, float, dict[str, Tensor]]:
+    """transformers' logits, loss and gradients of the same step, document by document."""
+    table = coefficients(dataset.counts, config.span_weights, config.normalize)
+    reference.zero_grad()
+    all_logits, total = [], 0.0
+    for i in range(len(dataset)):
+        batch = collate(dataset, np.array([i]), table[[i]]).to(torch.device(device))
+        with train.autocast(config, torch.device(device)):
+            logits = reference(batch.ids[None], use_cache=False).logits[0].float()
+        nll = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
+        loss = (nll * batch.coefficients).sum()
+        loss.backward()
+        total += loss.item()
+        all_logits.append(logits.detach())
+    gradients = {name: p.grad.detach().double().cpu() for name, p in reference.named_parameters()}
+    return torch.cat(all_logits), total, gradients
+
+
+def transformers_parity(report: Report, device: str, tiny: bool) -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        report.row(8, "transformers", "not installed")
+        return
+    exact_matrix_products()
+    for name, shape in shapes(tiny).items():
+        dataset = synthetic([1, 20, 37] if tiny else [1, 129, 700, 64], shape["vocab_size"])
+        packed = [range(len(dataset))]
+        model = build(shape)
+        with report.trying(8, name):
+            reference, ours = by_transformers(shape, model, device), on(device, model)
+            exact: Tensor | None = None
+            for dtype in ("fp32", "bf16"):
+                config = settings(dtype)
+                ours.choose_attention(config.compute_dtype)
+                got_logits = logits(ours, dataset, device, config)
+                loss, got = step_of(ours, dataset, packed, config)
+                expected_logits, expected_loss, expected = transformers_step(reference, dataset, config,
+                                                                             device)
+                apart, logits_apart = whole_gradient(expected), expected_logits
+                if exact is None:
+                    exact, exact_logits = apart, logits_apart
+                    limit = logits_limit = FP32_LIMIT
+                    of_gradient = worst(got, expected)
+                else:
+                    limit = BF16_FACTOR * distance(apart, exact)
+                    logits_limit = BF16_FACTOR * distance(logits_apart, exact_logits)
+                    of_gradient = distance(whole_gradient(got), exact)
+                    apart, logits_apart = exact, exact_logits
+                report.at_most(8, f"{name}, {dtype}: logits", distance(got_logits, logits_apart),
+                               logits_limit)
+                report.at_most(8, f"{name}, {dtype}: loss", abs(loss / expected_loss - 1),
+                               FP32_LIMIT if dtype == "fp32" else 2e-3)
+                report.at_most(8, f"{name}, {dtype}: gradients", of_gradient, limit)
+
+
+def generation(report: Report, device: str, tiny: bool) -> None:
+    """Greedy answers in fp32 on the device, on the CPU, and by transformers."""
+    exact_matrix_products()
+    count, new = (3, 6) if tiny else (16, 32)
+    for name, shape in shapes(tiny).items():
+        with report.trying(9, name):
+            model = build(shape)
+            draw = np.random.default_rng(0)
+            prompts = [draw.integers(shape["vocab_size"], size=n).tolist()
+                       for n in draw.integers(1, 20 if tiny else 200, size=count)]
+
+            def answers(device: str, dtype: torch.dtype = torch.float32) -> list[list[int]]:
+                moved = on(device, model)
+                moved.choose_attention(dtype)
+                with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                    engine = Engine(moved)
+                return [ids for _, ids, _ in sorted(engine.answers(prompts, set(), new, batch_size=5))]
+
+            got, expected = answers(device), answers("cpu")
+            assert all(len(ids) == new for ids in expected)
+            equal = sum(a == b for a, b in zip(got, expected))
+            report.at_least(9, f"{name}: answers as on the CPU, of {count}", equal, count)
+            rounded = answers(device, torch.bfloat16)
+            report.row(9, f"{name}: the same in bf16", sum(a == b for a, b in zip(rounded, expected)))
+            try:
+                reference = by_transformers(shape, model, device)
+            except ImportError:
+                report.row(9, f"{name}: as transformers", "not installed")
+                continue
+            theirs = []
+            for prompt in prompts:
+                ids = torch.tensor([prompt], device=device)
+                with torch.no_grad():
+                    for _ in range(new):
+                        chosen = reference(ids, use_cache=False).logits[0, -1].argmax()
+                        ids = torch.cat([ids, chosen.view(1, 1)], 1)
+                theirs.append(ids[0, len(prompt):].tolist())
+            equal = sum(a == b for a, b in zip(got, theirs))
+            report.at_least(9, f"{name}: answers as transformers, of {count}", equal, count)
+
+
+# ---------------------------------------------------------------- one rank
+
+
+def ranks(report: Report, device: str, tiny: bool) -> None:
+    """torchrun with one rank; and DDP and FSDP2 around a model in a group of one."""
+    quick = REPOSITORY / "quickstart"
+    for name, more in {"torchrun": [], "torchrun --shard": ["--shard"]}.items():
+        with report.trying(14, name), tempfile.TemporaryDirectory() as folder:
+            status, text = run_for(60, [
+                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
+                str(REPOSITORY / "train.py"), "--model", str(quick / "model"), "--train-data",
+                str(quick / "train.jsonl"), "--output-dir", f"{folder}/run", "--cache-dir",
+                f"{folder}/cache", "--max-steps", "3", "--batch-size", "4", "--device", device, *more])
+            print(text[-5000:])
+            done = len(lines(Path(folder) / "run" / "metrics.jsonl"))
+            report.holds(14, f"{name}: three steps", status == 0 and done == 3, text.strip()[-200:])
+            if more:
+                report.row(14, "it says that --shard does nothing on one rank",
+                           "yes" if "--shard does nothing" in text else "no")
+    exact_matrix_products()
+    backend = "nccl" if device == "cuda" else "gloo"
+    config, shape = settings("fp32"), shapes(tiny)["Llama"]
+    dataset = synthetic([1, 20, 37] if tiny else [1, 129, 700, 64], shape["vocab_size"])
+    packed, place = [range(len(dataset))], torch.device("cuda:0" if device == "cuda" else "cpu")
+    model = build(shape)
+    _, expected = step_of(on(device, model), dataset, packed, config)
+    with tempfile.TemporaryDirectory() as folder:
+        with report.trying(14, backend):
+            dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+            report.holds(14, f"a group of one by {backend}", dist.is_initialized())
+        try:
+            with report.trying(14, "DDP"):
+                wrapped = data_parallel(on(device, model), place)
+                _, got = step_of(wrapped, dataset, packed, config)
+                got = {key.removeprefix("module."): value for key, value in got.items()}
+                report.at_most(14, f"DDP by {backend}: gradients", worst(got, expected), FP32_LIMIT)
+            with report.trying(14, "FSDP2"):
+                sharded = divided(model, place, torch.float32)
+                _, got = step_of(sharded, dataset, packed, config)
+                report.at_most(14, f"FSDP2 by {backend}: gradients", worst(got, expected), FP32_LIMIT)
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+def run_for(seconds: float, command: list[str]) -> tuple[int, str]:
+    """The exit status of a command and what it printed. After so many seconds it is asked to end, because
+    torchrun has to end its ranks itself."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=REPOSITORY)
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        text, _ = process.communicate(timeout=30)
+    return process.returncode, text
+
+
+def divided(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:
+    """A copy of the model, divided among the ranks as --shard does it."""
+    with torch.device("meta"):
+        copied = Llama(model.config)
+    shard(copied, device=device, dtype=dtype)
+    copied.to_empty(device=device)
+    with torch.no_grad():
+        for (name, parameter), (_, source) in zip(copied.named_parameters(), model.named_parameters()):
+            assert parameter.shape == source.shape, name
+            parameter.to_local().copy_(source)
+    return copied

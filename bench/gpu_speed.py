@@ -1,0 +1,471 @@
+"""The stages of bench.gpu that measure: what the card can do, the speed and memory of a step, what each
+change is worth, where the time goes, and how other trainers do.
+
+Models have random weights and the shapes of published ones. The data are random tokens in documents of 512,
+half of each instruction, 128 of them a step (65,536 tokens). A step is train.py's own (bench.step.training).
+
+MFU is 6 (body parameters x N + V x C x R) a step, over its time and 989 TFLOP/s, an H100's in bf16. N:
+tokens; V x C: the head; R: trained targets. What attention multiplies is not counted; at 512 tokens a
+document that would be a few percent more.
+"""
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import kernels.head
+import model as model_module
+import train
+from bench import step
+from bench.common import REPOSITORY, cores, json_child
+from bench.gpu import Report
+from data import collate
+from eval import estimate
+from loss import coefficients
+from model import Llama, parameter_count
+from runtime.machine import keep_freed_memory
+from runtime.model_config import ModelConfig
+
+PEAK_FLOPS = 989e12
+SHAPES = {
+    # SmolLM2-135M
+    "0.13B": dict(model_type="llama", hidden_size=576, num_hidden_layers=30, num_attention_heads=9,
+                  num_key_value_heads=3, intermediate_size=1536, vocab_size=49152),
+    # Qwen2.5-0.5B
+    "0.5B": dict(model_type="qwen2", hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, intermediate_size=4864, vocab_size=151936),
+    # Llama-3.2-1B
+    "1B": dict(model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256),
+}
+COMMON = dict(max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=10000.0, tie_word_embeddings=True)
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            intermediate_size=48, vocab_size=96)
+DOCUMENT, DOCUMENTS = 512, 128
+
+
+def shape_of(name: str, tiny: bool) -> ModelConfig:
+    return ModelConfig.from_dict(COMMON | SHAPES[name] | (TINY if tiny else {}))
+
+
+def random_model(config: ModelConfig, device: str) -> Llama:
+    """A model whose weights are drawn on the device."""
+    with torch.device("meta"):
+        model = Llama(config)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    return model
+
+
+def settings(loss: str, micro_batch_tokens: int, device: str, tiny: bool) -> train.Config:
+    return train.parse_args([
+        "--model", "none", "--train-data", "none", "--loss", loss, "--device", device,
+        "--micro-batch-tokens", str(micro_batch_tokens), "--batch-size", str(8 if tiny else DOCUMENTS)])
+
+
+def document(tiny: bool) -> int:
+    return 16 if tiny else DOCUMENT
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+# ---------------------------------------------------------------- ceilings
+
+
+def seconds_of(function: Callable[[], object], device: str, repeats: int) -> float:
+    """The median time of a call, after two that do not count."""
+    times = []
+    for i in range(repeats + 2):
+        synchronize(device)
+        began = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[2:])
+
+
+def ceilings(report: Report, device: str, tiny: bool) -> None:
+    """The fastest that this card multiplies, copies and starts kernels."""
+    tokens, repeats = (64, 2) if tiny else (16384, 20)
+    for name in SHAPES:
+        config = shape_of(name, tiny)
+        width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+        for what, (n, a, b) in {"attention's": (tokens, width, width), "MLP's": (tokens, width, inner),
+                                "the head's": (tokens // 4, width, vocabulary)}.items():
+            with report.trying(2, f"{name}: {what} product"):
+                x, y = (torch.randn(size, device=device).bfloat16() for size in ((n, a), (b, a)))
+                seconds = seconds_of(lambda: x @ y.T, device, repeats)
+                report.row(2, f"{name}: {what} {n:,} x {a:,} x {b:,}", 2 * n * a * b / seconds / 1e12,
+                           "TFLOP/s")
+    with report.trying(2, "copy"):
+        source = torch.zeros(2**14 if tiny else 2**28, device=device)
+        target = torch.empty_like(source)
+        seconds = seconds_of(lambda: target.copy_(source), device, repeats)
+        report.row(2, "a copy of 1 GiB, read and written", 2 * source.nbytes / seconds / 1e12, "TB/s")
+    with report.trying(2, "launches"):
+        small, count = torch.zeros(16, device=device), 100 if tiny else 5000
+
+        def launch() -> None:
+            for _ in range(count):
+                small.add_(1)
+
+        seconds = seconds_of(launch, device, 3) / count
+        report.row(2, "a small kernel, started from Python", 1e6 * seconds, "us")
+
+
+# ---------------------------------------------------------------- compilation
+
+
+def compile_times(report: Report, device: str, tiny: bool) -> None:
+    """How long torch.compile takes for a layer of each model, which is all that it compiles. The measurements
+    after this find the result in its cache."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    config = settings("im", 64 if tiny else 4096, device, tiny)
+    ways = {"as usual": contextlib.nullcontext, "deterministic": deterministic}
+    for way, around in ways.items():
+        for name in SHAPES:
+            with report.trying(10, f"compiling {name}, {way}"), around():
+                shape = dataclasses.replace(shape_of(name, tiny), num_hidden_layers=2)
+                model = random_model(shape, device)
+                model.choose_attention(config.compute_dtype)
+                model.compile_layers()
+                began = time.monotonic()
+                _, one_step = step.training(config, document(tiny), model)
+                one_step(0)
+                synchronize(device)
+                report.row(10, f"{name}: first step with compiling, {way}", time.monotonic() - began, "s")
+            torch.compiler.reset()
+
+
+# ---------------------------------------------------------------- speed
+
+
+def step_flops(config: ModelConfig, tokens: int, trained: int) -> float:
+    """6 (body parameters x N + V x C x R)."""
+    head = config.vocab_size * config.hidden_size
+    body = parameter_count(config) - head * (1 if config.tie_word_embeddings else 2)
+    return 6 * (body * tokens + head * trained)
+
+
+def expected_memory(config: train.Config, model: Llama, device: str, tiny: bool) -> float:
+    """Bytes that eval/estimate.py expects of such a run, without the program itself."""
+    dataset = step.synthetic([document(tiny)] * (4 * config.batch_size), model.config.vocab_size)
+    steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
+    packed = estimate.packing(steps.plan, dataset.lengths, dataset.counts, config.span_weights != 0)
+    return sum(estimate.memory(model.config, packed, config.compute_dtype, 1, False, config.recompute, False,
+                               device == "cuda").values())
+
+
+def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup: int = 1, repeats: int = 3
+            ) -> dict[str, float]:
+    """Speed and memory of a run that trains this model."""
+    free_memory(device)
+    _, one_step = step.training(config, document(tiny), model)
+    for number in range(warmup):
+        one_step(number)
+    synchronize(device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    steps = [one_step(warmup + number) for number in range(repeats)]
+    synchronize(device)
+    seconds = time.perf_counter() - began
+    tokens, trained = (sum(each[key] for each in steps) for key in ("tokens", "trained_tokens"))
+    found = {"tokens_per_second": tokens / seconds,
+             "mfu": step_flops(model.config, tokens, trained) / seconds / PEAK_FLOPS}
+    if device == "cuda":
+        found |= {"peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+                  "reserved_gb": torch.cuda.max_memory_reserved() / 1e9}
+    return found
+
+
+def measure_row(report: Report, name: str, model: Llama, config: train.Config, device: str, tiny: bool,
+                warmup: int = 1) -> dict[str, float] | None:
+    """measure() as a row. None, and a row that says so, if memory does not suffice."""
+    try:
+        found = measure(model, config, device, tiny, warmup)
+    except torch.OutOfMemoryError:
+        report.row(10, name, "out of memory")
+        return None
+    finally:
+        model.zero_grad()
+    short = f"{name}: MFU {found['mfu']:.1%}"
+    if "peak_gb" in found:
+        found["estimate_gb"] = expected_memory(config, model, device, tiny) / 1e9
+        found["peak_over_estimate"] = found["peak_gb"] / found["estimate_gb"]
+        short += f", {found['peak_gb']:.1f} GB, x{found['peak_over_estimate']:.2f}"
+    report.row(10, short, found["tokens_per_second"], "tokens/s", data=found)
+    return found
+
+
+def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool) -> None:
+    """Speed and memory by loss and micro-batch; then, if asked for, by what is switched off, and profiles."""
+    # For the deterministic steps at the end; CUDA reads it when it starts. An H100 uses this size anyway.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # As train.py does, also before CUDA starts.
+    keep_freed_memory()
+    sizes = (64, 128) if tiny else (16384, 4096, 32768)
+    usual = settings("im", sizes[0], device, tiny)
+    model = random_model(shape_of(name, tiny), device)
+    model.choose_attention(usual.compute_dtype)
+    report.row(10, f"{name}: attention", "varlen" if model.varlen else "tiled")
+    if device == "cuda":
+        model.compile_layers()
+    with contextlib.ExitStack() as given_up:
+        baseline = first_steps(name, report, model, usual, device, tiny, given_up)
+        for loss, size in itertools.product(("im", "it"), sizes):
+            what = f"{name} {loss.upper()} {size:,}"
+            if (loss, size) != ("im", sizes[0]):
+                with report.trying(10, what):
+                    measure_row(report, what, model, settings(loss, size, device, tiny), device, tiny)
+        if switches and baseline:
+            switched_off(name, report, model, usual, device, tiny, baseline["tokens_per_second"])
+
+
+def first_steps(name: str, report: Report, model: Llama, config: train.Config, device: str, tiny: bool,
+                given_up: contextlib.ExitStack) -> dict[str, float] | None:
+    """The first measurement. If it raises, that is a failed row, and it is tried again without one more of
+    what may be at fault: the other measurements are worth having even so."""
+    def eager() -> None:
+        model.compiled = None
+
+    what = f"{name} {config.loss.upper()} {config.micro_batch_tokens:,}"
+    without = {"": lambda: None, ", eager": eager,
+               ", eager, unfused": lambda: given_up.enter_context(unfused_loss()),
+               ", eager, unfused, rounded": lambda: given_up.enter_context(rounded_products())}
+    for ending, give_up in without.items():
+        give_up()
+        with report.trying(10, what + ending):
+            return measure_row(report, what + ending, model, config, device, tiny, 2)
+    return None
+
+
+def switched_off(name: str, report: Report, model: Llama, usual: train.Config, device: str, tiny: bool,
+                 speed: float) -> None:
+    """The speed without one change after the other, in percent of `speed`, and profiles."""
+    def compare(what: str, changed: Llama) -> None:
+        with report.trying(11, f"{name}: {what}"):
+            slower = measure(changed, usual, device, tiny, 1, 2)["tokens_per_second"]
+            report.row(11, f"{name}: {what}", 100 * slower / speed, "% of the speed",
+                       data={"tokens_per_second": slower})
+
+    if device == "cuda":
+        with report.trying(12, f"{name}: kernels"):
+            kernel_times(name, report, model, usual, tiny)
+    eager = random_model(shape_of(name, tiny), device)
+    eager.choose_attention(usual.compute_dtype)
+    compare("eager layers", eager)
+    with report.trying(12, f"{name}: parts"):
+        parts(name, report, eager, usual, tiny)
+    del eager
+    with small_chunks():
+        compare("small chunks of logits", model)
+    with unfused_loss():
+        compare("unfused loss", model)
+    with deterministic():
+        compare("deterministic", model)
+    with rounded_products():
+        compare("weight gradients rounded to bf16", model)
+    model.varlen = False
+    compare("tiled attention", model)
+
+
+@contextlib.contextmanager
+def small_chunks() -> Iterator[None]:
+    """The head in chunks as large as on a CPU."""
+    with mock.patch("kernels.head.CUDA_LOGITS", kernels.head.CHUNK_LOGITS):
+        yield
+
+
+@contextlib.contextmanager
+def unfused_loss() -> Iterator[None]:
+    """Each operation on the logits by itself."""
+    with mock.patch.object(kernels.head.nll_and_gradient, "works", False):
+        yield
+
+
+@contextlib.contextmanager
+def rounded_products() -> Iterator[None]:
+    """A weight's gradient is rounded to bf16 before it is added up."""
+    with (mock.patch("kernels.layers.multiplies_to_fp32", lambda x: False),
+          mock.patch("kernels.head.multiplies_to_fp32", lambda x: False)):
+        yield
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """As --deterministic, for a while."""
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def speed_small(report: Report, device: str, tiny: bool) -> None:
+    speed_of("0.13B", report, device, tiny, switches=True)
+
+
+def speed_middle(report: Report, device: str, tiny: bool) -> None:
+    speed_of("0.5B", report, device, tiny, switches=False)
+
+
+def speed_large(report: Report, device: str, tiny: bool) -> None:
+    speed_of("1B", report, device, tiny, switches=True)
+
+
+# ---------------------------------------------------------------- profile
+
+# A kernel's kind by what its name contains, the first that fits.
+KINDS = (("attention", ("flash", "fmha", "attention")),
+         ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
+         ("fused by the compiler", ("triton",)),
+         ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
+         ("copies and fills", ("memcpy", "memset")), ("other kernels", ("",)))
+
+
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, names in KINDS if any(name in kernel.lower() for name in names))
+
+
+def kernel_times(name: str, report: Report, model: Llama, config: train.Config, tiny: bool) -> None:
+    """The device's time in a step as it usually runs, by kind of kernel."""
+    _, one_step = step.training(config, document(tiny), model)
+    one_step(0)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    one_step(1)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        one_step(2)
+        torch.cuda.synchronize()
+    times = step.kernels(recorded)
+    report.row(12, f"{name}: a step", 1e3 * seconds, "ms")
+    report.row(12, f"{name}: of which the device is busy", 100 * sum(times.values()) / seconds, "%")
+    for kind, _ in KINDS:
+        of_kind = {kernel: each for kernel, each in times.items() if kind_of(kernel) == kind}
+        longest = sorted(of_kind, key=of_kind.get, reverse=True)[:5]
+        report.row(12, f"{name}: {kind}", 1e3 * sum(of_kind.values()), "ms",
+                   data={"longest": {kernel: of_kind[kernel] for kernel in longest}})
+
+
+def parts(name: str, report: Report, model: Llama, config: train.Config, tiny: bool) -> None:
+    """The time of a step with eager layers, by part."""
+    with contextlib.ExitStack() as marked:
+        # mark() replaces them for good.
+        for module, function in ((model_module, "attention"), (model_module, "varlen_attention"),
+                                 (model_module, "rotate"), (train, "weighted_nll")):
+            marked.enter_context(mock.patch.object(module, function, getattr(module, function)))
+        step.mark(model)
+        _, one_step = step.training(config, document(tiny), model)
+        for number in range(2):
+            one_step(number)
+        found = step.profiled(model, one_step, 2)
+    for part in found["parts"]:
+        report.row(12, f"{name}, eager: {part['name']}", 100 * part["share"], "%", data=part)
+    report.at_most(12, f"{name}, eager: time without a part, or twice", found["error"], 0.05)
+
+
+# ---------------------------------------------------------------- peers
+
+
+def transformers_speed(config: train.Config, shape: dict, device: str, tiny: bool, packed: bool) -> float:
+    """Tokens/s of a plain loop over transformers' model with sdpa, on the data of the other measurements.
+    packed: documents in one row, told apart by their positions; else a batch of documents, which need no
+    padding because all are equally long."""
+    import transformers
+    classes = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
+    fields = {name: value for name, value in shape.items() if name != "model_type"}
+    with torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(
+            classes[shape["model_type"]](**fields), attn_implementation="sdpa", dtype=torch.float32)
+    model.train()
+    place, length = torch.device(device), document(tiny)
+    dataset = step.synthetic([length] * (4 * config.batch_size), model.config.vocab_size)
+    steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
+    optimizer = train.make_optimizer(model, config)
+
+    def one_step(number: int) -> int:
+        micro_batches, counts = steps[number]
+        trained = int(counts[:, config.span_weights != 0].sum())
+        for examples, _ in micro_batches:
+            table = coefficients(dataset.counts[examples], config.span_weights, config.normalize)
+            batch = collate(dataset, examples, table).to(place)
+            labels = torch.where(batch.coefficients != 0, batch.targets, -100)
+            rows = (1, -1) if packed else (-1, length)
+            with train.autocast(config, place):
+                loss = model(batch.ids.view(rows), position_ids=batch.positions.view(rows), use_cache=False,
+                             labels=labels.view(rows), shift_labels=labels.view(rows),
+                             num_items_in_batch=torch.tensor(trained, device=place)).loss
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        return int(counts.sum())
+
+    one_step(0)
+    synchronize(device)
+    began = time.perf_counter()
+    tokens = sum(one_step(number) for number in (1, 2))
+    synchronize(device)
+    return tokens / (time.perf_counter() - began)
+
+
+def peers(report: Report, device: str, tiny: bool) -> None:
+    """Other trainers, where they are installed."""
+    if importlib.util.find_spec("transformers") is None:
+        report.row(13, "transformers", "not installed")
+    else:
+        for name in ("0.13B", "1B"):
+            shape = COMMON | SHAPES[name] | (TINY if tiny else {})
+            # Equal micro-batches; transformers holds all logits of one in fp32.
+            for packed in (False, True):
+                what = f"transformers, sdpa, {name}, IM, {'packed row' if packed else 'batch'}"
+                with report.trying(13, what):
+                    free_memory(device)
+                    size = 64 if tiny else 4096
+                    config = settings("im", size, device, tiny)
+                    speed = transformers_speed(config, shape, device, tiny, packed)
+                    report.row(13, f"{what} of {size:,}", speed, "tokens/s")
+    quick = REPOSITORY / "quickstart"
+    for peer, needs in {"trl": ("trl", "datasets"), "trl-liger": ("trl", "datasets", "liger_kernel")}.items():
+        missing = [module for module in needs if importlib.util.find_spec(module) is None]
+        if missing:
+            report.row(13, peer, "not installed", note=f"missing: {', '.join(missing)}")
+            continue
+        with report.trying(13, peer):
+            steps, size = ("2", "8") if tiny else ("6", "128")
+            run = json_child(["-m", "bench.peers", peer, "--steps", steps], cores(), [
+                "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
+                "--max-length", "512", "--micro-batch-tokens", "4096", "--batch-size", size])
+            later = slice(1, None)
+            report.row(13, f"{peer}, the quick start's model and data",
+                       sum(run["tokens"][later]) / sum(run["seconds"][later]), "tokens/s", note=run["note"])
