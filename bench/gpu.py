@@ -154,11 +154,12 @@ class Run:
     def stage(self, stage: Stage, until: float, threads: int) -> None:
         """Run a stage until it ends, or until its deadline or `until`, an age of this run."""
         name, began = stage.name, self.age
+        # An earlier run may have left one.
+        (self.logs / f"{name}.jsonl").write_text("")
         if self.ending or until - began < LEAST:
             self.outcomes[name] = "not started: no time was left"
             return
         log_file, seconds = self.logs / f"{name}.txt", min(stage.seconds, until - began)
-        (self.logs / f"{name}.jsonl").write_text("")
         self.outcomes[name] = "running"
         path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",

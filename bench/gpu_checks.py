@@ -482,29 +482,23 @@ def transformers_parity(report: Report, device: str, tiny: bool) -> None:
         model = build(shape)
         with report.trying(8, name):
             reference, ours = by_transformers(shape, model, device), on(device, model)
-            exact: Tensor | None = None
             for dtype in ("fp32", "bf16"):
                 config = settings(dtype)
                 ours.choose_attention(config.compute_dtype)
-                got_logits = logits(ours, dataset, device, config)
-                loss, got = step_of(ours, dataset, packed, config)
-                expected_logits, expected_loss, expected = transformers_step(reference, dataset, config,
-                                                                             device)
-                apart, logits_apart = whole_gradient(expected), expected_logits
-                if exact is None:
-                    exact, exact_logits = apart, logits_apart
-                    limit = logits_limit = FP32_LIMIT
-                    of_gradient = worst(got, expected)
+                loss, gradients = step_of(ours, dataset, packed, config)
+                theirs = transformers_step(reference, dataset, config, device)
+                if dtype == "fp32":
+                    exact, limits = theirs, [FP32_LIMIT] * 3
+                    of_gradients = worst(gradients, exact[2])
                 else:
-                    limit = BF16_FACTOR * distance(apart, exact)
-                    logits_limit = BF16_FACTOR * distance(logits_apart, exact_logits)
-                    of_gradient = distance(whole_gradient(got), exact)
-                    apart, logits_apart = exact, exact_logits
-                report.at_most(8, f"{name}, {dtype}: logits", distance(got_logits, logits_apart),
-                               logits_limit)
-                report.at_most(8, f"{name}, {dtype}: loss", abs(loss / expected_loss - 1),
-                               FP32_LIMIT if dtype == "fp32" else 2e-3)
-                report.at_most(8, f"{name}, {dtype}: gradients", of_gradient, limit)
+                    whole_exact = whole_gradient(exact[2])
+                    limits = [BF16_FACTOR * distance(theirs[0], exact[0]), 2e-3,
+                              BF16_FACTOR * distance(whole_gradient(theirs[2]), whole_exact)]
+                    of_gradients = distance(whole_gradient(gradients), whole_exact)
+                found = [distance(logits(ours, dataset, device, config), exact[0]), abs(loss / exact[1] - 1),
+                         of_gradients]
+                for what, value, limit in zip(("logits", "loss", "gradients"), found, limits):
+                    report.at_most(8, f"{name}, {dtype}: {what}", value, limit)
 
 
 def generation(report: Report, device: str, tiny: bool) -> None:
@@ -525,20 +519,19 @@ def generation(report: Report, device: str, tiny: bool) -> None:
                     engine = Engine(moved)
                 return [ids for _, ids, _ in sorted(engine.answers(prompts, set(), new, batch_size=5))]
 
+            def equal(a: list[list[int]], b: list[list[int]]) -> int:
+                return sum(len(x) == new and x == y for x, y in zip(a, b))
+
             got, expected = answers(device), answers("cpu")
-            assert all(len(ids) == new for ids in expected)
-            equal = sum(a == b for a, b in zip(got, expected))
-            report.at_least(9, f"{name}: answers as on the CPU, of {count}", equal, count)
-            rounded = answers(device, torch.bfloat16)
-            report.row(9, f"{name}: the same in bf16", sum(a == b for a, b in zip(rounded, expected)))
+            report.at_least(9, f"{name}: answers as on the CPU, of {count}", equal(got, expected), count)
+            report.row(9, f"{name}: the same in bf16", equal(answers(device, torch.bfloat16), expected))
             reference, theirs = by_transformers(shape, model, device), []
             for prompt in prompts:
                 ids = torch.tensor([prompt], device=device)
                 answer = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
                                             do_sample=False, eos_token_id=None, pad_token_id=0)
                 theirs.append(answer[0, len(prompt):].tolist())
-            equal = sum(a == b for a, b in zip(got, theirs))
-            report.at_least(9, f"{name}: answers as transformers, of {count}", equal, count)
+            report.at_least(9, f"{name}: answers as transformers, of {count}", equal(got, theirs), count)
 
 
 # ---------------------------------------------------------------- one rank

@@ -243,8 +243,12 @@ def test_no_stage_starts_when_no_time_is_left(fake_stages, monkeypatch):
     monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("good", "fake_stages:good", 30, alone=True),))
     monkeypatch.setattr(gpu, "LEAST", 60)
     output = fake_stages / "results.json"
+    (fake_stages / "results-logs").mkdir()
+    (fake_stages / "results-logs" / "good.jsonl").write_text('{"name": "of an earlier run"}\n')
     assert gpu.main(["--device", "cpu", "--budget", "68", "--output", str(output)]) == 1
-    assert json.loads(output.read_text())["stages"]["good"]["outcome"] == "not started: no time was left"
+    results = json.loads(output.read_text())
+    assert results["stages"]["good"]["outcome"] == "not started: no time was left"
+    assert [row["name"] for row in results["rows"]] == ["good"]
 
 
 # What a stage has to find in a dry run, besides failing at nothing.
