@@ -71,7 +71,7 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (-1, self.head_dim))                         # (N, H or G, D)
                    for y in linears(x, self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        return self.o_proj(attend(q, k, v).flatten(1))                          # (N, C)
+        return linears(attend(q, k, v).flatten(1), self.o_proj)[0]              # (N, C)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,1 @@
+import runtime  # noqa: F401  before PyTorch: how its threads wait

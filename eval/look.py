@@ -15,7 +15,6 @@ Shapes: E examples, K kinds of span.
 import json
 import os
 import sys
-import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from chat import COMPLETION, INSTRUCTION, KINDS
 from runtime.tokenizer import Tokenizer
 from data import Dataset, Steps
 from eval import estimate
+from eval.advice import advice
 from eval.common import check_values, run, write_json
 from loss import PRESETS, span_weights
 from model import parameter_count
@@ -121,11 +121,6 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
     *presets, this_run = numbers["trained"].values()
     say("\ntargets trained: " + ", ".join(f"{x:.1%} under {loss}" for loss, x in zip(PRESETS, presets))
         + f"; this run {this_run:.1%}")
-    if ratio := numbers["instruction_completion_ratio"]:
-        say(textwrap.fill(
-            f"instruction / completion: {ratio:.3g} in tokens. In the paper IM helps most where this is "
-            "large or examples are few, and little for LIMA (0.09 in words).", 79,
-            subsequent_indent="  "))
     say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"
         f"packed on {numbers['ranks']} rank(s): {packed['micro_batches']:,} micro-batches an epoch, "
@@ -226,6 +221,8 @@ def main(argv: list[str]) -> None:
     if config.export and is_main():
         export(dataset, usable, config.span_weights, config.export)
         say(f"{len(usable):,} examples written to {config.export}")
+    if ratio := numbers["instruction_completion_ratio"]:
+        say("\n" + advice(ratio, len(usable), config.model, config.train_data, config.eval_data))
     write_json(config.json, numbers)
 
 

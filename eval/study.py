@@ -299,8 +299,9 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def probe(config: train.Config, source: train.Source, dataset: train.Dataset, steps: train.Steps) -> float:
-    """Seconds a token of training takes: the second of two passes over a micro-batch."""
-    device = join_ranks(config.device)
+    """Seconds a token of training takes at most: the second of two passes over a micro-batch, whose layers
+    are not compiled, since that would take longer than it tells."""
+    device, config = join_ranks(config.device), dataclasses.replace(config, compile=False)
     model = train.prepare_model(config, source.folder, device)
     micro_batch = steps[0][0][:1]
     for _ in range(2):

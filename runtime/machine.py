@@ -9,6 +9,8 @@ import ctypes
 import os
 import resource
 import sys
+import time
+from pathlib import Path
 
 import torch
 
@@ -55,6 +57,38 @@ def share_threads() -> None:
     if ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // ranks))
+
+
+WATCHED = 10    # seconds over which Crowding judges, at least
+
+
+def seconds_without_core() -> float:
+    """How long the threads of this process, all together, have been ready to run while others had the cores;
+    0 where the system does not say."""
+    try:
+        files = Path("/proc/self/task").glob("*/schedstat")
+        return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+class Crowding:
+    """Whether other processes slow this one down."""
+
+    def __init__(self):
+        self.began, self.waited = time.monotonic(), seconds_without_core()
+
+    def warning(self) -> str:
+        """A sentence if the threads lacked a core for a fifth of the time or more since the last call that
+        judged, else "". One within WATCHED seconds of it does not."""
+        seconds = time.monotonic() - self.began
+        if seconds < WATCHED:
+            return ""
+        before, self.began, self.waited = self.waited, self.began + seconds, seconds_without_core()
+        share = (self.waited - before) / seconds / torch.get_num_threads()
+        return "" if share < 0.2 else (
+            f"warning: slowed down by other processes: in {seconds:.0f} s this one's threads\n"
+            f"  waited {share:.0%} of the time for a core")
 
 
 def deterministic() -> None:

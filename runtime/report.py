@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
+from runtime.machine import Crowding
 
 
 def say(text: str = "") -> None:
@@ -80,6 +81,7 @@ class Progress:
         self.terminal = shows_progress()
         self.bar = tqdm(total=total_steps, initial=first_step, disable=not self.terminal, unit="step",
                         dynamic_ncols=True)
+        self.crowding: Crowding | None = Crowding()     # until it has warned
 
     def update(self, record: dict, line: bool) -> None:
         """Show one more step; record: its line of metrics.jsonl; line: whether a log file gets one."""
@@ -90,6 +92,9 @@ class Progress:
         self.bar.set_postfix_str(f"{' '.join(shown)} {speed} tok/s")
         if line and not self.terminal:
             say(f"step {record['step']}/{self.bar.total}: {', '.join(shown)}, {speed} tokens/s")
+        if self.crowding and (warning := self.crowding.warning()):
+            say(warning)
+            self.crowding = None
 
     def close(self) -> None:
         self.bar.close()

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from eval.advice import EVIDENCE
 from eval.study_report import MEASURES
 from eval.study_statistics import (CONFIDENCE, by_example, difference, file_tokens, nll_values,
                                    t_quantile, verdict)
@@ -304,10 +305,33 @@ def report(analyses: list[dict], page: str, folder: Path) -> str:
     return page
 
 
+def evidence(settings: list[dict], folder: Path) -> list[dict]:
+    """eval/evidence.json's settings with the results of the studies that they name, "" for none."""
+    for setting in settings:
+        if "study" not in setting:
+            continue
+        try:
+            result = compared(load_lines(setting["study"], ["it", "im"], folder), "it")
+        except Missing:
+            setting["result"] = ""
+            continue
+        # Exact matches where answers were checked, NLL elsewhere.
+        found = {(row["measure"], row["file"]): row for row in result["differences"]}
+        parts = []
+        for file in setting["files"]:
+            row = found.get(("exact_match", file))
+            parts.append(f"exact match on {file} {interval(row, 1)}" if row else
+                         f"NLL on {file} {interval(found['nll_example_mean', file], 3)}")
+        setting["result"] = "; ".join(parts)
+    return settings
+
+
 def main() -> None:
     analyses = json.loads((HERE / "analyses.json").read_text())
     FINDINGS.mkdir(exist_ok=True)
     PAGE.write_text(report(analyses, PAGE.read_text(), FINDINGS))
+    settings = evidence(json.loads(EVIDENCE.read_text()), FINDINGS)
+    EVIDENCE.write_text("[\n" + ",\n".join(map(json.dumps, settings)) + "\n]\n")
 
 
 if __name__ == "__main__":

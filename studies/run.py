@@ -2,7 +2,7 @@
 
     python -m studies.prepare --data DIR --output-dir RECORDS
     python -m studies.run --model SMOLLM2 --records RECORDS --output-dir RUNS                    all, in order
-    python -m studies.run --model SMOLLM2 --records RECORDS --output-dir RUNS t0-losses dolly-losses
+    python -m studies.run --model SMOLLM2 --records RECORDS --output-dir RUNS 't0-*' 'dolly-*'
     python -m studies.run --output-dir RUNS 'ratio-*' 'size-*'                            the invented world's
 
 What is finished is not repeated, and what was stopped is resumed. A grid of the invented world

@@ -9,7 +9,7 @@ import pytest
 from tiny import ROOT
 
 CORE = {"chat", "data", "loss", "model", "train"}
-PACKAGES = {"bench", "eval", "kernels", "quickstart", "runtime", "tests"}
+PACKAGES = {"bench", "eval", "kernels", "quickstart", "runtime", "studies", "tests"}
 # What each part may import, apart from itself.
 MAY_IMPORT = {
     "kernels": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "eval": CORE | {"kernels", "runtime"},
     "bench": CORE | {"eval", "kernels", "runtime"},
     "quickstart": CORE | {"eval", "kernels", "runtime"},
+    "studies": CORE | {"eval", "kernels", "runtime"},
     "tests": CORE | PACKAGES,
 }
 

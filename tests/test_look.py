@@ -22,6 +22,7 @@ from chat import CONTEXT, KINDS
 from data import collate
 from runtime.tokenizer import Tokenizer
 from eval import look
+from eval.advice import advice, nearest
 from kernels.head import weighted_nll
 from tiny import ROOT, arguments, make_model, metrics, run_here, run_module, setup
 
@@ -80,7 +81,7 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["trained"]["im"] == (instruction + completion) / numbers["tokens"]
     assert numbers["trained"]["lm"] == 1.0
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
-    assert f"instruction / completion: {instruction / completion:.3g} in tokens" in printed
+    assert f"{instruction / completion:.3g} tokens of instruction for each" in printed.replace("\n  ", " ")
     assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
 
 
@@ -338,3 +339,23 @@ def test_an_export_that_is_cut_short_leaves_the_old_file(folder, tmp_path, monke
     look.main(argv)
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
     assert (tmp_path / "x.jsonl").read_text() != "old"
+
+
+# ---------------------------------------------------------------- advice
+
+
+def setting(name, ratio, examples, **more):
+    return {"set": name, "source": "x", "ratio": ratio, "examples": examples, "result": "1 -> 2"} | more
+
+
+def test_advice_shows_the_nearest_settings_of_both_sources_that_have_a_result():
+    settings = [setting("far", 0.1, 500), setting("near", 9, 450), setting("nearer", 11, 500),
+                setting("own, far", 1, 500, study="a"), setting("own", 12, 480, study="b"),
+                setting("own, few", 10, 50, study="c"), setting("not run", 10, 500, study="d", result="")]
+    assert [each["set"] for each in nearest(settings, 10, 500)] == ["own", "own, few", "nearer", "near"]
+
+
+def test_advice_fits_a_terminal_and_ends_with_the_command_for_these_data():
+    lines = advice(46.0, 480, "my model", ["a.jsonl"], []).splitlines()
+    assert max(map(len, lines)) < 80
+    assert "480 examples" in lines[0] and "python -m eval.study --model 'my model'" in "\n".join(lines)

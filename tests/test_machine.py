@@ -1,10 +1,13 @@
 """Threads shared among ranks, CUDA's memory, whether torch.compile works."""
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from runtime import machine
+from tiny import ROOT
 
 
 def test_ranks_share_the_cores(monkeypatch):
@@ -56,3 +59,45 @@ def test_why_torch_compile_fails_is_told_in_a_line(monkeypatch):
         raise RuntimeError("no triton\nand more")
     monkeypatch.setattr(torch, "compile", fails)
     assert machine.compile_fault(cpu) == "RuntimeError: no triton"
+
+
+@pytest.mark.parametrize("program", ["train", "eval.generate", "eval.spans", "bench.step"])
+@pytest.mark.parametrize("given, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(program, given, expected):
+    """libgomp reads the variable when PyTorch loads it, so it is set before."""
+    code = ("import os, sys, importlib.abc\n"
+            "class Watch(importlib.abc.MetaPathFinder):\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name == 'torch':\n"
+            "            print(os.environ.get('OMP_WAIT_POLICY')); os._exit(0)\n"
+            "sys.meta_path.insert(0, Watch())\n"
+            f"import {program}\n")
+    env = {**os.environ, "OMP_WAIT_POLICY": given or ""}
+    if not given:
+        del env["OMP_WAIT_POLICY"]
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.stdout.split() == [expected], done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not say who waits")
+def test_a_busy_machine_is_the_reason_that_is_given(monkeypatch):
+    """More busy processes than cores, then none, by the counters of a quiet machine."""
+    monkeypatch.setattr(machine, "WATCHED", 0.5)
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 1)
+    code = "while True: pass"
+    busy = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2 * os.cpu_count())]
+    try:
+        crowding, until = machine.Crowding(), machine.time.monotonic() + 1.5
+        while machine.time.monotonic() < until:
+            pass
+        text = crowding.warning()
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert text.startswith("warning: slowed down by other processes")
+    assert max(map(len, text.split("\n"))) < 80
+    assert crowding.warning() == ""     # too soon to judge again
+    monkeypatch.setattr(machine, "seconds_without_core", lambda: 0.0)
+    monkeypatch.setattr(machine, "WATCHED", 0.0)
+    assert machine.Crowding().warning() == ""

@@ -1,0 +1,46 @@
+"""What is known about the choice of loss for data of this kind: the last lines of eval.look.
+
+evidence.json lists settings in which IM was measured next to IT: by the paper (arXiv 2405.14394, which gives
+no intervals), and here, where studies.report fills in the results. No rule is drawn from them; the nearest
+ones are shown, and the command that finds out.
+"""
+import json
+import math
+import shlex
+import textwrap
+from pathlib import Path
+
+EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
+# About prompt weights, which neither list has: PLW is arXiv 2401.13586, WIT arXiv 2507.07817.
+WEIGHTS = ("Smaller weights on instructions (--instruction-weight): PLW found about 0.24 best for short "
+           "answers and near 1 for long ones; in WIT the best was not zero in 56 % of settings.")
+
+
+def nearest(settings: list[dict], ratio: float, examples: int) -> list[dict]:
+    """The two settings of the paper and the two measured here that are most like these: by the logarithm of
+    the ratio of instruction to completion length, and half as much by that of the number of examples."""
+    def distance(setting: dict) -> float:
+        return abs(math.log(setting["ratio"] / ratio)) + abs(math.log(setting["examples"] / examples)) / 2
+
+    ranked = sorted((setting for setting in settings if setting["result"]), key=distance)
+    return [setting for here in (True, False)
+            for setting in [each for each in ranked if ("study" in each) == here][:2]]
+
+
+def advice(ratio: float, examples: int, model: str, train_data: list[str], eval_data: list[str]) -> str:
+    """The lines, in 79 columns. ratio: tokens of instructions over those of completions, above 0; examples:
+    to train on; the rest: the flags of the run."""
+    def fill(text: str, indent: str = "  ") -> str:
+        return textwrap.fill(text, 79, subsequent_indent=indent, break_on_hyphens=False)
+
+    lines = [fill(f"which loss? The settings measured so far that are nearest to {examples:,} examples and "
+                  f"{ratio:.3g} tokens of instruction for each of completion, IT -> IM or the difference:")]
+    for setting in nearest(json.loads(EVIDENCE.read_text()), ratio, examples):
+        lines.append(fill(f"- {setting['set']} ({setting['source']}; {setting['examples']:,} examples, "
+                          f"{setting['ratio']:.3g}): {setting['result']}"))
+    lines += [fill(WEIGHTS), "To find out for these data, with intervals:"]
+    flags = [["--model", model], ["--train-data", *train_data],
+             ["--eval-data", *(eval_data or ["TEST.jsonl"])], ["--losses", "it", "im", "im:span"],
+             ["--lrs", "2e-5", "1e-4"], ["--output-dir", "runs/study"]]
+    lines.append("  python -m eval.study " + " \\\n      ".join(map(shlex.join, flags)))
+    return "\n".join(lines)
