@@ -3,6 +3,7 @@
     python -m bench.gpu --output results.json
     python -m bench.gpu --only speed-1B peers --output more.json
     python -m bench.gpu --table results.json            # the table of an earlier run
+    python -m bench.gpu --markdown results.json         # its tables into docs/gpu.md
     python -m bench.gpu --device cpu                    # every stage with tiny shapes, to try the command
 
 Every stage is a process of its own with a deadline: one that fails or hangs costs its own results only.
@@ -21,9 +22,11 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +63,8 @@ STAGES = (
     Stage("ceilings", "bench.gpu_speed:ceilings", 40, alone=True),
     Stage("speed-0.13B", "bench.gpu_speed:speed_small", 120, alone=True),
     Stage("speed-1B", "bench.gpu_speed:speed_large", 150, alone=True),
-    Stage("peers", "bench.gpu_speed:peers", 70, alone=True),
     Stage("speed-0.5B", "bench.gpu_speed:speed_middle", 90, alone=True),
+    Stage("peers", "bench.gpu_speed:peers", 190, alone=True),
 )
 # Checks may take this share of the budget together, so that time is left to measure.
 SHARE_OF_CHECKS = 0.45
@@ -130,134 +133,115 @@ def run_stage(function: str, rows: Path, device: str) -> None:
 # ---------------------------------------------------------------- in the parent
 
 
-class Child:
-    """A running stage."""
+class Run:
+    """The stages of one run, and the results file."""
 
-    def __init__(self, stage: Stage, logs: Path, device: str, seconds: float, threads: int):
-        self.stage, self.began, self.seconds = stage, time.monotonic(), seconds
-        self.rows_file, self.log_file = logs / f"{stage.name}.jsonl", logs / f"{stage.name}.txt"
-        for file in (self.rows_file, self.log_file):
-            file.write_text("")
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "bench.gpu", "--stage", stage.function, "--rows",
-                   str(self.rows_file), "--device", device]
-        with open(self.log_file, "w") as log:
-            # In a session of its own, so that its own children end with it.
-            self.process = subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log,
-                                            stdin=subprocess.DEVNULL, start_new_session=True)
-        self.outcome = ""
+    def __init__(self, output: Path, device: str, budget: float):
+        self.output, self.device, self.budget = output, device, budget
+        self.began = time.monotonic()
+        self.logs = output.with_name(f"{output.stem}-logs")
+        self.logs.mkdir(parents=True, exist_ok=True)
+        self.outcomes: dict[str, str] = {}
+        self.seconds: dict[str, float] = {}
+        self.processes: dict[str, subprocess.Popen] = {}
+        self.ending = False
+        self.machine = hardware("triton", "transformers", "accelerate", "trl", "liger-kernel", "numpy")
 
     @property
     def age(self) -> float:
         return time.monotonic() - self.began
 
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def ended(self) -> bool:
-        """Whether it has ended; it is killed at its deadline."""
-        status = self.process.poll()
-        if status is None and self.age < self.seconds:
-            return False
+    def stage(self, stage: Stage, until: float, threads: int) -> None:
+        """Run a stage until it ends, or until its deadline or `until`, an age of this run."""
+        name, began = stage.name, self.age
+        # An earlier run may have left one.
+        (self.logs / f"{name}.jsonl").write_text("")
+        if self.ending or until - began < LEAST:
+            self.outcomes[name] = "not started: no time was left"
+            return
+        log_file, seconds = self.logs / f"{name}.txt", min(stage.seconds, until - began)
+        self.outcomes[name] = "running"
+        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
+                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
+        command = [sys.executable, "-m", "bench.gpu", "--stage", stage.function, "--rows",
+                   str(self.logs / f"{name}.jsonl"), "--device", self.device]
+        with open(log_file, "w") as log:
+            # In a session of its own, so that its own children end with it.
+            process = self.processes[name] = subprocess.Popen(
+                command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                start_new_session=True)
+        outcome = "ended"
+        try:
+            if status := process.wait(seconds):
+                last = log_file.read_text(errors="replace").strip().splitlines()[-1:]
+                outcome = f"exit status {status}: {''.join(last)[:300]}"
+        except subprocess.TimeoutExpired:
+            outcome = f"killed at its deadline of {seconds:.0f} s"
         # Also after an orderly end, because it may have left children.
-        self.kill()
-        if status is None:
-            self.outcome = f"killed at its deadline of {self.seconds:.0f} s"
-        elif status:
-            last = self.log_file.read_text(errors="replace").strip().splitlines()[-1:]
-            self.outcome = f"exit status {status}: {''.join(last)[:300]}"
-        else:
-            self.outcome = "ended"
-        self.seconds = self.age
-        return True
-
-    def rows(self) -> list[dict]:
-        # The last line may be half written.
-        lines = self.rows_file.read_text().split("\n")[:-1]
-        return [{"stage": self.stage.name, **json.loads(line)} for line in lines]
-
-
-class Run:
-    """The stages of one run, and the results file."""
-
-    def __init__(self, output: Path, device: str, budget: float):
-        self.output, self.device, self.end = output, device, time.monotonic() + budget - RESERVE
-        self.budget, self.began = budget, time.monotonic()
-        self.logs = output.with_name(f"{output.stem}-logs")
-        self.logs.mkdir(parents=True, exist_ok=True)
-        self.children: list[Child] = []
-        self.skipped: dict[str, str] = {}
-        self.written: tuple | None = None
-        self.machine = hardware("triton", "transformers", "accelerate", "trl", "liger-kernel", "numpy")
-
-    @property
-    def results(self) -> dict:
-        stages = {child.stage.name: {"outcome": child.outcome or "running",
-                                     "seconds": round(child.seconds if child.outcome else child.age, 1)}
-                  for child in self.children}
-        stages |= {name: {"outcome": why, "seconds": 0.0} for name, why in self.skipped.items()}
-        rows = [row for child in self.children for row in child.rows()]
-        rows += [{"stage": name, "section": 0, "name": name, "value": None, "unit": "", "limit": "",
-                  "passed": False, "note": stage["outcome"], "data": {}}
-                 for name, stage in stages.items() if stage["outcome"] not in ("ended", "running")]
-        return {"device": self.device, "hardware": self.machine, "budget": self.budget,
-                "seconds": round(time.monotonic() - self.began, 1), "stages": stages, "rows": rows}
-
-    def write(self) -> dict:
-        """Write the results file, if there is anything new. Returns the results."""
-        results = self.results
-        news = len(results["rows"]), [stage["outcome"] for stage in results["stages"].values()]
-        if news != self.written:
-            # Renamed into place: whoever reads the file meanwhile finds a whole one.
-            aside = self.output.with_name(self.output.name + ".new")
-            aside.write_text(json.dumps(results, indent=1))
-            aside.replace(self.output)
-            self.written = news
-        return results
+        kill(process)
+        self.seconds[name] = self.age - began
+        self.outcomes[name] = "killed: the run was ended from outside" if self.ending else outcome
+        print(f"{self.age:5.0f} s  {name}: {self.outcomes[name]} in {self.seconds[name]:.0f} s", flush=True)
 
     def run(self, stages: list[Stage], at_once: int, until: float) -> None:
         """Run stages, `at_once` at a time, each until its deadline and all until `until`."""
-        waiting, running = list(stages), []
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                stage, left = waiting.pop(0), until - time.monotonic()
-                if left < LEAST:
-                    self.skipped[stage.name] = "not started: no time was left"
-                    continue
-                child = Child(stage, self.logs, self.device, min(stage.seconds, left),
-                              threads=max(1, cores() // at_once))
-                running.append(child)
-                self.children.append(child)
-            for child in [child for child in running if child.ended()]:
-                running.remove(child)
-                rows = child.rows()
-                failed = [row["name"] for row in rows if row["passed"] is False]
-                print(f"{time.monotonic() - self.began:5.0f} s  {child.stage.name}: {child.outcome} in "
-                      f"{child.seconds:.0f} s, {len(rows)} rows, {len(failed)} failed", flush=True)
-            self.write()
-            time.sleep(0.2)
+        threads = ThreadPoolExecutor(at_once)
+        running = [threads.submit(self.stage, stage, until, max(1, cores() // at_once)) for stage in stages]
+        try:
+            while not all(each.done() for each in running):
+                self.write()
+                time.sleep(0.2)
+        finally:
+            self.ending = not all(each.done() for each in running)
+            threads.shutdown(wait=False, cancel_futures=True)
+            while not all(each.done() for each in running):
+                for process in list(self.processes.values()):
+                    kill(process)
+                time.sleep(0.05)
+        for each in running:
+            each.result()
 
-    def kill(self) -> None:
-        for child in self.children:
-            if not child.outcome:
-                child.kill()
-                child.outcome, child.seconds = "killed: the run was ended from outside", child.age
+    def write(self) -> dict:
+        """Write the results file. Returns the results."""
+        rows = []
+        for name, outcome in list(self.outcomes.items()):
+            file = self.logs / f"{name}.jsonl"
+            # The last line may be half written.
+            lines = file.read_text().split("\n")[:-1] if file.is_file() else []
+            rows += [{"stage": name, **json.loads(line)} for line in lines]
+            if outcome not in ("ended", "running"):
+                rows.append({"stage": name, "section": 0, "name": name, "value": None, "unit": "",
+                             "limit": "", "passed": False, "note": outcome, "data": {}})
+        stages = {name: {"outcome": outcome, "seconds": round(self.seconds.get(name, 0.0), 1)}
+                  for name, outcome in self.outcomes.items()}
+        results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
+                   "seconds": round(self.age, 1), "stages": stages, "rows": rows}
+        # Renamed into place: whoever reads the file meanwhile finds a whole one.
+        aside = self.output.with_name(self.output.name + ".new")
+        aside.write_text(json.dumps(results, indent=1))
+        aside.replace(self.output)
+        return results
 
 
-# ---------------------------------------------------------------- the table
+def kill(process: subprocess.Popen) -> None:
+    """Kill a stage and all that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- tables
 
 
 def shown(value: object) -> str:
-    """A number in at most nine characters."""
-    if value is None:
-        return ""
+    """A number with three digits, or without a fraction if it has more."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
+    return f"{value:,}" if isinstance(value, int) else str(value or "")
+
+
+def quantity(row: dict) -> str:
+    return f"{shown(row['value'])} {row['unit']}".strip()
 
 
 def table(results: dict) -> str:
@@ -269,17 +253,66 @@ def table(results: dict) -> str:
             lines.append(f"{section or '':>2} {TITLES[section]}")
         for row in rows:
             mark = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
-            value = f"{shown(row['value'])} {row['unit']}".strip()[:40]
-            room = 60 - len(value)
-            lines.append(f"   {row['name'][:room]:<{room}} {value} {row['limit']:>10} {mark:>4}")
+            value = quantity(row)[:40]
+            room, name = 60 - len(value), row["name"]
+            if len(name) > room:
+                # The value follows on a line of its own.
+                lines.append(f"   {name[:77]}")
+                name = ""
+            lines.append(f"   {name:<{room}} {value} {row['limit']:>10} {mark:>4}")
             if row["note"] and row["passed"] is not True:
-                lines.append(f"      {row['note'][:74]}")
-    passed = [row["passed"] for row in results["rows"]]
-    versions = ", ".join(f"{name} {version}" for name, version in results["hardware"]["versions"].items())
-    lines += [f"{', '.join(results['hardware']['gpus']) or results['hardware']['cpu']}"[:80], versions[:80],
-              f"{passed.count(True)} checks passed, {passed.count(False)} failed; {results['seconds']:.0f} s "
-              f"of {results['budget']:.0f} s"]
+                lines += [f"      {line}" for line in textwrap.wrap(row["note"], 74)[:3]]
+    lines += [line[:80] for line in machine(results)] + [judgement(results)]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def machine(results: dict) -> list[str]:
+    versions = ", ".join(f"{name} {version}" for name, version in results["hardware"]["versions"].items())
+    return [", ".join(results["hardware"]["gpus"]) or results["hardware"]["cpu"], versions]
+
+
+def judgement(results: dict) -> str:
+    passed = [row["passed"] for row in results["rows"]]
+    return (f"{passed.count(True)} checks passed, {passed.count(False)} failed; {results['seconds']:.0f} s "
+            f"of {results['budget']:.0f} s")
+
+
+def markdown(results: dict) -> str:
+    """The tables of docs/gpu.md."""
+    def rows_of(*sections: int) -> list[dict]:
+        return [row for row in results["rows"] if row["section"] in sections]
+
+    lines = [f"{'; '.join(machine(results))}. {judgement(results)}.", "", "| checks | passed | failed |",
+             "|---|---:|---|"]
+    for section, title in TITLES.items():
+        checks = [row for row in rows_of(section) if row["passed"] is not None]
+        if checks:
+            failed = "; ".join(row["name"] for row in checks if not row["passed"])
+            lines.append(f"| {title} | {sum(row['passed'] for row in checks)} of {len(checks)} | {failed} |")
+    lines += ["", "| model | loss | micro-batch tokens | tokens/s | MFU | peak GB | peak / estimate |",
+              "|---|---|---:|---:|---:|---:|---:|"]
+    for row in rows_of(10):
+        if "mfu" in row["data"]:
+            of, data = row["name"].partition(":")[0].split(), row["data"]
+            memory = [f"{data[key]:.{digits}f}" if key in data else "" for key, digits in
+                      (("peak_gb", 1), ("peak_over_estimate", 2))]
+            cells = [*of, shown(row["value"]), f"{data['mfu']:.1%}", *memory]
+            lines.append(f"| {' | '.join(cells)} |")
+    for section in (11, 12, 13, 2):
+        rows = [row for row in rows_of(section) if row["value"] is not None and row["passed"] is None]
+        if rows:
+            lines += ["", f"| {TITLES[section]} | |", "|---|---:|"]
+            lines += [f"| {row['name']} | {quantity(row)} |" for row in rows]
+    return "\n".join(lines)
+
+
+def write_markdown(results: dict, file: Path) -> None:
+    """Put the tables between the two markers of a file."""
+    before, begin, after = file.read_text().partition("<!-- results -->\n")
+    _, end, after = after.partition("<!-- end of results -->")
+    if not end:
+        raise ValueError(f"{file}: the lines <!-- results --> and <!-- end of results --> are missing")
+    file.write_text(f"{before}{begin}{markdown(results)}\n{end}{after}")
 
 
 def summary(results: dict) -> dict:
@@ -301,11 +334,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda",
                         help="cpu: tiny shapes, to try the command")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of this results file")
+    parser.add_argument("--markdown", type=Path, metavar="FILE",
+                        help="put the tables of this results file into docs/gpu.md")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
         print(table(json.loads(args.table.read_text())))
+        return 0
+    if args.markdown:
+        write_markdown(json.loads(args.markdown.read_text()), REPOSITORY / "docs" / "gpu.md")
         return 0
     if args.stage:
         run_stage(args.stage, args.rows, args.device)
@@ -319,14 +357,12 @@ def main(argv: list[str]) -> int:
     run = Run(args.output.resolve(), args.device, args.budget)
     together = [stage for stage in chosen if not stage.alone]
     alone = [stage for stage in chosen if stage.alone]
-    until = run.end if not alone else run.began + SHARE_OF_CHECKS * args.budget
+    end = args.budget - RESERVE
     try:
-        run.run(together, max(1, min(4, cores() // 4)), until)
-        run.run(alone, 1, run.end)
+        run.run(together, max(1, min(4, cores() // 4)), SHARE_OF_CHECKS * args.budget if alone else end)
+        run.run(alone, 1, end)
     finally:
         signal.signal(signal.SIGTERM, before)
-        run.kill()
-        run.written = None
         results = run.write()
         print(f"\n{table(results)}")
         print(json.dumps(summary(results)), flush=True)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +40,8 @@ from runtime.model_config import ModelConfig
 
 FP32_LIMIT = 1e-4
 BF16_FACTOR = 1.5
+# What PyTorch warns of where the host waits for the device.
+WAIT = "called a synchronizing CUDA operation"
 
 
 # ---------------------------------------------------------------- models and gradients of a test
@@ -128,12 +129,12 @@ def versions(report: Report, device: str, tiny: bool) -> None:
         properties = torch.cuda.get_device_properties(0)
         report.row(1, "card", properties.name)
         report.row(1, "its memory", properties.total_memory / 2**30, "GiB")
-        report.row(1, "its multiprocessors", properties.multi_processor_count)
         with report.trying(1, "nvidia-smi"):
-            query = "driver_version,power.limit,clocks.max.sm,temperature.gpu"
-            done = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
+            query = "driver_version", "power.limit", "clocks.max.sm", "temperature.gpu"
+            done = subprocess.run(["nvidia-smi", f"--query-gpu={','.join(query)}", "--format=csv,noheader"],
                                   capture_output=True, text=True, timeout=20)
-            report.row(1, "driver", note=f"{query}: {done.stdout.strip()}")
+            for name, value in zip(query, done.stdout.splitlines()[0].split(", ")):
+                report.row(1, name, value)
     for name, config in shapes(tiny).items():
         with report.trying(1, f"attention of {name}, bf16"):
             model = build(config).to(device)
@@ -183,12 +184,13 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], cau
     return torch.cat(out)
 
 
-def document_error(got: Tensor, expected: Tensor, lengths: Sequence[int]) -> float:
-    """The largest distance of a document, ||a - b|| / ||b||. A document whose b is smaller than usual, such
-    as the zero gradient of a single query, is compared with the usual size."""
-    usual = expected.square().mean().sqrt()
-    pairs = zip(got.double().split(list(lengths)), expected.split(list(lengths)))
-    return max(((a - b).norm() / torch.maximum(b.norm(), usual * b.numel() ** 0.5)).item() for a, b in pairs)
+def document_error(got: Tensor, expected: Tensor, lengths: Sequence[int], usual: float) -> Tensor:
+    """The largest distance of a document, ||a - b|| / ||b||. usual: the root mean square of comparable
+    tensors. A document that is much smaller, such as the zero gradient of a single query, is compared with a
+    tenth of that."""
+    pairs = zip(got.detach().double().split(list(lengths)), expected.detach().split(list(lengths)))
+    return torch.stack([(a - b).norm() / b.norm().clamp(min=0.1 * usual * b.numel() ** 0.5)
+                        for a, b in pairs]).max()
 
 
 def attention(report: Report, device: str, tiny: bool) -> None:
@@ -217,9 +219,13 @@ def attention(report: Report, device: str, tiny: bool) -> None:
         exact = [x.detach().double().requires_grad_() for x in inputs]
         expected = exact_attention(*exact, lengths, causal)
         got = function(*inputs, torch.tensor([0, *cuts]).cumsum(0).int())
-        pairs = [(got, expected), *zip(torch.autograd.grad(got, inputs, grad),
-                                       torch.autograd.grad(expected, exact, grad.double()))]
-        return max(document_error(a.detach(), b.detach(), lengths) for a, b in pairs)
+        exact_gradients = torch.autograd.grad(expected, exact, grad.double())
+        usual = torch.cat([x.flatten() for x in exact_gradients]).square().mean().sqrt().item()
+        found = [document_error(got, expected, lengths, 0.0)]
+        found += [document_error(a, b, lengths, usual)
+                  for a, b in zip(torch.autograd.grad(got, inputs, grad), exact_gradients)]
+        # Tensor.max() is NaN if one of them is.
+        return torch.stack(found).max().item()
 
     for name, function in functions.items():
         for size in sizes:
@@ -237,6 +243,9 @@ def attention(report: Report, device: str, tiny: bool) -> None:
                             errors(function, lengths, joined, sizes[0], groups[1]), 5 * limit)
             report.at_least(4, f"{name}: a dropped causal mask is caught",
                             errors(function, lengths, lengths, sizes[0], groups[1], causal=False), 5 * limit)
+            report.at_least(4, f"{name}: an error of 2 % is caught",
+                            errors(lambda q, k, v, cu: 1.02 * function(q, k, v, cu), lengths, lengths,
+                                   sizes[0], groups[1]), 1.5 * limit)
 
 
 # ---------------------------------------------------------------- bf16
@@ -266,120 +275,90 @@ def bf16(report: Report, device: str, tiny: bool) -> None:
     """A step in bf16 by several ways: packed or not, recomputed, compiled, in other chunks."""
     exact_matrix_products()
     config, shape = settings("bf16"), shapes(tiny)["Llama"]
-    dataset = synthetic([9, 2, 30, 17] if tiny else [300, 2, 700, 129, 64, 1000], shape["vocab_size"])
+    # The planted leak joins the first two: long ones, so that it matters.
+    dataset = synthetic([17, 30, 2, 9] if tiny else [300, 700, 2, 129, 64, 1000], shape["vocab_size"])
     packed, alone = [range(len(dataset))], [[i] for i in range(len(dataset))]
     pairs = [[i, i + 1] for i in range(0, len(dataset), 2)]
-    model = on(device, build(shape))
+    model = build(shape)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                # What a token sees of others has to matter, at any width.
+                parameter.mul_(1.5 / 0.08 / shape["hidden_size"] ** 0.5)
+    compiled, model = on(device, model), on(device, model)
     _, exact = step_of(model, dataset, packed, settings("fp32"))
-    exact = whole_gradient(exact)
     model.choose_attention(torch.bfloat16)
     expected_loss, gradients = step_of(model, dataset, packed, config)
     expected = whole_gradient(gradients)
-    rounding = distance(expected, exact)
-    limit = BF16_FACTOR * rounding
-    report.row(5, "what bf16 itself changes of the gradient", rounding,
-               note="the bound of the rows below is 1.5 times this")
 
-    def compare(name: str, micro_batches: Sequence[Sequence[int]] = packed, changed: Llama = model) -> None:
+    def change(micro_batches: Sequence[Sequence[int]] = packed, changed: Llama = model
+               ) -> tuple[float, float]:
+        """How far the loss and the gradient are from the expected."""
         loss, gradients = step_of(changed, dataset, micro_batches, config)
-        report.at_most(5, f"{name}: gradient", distance(whole_gradient(gradients), expected), limit)
-        report.at_most(5, f"{name}: loss", abs(loss / expected_loss - 1), 2e-3)
+        return abs(loss / expected_loss - 1), distance(whole_gradient(gradients), expected)
 
-    with report.trying(5, "the same again"):
-        _, gradients = step_of(model, dataset, packed, config)
-        equal = torch.equal(whole_gradient(gradients), expected)
-        report.row(5, "the same again: equal bit for bit", "yes" if equal else "no",
-                   note="flash attention's backward pass adds in any order")
-    with report.trying(5, "unpacked"):
-        compare("unpacked", alone)
-    with report.trying(5, "two documents a micro-batch"):
-        compare("two documents a micro-batch", pairs)
-    with report.trying(5, "recompute"):
-        model.recompute = True
-        compare("recompute")
+    rounding = distance(expected, whole_gradient(exact))
+    # Flash attention's backward pass adds in any order.
+    noise = max(change()[1] for _ in range(3))
+    report.row(5, "what bf16 itself changes of the gradient", rounding)
+    report.row(5, "what the same again changes of it", noise)
+    other_kernels, same_kernels = BF16_FACTOR * rounding, max(3 * noise, rounding / 3)
+
+    def compare(name: str, limit: float, *args: object) -> None:
+        with report.trying(5, name):
+            of_loss, of_gradient = change(*args)
+            report.at_most(5, f"{name}: gradient", of_gradient, limit)
+            report.at_most(5, f"{name}: loss", of_loss, 2e-3)
+
+    compare("unpacked", same_kernels, alone)
+    compare("two documents a micro-batch", same_kernels, pairs)
+    model.recompute = True
+    compare("recompute", same_kernels)
     model.recompute = False
     for rows in (16,) if tiny else (128, 512):
-        with report.trying(5, f"chunks of {rows} targets"), chunks_of(rows, shape["vocab_size"]):
-            compare(f"chunks of {rows} targets")
-    if model.varlen:
-        with report.trying(5, "tiled attention"):
-            model.varlen = False
-            compare("tiled attention")
-        model.varlen = True
+        with chunks_of(rows, shape["vocab_size"]):
+            compare(f"chunks of {rows} targets", same_kernels)
     with report.trying(5, "planted leak"), leak(model):
-        _, gradients = step_of(model, dataset, packed, config)
-        report.at_least(5, "a leak between documents is caught",
-                        distance(whole_gradient(gradients), expected), limit)
-    with report.trying(5, "compile"):
-        compiled = on(device, build(shape))
-        compiled.choose_attention(torch.bfloat16)
-        compiled.compile_layers()
-        compare("compiled", changed=compiled)
-        compare("compiled, two documents a micro-batch", pairs, compiled)
+        report.at_least(5, "a leak between documents is caught", change()[1], 2 * other_kernels)
+    if model.varlen:
+        model.varlen = False
+        compare("tiled attention", other_kernels)
+    compiled.choose_attention(torch.bfloat16)
+    compiled.compile_layers()
+    compare("compiled", other_kernels, packed, compiled)
+    compare("compiled, two documents a micro-batch", other_kernels, pairs, compiled)
 
 
 # ---------------------------------------------------------------- syncs
 
 
-class Waits:
-    """Where the host waited for the device while this counted, {"file:line": how often}."""
-
-    TEXT = "called a synchronizing CUDA operation"
-
-    def __init__(self) -> None:
-        self.places: Counter[str] = Counter()
-
-    def note(self, message: Warning | str, *_: object, **__: object) -> None:
-        if self.TEXT in str(message):
-            # The innermost line of this repository.
-            frames = [frame for frame in traceback.extract_stack()[:-1]
-                      if Path(frame.filename).is_relative_to(REPOSITORY) and frame.filename != __file__]
-            frame = frames[-1] if frames else None
-            place = f"{Path(frame.filename).relative_to(REPOSITORY)}:{frame.lineno}" if frame else "elsewhere"
-            self.places[place] += 1
-
-    @contextlib.contextmanager
-    def counting(self, steps: range) -> Iterator[None]:
-        """Count in these steps of train.main()."""
-        original, cuda = train.accumulate_gradients, torch.cuda.is_available()
-
-        def accumulate(*args: object) -> object:
-            step = args[5]
-            if step in (steps.start, steps.stop) and cuda:
-                torch.cuda.set_sync_debug_mode("warn" if step == steps.start else "default")
-            self.on = step in steps
-            return original(*args)
-
-        def show(*args: object, **kwargs: object) -> None:
-            if self.on:
-                self.note(*args, **kwargs)
-
-        self.on = False
-        with warnings.catch_warnings(), mock.patch("train.accumulate_gradients", accumulate):
-            warnings.simplefilter("always")
-            warnings.showwarning = show
-            yield
-        if cuda:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 def syncs(report: Report, device: str, tiny: bool) -> None:
     """How often the host waits for the device in five steps of train.py."""
-    steps = range(2, 7)
+    steps, original = range(2, 7), train.accumulate_gradients
     quick = REPOSITORY / "quickstart"
+
+    def accumulate(*args: object) -> object:
+        step = args[5]
+        if step in (steps.start, steps.stop) and device == "cuda":
+            torch.cuda.set_sync_debug_mode("warn" if step == steps.start else "default")
+        return original(*args)
+
     for more in ([], ["--neftune-alpha", "5"]):
         name = " ".join(more) or "plain"
-        with report.trying(6, name), tempfile.TemporaryDirectory() as folder:
-            waits = Waits()
-            with waits.counting(steps):
-                status = train.main([
-                    "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
-                    "--output-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache", "--max-length", "512",
-                    "--max-steps", "8", "--batch-size", "8" if tiny else "32", "--micro-batch-tokens", "512",
-                    "--log-every", "1000", "--device", device, *more])
+        with (report.trying(6, name), tempfile.TemporaryDirectory() as folder,
+              warnings.catch_warnings(record=True) as caught,
+              mock.patch("train.accumulate_gradients", accumulate)):
+            warnings.simplefilter("always")
+            status = train.main([
+                "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
+                "--output-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache", "--max-length", "512",
+                "--max-steps", "8", "--batch-size", "8" if tiny else "32", "--micro-batch-tokens", "512",
+                "--log-every", "1000", "--device", device, *more])
             report.holds(6, f"{name}: the run ends well", status == 0)
-            report.at_most(6, f"{name}: waits of {len(steps)} steps", sum(waits.places.values()), len(steps))
-            for place, count in waits.places.most_common(12):
+            places = Counter("/".join([*Path(each.filename).parts[-2:]]) + f":{each.lineno}"
+                             for each in caught if WAIT in str(each.message))
+            report.at_most(6, f"{name}: waits of {len(steps)} steps", places.total(), len(steps))
+            for place, count in places.most_common(12):
                 report.row(6, f"{name}: {place}", count, "waits")
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -417,60 +396,46 @@ def same_run(a: Path, b: Path) -> tuple[bool, float]:
 
 
 def quickstart(report: Report, device: str, tiny: bool) -> None:
-    """The embedded default twice, and --deterministic with a SIGKILL in the middle."""
+    """The embedded default, and --deterministic twice, once with a SIGKILL in the middle."""
     steps = 6 if tiny else 120
-    common = ["--device", device, *(["--eval-generate", "0", "--max-steps", "4"] if tiny else [])]
-    exact = ["--deterministic", "--eval-generate", "0", "--max-steps", str(steps), "--device", device,
-             "--save-every", str(steps // 6)]
-    if tiny:
-        common, exact = common + ["--batch-size", "4"], exact + ["--batch-size", "4"]
-    with tempfile.TemporaryDirectory() as temporary:
+    common = ["--device", device, *(["--batch-size", "4"] if tiny else [])]
+    exact = [*common, "--deterministic", "--eval-generate", "0", "--max-steps", str(steps), "--save-every",
+             str(steps // 6)]
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as at_end:
         folder = Path(temporary)
-        running: list[subprocess.Popen] = []
 
         def start(name: str, flags: list[str]) -> subprocess.Popen:
-            running.append(start_run(folder, name, flags))
-            return running[-1]
+            process = start_run(folder, name, flags)
+            at_end.callback(process.wait)
+            at_end.callback(process.kill)
+            return process
 
-        try:
-            began = time.monotonic()
-            killed, whole_run = start("killed", exact), start("exact", exact)
-            first, second = start("first", common), start("second", common)
-            with report.trying(7, "deterministic: killed and resumed"):
-                metrics = folder / "killed" / "metrics.jsonl"
-                while len(lines(metrics)) < steps // 2 and killed.poll() is None:
-                    time.sleep(0.02)
-                killed.kill()
-                killed.wait()
-                done = len(lines(metrics))
-                report.holds(7, "deterministic: killed in the middle", 0 < done < steps,
-                             f"after {done} of {steps} steps: {(folder / 'killed.txt').read_text()[-250:]}")
-                ended_well(start("killed", exact), folder, "killed")
-                ended_well(whole_run, folder, "exact")
-                equal, far = same_run(folder / "killed", folder / "exact")
-                report.holds(7, "deterministic: resumed equals uninterrupted", equal,
-                             f"weights are {far:.1e} apart")
-            with report.trying(7, "quick start"):
-                ended_well(first, folder, "first")
-                report.row(7, "quick start, next to three others", time.monotonic() - began, "s")
-                metrics = lines(folder / "first" / "metrics.jsonl")
-                report.at_most(7, "loss of the last step over that of the first",
-                               metrics[-1]["loss"] / metrics[0]["loss"], 1.0 if tiny else 0.7)
-                for line in lines(folder / "first" / "eval.jsonl"):
-                    if "exact_match" in line:
-                        report.row(7, f"exact matches at step {line['step']}", line["exact_match"])
-                later = metrics[len(metrics) // 2:]
-                report.row(7, "its speed", sum(x["tokens"] for x in later) / sum(x["seconds"] for x in later),
-                           "tokens/s")
-            with report.trying(7, "quick start again"):
-                ended_well(second, folder, "second")
-                equal, far = same_run(folder / "second", folder / "first")
-                report.row(7, "again: equal bit for bit", "yes" if equal else "no",
-                           note=f"weights are {far:.1e} apart")
-        finally:
-            for process in running:
-                process.kill()
-                process.wait()
+        began = time.monotonic()
+        killed, whole_run = start("killed", exact), start("exact", exact)
+        usual = start("usual", common + (["--eval-generate", "0", "--max-steps", "4"] if tiny else []))
+        with report.trying(7, "deterministic: killed and resumed"):
+            metrics = folder / "killed" / "metrics.jsonl"
+            while len(lines(metrics)) < steps // 2 and killed.poll() is None:
+                time.sleep(0.02)
+            killed.kill()
+            killed.wait()
+            done = len(lines(metrics))
+            report.holds(7, "deterministic: killed in the middle", 0 < done < steps,
+                         f"after {done} of {steps} steps: {(folder / 'killed.txt').read_text()[-250:]}")
+            ended_well(start("killed", exact), folder, "killed")
+            ended_well(whole_run, folder, "exact")
+            equal, far = same_run(folder / "killed", folder / "exact")
+            report.holds(7, "deterministic: resumed equals uninterrupted", equal,
+                         f"weights are {far:.1e} apart")
+        with report.trying(7, "quick start"):
+            ended_well(usual, folder, "usual")
+            report.row(7, "quick start, next to two others", time.monotonic() - began, "s")
+            metrics = lines(folder / "usual" / "metrics.jsonl")
+            report.at_most(7, "loss of the last step over that of the first",
+                           metrics[-1]["loss"] / metrics[0]["loss"], 1.0 if tiny else 0.7)
+            for line in lines(folder / "usual" / "eval.jsonl"):
+                if "exact_match" in line:
+                    report.row(7, f"exact matches at step {line['step']}", line["exact_match"])
 
 
 # ---------------------------------------------------------------- transformers
@@ -510,11 +475,6 @@ def transformers_step(reference: torch.nn.Module, dataset: Dataset, config: trai
 
 
 def transformers_parity(report: Report, device: str, tiny: bool) -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        report.row(8, "transformers", "not installed")
-        return
     exact_matrix_products()
     for name, shape in shapes(tiny).items():
         dataset = synthetic([1, 20, 37] if tiny else [1, 129, 700, 64], shape["vocab_size"])
@@ -522,29 +482,23 @@ def transformers_parity(report: Report, device: str, tiny: bool) -> None:
         model = build(shape)
         with report.trying(8, name):
             reference, ours = by_transformers(shape, model, device), on(device, model)
-            exact: Tensor | None = None
             for dtype in ("fp32", "bf16"):
                 config = settings(dtype)
                 ours.choose_attention(config.compute_dtype)
-                got_logits = logits(ours, dataset, device, config)
-                loss, got = step_of(ours, dataset, packed, config)
-                expected_logits, expected_loss, expected = transformers_step(reference, dataset, config,
-                                                                             device)
-                apart, logits_apart = whole_gradient(expected), expected_logits
-                if exact is None:
-                    exact, exact_logits = apart, logits_apart
-                    limit = logits_limit = FP32_LIMIT
-                    of_gradient = worst(got, expected)
+                loss, gradients = step_of(ours, dataset, packed, config)
+                theirs = transformers_step(reference, dataset, config, device)
+                if dtype == "fp32":
+                    exact, limits = theirs, [FP32_LIMIT] * 3
+                    of_gradients = worst(gradients, exact[2])
                 else:
-                    limit = BF16_FACTOR * distance(apart, exact)
-                    logits_limit = BF16_FACTOR * distance(logits_apart, exact_logits)
-                    of_gradient = distance(whole_gradient(got), exact)
-                    apart, logits_apart = exact, exact_logits
-                report.at_most(8, f"{name}, {dtype}: logits", distance(got_logits, logits_apart),
-                               logits_limit)
-                report.at_most(8, f"{name}, {dtype}: loss", abs(loss / expected_loss - 1),
-                               FP32_LIMIT if dtype == "fp32" else 2e-3)
-                report.at_most(8, f"{name}, {dtype}: gradients", of_gradient, limit)
+                    whole_exact = whole_gradient(exact[2])
+                    limits = [BF16_FACTOR * distance(theirs[0], exact[0]), 2e-3,
+                              BF16_FACTOR * distance(whole_gradient(theirs[2]), whole_exact)]
+                    of_gradients = distance(whole_gradient(gradients), whole_exact)
+                found = [distance(logits(ours, dataset, device, config), exact[0]), abs(loss / exact[1] - 1),
+                         of_gradients]
+                for what, value, limit in zip(("logits", "loss", "gradients"), found, limits):
+                    report.at_most(8, f"{name}, {dtype}: {what}", value, limit)
 
 
 def generation(report: Report, device: str, tiny: bool) -> None:
@@ -565,27 +519,19 @@ def generation(report: Report, device: str, tiny: bool) -> None:
                     engine = Engine(moved)
                 return [ids for _, ids, _ in sorted(engine.answers(prompts, set(), new, batch_size=5))]
 
+            def equal(a: list[list[int]], b: list[list[int]]) -> int:
+                return sum(len(x) == new and x == y for x, y in zip(a, b))
+
             got, expected = answers(device), answers("cpu")
-            assert all(len(ids) == new for ids in expected)
-            equal = sum(a == b for a, b in zip(got, expected))
-            report.at_least(9, f"{name}: answers as on the CPU, of {count}", equal, count)
-            rounded = answers(device, torch.bfloat16)
-            report.row(9, f"{name}: the same in bf16", sum(a == b for a, b in zip(rounded, expected)))
-            try:
-                reference = by_transformers(shape, model, device)
-            except ImportError:
-                report.row(9, f"{name}: as transformers", "not installed")
-                continue
-            theirs = []
+            report.at_least(9, f"{name}: answers as on the CPU, of {count}", equal(got, expected), count)
+            report.row(9, f"{name}: the same in bf16", equal(answers(device, torch.bfloat16), expected))
+            reference, theirs = by_transformers(shape, model, device), []
             for prompt in prompts:
                 ids = torch.tensor([prompt], device=device)
-                with torch.no_grad():
-                    for _ in range(new):
-                        chosen = reference(ids, use_cache=False).logits[0, -1].argmax()
-                        ids = torch.cat([ids, chosen.view(1, 1)], 1)
-                theirs.append(ids[0, len(prompt):].tolist())
-            equal = sum(a == b for a, b in zip(got, theirs))
-            report.at_least(9, f"{name}: answers as transformers, of {count}", equal, count)
+                answer = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new,
+                                            do_sample=False, eos_token_id=None, pad_token_id=0)
+                theirs.append(answer[0, len(prompt):].tolist())
+            report.at_least(9, f"{name}: answers as transformers, of {count}", equal(got, theirs), count)
 
 
 # ---------------------------------------------------------------- one rank
@@ -594,19 +540,19 @@ def generation(report: Report, device: str, tiny: bool) -> None:
 def ranks(report: Report, device: str, tiny: bool) -> None:
     """torchrun with one rank; and DDP and FSDP2 around a model in a group of one."""
     quick = REPOSITORY / "quickstart"
-    for name, more in {"torchrun": [], "torchrun --shard": ["--shard"]}.items():
+    for more in [["--shard"]] if tiny else [[], ["--shard"]]:
+        name = " ".join(["torchrun", *more])
         with report.trying(14, name), tempfile.TemporaryDirectory() as folder:
-            status, text = run_for(60, [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-                str(REPOSITORY / "train.py"), "--model", str(quick / "model"), "--train-data",
-                str(quick / "train.jsonl"), "--output-dir", f"{folder}/run", "--cache-dir",
-                f"{folder}/cache", "--max-steps", "3", "--batch-size", "4", "--device", device, *more])
-            print(text[-5000:])
-            done = len(lines(Path(folder) / "run" / "metrics.jsonl"))
-            report.holds(14, f"{name}: three steps", status == 0 and done == 3, text.strip()[-200:])
-            if more:
-                report.row(14, "it says that --shard does nothing on one rank",
-                           "yes" if "--shard does nothing" in text else "no")
+            # torchrun has to end its ranks itself, so it is asked to end after a while.
+            done = subprocess.run([
+                "timeout", "60", sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", "1", str(REPOSITORY / "train.py"), "--model", str(quick / "model"),
+                "--train-data", str(quick / "train.jsonl"), "--output-dir", f"{folder}/run", "--cache-dir",
+                f"{folder}/cache", "--max-steps", "3", "--batch-size", "4", "--device", device, *more],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+            steps = len(lines(Path(folder) / "run" / "metrics.jsonl"))
+            report.holds(14, f"{name}: three steps", done.returncode == 0 and steps == 3,
+                         done.stdout.strip()[-200:])
     exact_matrix_products()
     backend = "nccl" if device == "cuda" else "gloo"
     config, shape = settings("fp32"), shapes(tiny)["Llama"]
@@ -631,19 +577,6 @@ def ranks(report: Report, device: str, tiny: bool) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def run_for(seconds: float, command: list[str]) -> tuple[int, str]:
-    """The exit status of a command and what it printed. After so many seconds it is asked to end, because
-    torchrun has to end its ranks itself."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               cwd=REPOSITORY)
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.terminate()
-        text, _ = process.communicate(timeout=30)
-    return process.returncode, text
 
 
 def divided(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:

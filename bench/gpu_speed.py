@@ -10,12 +10,15 @@ document that would be a few percent more.
 """
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.util
 import itertools
+import json
 import os
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -27,11 +30,9 @@ import kernels.head
 import model as model_module
 import train
 from bench import step
-from bench.common import REPOSITORY, cores, json_child
+from bench.common import cores, json_child
 from bench.gpu import Report
-from data import collate
 from eval import estimate
-from loss import coefficients
 from model import Llama, parameter_count
 from runtime.machine import keep_freed_memory
 from runtime.model_config import ModelConfig
@@ -145,19 +146,18 @@ def compile_times(report: Report, device: str, tiny: bool) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     config = settings("im", 64 if tiny else 4096, device, tiny)
     ways = {"as usual": contextlib.nullcontext, "deterministic": deterministic}
-    for way, around in ways.items():
-        for name in SHAPES:
-            with report.trying(10, f"compiling {name}, {way}"), around():
-                shape = dataclasses.replace(shape_of(name, tiny), num_hidden_layers=2)
-                model = random_model(shape, device)
-                model.choose_attention(config.compute_dtype)
-                model.compile_layers()
-                began = time.monotonic()
-                _, one_step = step.training(config, document(tiny), model)
-                one_step(0)
-                synchronize(device)
-                report.row(10, f"{name}: first step with compiling, {way}", time.monotonic() - began, "s")
-            torch.compiler.reset()
+    for (way, around), name in itertools.product(ways.items(), ["1B"] if tiny else SHAPES):
+        with report.trying(10, f"compiling {name}, {way}"), around():
+            shape = dataclasses.replace(shape_of(name, tiny), num_hidden_layers=2)
+            model = random_model(shape, device)
+            model.choose_attention(config.compute_dtype)
+            model.compile_layers()
+            began = time.monotonic()
+            _, one_step = step.training(config, document(tiny), model)
+            one_step(0)
+            synchronize(device)
+            report.row(10, f"{name}: first step with compiling, {way}", time.monotonic() - began, "s")
+        torch.compiler.reset()
 
 
 # ---------------------------------------------------------------- speed
@@ -203,22 +203,24 @@ def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup:
 
 
 def measure_row(report: Report, name: str, model: Llama, config: train.Config, device: str, tiny: bool,
-                warmup: int = 1) -> dict[str, float] | None:
-    """measure() as a row. None, and a row that says so, if memory does not suffice."""
-    try:
-        found = measure(model, config, device, tiny, warmup)
-    except torch.OutOfMemoryError:
-        report.row(10, name, "out of memory")
-        return None
-    finally:
-        model.zero_grad()
-    short = f"{name}: MFU {found['mfu']:.1%}"
-    if "peak_gb" in found:
-        found["estimate_gb"] = expected_memory(config, model, device, tiny) / 1e9
-        found["peak_over_estimate"] = found["peak_gb"] / found["estimate_gb"]
-        short += f", {found['peak_gb']:.1f} GB, x{found['peak_over_estimate']:.2f}"
-    report.row(10, short, found["tokens_per_second"], "tokens/s", data=found)
-    return found
+                warmup: int = 1) -> float:
+    """measure() as a row. Returns the tokens/s: 0 if memory does not suffice or it fails."""
+    with report.trying(10, name):
+        try:
+            found = measure(model, config, device, tiny, warmup)
+        except torch.OutOfMemoryError:
+            report.row(10, name, "out of memory")
+            return 0.0
+        finally:
+            model.zero_grad()
+        short = f"{name}: MFU {found['mfu']:.1%}"
+        if "peak_gb" in found:
+            estimate = expected_memory(config, model, device, tiny) / 1e9
+            found |= {"estimate_gb": estimate, "peak_over_estimate": found["peak_gb"] / estimate}
+            short += f", {found['peak_gb']:.1f} GB, x{found['peak_over_estimate']:.2f}"
+        report.row(10, short, found["tokens_per_second"], "tokens/s", data=found)
+        return found["tokens_per_second"]
+    return 0.0
 
 
 def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool) -> None:
@@ -234,40 +236,20 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     report.row(10, f"{name}: attention", "varlen" if model.varlen else "tiled")
     if device == "cuda":
         model.compile_layers()
-    with contextlib.ExitStack() as given_up:
-        baseline = first_steps(name, report, model, usual, device, tiny, given_up)
-        for loss, size in itertools.product(("im", "it"), sizes):
-            what = f"{name} {loss.upper()} {size:,}"
-            if (loss, size) != ("im", sizes[0]):
-                with report.trying(10, what):
-                    measure_row(report, what, model, settings(loss, size, device, tiny), device, tiny)
-        if switches and baseline:
-            switched_off(name, report, model, usual, device, tiny, baseline["tokens_per_second"])
-
-
-def first_steps(name: str, report: Report, model: Llama, config: train.Config, device: str, tiny: bool,
-                given_up: contextlib.ExitStack) -> dict[str, float] | None:
-    """The first measurement. If it raises, that is a failed row, and it is tried again without one more of
-    what may be at fault: the other measurements are worth having even so."""
-    def eager() -> None:
-        model.compiled = None
-
-    what = f"{name} {config.loss.upper()} {config.micro_batch_tokens:,}"
-    without = {"": lambda: None, ", eager": eager,
-               ", eager, unfused": lambda: given_up.enter_context(unfused_loss()),
-               ", eager, unfused, rounded": lambda: given_up.enter_context(rounded_products())}
-    for ending, give_up in without.items():
-        give_up()
-        with report.trying(10, what + ending):
-            return measure_row(report, what + ending, model, config, device, tiny, 2)
-    return None
+    baseline = measure_row(report, f"{name} IM {sizes[0]:,}", model, usual, device, tiny, 2)
+    for loss, size in itertools.product(("im", "it"), sizes):
+        if (loss, size) != ("im", sizes[0]):
+            measure_row(report, f"{name} {loss.upper()} {size:,}", model, settings(loss, size, device, tiny),
+                        device, tiny)
+    if switches and baseline:
+        switched_off(name, report, model, usual, device, tiny, baseline)
 
 
 def switched_off(name: str, report: Report, model: Llama, usual: train.Config, device: str, tiny: bool,
                  speed: float) -> None:
     """The speed without one change after the other, in percent of `speed`, and profiles."""
-    def compare(what: str, changed: Llama) -> None:
-        with report.trying(11, f"{name}: {what}"):
+    def compare(what: str, changed: Llama, around: contextlib.AbstractContextManager) -> None:
+        with report.trying(11, f"{name}: {what}"), around:
             slower = measure(changed, usual, device, tiny, 1, 2)["tokens_per_second"]
             report.row(11, f"{name}: {what}", 100 * slower / speed, "% of the speed",
                        data={"tokens_per_second": slower})
@@ -277,34 +259,18 @@ def switched_off(name: str, report: Report, model: Llama, usual: train.Config, d
             kernel_times(name, report, model, usual, tiny)
     eager = random_model(shape_of(name, tiny), device)
     eager.choose_attention(usual.compute_dtype)
-    compare("eager layers", eager)
+    compare("eager layers", eager, contextlib.nullcontext())
     with report.trying(12, f"{name}: parts"):
         parts(name, report, eager, usual, tiny)
     del eager
-    with small_chunks():
-        compare("small chunks of logits", model)
-    with unfused_loss():
-        compare("unfused loss", model)
-    with deterministic():
-        compare("deterministic", model)
-    with rounded_products():
-        compare("weight gradients rounded to bf16", model)
+    # The head in chunks as large as on a CPU; each operation on the logits by itself.
+    compare("small chunks of logits", model,
+            mock.patch("kernels.head.CUDA_LOGITS", kernels.head.CHUNK_LOGITS))
+    compare("unfused loss", model, mock.patch.object(kernels.head.nll_and_gradient, "works", False))
+    compare("deterministic", model, deterministic())
+    compare("weight gradients rounded to bf16", model, rounded_products())
     model.varlen = False
-    compare("tiled attention", model)
-
-
-@contextlib.contextmanager
-def small_chunks() -> Iterator[None]:
-    """The head in chunks as large as on a CPU."""
-    with mock.patch("kernels.head.CUDA_LOGITS", kernels.head.CHUNK_LOGITS):
-        yield
-
-
-@contextlib.contextmanager
-def unfused_loss() -> Iterator[None]:
-    """Each operation on the logits by itself."""
-    with mock.patch.object(kernels.head.nll_and_gradient, "works", False):
-        yield
+    compare("tiled attention", model, contextlib.nullcontext())
 
 
 @contextlib.contextmanager
@@ -328,25 +294,18 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-def speed_small(report: Report, device: str, tiny: bool) -> None:
-    speed_of("0.13B", report, device, tiny, switches=True)
-
-
-def speed_middle(report: Report, device: str, tiny: bool) -> None:
-    speed_of("0.5B", report, device, tiny, switches=False)
-
-
-def speed_large(report: Report, device: str, tiny: bool) -> None:
-    speed_of("1B", report, device, tiny, switches=True)
+speed_small = functools.partial(speed_of, "0.13B", switches=True)
+speed_middle = functools.partial(speed_of, "0.5B", switches=False)
+speed_large = functools.partial(speed_of, "1B", switches=True)
 
 
 # ---------------------------------------------------------------- profile
 
 # A kernel's kind by what its name contains, the first that fits.
-KINDS = (("attention", ("flash", "fmha", "attention")),
-         ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
-         ("fused by the compiler", ("triton",)),
+KINDS = (("fused by the compiler", ("triton_",)),
+         ("attention", ("flash", "fmha", "attention")),
          ("optimizer and clipping", ("multi_tensor", "adam", "foreach", "lpnorm")),
+         ("matrix products", ("gemm", "gemv", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
          ("copies and fills", ("memcpy", "memset")), ("other kernels", ("",)))
 
 
@@ -366,7 +325,9 @@ def kernel_times(name: str, report: Report, model: Llama, config: train.Config, 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         one_step(2)
         torch.cuda.synchronize()
-    times = step.kernels(recorded)
+    times: dict[str, float] = defaultdict(float)
+    for kernel, _, each in step.device_events(step.traced(recorded)):
+        times[kernel] += each
     report.row(12, f"{name}: a step", 1e3 * seconds, "ms")
     report.row(12, f"{name}: of which the device is busy", 100 * sum(times.values()) / seconds, "%")
     for kind, _ in KINDS:
@@ -389,83 +350,39 @@ def parts(name: str, report: Report, model: Llama, config: train.Config, tiny: b
             one_step(number)
         found = step.profiled(model, one_step, 2)
     for part in found["parts"]:
-        report.row(12, f"{name}, eager: {part['name']}", 100 * part["share"], "%", data=part)
-    report.at_most(12, f"{name}, eager: time without a part, or twice", found["error"], 0.05)
+        report.row(12, f"{name} eager: {part['name']}", 100 * part["share"], "%", data=part)
+    report.at_most(12, f"{name} eager: time without a part, or twice", found["error"], 0.05)
 
 
 # ---------------------------------------------------------------- peers
 
 
-def transformers_speed(config: train.Config, shape: dict, device: str, tiny: bool, packed: bool) -> float:
-    """Tokens/s of a plain loop over transformers' model with sdpa, on the data of the other measurements.
-    packed: documents in one row, told apart by their positions; else a batch of documents, which need no
-    padding because all are equally long."""
-    import transformers
-    classes = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}
-    fields = {name: value for name, value in shape.items() if name != "model_type"}
-    with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(
-            classes[shape["model_type"]](**fields), attn_implementation="sdpa", dtype=torch.float32)
-    model.train()
-    place, length = torch.device(device), document(tiny)
-    dataset = step.synthetic([length] * (4 * config.batch_size), model.config.vocab_size)
-    steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
-    optimizer = train.make_optimizer(model, config)
-
-    def one_step(number: int) -> int:
-        micro_batches, counts = steps[number]
-        trained = int(counts[:, config.span_weights != 0].sum())
-        for examples, _ in micro_batches:
-            table = coefficients(dataset.counts[examples], config.span_weights, config.normalize)
-            batch = collate(dataset, examples, table).to(place)
-            labels = torch.where(batch.coefficients != 0, batch.targets, -100)
-            rows = (1, -1) if packed else (-1, length)
-            with train.autocast(config, place):
-                loss = model(batch.ids.view(rows), position_ids=batch.positions.view(rows), use_cache=False,
-                             labels=labels.view(rows), shift_labels=labels.view(rows),
-                             num_items_in_batch=torch.tensor(trained, device=place)).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-        return int(counts.sum())
-
-    one_step(0)
-    synchronize(device)
-    began = time.perf_counter()
-    tokens = sum(one_step(number) for number in (1, 2))
-    synchronize(device)
-    return tokens / (time.perf_counter() - began)
+# What is measured, the name it has in bench/peers.py, and the packages that it needs.
+PEERS = (("transformers, sdpa, batch", "transformers", ("transformers",)),
+         ("TRL, sdpa, packed", "trl", ("trl", "datasets")),
+         ("TRL + Liger, sdpa, packed", "trl-liger", ("trl", "datasets", "liger_kernel")),
+         ("TRL + Liger, sdpa, batch", "trl-liger-padded", ("trl", "datasets", "liger_kernel")))
 
 
 def peers(report: Report, device: str, tiny: bool) -> None:
-    """Other trainers, where they are installed."""
-    if importlib.util.find_spec("transformers") is None:
-        report.row(13, "transformers", "not installed")
-    else:
-        for name in ("0.13B", "1B"):
-            shape = COMMON | SHAPES[name] | (TINY if tiny else {})
-            # Equal micro-batches; transformers holds all logits of one in fp32.
-            for packed in (False, True):
-                what = f"transformers, sdpa, {name}, IM, {'packed row' if packed else 'batch'}"
-                with report.trying(13, what):
-                    free_memory(device)
-                    size = 64 if tiny else 4096
-                    config = settings("im", size, device, tiny)
-                    speed = transformers_speed(config, shape, device, tiny, packed)
-                    report.row(13, f"{what} of {size:,}", speed, "tokens/s")
-    quick = REPOSITORY / "quickstart"
-    for peer, needs in {"trl": ("trl", "datasets"), "trl-liger": ("trl", "datasets", "liger_kernel")}.items():
+    """Other trainers, where they are installed, on the data of the other measurements, 4,096 tokens a
+    micro-batch."""
+    length, size = document(tiny), 64 if tiny else 4096
+    for name, (what, peer, needs) in itertools.product(["1B"] if tiny else ["0.13B", "1B"], PEERS):
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
         if missing:
-            report.row(13, peer, "not installed", note=f"missing: {', '.join(missing)}")
+            report.row(13, f"{name}: {what}", "not installed", note=f"missing: {', '.join(missing)}")
             continue
-        with report.trying(13, peer):
-            steps, size = ("2", "8") if tiny else ("6", "128")
-            run = json_child(["-m", "bench.peers", peer, "--steps", steps], cores(), [
-                "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
-                "--max-length", "512", "--micro-batch-tokens", "4096", "--batch-size", size])
-            later = slice(1, None)
-            report.row(13, f"{peer}, the quick start's model and data",
-                       sum(run["tokens"][later]) / sum(run["seconds"][later]), "tokens/s", note=run["note"])
+        shape = COMMON | SHAPES[name] | (TINY if tiny else {})
+        try:
+            run = json_child(["-m", "bench.peers", peer, "--steps", "3", "--document", str(length),
+                              "--padded-rows", str(size // length), "--config", json.dumps(shape)], cores(),
+                             ["--model", "none", "--train-data", "none", "--loss", "im", "--batch-size",
+                              str(8 if tiny else DOCUMENTS), "--micro-batch-tokens", str(size)])
+        except RuntimeError as error:
+            print(error)
+            report.row(13, f"{name}: {what}", "failed", note=str(error).splitlines()[-1])
+            continue
+        # Without the first step.
+        report.row(13, f"{name}: {what}", sum(run["tokens"][1:]) / sum(run["seconds"][1:]), "tokens/s",
+                   note=f"{run['note']}; {run['peak_memory_gb'] * 1.073741824:.1f} GB at the peak")

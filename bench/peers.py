@@ -4,11 +4,16 @@
 
   trl           TRL's SFTTrainer with packing, in rows of --max-length: what its guide advises for speed
   trl-liger     the same with Liger's kernels
+  trl-liger-padded  the same without packing, in batches as of trainer
   trainer       transformers' Trainer; records of similar length share a batch of --padded-rows
   transformers  a plain loop; records of similar length share a step, in padded micro-batches of at most
                 --micro-batch-tokens
 
-What follows `--` are flags of train.py. Each peer trains on the ids and targets that train.py makes of the
+What follows `--` are flags of train.py. With --document N the records are random tokens, N targets each; with
+--config the model has random weights. All use PyTorch's sdpa: given packed rows, transformers masks other
+documents by their positions. TRL advises flash-attn for that, a package of its own.
+
+Each peer trains on the ids and targets that train.py makes of the
 records, with its optimizer settings and precision, and as near to --batch-size records a step as its
 micro-batches allow. The result has, for each step, seconds (loading its data included), real tokens and
 trained tokens; and the peak memory.
@@ -18,22 +23,32 @@ import json
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import train
+from bench.step import synthetic
 from runtime.machine import peak_memory_mb
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_records(config: train.Config) -> list[dict]:
+def read_records(config: train.Config, args: argparse.Namespace) -> list[dict]:
     """{"input_ids", "labels"} of each example. Labels are not shifted; -100 is not trained on."""
-    dataset, usable, _ = train.load_data(config, train.open_source(config))
+    if args.document:
+        config.max_length = args.document + 1
+        vocabulary = json.loads(args.config)["vocab_size"]
+        dataset = synthetic([args.document] * (4 * config.batch_size), vocabulary)
+        usable = range(len(dataset))
+    else:
+        dataset, usable, _ = train.load_data(config, train.open_source(config))
     trained = config.span_weights != 0
     records = []
     for example in usable:
@@ -88,23 +103,36 @@ def padded(records: list[dict], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
-def load_model(config: train.Config) -> tuple[torch.nn.Module, int]:
+def load_model(config: train.Config, args: argparse.Namespace) -> tuple[torch.nn.Module, int]:
     """The model in fp32, with its id for padding."""
+    how = dict(dtype=torch.float32, attn_implementation="sdpa")
+    if args.config:
+        with DEVICE:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(args.config)), **how), 0
     pad_id = AutoConfig.from_pretrained(config.model).pad_token_id or 0
-    return AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32,
-                                                attn_implementation="sdpa"), pad_id
+    return AutoModelForCausalLM.from_pretrained(config.model, **how), pad_id
 
 
-def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool, liger: bool = False) -> dict:
+def load_tokenizer(config: train.Config, args: argparse.Namespace) -> PreTrainedTokenizerFast:
+    """TRL asks for one, although the records have ids already. Without a model's folder it knows one word."""
+    if args.config:
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"pad": 0}, "pad")),
+                                       pad_token="pad", eos_token="pad")
+    return AutoTokenizer.from_pretrained(config.model)
+
+
+def run_trainer(config: train.Config, args: argparse.Namespace, trl: bool, packed: bool, liger: bool = False
+                ) -> dict:
     """TRL's SFTTrainer, which is a Trainer of transformers, or that Trainer itself."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    records = read_records(config)
-    model, pad_id = load_model(config)
+    records = read_records(config, args)
+    model, pad_id = load_model(config, args)
     rows, rows_a_step = min(args.padded_rows, config.batch_size), config.batch_size
     if packed:
-        rows = max(1, config.micro_batch_tokens // config.max_length)
+        # A row of n tokens has n - 1 targets.
+        rows = max(1, config.micro_batch_tokens // (config.max_length - 1))
         mean = sum(len(record["input_ids"]) for record in records) / len(records)
         rows_a_step = mean * config.batch_size / config.max_length
     meter = Meter(max(1, round(rows_a_step / rows)))
@@ -115,7 +143,8 @@ def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool, li
         adam_beta2=config.beta2, adam_epsilon=config.adam_eps, weight_decay=config.weight_decay,
         max_grad_norm=config.clip_grad_norm, optim="adamw_torch_fused", lr_scheduler_type="constant",
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, seed=config.seed,
-        gradient_checkpointing=False, use_liger_kernel=liger)
+        gradient_checkpointing=False, use_liger_kernel=liger,
+        **({} if packed else {"train_sampling_strategy": "group_by_length"}))
 
     class Timer(TrainerCallback):
         def on_train_begin(self, *_: object, **__: object) -> None:
@@ -125,14 +154,13 @@ def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool, li
             meter.end_step()
 
     common = dict(model=model, train_dataset=Dataset.from_list(records), callbacks=[Timer()])
-    if packed:
+    if trl:
         from trl import SFTConfig, SFTTrainer
-        trainer = SFTTrainer(args=SFTConfig(**settings, max_length=config.max_length, packing=True), **common,
-                             processing_class=AutoTokenizer.from_pretrained(config.model))
+        trainer = SFTTrainer(args=SFTConfig(**settings, max_length=config.max_length, packing=packed),
+                             processing_class=load_tokenizer(config, args), **common)
         collate = trainer.data_collator
     else:
-        trainer = Trainer(args=TrainingArguments(**settings, train_sampling_strategy="group_by_length"),
-                          **common)
+        trainer = Trainer(args=TrainingArguments(**settings), **common)
 
         def collate(examples: list[dict]) -> dict[str, Tensor]:
             return padded(examples, pad_id)
@@ -151,10 +179,10 @@ def run_trainer(config: train.Config, args: argparse.Namespace, packed: bool, li
 
 
 def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
-    records = sorted(read_records(config), key=lambda record: len(record["input_ids"]))
+    records = sorted(read_records(config, args), key=lambda record: len(record["input_ids"]))
     starts = torch.randperm(len(records) // config.batch_size or 1,
                             generator=torch.Generator().manual_seed(config.seed)).tolist()
-    model, pad_id = load_model(config)
+    model, pad_id = load_model(config, args)
     model.train().to(DEVICE)
     optimizer = train.make_optimizer(model, config)
     meter = Meter(1)
@@ -166,12 +194,15 @@ def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
         # In order of length, so a micro-batch is as wide as the record that joins it.
         micro_batches: list[list[dict]] = [[]]
         for record in chosen:
-            size = (len(micro_batches[-1]) + 1) * len(record["input_ids"])
+            size = (len(micro_batches[-1]) + 1) * (len(record["input_ids"]) - 1)
             if size > config.micro_batch_tokens and micro_batches[-1]:
                 micro_batches.append([])
             micro_batches[-1].append(record)
         for micro_batch in micro_batches:
-            batch = {name: x.to(DEVICE) for name, x in padded(micro_batch, pad_id).items()}
+            batch = padded(micro_batch, pad_id)
+            if batch["attention_mask"].all():
+                del batch["attention_mask"]
+            batch = {name: x.to(DEVICE) for name, x in batch.items()}
             with train.autocast(config, DEVICE):
                 loss = model(**batch, use_cache=False, num_items_in_batch=trained).loss
             loss.backward()
@@ -183,9 +214,10 @@ def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
     return meter.result(f"padded micro-batches of at most {config.micro_batch_tokens} tokens")
 
 
-PEERS = {"trl": lambda config, args: run_trainer(config, args, True),
-         "trl-liger": lambda config, args: run_trainer(config, args, True, liger=True),
-         "trainer": lambda config, args: run_trainer(config, args, False), "transformers": run_transformers}
+PEERS = {"trl": partial(run_trainer, trl=True, packed=True),
+         "trl-liger": partial(run_trainer, trl=True, packed=True, liger=True),
+         "trl-liger-padded": partial(run_trainer, trl=True, packed=False, liger=True),
+         "trainer": partial(run_trainer, trl=False, packed=False), "transformers": run_transformers}
 
 
 def main(argv: list[str]) -> None:
@@ -194,9 +226,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("peer", choices=tuple(PEERS))
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
+    parser.add_argument("--document", type=int, default=0, help="targets of each synthetic record")
+    parser.add_argument("--config", metavar="JSON", help="config.json of a model with random weights")
     parser.add_argument("--result", required=True, metavar="FILE")
     split = argv.index("--") if "--" in argv else len(argv)
     args, config = parser.parse_args(argv[:split]), train.parse_args(argv[split + 1:])
+    if bool(args.document) != bool(args.config):
+        parser.error("--document and --config belong together: give both or neither")
     with tempfile.TemporaryDirectory() as args.folder:
         Path(args.result).write_text(json.dumps(PEERS[args.peer](config, args)))
 

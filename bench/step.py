@@ -19,15 +19,16 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import model as model_module
@@ -178,34 +179,105 @@ def mark(model: model_module.Llama) -> None:
     train.weighted_nll = wrapped(train.weighted_nll, HEAD)
 
 
-def by_shapes(event: object, shape: ModelConfig) -> str | None:
-    """The part that the matrix products inside an event belong to, by the sizes that they were given."""
+@dataclass
+class Call:
+    """An operation, range or launch of the host as the trace has it, with those inside it. Times in us."""
+    name: str
+    start: float
+    end: float
+    shapes: list
+    correlation: int | None
+    inside: list["Call"] = field(default_factory=list)
+
+
+def calls(trace: list[dict]) -> list[Call]:
+    """The outermost calls of each thread of a Chrome trace."""
+    threads: dict[int, list[Call]] = defaultdict(list)
+    for event in trace:
+        if event.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
+            more = event.get("args", {})
+            threads[event["tid"]].append(Call(event["name"], event["ts"], event["ts"] + event.get("dur", 0),
+                                              more.get("Input Dims", []), more.get("correlation")))
+    outermost: list[Call] = []
+    for found in threads.values():
+        around: list[Call] = []
+        for call in sorted(found, key=lambda call: (call.start, -call.end)):
+            while around and around[-1].end <= call.start:
+                around.pop()
+            (around[-1].inside if around else outermost).append(call)
+            around.append(call)
+    return outermost
+
+
+def device_events(trace: list[dict]) -> list[tuple[str, int | None, float]]:
+    """(kernel, correlation with the call that started it, seconds) of all that ran on the device, copies
+    too. Ranges show up on the device, too, but in a category of their own."""
+    return [(event["name"], event.get("args", {}).get("correlation"), event["dur"] / 1e6) for event in trace
+            if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+
+
+def traced(recorded: profile) -> list[dict]:
+    """The events of a profile, as it exports them."""
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        return json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+
+
+def seconds_of_parts(trace: list[dict], shape: ModelConfig) -> tuple[dict[tuple[str, str], float], float]:
+    """{(part, direction): seconds} of the device, or of the host if nothing ran on a device; and the seconds
+    of kernels that no call is known to have started, which are under OTHER, too."""
+    ran: dict[int | None, float] = defaultdict(float)
+    for _, correlation, seconds in device_events(trace):
+        ran[correlation] += seconds
+    times: dict[tuple[str, str], float] = defaultdict(float)
+    on_device = bool(ran)
+
+    def walk(call: Call, around: tuple[str, str]) -> None:
+        own = part_of(call, around, shape)
+        if not on_device:
+            times[own] += (call.end - call.start - sum(x.end - x.start for x in call.inside)) / 1e6
+        elif call.correlation is not None:
+            times[own] += ran.pop(call.correlation, 0.0)
+        for inner in call.inside:
+            walk(inner, own)
+
+    for call in calls(trace):
+        # On CUDA the backward pass runs in a thread of its own.
+        if on_device or call.name == f"part:{OTHER}":
+            walk(call, (OTHER, "forward"))
+    lost = sum(ran.values())
+    times[OTHER, "forward"] += lost
+    return times, lost
+
+
+def by_shapes(call: Call, shape: ModelConfig) -> str | None:
+    """The part that the matrix products inside a call belong to, by the sizes that they were given."""
     sizes: set[int] = set()
-    events = [event]
-    while events:
-        each = events.pop()
-        for size in each.input_shapes or []:
+    waiting = [call]
+    while waiting:
+        each = waiting.pop()
+        for size in each.shapes:
             if len(size) == 2 and all(isinstance(n, int) for n in size):
                 sizes.update(size)
-        events.extend(each.cpu_children)
+        waiting.extend(each.inside)
     if not sizes:
         return None
     return MLP if shape.intermediate_size in sizes else HEAD if shape.vocab_size in sizes else PROJECTIONS
 
 
-def part_of(event: object, around: tuple[str, str], shape: ModelConfig) -> tuple[str, str]:
-    """(part, direction) of an event and of what is inside it, unless that says otherwise. around: those of
-    the event that it is in."""
-    if event.name.startswith("part:"):
-        return event.name.removeprefix("part:"), "forward"
-    if event.name.startswith(NODE):
-        node = event.name.removeprefix(NODE).lstrip("_")
+def part_of(call: Call, around: tuple[str, str], shape: ModelConfig) -> tuple[str, str]:
+    """(part, direction) of a call and of what is inside it, unless that says otherwise. around: those of
+    the call that it is in."""
+    if call.name.startswith("part:"):
+        return call.name.removeprefix("part:"), "forward"
+    if call.name.startswith(NODE):
+        node = call.name.removeprefix(NODE).lstrip("_")
         named = next((name for start, name in NODES.items() if node.startswith(start)), None)
         products = node.startswith(("Linears", "Mm", "Addmm", "T", "ToCopy", "View",
                                     "torch::autograd::AccumulateGrad"))
-        return named or (products and by_shapes(event, shape)) or OTHER, "backward"
-    if event.name == "_Linears" and around[0] == OTHER:
-        return by_shapes(event, shape) or OTHER, around[1]
+        return named or (products and by_shapes(call, shape)) or OTHER, "backward"
+    if call.name == "_Linears" and around[0] == OTHER:
+        return by_shapes(call, shape) or OTHER, around[1]
     return around
 
 
@@ -227,45 +299,14 @@ def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number:
         step = one_step(number)
         if cuda:
             torch.cuda.synchronize()
-    events = [event for event in recorded.events() if event.device_type == DeviceType.CPU]
-    # Ranges show up on the device, too, around the kernels that are counted already.
-    ranges = {event.name for event in events}
-    times: dict[tuple[str, str], float] = defaultdict(float)
-
-    def own_seconds(event: object) -> float:
-        if not cuda:
-            return event.self_cpu_time_total / 1e6
-        return sum(kernel.duration for kernel in event.kernels if kernel.name not in ranges) / 1e6
-
-    def walk(event: object, around: tuple[str, str]) -> None:
-        own = part_of(event, around, model.config)
-        times[own] += own_seconds(event)
-        for inner in event.cpu_children:
-            walk(inner, own)
-
-    for event in events:
-        # On CUDA the backward pass runs in a thread of its own.
-        if event.cpu_parent is None and (cuda or event.name == f"part:{OTHER}"):
-            walk(event, (OTHER, "forward"))
+    times, lost = seconds_of_parts(traced(recorded), model.config)
     total = sum(times.values())
-    expected = sum(kernels(recorded).values()) if cuda else step["seconds"]
     # Near 0 if nothing is lost, and nothing counts twice.
-    error = abs(total - expected) / expected
-    assert cuda or error < 0.05, (total, expected, step)
+    error = lost / total if cuda else abs(total / step["seconds"] - 1)
+    assert cuda or error < 0.05, (total, step)
     parts = [{"name": name, "forward": times[name, "forward"], "backward": times[name, "backward"],
               "share": (times[name, "forward"] + times[name, "backward"]) / total} for name in PARTS]
     return {"profiled": step, "seconds_of_parts": total, "error": error, "parts": parts}
-
-
-def kernels(recorded: profile) -> dict[str, float]:
-    """{kernel: seconds} of all that ran on the CUDA device, copies too."""
-    events = recorded.events()
-    ranges = {event.name for event in events if event.device_type == DeviceType.CPU}
-    times: dict[str, float] = defaultdict(float)
-    for event in events:
-        if event.device_type == DeviceType.CUDA and event.name not in ranges:
-            times[event.name] += event.time_range.elapsed_us() / 1e6
-    return times
 
 
 def main(argv: list[str]) -> None:

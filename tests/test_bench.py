@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import train
-from bench import gpu, step, training
+from bench import gpu, gpu_checks, gpu_speed, step, training
 from tiny import ROOT, arguments, metrics, run_here, setup
 
 # A train.py whose measured steps take SECONDS for 10 tokens, and all others 100 s.
@@ -63,6 +63,50 @@ def test_synthetic_documents_have_the_length_that_was_asked_for():
     dataset = step.synthetic([40] * 5, vocabulary=7)
     assert dataset.lengths.tolist() == [40] * 5 and dataset.ids.max() == 6
     assert dataset.counts.sum(1).tolist() == [40] * 5 and (dataset.counts[0] > 0).sum() == 2
+
+
+def event(name, category, start, length, thread=1, **more):
+    return {"name": name, "cat": category, "ts": start, "dur": length, "tid": thread, "args": more}
+
+
+# A step on a GPU: the forward pass starts a kernel inside a part and one inside no operation, the optimizer
+# waits for the device, and the backward pass has a thread of its own. Ranges show up on the device, too.
+TRACE = [
+    event("part:MLP", "user_annotation", 0, 50), event("aten::mm", "cpu_op", 5, 40),
+    event("cudaLaunchKernel", "cuda_runtime", 10, 5, correlation=1),
+    event("sm90_xmma_gemm_bf16", "kernel", 100, 3000, 7, correlation=1),
+    event("part:MLP", "gpu_user_annotation", 100, 3000, 7),
+    event("part:optimizer", "user_annotation", 60, 5000),
+    event("triton_poi_fused_mul_0", "cpu_op", 70, 5),
+    event("cuLaunchKernel", "cuda_driver", 71, 2, correlation=2),
+    event("triton_poi_fused_mul_0", "kernel", 3100, 500, 7, correlation=2),
+    event("cudaStreamSynchronize", "cuda_runtime", 100, 4000, correlation=3),
+    event("Memcpy DtoH", "gpu_memcpy", 3600, 100, 7, correlation=4),
+    event("autograd::engine::evaluate_function: RotateBackward", "cpu_op", 20, 30, 2),
+    event("cuLaunchKernelEx", "cuda_driver", 25, 2, 2, correlation=5),
+    event("flash_bwd_kernel", "kernel", 3700, 200, 7, correlation=5)]
+
+
+def test_the_time_of_a_kernel_goes_to_the_part_that_started_it():
+    times, lost = step.seconds_of_parts(TRACE, shape=None)
+    assert {of: round(1e6 * seconds) for of, seconds in times.items() if seconds} == {
+        (step.MLP, "forward"): 3000, (step.OPTIMIZER, "forward"): 500, (step.NORMS, "backward"): 200,
+        (step.OTHER, "forward"): 100}
+    # The copy was started by nothing that the trace knows of.
+    assert lost == pytest.approx(100e-6)
+    assert sum(seconds for *_, seconds in step.device_events(TRACE)) == pytest.approx(3800e-6)
+    assert [gpu_speed.kind_of(name) for name, *_ in step.device_events(TRACE)] == [
+        "matrix products", "fused by the compiler", "copies and fills", "attention"]
+
+
+def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
+    trace = [event(f"part:{step.OTHER}", "user_annotation", 0, 100),
+             event("part:MLP", "user_annotation", 10, 50), event("aten::mm", "cpu_op", 20, 30),
+             event("aten::add", "cpu_op", 70, 10)]
+    times, lost = step.seconds_of_parts(trace, shape=None)
+    assert {of: round(1e6 * seconds) for of, seconds in times.items()} == {
+        (step.OTHER, "forward"): 50, (step.MLP, "forward"): 50}
+    assert lost == 0
 
 
 # ---------------------------------------------------------------- bench.gpu
@@ -135,6 +179,42 @@ def test_a_stage_that_hangs_or_fails_costs_its_own_results_only(fake_stages, mon
     assert capsys.readouterr().out.splitlines() == lines
 
 
+def row(section, name, value=None, passed=None, data=None):
+    return {"stage": "s", "section": section, "name": name, "value": value, "unit": "", "limit": "",
+            "note": "", "passed": passed, "data": data or {}}
+
+
+def test_the_tables_of_the_documentation_are_those_of_a_results_file(tmp_path):
+    data = {"mfu": 0.501, "peak_gb": 30.14, "peak_over_estimate": 1.071}
+    rows = [row(3, "good", 0.5, True), row(3, "bad", 2.0, False), row(11, "1B: tiled", 45.123),
+            row(10, "1B IM 4,096: MFU 50.1%", 66805.4, data=data)]
+    machine = {"gpus": ["a card"], "versions": {"torch": "2"}}
+    results = {"hardware": machine, "seconds": 1, "budget": 2, "rows": rows}
+    file = tmp_path / "gpu.md"
+    file.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    for _ in range(2):
+        gpu.write_markdown(results, file)
+        lines = file.read_text().splitlines()
+        assert lines[:2] == ["before", "<!-- results -->"]
+        assert lines[-2:] == ["<!-- end of results -->", "after"]
+        assert "old" not in lines and "| fp32 against the CPU | 1 of 2 | bad |" in lines
+        assert "| 1B | IM | 4,096 | 66,805 | 50.1% | 30.1 | 1.07 |" in lines
+        assert "| 1B: tiled | 45.1 |" in lines
+    file.write_text("no markers")
+    with pytest.raises(ValueError, match="end of results"):
+        gpu.write_markdown(results, file)
+
+
+def test_an_error_of_attention_is_found_in_a_gradient_that_is_zero_or_not_a_number():
+    exact = torch.zeros(3, 2)
+    assert gpu_checks.document_error(exact + 1e-6, exact, [1, 2], usual=1.0) < 1e-4
+    assert gpu_checks.document_error(exact + 0.01, exact, [1, 2], usual=1.0) > 0.05
+    for wrong in (0, 2):    # the first document or the last
+        got = torch.ones(3, 2)
+        got[wrong] = torch.nan
+        assert gpu_checks.document_error(got, torch.ones(3, 2), [1, 2], usual=1.0).isnan()
+
+
 def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages):
     program = ("import sys; from bench import gpu; gpu.STAGES = ("
                "gpu.Stage('good', 'fake_stages:good', 30), gpu.Stage('hang', 'fake_stages:hang', 300)); "
@@ -163,8 +243,12 @@ def test_no_stage_starts_when_no_time_is_left(fake_stages, monkeypatch):
     monkeypatch.setattr(gpu, "STAGES", (gpu.Stage("good", "fake_stages:good", 30, alone=True),))
     monkeypatch.setattr(gpu, "LEAST", 60)
     output = fake_stages / "results.json"
+    (fake_stages / "results-logs").mkdir()
+    (fake_stages / "results-logs" / "good.jsonl").write_text('{"name": "of an earlier run"}\n')
     assert gpu.main(["--device", "cpu", "--budget", "68", "--output", str(output)]) == 1
-    assert json.loads(output.read_text())["stages"]["good"]["outcome"] == "not started: no time was left"
+    results = json.loads(output.read_text())
+    assert results["stages"]["good"]["outcome"] == "not started: no time was left"
+    assert [row["name"] for row in results["rows"]] == ["good"]
 
 
 # What a stage has to find in a dry run, besides failing at nothing.
@@ -175,7 +259,8 @@ FINDS = {
     "transformers": "Qwen2, bf16: gradients", "generation": "Qwen2: answers as transformers, of 3", "ranks":
     "FSDP2 by gloo: gradients", "compile": "1B: first step with compiling, deterministic", "ceilings":
     "a small kernel, started from Python", "speed-0.13B": "0.13B: tiled attention", "speed-0.5B":
-    "0.5B: attention", "speed-1B": "1B, eager: optimizer", "peers": "trl"}
+    "0.5B: attention", "speed-1B": "1B eager: optimizer", "peers":
+    "1B: TRL, sdpa, packed"}
 
 
 @pytest.mark.parametrize("stage", gpu.STAGES, ids=lambda stage: stage.name)
