@@ -176,7 +176,7 @@ def expected_memory(config: train.Config, model: Llama, device: str, tiny: bool)
     steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
     packed = estimate.packing(steps.plan, dataset.lengths, dataset.counts, config.span_weights != 0)
     return sum(estimate.memory(model.config, packed, config.compute_dtype, 1, False, config.recompute, False,
-                               device == "cuda").values())
+                               device == "cuda", model.compiled is not None).values())
 
 
 def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup: int = 1, repeats: int = 3
