@@ -100,8 +100,8 @@ class Config:
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
     batch_size: int = flag(128, "examples in a step, over all ranks", least=1)
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
-                                   f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to {MICRO_BATCH_TOKENS[-1]} "
-                                   "on CUDA, as memory allows", least=0, free=True)
+                                   f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to "
+                                   f"{MICRO_BATCH_TOKENS[-1]} on CUDA, as memory allows", least=0, free=True)
     lr: float = flag(2e-5, "peak learning rate", above=0)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)

@@ -227,7 +227,7 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # As train.py does, also before CUDA starts.
     keep_freed_memory()
-    sizes = (64, 128) if tiny else (16384, 4096, 32768)
+    sizes = (64, 128) if tiny else (16384, 4096, 32768, 65536)
     usual = settings("im", sizes[0], device, tiny)
     model = random_model(shape_of(name, tiny), device)
     model.choose_attention(usual.compute_dtype)

@@ -33,7 +33,8 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
     heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
     flash = cuda and dtype == torch.bfloat16
     # Before it knew enable_gqa, varlen_attn was given, and kept, keys and values once for each query head.
-    used_heads = heads if flash and "enable_gqa" not in VARLEN_KEYWORDS else key_heads
+    expanded = flash and "enable_gqa" not in VARLEN_KEYWORDS
+    used_heads = heads if expanded else key_heads
     # q, k, v and what attention returns; gate and up
     numbers = (2 * heads + 2 * used_heads) * config.head_dim + 2 * config.intermediate_size
     # and in fp32 each row's scale of both norms, and flash attention's log of the sum for each head
@@ -44,6 +45,9 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
     else:
         # The input of both norms in fp32. linears() recomputes the outputs.
         layer += 2 * stream + dtype.itemsize * numbers
+    if compiled and flash and not expanded and not config.qk_norm:
+        # v is a view of the product that holds q and k before RoPE, too.
+        layer += (heads + key_heads) * dtype.itemsize * config.head_dim
     if config.qk_norm:
         layer += (heads + key_heads) * (dtype.itemsize * config.head_dim + 4)
     layers = config.num_hidden_layers * (stream if recompute else layer)
