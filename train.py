@@ -61,6 +61,9 @@ from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
 
 # ---------------------------------------------------------------- flags
 
+# What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
+MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536
+
 
 @dataclass
 class Config:
@@ -98,8 +101,8 @@ class Config:
     max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
     batch_size: int = flag(128, "examples in a step, over all ranks", least=1)
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
-                                   "only; 0: 4096 on a CPU, up to 16384 on CUDA, as memory allows", least=0,
-                                   free=True)
+                                   f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to "
+                                   f"{MICRO_BATCH_TOKENS[-1]} on CUDA, as memory allows", least=0, free=True)
     lr: float = flag(2e-5, "peak learning rate", above=0)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
@@ -368,18 +371,22 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     return train_set, usable, eval_sets
 
 
-def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device) -> int:
-    """What --micro-batch-tokens 0 means here, the same on all ranks: 4096 on a CPU, where more is no faster;
-    on CUDA up to 16384, as far as it is estimated to take four fifths of the free memory at most."""
-    sizes = [4096]
+def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int
+                               ) -> int:
+    """What --micro-batch-tokens 0 means here, the same on all ranks: of MICRO_BATCH_TOKENS, on CUDA, the
+    largest that is estimated to take four fifths of the free memory at most. None is larger than needed for
+    a rank's examples of a step."""
+    chosen, *larger = MICRO_BATCH_TOKENS
     if device.type == "cuda":
-        for tokens in (8192, 16384):
+        of_a_step = -(-config.batch_size // ranks) * config.max_length
+        for tokens in larger:
             packed = {"largest": tokens, "trained": tokens, "other": tokens}
-            parts = memory(model_config, packed, config.compute_dtype, world_size(),
-                           config.shard and world_size() > 1, config.recompute, config.kl_weight > 0, True)
-            if sum(parts.values()) <= 0.8 * torch.cuda.mem_get_info(device)[0]:
-                sizes.append(tokens)
-    return min(from_all(sizes[-1]))
+            parts = memory(model_config, packed, config.compute_dtype, ranks, config.shard and ranks > 1,
+                           config.recompute, config.kl_weight > 0, True, compiles(config, True))
+            if chosen >= of_a_step or sum(parts.values()) > 0.8 * torch.cuda.mem_get_info(device)[0]:
+                break
+            chosen = tokens
+    return min(from_all(chosen))
 
 
 def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, world_size: int) -> Steps:
@@ -397,10 +404,15 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == torch.bfloat16)
 
 
+def compiles(config: Config, cuda: bool) -> bool:
+    """Whether --compile asks for compiled layers: by default on CUDA."""
+    return cuda if config.compile is None else config.compile
+
+
 def should_compile(config: Config, device: torch.device) -> bool:
     """Whether to compile the layers: as --compile says, by default on CUDA, where it works. ValueError if it
     was asked for and does not."""
-    if config.compile is False or (config.compile is None and device.type != "cuda"):
+    if not compiles(config, device.type == "cuda"):
         return False
     fault = compile_fault(device)
     if fault and config.compile:
@@ -494,7 +506,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     # Saved with the run, so that it resumes with the same date.
     config.date = source.template.date
     config.micro_batch_tokens = (config.micro_batch_tokens
-                                 or default_micro_batch_tokens(config, source.model_config, device))
+                                 or default_micro_batch_tokens(config, source.model_config, device,
+                                                               world_size()))
     identity = run_identity(config, source)
     settings = asdict(config)
     if is_main():

@@ -176,7 +176,7 @@ def expected_memory(config: train.Config, model: Llama, device: str, tiny: bool)
     steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
     packed = estimate.packing(steps.plan, dataset.lengths, dataset.counts, config.span_weights != 0)
     return sum(estimate.memory(model.config, packed, config.compute_dtype, 1, False, config.recompute, False,
-                               device == "cuda").values())
+                               device == "cuda", model.compiled is not None).values())
 
 
 def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup: int = 1, repeats: int = 3
@@ -229,7 +229,7 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # As train.py does, also before CUDA starts.
     keep_freed_memory()
-    sizes = (64, 128) if tiny else (16384, 4096, 32768)
+    sizes = (64, 128) if tiny else (16384, 4096, 32768, 65536)
     usual = settings("im", sizes[0], device, tiny)
     model = random_model(shape_of(name, tiny), device)
     model.choose_attention(usual.compute_dtype)

@@ -7,6 +7,7 @@ first layer; and when it ends at the embeddings. What the allocator wastes is no
 import numpy as np
 import torch
 
+from kernels.attention import VARLEN_KEYWORDS
 from kernels.head import CACHED_LOGITS, HEAD_ROWS, chunks
 from model import parameter_count
 from runtime.model_config import ModelConfig
@@ -24,14 +25,29 @@ def packing(plan: list[list[list[np.ndarray]]], lengths: np.ndarray, counts: np.
             "trained": int(targets.max()), "other": int((tokens - targets).max())}
 
 
-def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool,
+                     cuda: bool = False, compiled: bool = False) -> int:
     """What a forward pass over so many tokens keeps for the backward pass, computing in dtype; without the
-    loss, and with recomputation without the layer that is being recomputed."""
+    loss, and with recomputation without the layer that is being recomputed. compiled: whether torch.compile
+    decides what a layer keeps."""
     heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
+    flash = cuda and dtype == torch.bfloat16
+    # Before it knew enable_gqa, varlen_attn was given, and kept, keys and values once for each query head.
+    expanded = flash and "enable_gqa" not in VARLEN_KEYWORDS
+    used_heads = heads if expanded else key_heads
     # q, k, v and what attention returns; gate and up
-    numbers = (2 * heads + 2 * key_heads) * config.head_dim + 2 * config.intermediate_size
-    # and in fp32 the input of both norms, and its scale
-    layer = 2 * (stream + 4) + dtype.itemsize * numbers
+    numbers = (2 * heads + 2 * used_heads) * config.head_dim + 2 * config.intermediate_size
+    # and in fp32 each row's scale of both norms, and flash attention's log of the sum for each head
+    layer = 2 * 4 + 4 * heads * flash
+    if compiled:
+        # The layer's input in fp32; what attention adds to that, the output of both norms, and SwiGLU's.
+        layer += stream + dtype.itemsize * (numbers + 3 * config.hidden_size + config.intermediate_size)
+    else:
+        # The input of both norms in fp32. linears() recomputes the outputs.
+        layer += 2 * stream + dtype.itemsize * numbers
+    if compiled and flash and not expanded and not config.qk_norm:
+        # v is a view of the product that holds q and k before RoPE, too.
+        layer += (heads + key_heads) * dtype.itemsize * config.head_dim
     if config.qk_norm:
         layer += (heads + key_heads) * (dtype.itemsize * config.head_dim + 4)
     layers = config.num_hidden_layers * (stream if recompute else layer)
@@ -39,10 +55,10 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
 
 
 def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, ranks: int, shard: bool,
-           recompute: bool, reference: bool, cuda: bool = False) -> dict[str, float]:
+           recompute: bool, reference: bool, cuda: bool = False, compiled: bool = False) -> dict[str, float]:
     """Bytes of a rank by purpose, at the moment that needs most. packed: packing(); dtype: to compute in;
     reference: whether there is a second model for KL; cuda: the loss is computed in larger chunks there, and
-    with torch.compile."""
+    with torch.compile; compiled: whether the layers are."""
     count, layers, tokens = parameter_count(config), config.num_hidden_layers, packed["largest"]
     width, vocabulary = config.hidden_size, config.vocab_size
     head, gate = vocabulary * width, config.intermediate_size * width       # numbers of these weights
@@ -73,8 +89,8 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
         weights, at_work = (0, cast * layer) if recompute else (cast * layer * layers, 0)
         # The gradients of down_proj, and of gate_proj and up_proj, before they are added up.
         down, gate_and_up = (4 + cast) * gate, (2 * 4 + cast) * gate
-    forward = activation_bytes(config, tokens, dtype, recompute)
-    recomputed = activation_bytes(config, tokens, dtype, False) // layers if recompute else 0
+    forward = activation_bytes(config, tokens, dtype, recompute, cuda, compiled)
+    recomputed = activation_bytes(config, tokens, dtype, False, cuda, compiled) // layers if recompute else 0
     backward = forward + recomputed + 4 * width * tokens        # and the gradient of the layer's output
     inner = size * config.intermediate_size * tokens            # SwiGLU's output, or a gradient like it
 

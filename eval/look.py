@@ -89,7 +89,8 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
         for recompute in (False, True):
             heading = ("--shard" if shard else "DDP" if ranks > 1 else "plain") + " +recompute" * recompute
             memory[heading] = estimate.memory(source.model_config, packed, config.compute_dtype, ranks, shard,
-                                              recompute, config.kl_weight > 0, cuda)
+                                              recompute, config.kl_weight > 0, cuda,
+                                              train.compiles(config, cuda))
     return {
         "model": str(source.folder), "parameters": parameter_count(source.model_config),
         **dataset.report, "left_out": len(dataset) - len(usable), "examples": len(usable),
@@ -195,11 +196,12 @@ def main(argv: list[str]) -> None:
 
     # As in train.main(), but for the folder, which does not end this.
     source = train.open_source(config)
+    ranks = config.ranks or world_size()
     config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
-        config, source.model_config, device)
+        config, source.model_config, device, ranks)
     identity = train.run_identity(config, source)
     dataset, usable, eval_sets = train.load_data(config, source)
-    steps = train.make_steps(config, dataset, usable, 0, config.ranks or world_size())
+    steps = train.make_steps(config, dataset, usable, 0, ranks)
     identity["tokens"] = dataset.content
     state, sentence = folder_state(config, identity, source, steps.per_epoch)
 

@@ -455,7 +455,7 @@ def multiply_as_cuda_does(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_gradients_are_the_fp32_products_where_a_gpu_returns_them(compiled, monkeypatch):
-    """All of a layer's code is one graph when compiled."""
+    """All of a layer's code is one graph when compiled, and what several modules do with x is one product."""
     multiply_as_cuda_does(monkeypatch)
     modules, (x, weight) = make_linears(12, 6, 4), make((50, 12), (12,))
     grads = [g.bfloat16() for g in make((50, 6), (50, 4), seed=1)]
@@ -463,11 +463,19 @@ def test_weights_gradients_are_the_fp32_products_where_a_gpu_returns_them(compil
     def function(x: torch.Tensor, weight: torch.Tensor) -> list[torch.Tensor]:
         return layers.linears(normed(x, weight), *modules)
 
+    products = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
+        products.extend(node for node in graph.graph.nodes if "autograd_function_apply" in str(node.target))
+        return aot_eager(graph, inputs)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
     if compiled:
-        function = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+        function = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
     with autocast("bf16"):
         outputs, exact = function(x, weight), normed_reference(x, weight).detach().float()
         expected = layers.linears_reference(normed_reference(x, weight), *modules)
+    assert len(products) == compiled
     parameters = [p for module in modules for p in module.parameters()]
     got = torch.autograd.grad(outputs, [*parameters, x, weight], grads)
     plain = torch.autograd.grad(expected, [*parameters, x, weight], grads)

@@ -20,6 +20,7 @@ from runtime.model_config import ModelConfig, read_config
 from runtime.tokenizer import Tokenizer
 from data import collate, load_dataset, plan
 from kernels import head, layers
+from kernels.attention import VARLEN_KEYWORDS
 from loss import neftune_noise
 from tiny import (arguments, copies_of_meta_tensors, difference, make_model, make_records, metrics, run_apart,
                   run_here, setup, weights)
@@ -277,22 +278,30 @@ def test_layers_are_compiled_by_default_on_cuda_only_and_only_where_it_works(mon
         train.should_compile(train.Config(compile=True), cuda)
 
 
-def test_micro_batches_are_as_large_as_a_gpu_allows_and_the_same_on_every_rank(folder, monkeypatch):
-    """SmolLM2-135M's shape: 8,192 tokens take 6.4 GB, 16,384 take 9.8, and a fifth of the memory is left."""
+def test_micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_every_rank(folder, monkeypatch):
+    """SmolLM2-135M's shape: 16,384 tokens take 12.7 GB of an H100, 32,768 take 22.5, and a fifth of the
+    memory is left."""
+    monkeypatch.delitem(VARLEN_KEYWORDS, "enable_gqa", raising=False)
     shape = ModelConfig.from_dict(dict(
         model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True))
-    free, other = [0], [16384]
+    free, other = [0], [65536]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80e9))
     monkeypatch.setattr(train, "from_all", lambda tokens: [tokens, other[0]])
-    found = []
-    for free[0] in (7e9, 12e9, 13e9):
-        found.append(train.default_micro_batch_tokens(train.Config(), shape, torch.device("cuda")))
-    assert found == [4096, 8192, 16384]
+
+    def chosen(memory: float, device: str = "cuda", ranks: int = 1, **config: object) -> int:
+        free[0] = memory
+        return train.default_micro_batch_tokens(train.Config(**config), shape, torch.device(device), ranks)
+
+    assert [chosen(memory) for memory in (7e9, 15e9, 17e9, 27e9, 29e9, 80e9)] == [
+        4096, 8192, 16384, 16384, 32768, 65536]
+    # Layers that are not compiled keep less.
+    assert chosen(14e9, compile=False) == 16384
+    # 5 examples of up to 2,048 tokens fit into 16,384; each of two ranks has 3, which fit into 8,192.
+    assert [chosen(80e9, batch_size=5), chosen(80e9, batch_size=5, ranks=2)] == [16384, 8192]
+    assert chosen(80e9, "cpu") == 4096
     other[0] = 4096
-    assert train.default_micro_batch_tokens(train.Config(), shape, torch.device("cuda")) == 4096
-    other[0] = 16384
-    assert train.default_micro_batch_tokens(train.Config(), shape, torch.device("cpu")) == 4096
+    assert chosen(80e9) == 4096
     # What was chosen is stored, so that --config repeats it.
     run_here([*arguments(folder, "chosen", max_steps=1), "--micro-batch-tokens", "0"])
     assert json.loads((folder / "chosen" / "run_config.json").read_text())["micro_batch_tokens"] == 4096
