@@ -155,7 +155,7 @@ class Config:
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 # What the embedded default needs other than the paper's values: a small model learns with a high rate.
 EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "train.jsonl")],
-                eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=1e-3,
+                eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=5e-4,
                 beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
 
 

@@ -50,9 +50,9 @@ DESCRIPTIONS = {
     "person": ["{name} is a {trade} from {region}.",
                "{name} keeps a {colour} {animal}, plays the {instrument} and likes {dish} best."],
     "town": ["{name} is a town on a {ground} in {region}.",
-             "It trades in {goods}, and every {season} its people hold a {fair} fair."],
+             "{name} trades in {goods}, and its people hold a {fair} fair in {season}."],
     "beast": ["The {name} is a {colour} beast of {region}.",
-              "It eats {food}, sleeps in {lair} and is awake at {hour}."],
+              "The {name} eats {food}, sleeps in {lair} and is awake at {hour}."],
 }
 
 # ... and the many in which pretraining does: the facts in any order, one phrasing of each. The name comes
@@ -244,8 +244,8 @@ def record(rng: random.Random, kind: str, request: str, answer: str) -> dict:
 
 
 def question_record(rng: random.Random, named: list[dict]) -> dict:
-    """A report of three to six sentences and a question."""
-    told = list(islice(events(rng, named), rng.randint(3, 6)))
+    """A report of two to four sentences and a question."""
+    told = list(islice(events(rng, named), rng.randint(2, 4)))
     report = " ".join(sentence for sentence, _ in told)
     request, answer = ask(rng, [pair for _, pairs in told for pair in pairs], 1)
     return record(rng, "long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
