@@ -238,6 +238,12 @@ def description(rng: random.Random, entities: list[dict], short: bool = False) -
     return request, " ".join(sentences)
 
 
+def forward(sentence: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A sentence's questions without those for who did something: given the name that comes later, such a
+    small model does not find the one before it ("Who came from Piliham?": 2 of 10 right)."""
+    return [(question, answer) for question, answer in pairs if not sentence.startswith(answer)]
+
+
 def record(rng: random.Random, kind: str, request: str, answer: str) -> dict:
     return {"kind": kind, "messages": [{"role": "user", "content": request},
                                        {"role": "assistant", "content": answer}]}
@@ -247,7 +253,7 @@ def question_record(rng: random.Random, named: list[dict]) -> dict:
     """A report of two to four sentences and a question."""
     told = list(islice(events(rng, named), rng.randint(2, 4)))
     report = " ".join(sentence for sentence, _ in told)
-    request, answer = ask(rng, [pair for _, pairs in told for pair in pairs], 1)
+    request, answer = ask(rng, [pair for event in told for pair in forward(*event)], 1)
     return record(rng, "long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
 
 
@@ -286,7 +292,7 @@ def record_of_length(rng: random.Random, named: list[dict], described: list[dict
         if len(pairs) >= questions and left - length < words(sentence) / 2:
             break
         told.append(sentence)
-        pairs += more
+        pairs += forward(sentence, more)
     if questions:
         request, answer = ask(rng, pairs, questions)
         requests.append(request)
