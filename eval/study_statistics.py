@@ -135,20 +135,24 @@ def select(curves: Curves) -> tuple[float, int]:
 
 
 def complete(lines: list[Line]) -> tuple[list[Line], list[str]]:
-    """The lines to judge by, and notes on the others. All contenders need the same seeds, so a seed that a
-    contender lacks is left out, the latest first; then every learning rate that lacks a seed."""
+    """The lines to judge by, and notes on the others. All contenders need the same seeds. What is left out
+    are seeds and learning rates that are not finished, so that as many of the runs as possible stay, and then as many of the rates."""
     cells: dict[str, dict[float, set[int]]] = {}
     for line in lines:
         cells.setdefault(line["contender"], {}).setdefault(line["lr"], set()).add(line["seed"])
-    every = sorted(set().union(*(seeds for of_lr in cells.values() for seeds in of_lr.values())))
-    seeds = set(every)
-    for seed in reversed(every):
+    finished = [have for of_lr in cells.values() for have in of_lr.values()]
+    every = sorted(set().union(*finished))
+    candidates, seeds = [], set(every)
+    # Without the seed that is missing most often, and so on; among equals without the latest.
+    while seeds:
         if all(any(seeds <= have for have in of_lr.values()) for of_lr in cells.values()):
-            break
-        seeds.remove(seed)
-    if not seeds:
+            whole = sum(seeds <= have for have in finished)
+            candidates.append((len(seeds) * whole, whole, seeds))
+        seeds = seeds - {min(seeds, key=lambda seed: (sum(seed in have for have in finished), -seed))}
+    if not candidates:
         raise ValueError("no seed is finished for every contender, so there is nothing to compare yet: run "
                          "the study to its end")
+    _, _, seeds = max(candidates, key=lambda candidate: candidate[:2])
     notes = [f"seed {seed} is left out: not every contender has finished it" for seed in every
              if seed not in seeds]
     notes += [f"{name} with lr {lr:g} is left out: it has not finished every seed"

@@ -120,9 +120,8 @@ def print_change(before: dict, after: dict) -> None:
 
 
 def show_answers(answers: list[dict]) -> None:
-    """One right and one wrong answer with their prompts, or any two."""
-    chosen = [next((a for a in answers if a["correct"] is right), None) for right in (True, False)]
-    for answer in [a for a in chosen if a] or answers[:2]:
+    """The first two answers with their prompts, right or wrong."""
+    for answer in answers[:2]:
         for name in ("prompt", "expected", "output"):
             text = answer[name]
             if len(text) >= 600:

@@ -10,6 +10,7 @@ runs are missing says so. The kinds of analysis:
     differences     contenders minus the first one, for every file (eval.study's verdict)
     trend           IM minus IT in one study for each x; the slope of that gain against ln(x)
     epochs          IM minus IT after every epoch; how much more IT changes between two of them
+    frontier        NLL far from the training data at the same NLL near it, whatever rate and epoch that takes
 """
 import gzip
 import json
@@ -55,6 +56,22 @@ def compared(lines: list[dict], baseline: str) -> dict:
         raise Missing(str(error)) from None
 
 
+def measured(analysis: dict, folder: Path) -> list[tuple[str, list[dict], dict]]:
+    """(study, its lines, eval.study's verdict) of each study of an analysis that is far enough. Raises
+    Missing if the one of the primary measure is not, or fewer than three of a trend are."""
+    found, missing = [], {}
+    for study in analysis["studies"]:
+        try:
+            lines = load_lines(study, analysis["contenders"], folder)
+            found.append((study, lines, compared(lines, analysis["contenders"][0])))
+        except Missing as error:
+            missing[study] = str(error)
+    primary = analysis["primary"].get("study")
+    if primary in missing or len(found) < (3 if analysis["kind"] == "trend" else 1):
+        raise Missing("; ".join(missing.values()))
+    return found
+
+
 def best_on_validation(result: dict, names: list[str]) -> str:
     """The contender of the lowest validation NLL at its chosen rate and epoch."""
     def nll(name: str) -> float:
@@ -83,9 +100,7 @@ def digits_of(measure: str) -> int:
 
 def differences(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
     primary, tables, shown = None, {}, []
-    for study in analysis["studies"]:
-        lines = load_lines(study, analysis["contenders"], folder)
-        result = compared(lines, analysis["contenders"][0])
+    for study, lines, result in measured(analysis, folder):
         rows = [row for row in result["differences"] if row["measure"] in analysis["measures"]
                 and row["file"] in analysis.get("files", [row["file"]])]
         of_contender = [["", *(f"{name}: lr, epochs" for name in result["contenders"])],
@@ -140,8 +155,8 @@ def trend(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]
     least squares: every x has records of its own, whose accidents the seeds of one study do not show."""
     wanted, points = analysis["primary"], []
     it, im = analysis["contenders"]
-    for study, x in analysis["studies"].items():
-        result = compared(load_lines(study, analysis["contenders"], folder), it)
+    for study, _, result in measured(analysis, folder):
+        x = analysis["studies"][study]
         points.append((x, next(row for row in result["differences"] if (row["measure"], row["file"])
                                == (wanted["measure"], wanted["file"]))))
     logs, gains = np.log([x for x, _ in points]), np.array([row["value"] for _, row in points])
@@ -158,7 +173,7 @@ def trend(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]
         axes = figure.subplots()
         for x, row in points:
             axes.plot([x] * row["seeds"], row["per_seed"], ".", color="0.6")
-            axes.plot([x, x], row["interval"], color="C0")
+            axes.vlines(x, *(row["interval"] or [row["value"]] * 2), color="C0")
             axes.plot(x, row["value"], "o", color="C0")
         xs = np.exp(np.linspace(logs.min(), logs.max()))
         axes.plot(xs, slope * np.log(xs) + intercept, color="C1",
@@ -175,8 +190,7 @@ def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object
     wanted, primary, tables, curves = analysis["primary"], None, {}, {}
     first, last = wanted["between"]
     names = analysis["contenders"]
-    for study in analysis["studies"]:
-        lines = load_lines(study, names, folder)
+    for study, lines, _ in measured(analysis, folder):
         by_name = {name: sorted((line for line in lines if line["contender"] == name),
                                 key=lambda line: line["seed"]) for name in names}
         steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
@@ -203,8 +217,9 @@ def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object
             primary = difference(gain(file, last) - gain(file, first)) | {"measure": wanted["measure"]}
 
     def draw(figure: object) -> None:
-        panels = figure.subplots(1, len(analysis["studies"]), sharey=True, squeeze=False)[0]
-        for axes, study in zip(panels, analysis["studies"]):
+        studies = [*dict.fromkeys(study for study, _ in curves)]
+        panels = figure.subplots(1, len(studies), sharey=True, squeeze=False)[0]
+        for axes, study in zip(panels, studies):
             for i, file in enumerate(file for of, file in curves if of == study):
                 of_file = curves[study, file]
                 low, high = zip(*(row["interval"] for row in of_file.values()))
@@ -215,6 +230,64 @@ def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object
             axes.set_xlabel("epoch")
         panels[0].set_ylabel("NLL (mean over examples), IM - IT")
         panels[0].legend(fontsize="small")
+    return primary, tables, draw
+
+
+def frontier(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
+    """Each learning rate and epoch is a point (near, far) of NLL. IT's best ones make a line, from what is
+    lowest near to what is lowest far; a contender's best ones are compared with that line at the same near,
+    where it has one, and the mean difference is taken. Intervals are over seeds."""
+    wanted, tables, shown = analysis["primary"], {}, {}
+    base, *others = analysis["contenders"]
+    far_file, primary = wanted["file"], None
+
+    def points(lines: list[dict], near_file: str) -> np.ndarray:
+        """(points, 2) NLL near and far, means over examples, of one seed's runs, by rate and epoch."""
+        tokens = lines[0]["tokens"]["test"]
+        values = [[np.mean(np.array(e["test"][file]) / tokens[file]) for file in (near_file, far_file)]
+                  for line in sorted(lines, key=lambda line: line["lr"])
+                  for e in line["evaluations"] if e["step"]]
+        return np.array(values)
+
+    def best(of: np.ndarray) -> np.ndarray:
+        """Those of the points than which no other is lower on both, sorted by the first."""
+        of = of[of[:, 0].argsort()]
+        return of[of[:, 1] <= np.minimum.accumulate(of[:, 1])]
+
+    for study, lines, result in measured(analysis, folder):
+        # Only rates that every seed has.
+        rates = {name: {float(lr) for lr in choice["curve"]} for name, choice in result["choices"].items()}
+        of = {(name, seed): points([line for line in lines if line["lr"] in rates[name]
+                                    and (line["contender"], line["seed"]) == (name, seed)],
+                                   analysis["near"][study])
+              for name in analysis["contenders"] for seed in result["seeds"]}
+        table = [[f"after {study}", f"NLL on {far_file} at the same NLL on {analysis['near'][study]}"]]
+        for name in others:
+            gaps = []
+            for seed in result["seeds"]:
+                line, own = best(of[base, seed]), best(of[name, seed])
+                own = own[(own[:, 0] >= line[0, 0]) & (own[:, 0] <= line[-1, 0])]
+                gaps.append((own[:, 1] - np.interp(own[:, 0], *line.T)).mean() if len(own) else math.nan)
+            if any(map(math.isnan, gaps)):
+                table.append([f"{name} - {base}", "no point of it is as low near"])
+                continue
+            row = difference(np.array(gaps)) | {"measure": wanted["measure"]}
+            table.append([f"{name} - {base}", interval(row, 3)])
+            if (study, name) == (wanted["study"], wanted["contender"]):
+                primary = row
+        tables[study] = table
+        shown[study] = {name: np.mean([of[name, seed] for seed in result["seeds"]], 0)
+                        for name in analysis["contenders"]}
+
+    def draw(figure: object) -> None:
+        for axes, (study, of_study) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):
+            for name, values in of_study.items():
+                axes.plot(*values.T, "o", markersize=4, label=name)
+                axes.plot(*best(values).T, color=axes.lines[-1].get_color(), linewidth=1)
+            axes.set_xlabel(f"NLL on {analysis['near'][study]}")
+            axes.set_ylabel(f"NLL on {far_file}")
+            axes.set_title(f"after {study}")
+        axes.legend(fontsize="small")
     return primary, tables, draw
 
 
@@ -243,13 +316,26 @@ def forest(figure: object, shown: list[tuple[str, dict]], analysis: dict) -> Non
 # ---------------------------------------------------------------- the page
 
 
+def runs_read(analysis: dict, folder: Path) -> str:
+    """A sentence: how many of the analysis' runs there are, and which seeds its differences are over."""
+    parts, total = [], 0
+    for study, lines, result in measured(analysis, folder):
+        total += len(lines)
+        parts.append(f"{study}: seeds {', '.join(map(str, result['seeds']))}")
+    same = {part.split(": ")[1] for part in parts}
+    seeds = same.pop() if len(same) == 1 else "; ".join(parts)
+    return f"{total} of {analysis['runs']} runs; {seeds}."
+
+
 def markdown(table: Table) -> str:
     head, *rows = ("| " + " | ".join(row) + " |" for row in table)
     return "\n".join([head, "|---" * len(table[0]) + "|", *rows])
 
 
-def judgement(row: dict, expected: int) -> str:
-    """Whether the primary difference has the expected sign."""
+def judgement(row: dict, expected: int | None) -> str:
+    """Whether the primary difference has the expected sign; None: no sign was expected."""
+    if expected is None:
+        return "exploratory"
     low, high = row["interval"]
     if low <= 0 <= high:
         return "not shown: the interval contains 0"
@@ -281,7 +367,7 @@ def primary_name(analysis: dict) -> str:
 
 def report(analyses: list[dict], page: str, folder: Path) -> str:
     """The page with its tables made again. folder: of the runs; the figures are written there."""
-    kinds = {"differences": differences, "trend": trend, "epochs": epochs}
+    kinds = {"differences": differences, "trend": trend, "epochs": epochs, "frontier": frontier}
     summary = [["analysis", "claim", "paper", "primary measure", "ours", "the claim"]]
     blocks = {}
     for analysis in analyses:
@@ -289,7 +375,8 @@ def report(analyses: list[dict], page: str, folder: Path) -> str:
         try:
             primary, tables, draw = kinds[analysis["kind"]](analysis, folder)
             save_figure(draw, folder / f"{name}.png")
-            blocks[name] = f"![{name}](findings/{name}.png)\n\n" + "\n\n".join(map(markdown, tables.values()))
+            blocks[name] = (f"![{name}](findings/{name}.png)\n\n{runs_read(analysis, folder)}\n\n"
+                            + "\n\n".join(map(markdown, tables.values())))
             ours = interval(primary, digits_of(primary["measure"]))
             verdict_text = judgement(primary, analysis["expected"])
         except Missing as error:

@@ -119,7 +119,7 @@ COMPARISON = {"name": "overfitting", "kind": "differences", "studies": ["t0"], "
 def page_of(analysis, folder):
     name = analysis["name"]
     page = f"<!-- summary -->\n<!-- end -->\n<!-- {name} -->\nold\n<!-- end -->\nafter\n"
-    return report.report([analysis | {"claim": "It is so", "paper": "yes"}], page, folder)
+    return report.report([analysis | {"claim": "It is so", "paper": "yes", "runs": 8}], page, folder)
 
 
 @pytest.mark.parametrize("effect, expected, says", [
@@ -129,6 +129,7 @@ def test_a_planted_difference_is_judged_by_its_sign(tmp_path, effect, expected, 
                           for seed in range(4) for name in ("it", "im")])
     page = page_of(COMPARISON | {"expected": expected}, tmp_path)
     summary = page.partition("<!-- end -->")[0]
+    assert "8 of 8 runs; seeds 0, 1, 2, 3." in page
     assert says in summary and "old" not in page and page.endswith("after\n")
     if effect:
         assert f"| {effect:+.3f} [" in summary or f"| {effect:+.2f}" in summary
@@ -158,6 +159,26 @@ def test_epochs_are_compared_with_each_other(tmp_path):
     cells = page.partition("<!-- end -->")[0].split(" | ")
     [cell] = [cell for cell in cells if cell.startswith(("-0.", "+0."))]
     assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and "agrees" in page
+
+
+def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
+    """IT's points lie on far = 5 - near, IM's 0.2 below that line, further to the left and right; one of IT's
+    points is worse than others on both."""
+    near_of = {"it": {1e-5: (3.0, 2.0), 1e-4: (2.5, 1.0)}, "im": {1e-5: (2.8, 1.5), 1e-4: (4.0, 0.5)}}
+    lines = []
+    for name, of_lr in near_of.items():
+        for lr, near in of_lr.items():
+            for seed in range(3):
+                each = line(name, seed, lambda epoch: 0) | {"lr": lr}
+                for evaluation, x in zip(each["evaluations"][1:], near):
+                    worse = 1.0 if (name, lr, x) == ("it", 1e-4, 2.5) else 0.0
+                    far = 5 - x + worse - (0.2 if name == "im" else 0)
+                    evaluation["test"] = {"test": [2 * x] * 20, "user-oriented": [4 * far] * 30}
+                lines.append(each)
+    save(tmp_path, "t0", lines)
+    page = page_of({"name": "frontier", "kind": "frontier", "studies": ["t0"], "primary": PRIMARY,
+                    "contenders": ["it", "im"], "near": {"t0": "test"}, "expected": None}, tmp_path)
+    assert "| im - it | -0.200 [-0.200, -0.200], 3 of 3 seeds |" in page and "| exploratory |" in page
 
 
 def test_what_was_not_run_is_said(tmp_path):

@@ -469,3 +469,15 @@ def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
     (folder / "foreign" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no study"):
         study.main(arguments(folder, "foreign"))
+
+
+@pytest.mark.parametrize("missing, seeds, rates", [
+    ([("im", 1e-4, 0)], [1, 2, 3], 2),          # 3 seeds of 4 cells, not 4 seeds of 3
+    ([("im", 1e-4, seed) for seed in (0, 1, 2)], [0, 1, 2, 3], 1),
+    ([(name, lr, 0) for name in ("it", "im") for lr in (1e-5, 1e-4)], [1, 2, 3], 2)])
+def test_as_many_runs_as_possible_are_judged_when_some_are_missing(missing, seeds, rates):
+    lines = [{"contender": name, "lr": lr, "seed": seed} for name in ("it", "im") for lr in (1e-5, 1e-4)
+             for seed in range(4) if (name, lr, seed) not in missing]
+    complete, _ = statistics.complete(lines)
+    assert sorted({line["seed"] for line in complete}) == seeds
+    assert len({line["lr"] for line in complete if line["contender"] == "im"}) == rates
