@@ -136,7 +136,8 @@ def select(curves: Curves) -> tuple[float, int]:
 
 def complete(lines: list[Line]) -> tuple[list[Line], list[str]]:
     """The lines to judge by, and notes on the others. All contenders need the same seeds. What is left out
-    are seeds and learning rates that are not finished, so that as many of the runs as possible stay, and then as many of the rates."""
+    are seeds and learning rates that are not finished, so that as many of the runs as possible stay, and then
+    as many of the rates."""
     cells: dict[str, dict[float, set[int]]] = {}
     for line in lines:
         cells.setdefault(line["contender"], {}).setdefault(line["lr"], set()).add(line["seed"])

@@ -336,7 +336,7 @@ def judgement(row: dict, expected: int | None) -> str:
     """Whether the primary difference has the expected sign; None: no sign was expected."""
     if expected is None:
         return "exploratory"
-    low, high = row["interval"]
+    low, high = row["interval"] or (-math.inf, math.inf)
     if low <= 0 <= high:
         return "not shown: the interval contains 0"
     return "agrees" if (row["value"] > 0) == (expected > 0) else "contradicts"

@@ -162,8 +162,8 @@ def test_epochs_are_compared_with_each_other(tmp_path):
 
 
 def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
-    """IT's points lie on far = 5 - near, IM's 0.2 below that line, further to the left and right; one of IT's
-    points is worse than others on both."""
+    """IT's points lie on far = 5 - near, IM's 0.2 below that line, give or take 0.01, and further to the left and
+    right; one of IT's points is worse than others on both."""
     near_of = {"it": {1e-5: (3.0, 2.0), 1e-4: (2.5, 1.0)}, "im": {1e-5: (2.8, 1.5), 1e-4: (4.0, 0.5)}}
     lines = []
     for name, of_lr in near_of.items():
@@ -172,13 +172,13 @@ def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
                 each = line(name, seed, lambda epoch: 0) | {"lr": lr}
                 for evaluation, x in zip(each["evaluations"][1:], near):
                     worse = 1.0 if (name, lr, x) == ("it", 1e-4, 2.5) else 0.0
-                    far = 5 - x + worse - (0.2 if name == "im" else 0)
+                    far = 5 - x + worse - (0.19 + 0.01 * seed if name == "im" else 0)
                     evaluation["test"] = {"test": [2 * x] * 20, "user-oriented": [4 * far] * 30}
                 lines.append(each)
     save(tmp_path, "t0", lines)
     page = page_of({"name": "frontier", "kind": "frontier", "studies": ["t0"], "primary": PRIMARY,
                     "contenders": ["it", "im"], "near": {"t0": "test"}, "expected": None}, tmp_path)
-    assert "| im - it | -0.200 [-0.200, -0.200], 3 of 3 seeds |" in page and "| exploratory |" in page
+    assert "| im - it | -0.200 [-0.225, -0.175], 3 of 3 seeds |" in page and "| exploratory |" in page
 
 
 def test_what_was_not_run_is_said(tmp_path):
