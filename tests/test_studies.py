@@ -162,8 +162,8 @@ def test_epochs_are_compared_with_each_other(tmp_path):
 
 
 def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
-    """IT's points lie on far = 5 - near, IM's 0.2 below that line, give or take 0.01, and further to the left and
-    right; one of IT's points is worse than others on both."""
+    """IT's points lie on far = 5 - near, IM's about 0.2 below that line, further to the left and right; one
+    of IT's is worse than others on both."""
     near_of = {"it": {1e-5: (3.0, 2.0), 1e-4: (2.5, 1.0)}, "im": {1e-5: (2.8, 1.5), 1e-4: (4.0, 0.5)}}
     lines = []
     for name, of_lr in near_of.items():
