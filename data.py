@@ -38,6 +38,7 @@ from chat import (COMPLETION, KINDS, Piece, Template, matches_serving, read_reco
                   tokenize_batch)
 from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
+from runtime.machine import to_device
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
 
@@ -422,17 +423,10 @@ class Batch:
     examples: np.ndarray        # (documents,) which example of the dataset
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on the device, but for cu_seqlens: lengths decide what is run, so the host needs them."""
+        """The batch on the device, except cu_seqlens: lengths decide what is run, so the host needs them."""
         moved = {name: to_device(x, device) for name, x in vars(self).items()
                  if name not in ("cu_seqlens", "examples")}
         return Batch(**moved, cu_seqlens=self.cu_seqlens, examples=self.examples)
-
-
-def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """x, of the CPU, on the device. Copied from pinned memory to CUDA, so that the host need not wait."""
-    if torch.device(device).type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
 
 
 def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
-from data import Batch, Dataset, to_device
+from data import Batch, Dataset
 from kernels.head import chunks
 from kernels.layers import compute_dtype
 from runtime.distributed import from_all
+from runtime.machine import to_device
 
 # Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is not the template's, so IM counts it.
 PRESETS = {
@@ -102,6 +103,7 @@ def kl_divergence(hidden: Tensor, head_weight: Tensor, reference_hidden: Tensor,
         log_q = (reference_hidden @ reference_head.T).float().log_softmax(-1)
         return (scale * (log_p.exp() * (log_p - log_q)).sum(-1)).sum()
 
+    # Cast once. Autocast would cast it again for every chunk, in both passes.
     reference_head = reference_head.to(compute_dtype(hidden))
     # Zero with a graph, for a rank without targets.
     total = hidden.sum() * 0.0
@@ -139,11 +141,11 @@ def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) 
     # A block of rows at a time: on a CPU it stays in the cache, elsewhere its memory stays small.
     block_rows = max(1, (2**15 if device.type == "cpu" else 2**25) // width)
     blocks = (x.split(block_rows) for x in (noise, first[:, None], second[:, None], scale[:, None]))
-    for block, first, second, scale in zip(*blocks):
+    for block, word, other_word, block_scale in zip(*blocks):
         # An odd factor maps no two columns to the same number.
-        hashed = _hash((first ^ columns).mul_(second | 1))
+        hashed = _hash((word ^ columns).mul_(other_word | 1))
         # The upper 24 bits with the sign, which fp32 holds exactly: -2^23 to 2^23 - 1.
-        torch.mul(hashed >> 8, scale, out=block)
+        torch.mul(hashed >> 8, block_scale, out=block)
     return noise
 
 

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, varlen_attention, varlen_fault
 from kernels.layers import linears, rms_norm, rotate, swiglu
+from runtime.machine import to_device
 from runtime.model_config import ModelConfig, read_config
 from runtime.weights import DTYPE_BY_NAME, EMBEDDING, Stored, fill, match
 
@@ -131,7 +132,8 @@ class Llama(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(
             config.hidden_size, config.vocab_size, False)
         self.recompute = False              # whether layers recompute activations: less memory, more time
-        self.varlen, self.attention = False, "tiled products"   # whether it is varlen_attention(); in words
+        self.varlen = False                 # whether attention is varlen_attention()
+        self.attention = "tiled products"   # what a run says of that
         self.compiled: Callable[..., Tensor] | None = None  # Layer.compute as compile_layers() compiled it
         self.source_dtype = torch.float32   # of the files that the weights were loaded from
         # Not a buffer: building on the meta device must not lose it, and no state dict should hold it.
@@ -154,9 +156,9 @@ class Llama(nn.Module):
         self.attention = f"tiled products: {fault}" if fault else "varlen_attn (flash)"
 
     def compile_layers(self) -> None:
-        """Compile the layers as one graph, whatever their number, the rows' lengths and documents; another
-        one where no gradient is computed. Generation runs them as they are."""
-        # Else sizes that happen to be equal in the first row would be taken to be equal in all rows.
+        """Compile one graph for all layers and for rows of any length and any documents, and a second one for
+        passes without gradients. Generation does not use them."""
+        # Otherwise sizes that happen to be equal in the first row are assumed to be equal in all rows.
         torch.fx.experimental._config.use_duck_shape = False
         self.compiled = torch.compile(Layer.compute, fullgraph=True, dynamic=True)
 
@@ -164,11 +166,8 @@ class Llama(nn.Module):
         """The attention of a packed row with these documents, the same for every layer."""
         if not self.varlen or len(cu_seqlens) < 2:
             return lambda q, k, v: attention(q, k, v, cu_seqlens)
-        longest = int(cu_seqlens.diff().max())
-        if device.type == "cuda":
-            # The host does not wait for a copy from pinned memory.
-            cu_seqlens = cu_seqlens.pin_memory().to(device, non_blocking=True)
-        return lambda q, k, v: varlen_attention(q, k, v, cu_seqlens, longest)
+        longest, on_device = int(cu_seqlens.diff().max()), to_device(cu_seqlens, device)
+        return lambda q, k, v: varlen_attention(q, k, v, on_device, longest)
 
     def forward(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor | None, noise: Tensor | None = None,
                 attend: Attend | None = None) -> Tensor:

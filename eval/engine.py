@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import to_device
 from kernels.layers import compute_dtype
 from model import Llama
+from runtime.machine import to_device
 from runtime.model_config import ModelConfig
 from runtime.tokenizer import check_rows
 
@@ -91,8 +91,8 @@ UNITS = 2**52
 
 
 def in_units(mass: Tensor) -> Tensor:
-    """Probabilities as whole numbers of 1 / UNITS. Their cumulative sums are exact. (Those of floating-point
-    numbers CUDA refuses in deterministic mode.)"""
+    """Probabilities as whole numbers of 1 / UNITS. Their cumulative sums are exact. (In deterministic
+    mode CUDA refuses those of floating-point numbers.)"""
     return (mass.double() * UNITS).long()
 
 

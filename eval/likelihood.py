@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import to_device
 from kernels.layers import compute_dtype
 from model import Attend, Llama
+from runtime.machine import to_device
 from runtime.tokenizer import check_rows
 
 # The most queries in one attention call. It bounds the memory of masks and scores.

@@ -2,7 +2,7 @@
 and how much memory was used.
 
 Nothing here but deterministic() changes a result. malloc's settings apply to Linux with glibc, and do nothing
-elsewhere. All of them are made before CUDA starts, which reads the environment only then.
+elsewhere. Make all settings before CUDA starts: it reads the environment only then.
 """
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ def keep_freed_memory(shapes: int = 256) -> None:
     compiled matrix products oneDNN caches (its default is 1024). The cached ones fragment the memory between
     large blocks; others are compiled again.
 
-    On CUDA, let PyTorch's segments grow: rows of ever other lengths leave gaps in segments of fixed sizes."""
+    On CUDA, let PyTorch's segments grow. Rows whose lengths always change leave gaps in fixed ones."""
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:     # its old name
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(shapes))
@@ -51,6 +51,13 @@ def _use_huge_pages(libc: ctypes.CDLL) -> None:
         libc.free(block)
 
 
+def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """x, a tensor on the CPU, on the device. Pinned memory lets the host go on while CUDA copies."""
+    if torch.device(device).type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def share_threads() -> None:
     """Under torchrun, which starts each rank with one thread, use this rank's share of the cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -59,7 +66,7 @@ def share_threads() -> None:
         torch.set_num_threads(max(1, cores // ranks))
 
 
-WATCHED = 10    # seconds over which Crowding judges, at least
+WATCHED = 10    # the shortest time that Crowding judges, in seconds
 
 
 def seconds_without_core() -> float:
@@ -80,7 +87,7 @@ class Crowding:
 
     def warning(self) -> str:
         """A sentence if the threads lacked a core for a fifth of the time or more since the last call that
-        judged, else "". One within WATCHED seconds of it does not."""
+        judged, else "". A call less than WATCHED seconds after that one judges nothing."""
         seconds = time.monotonic() - self.began
         if seconds < WATCHED:
             return ""
@@ -92,8 +99,8 @@ class Crowding:
 
 
 def deterministic() -> None:
-    """Let operations on CUDA give the same bits every time. The backward pass of flash attention and sums by
-    index do only then. PyTorch raises an error for an operation that cannot."""
+    """Let operations on CUDA give the same bits every time. Otherwise the backward pass of flash attention
+    and sums by index do not. PyTorch raises an error for an operation that cannot."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # PyTorch would also fill new memory, which takes time. Everything here is written before it is read.
@@ -106,7 +113,7 @@ def compile_fault(device: torch.device) -> str:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     return ""
 
 
