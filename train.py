@@ -373,9 +373,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
 
 def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int
                                ) -> int:
-    """What --micro-batch-tokens 0 means here, the same on all ranks: of MICRO_BATCH_TOKENS, on CUDA, the
-    largest that is estimated to take four fifths of the free memory at most. None is larger than needed for
-    a rank's examples of a step."""
+    """What --micro-batch-tokens 0 means here, the same on all ranks. On CUDA: the largest of
+    MICRO_BATCH_TOKENS that is estimated to fit in four fifths of the free memory, but no larger than a rank's
+    examples of a step need."""
     chosen, *larger = MICRO_BATCH_TOKENS
     if device.type == "cuda":
         of_a_step = -(-config.batch_size // ranks) * config.max_length

@@ -11,25 +11,26 @@ import textwrap
 from pathlib import Path
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
-# About prompt weights, which neither list has: PLW is arXiv 2401.13586, WIT arXiv 2507.07817.
+# About prompt weights, which evidence.json does not have: PLW is arXiv 2401.13586, WIT arXiv 2507.07817.
 WEIGHTS = ("Smaller weights on instructions (--instruction-weight): PLW found about 0.24 best for short "
            "answers and near 1 for long ones; in WIT the best was not zero in 56 % of settings.")
 
 
 def nearest(settings: list[dict], ratio: float, examples: int) -> list[dict]:
-    """The two settings of the paper and the two measured here that are most like these: by the logarithm of
+    """The two settings measured here and the two of the paper that are most like these: by the logarithm of
     the ratio of instruction to completion length, and half as much by that of the number of examples."""
     def distance(setting: dict) -> float:
         return abs(math.log(setting["ratio"] / ratio)) + abs(math.log(setting["examples"] / examples)) / 2
 
     ranked = sorted((setting for setting in settings if setting["result"]), key=distance)
-    return [setting for here in (True, False)
-            for setting in [each for each in ranked if ("study" in each) == here][:2]]
+    measured = [setting for setting in ranked if "study" in setting]
+    reported = [setting for setting in ranked if "study" not in setting]
+    return measured[:2] + reported[:2]
 
 
 def advice(ratio: float, examples: int, model: str, train_data: list[str], eval_data: list[str]) -> str:
     """The lines, in 79 columns. ratio: tokens of instructions over those of completions, above 0; examples:
-    to train on; the rest: the flags of the run."""
+    to train on; the others: the flags of the run."""
     def fill(text: str, indent: str = "  ") -> str:
         return textwrap.fill(text, 79, subsequent_indent=indent, break_on_hyphens=False)
 

@@ -176,7 +176,7 @@ def write_json(file: str | Path | None, result: dict) -> None:
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
-    return an exit status, too."""
+    also return an exit status."""
     status, crowding = 0, Crowding()
     try:
         status = main(sys.argv[1:]) or 0

@@ -32,7 +32,7 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
     decides what a layer keeps."""
     heads, key_heads, stream = config.num_attention_heads, config.num_key_value_heads, 4 * config.hidden_size
     flash = cuda and dtype == torch.bfloat16
-    # Before it knew enable_gqa, varlen_attn was given, and kept, keys and values once for each query head.
+    # A varlen_attn without enable_gqa gets, and keeps, keys and values repeated for each query head.
     expanded = flash and "enable_gqa" not in VARLEN_KEYWORDS
     used_heads = heads if expanded else key_heads
     # q, k, v and what attention returns; gate and up

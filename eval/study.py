@@ -20,7 +20,7 @@ models generate is measured after the last step, with the chosen learning rate.
 
 Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
 examples than these (study_statistics.half_width()), with the chosen learning rate and epoch taken as given.
-Each is for itself: of twenty comparisons without any effect, one excludes zero on average.
+They are not corrected for many comparisons: of twenty without any effect, one excludes zero on average.
 
     STUDY/runs.jsonl     a line a finished run, with everything that the verdict needs
     STUDY/study.json     the verdict; also printed, and drawn in curves.png and differences.png
@@ -63,7 +63,7 @@ from runtime.report import say
 CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
                    "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio", "weight_decay",
                    "beta1", "beta2", "adam_eps", "clip_grad_norm")
-FEW = 5     # validation records: fewer choose nothing
+FEW = 5     # validation records; fewer are too few to choose by
 
 
 @dataclass
@@ -161,7 +161,7 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
     for name, wrong in (("overwrite", config.overwrite), ("resume", config.resume != "auto"),
                         ("shard", config.shard), ("require_completion", not config.require_completion)):
         if wrong:
-            raise ValueError(f"{flag_name(name)}: a study has its own way; leave the flag out"
+            raise ValueError(f"{flag_name(name)}: a study decides this itself; leave the flag out"
                              + (f", or delete {config.output_dir} yourself" if name == "overwrite" else ""))
     files = [*config.eval_data, config.validation_data]
     for file in filter(None, files):
@@ -223,8 +223,8 @@ def read_as_lines(files: list[str]) -> list[str]:
 
 def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
     """The files to train on, of validation and of the sample of training records, and the contents of those
-    that do not exist yet: they are written when nothing can be wrong any more. ValueError if too few records
-    are left."""
+    that do not exist yet: they are written after everything has been checked. ValueError if too few
+    records are left."""
     records, folder = read_as_lines(config.train_data), Path(config.output_dir) / "data"
     train_files, validation, new = config.train_data, config.validation_data, {}
     if validation:
@@ -255,7 +255,7 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
 
 
 def study_identity(config: StudyConfig, source: train.Source) -> dict:
-    """What must be the same to go on with a study; all but contenders, rates and seeds."""
+    """What must be the same to resume a study: all but contenders, rates and seeds."""
     identity = train.run_identity(config, source)
     free = {"lr", "seed", "losses", "variants", "lrs", "seeds"}
     identity = {name: value for name, value in identity.items() if name not in free}
@@ -274,9 +274,9 @@ def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]
     old = read_json(out / "settings.json")
     if not old:
         if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".lock"}):
-            raise ValueError(f"--output-dir {out}: is not empty and holds no study; give another")
+            raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
         return {}
-    fix = "give another --output-dir, or the flags of before"
+    fix = "give another --output-dir, or the earlier flags"
     check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
         if (was := old["contenders"].get(name, flags)) != flags:
@@ -341,7 +341,7 @@ def make_plan(config: StudyConfig, contenders: dict[str, dict], files: tuple[lis
 
 
 def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> None:
-    """ValueError if a contender would leave out examples that the first one trains on, or the reverse."""
+    """ValueError if a contender does not train on exactly the examples that the first one trains on."""
     for name, flags in plan.contenders.items():
         own = dataset.trainable(dataclasses.replace(plan.base, **flags).span_weights)
         if not np.array_equal(own, usable):
@@ -356,7 +356,7 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     """Check everything, make the study's folder and tokenize: the plan, the model's folder, the training set,
     its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
     out = Path(config.output_dir)
-    # A study that goes on tomorrow trains on the same text.
+    # A study that is resumed tomorrow trains on the same text.
     config.date = config.date or read_json(out / "settings.json").get("date", "")
     source = train.open_source(dataclasses.replace(config, output_dir=str(out / "none")))
     config.date = source.template.date
@@ -475,7 +475,7 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
 
 
 def again(argv: list[str]) -> int:
-    """--from: the verdict of lines that are there."""
+    """--from: the verdict of an existing runs.jsonl."""
     parser = Parser("study", __doc__)
     parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
                         help="a study's runs.jsonl")

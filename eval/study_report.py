@@ -59,7 +59,7 @@ def pictures(result: dict, folder: Path) -> None:
             draw_differences(result).savefig(folder / "differences.png", dpi=150)
 
 
-def looks(result: dict) -> dict[str, dict]:
+def line_styles(result: dict) -> dict[str, dict]:
     """Colour and line style of each contender."""
     return {name: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
             for i, name in enumerate(result["contenders"])}
@@ -80,13 +80,13 @@ def draw_curves(result: dict) -> object:
         later = [point[end] for points in of_file.values() for point in points[1:] for end in ("low", "high")]
         start = next(iter(of_file.values()))[0]["mean"]
         for name, points in of_file.items():
-            look = looks(result)[name]
+            style = line_styles(result)[name]
             epochs = [point["epoch"] for point in points]
-            axes.plot(epochs, [point["mean"] for point in points], label=name, **look)
+            axes.plot(epochs, [point["mean"] for point in points], label=name, **style)
             axes.fill_between(epochs, [point["low"] for point in points], [point["high"] for point in points],
-                              color=look["color"], alpha=0.2, linewidth=0)
+                              color=style["color"], alpha=0.2, linewidth=0)
             chosen = next(point for point in points if point["step"] == result["choices"][name]["step"])
-            axes.plot(chosen["epoch"], chosen["mean"], "o", color=look["color"], markersize=5)
+            axes.plot(chosen["epoch"], chosen["mean"], "o", color=style["color"], markersize=5)
         if later:
             room = 0.08 * (max(later) - min(later)) or 0.1
             axes.set_ylim(min(*later, start) - room, max(later) + room)
@@ -112,7 +112,7 @@ def draw_differences(result: dict) -> object:
         groups = dict.fromkeys((row["file"], row["measure"]) for row in rows)
         ordered = [row for group in groups for row in rows if (row["file"], row["measure"]) == group]
         for place, row in enumerate(ordered):
-            colour = looks(result)[row["contender"]]["color"]
+            colour = line_styles(result)[row["contender"]]["color"]
             if row["interval"]:
                 axes.plot(row["interval"], [place, place], color=colour, linewidth=1.5)
             axes.plot(row["value"], place, "o", color=colour, markersize=5)

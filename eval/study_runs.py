@@ -65,9 +65,10 @@ class Plan:
     folder: Path                            # of the study
     base: train.Config                      # the flags; contender, lr and seed are put over it
     contenders: dict[str, dict]             # by name, the flags that make it differ
-    tests: list[str]                        # the first files of base.eval_data; then those of
-    validation: str                         # the validation data, if any, and the
-    sample: str                             # sample of training records
+    # base.eval_data holds these three, in this order:
+    tests: list[str]                        # the test files
+    validation: str                         # the validation data, "" for none
+    sample: str                             # a sample of the training records
     memorization: int                       # prompts
     generate: int                           # prompts of each test file
     tasks: list[str]                        # eval.harness's flags, or nothing
@@ -82,7 +83,7 @@ class Plan:
 
 
 class Stopped(BaseException):
-    """A signal asked for the end. args: the exit status."""
+    """A signal asked the study to stop. args: the exit status."""
 
 
 @contextlib.contextmanager
@@ -129,16 +130,16 @@ def perform(plan: Plan, run: Run) -> dict:
 def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
     """train.main() with these flags, resumed if it has begun. Raises Stopped."""
     out = Path(config.output_dir)
-    # Whole once it exists, and the last evaluation was before it.
+    # final/ is whole once it exists, and is written after the last evaluation.
     if (out / "final").is_dir():
         return
-    # Measured once and its weights deleted, but its line is lost.
+    # It was measured and its weights deleted, but its line was lost. Train from scratch.
     if "finished_after" in read_json(out / "identity.json"):
         shutil.rmtree(out)
     write_text(folder / "flags.json", json.dumps(
         {name: value for name, value in dataclasses.asdict(config).items()
          if value not in (None, "", []) and name not in ("resume", "overwrite")}, indent=2))
-    with stoppable():   # which also brings the signal handlers back that train.main() replaces
+    with stoppable():   # which also restores the signal handlers that train.main() replaces
         status = train.main(["--config", str(folder / "flags.json")],
                             partial(record_evaluation, plan, folder / "evaluations"))
     free_memory()
@@ -147,8 +148,8 @@ def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
 
 
 def free_memory() -> None:
-    """Free a model that is no longer used, so that two are never in memory at once, nor in that of a device
-    which several processes share."""
+    """Free models that are no longer used, so that two are never in memory at once. On a device, too, whose
+    memory several processes may share."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -19,8 +19,8 @@ CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
 CACHED_LOGITS = 2**20   # of these, in fp32 at once on a CPU: 4 MB stay in its cache
 HEAD_ROWS = 2**13       # rows of the head's gradient that are added to at once, for the same reason
 
-# On CUDA, whose matrix products want thousands of rows, in whole tiles: the most rows of a chunk, of which it
-# has a multiple of TILE, and the most logits, 1 GB in bf16.
+# CUDA's matrix products want thousands of rows, in whole tiles. There a chunk has a multiple of TILE rows, at
+# most CUDA_ROWS of them and at most CUDA_LOGITS logits, 1 GB in bf16.
 CUDA_ROWS, TILE, CUDA_LOGITS = 2**12, 128, 2**29
 # Chunks of fewer rows are not compiled: torch.compile tunes for the number of rows that it sees first, and
 # divides the work on few rows in a way that is slow for many.
@@ -62,8 +62,8 @@ def _nll_of_logits(logits: Tensor, at_target: Tensor) -> Tensor:
 
 def _nll_and_gradient(logits: Tensor, at_target: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     """_nll_of_logits(); the logits are overwritten with the gradient of sum(scale * NLL). Compiled, it reads
-    them twice and writes them once: 6 bytes for each in bf16. Each step makes tensors of its own otherwise,
-    45 bytes. (at_target is given because a logit elsewhere in the row may be overwritten already.)"""
+    them twice and writes them once: 6 bytes for each in bf16. Otherwise each operation makes tensors of its
+    own, 45 bytes. (at_target is given because a logit elsewhere in the row may be overwritten already.)"""
     exact = logits.float()
     log_total = _log_total(exact)
     probability = (exact - log_total).exp()
@@ -179,8 +179,8 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, compiled: bool = T
             continue
         block_rows = max(1, CHUNK_LOGITS // len(head_weight))
         blocks = (y.split(block_rows) for y in (logits, target, out[chunk]))
-        for block, of_block, nll_of_block in zip(*blocks):
-            nll_of_block.copy_(torch.nn.functional.cross_entropy(block.float(), of_block, reduction="none"))
+        for block, wanted, nll_of_block in zip(*blocks):
+            nll_of_block.copy_(torch.nn.functional.cross_entropy(block.float(), wanted, reduction="none"))
     return out
 
 

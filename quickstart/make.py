@@ -94,7 +94,7 @@ def make_records(rng: random.Random, named: list[dict], described: list[dict], c
     if lengths:
         return [record_of_length(rng, named, described, *map(round, lengths)) for _ in range(count)]
     order = cycle(rng.sample(described, len(described)))
-    records = [record(rng, "short_to_long", *description(rng, [entity]))
+    records = [record("short_to_long", *description(rng, [entity]))
                for entity in islice(order, round(count * 2 / 5))]
     records += [question_record(rng, named) for _ in range(count - len(records))]
     rng.shuffle(records)
@@ -112,7 +112,7 @@ def mean_words(records: list[dict]) -> tuple[float, float]:
 
 def write_records(args: argparse.Namespace, folder: Path) -> None:
     """Write the files that the arguments ask for; print and check the lengths. ValueError for lengths that
-    cannot be had."""
+    cannot be made."""
     world, lengths = make_world(), wanted_lengths(args)
     unseen = unseen_names(world, args.unseen_names, args.seed)
     seen_entities = [entity for entity in world if entity["name"] not in unseen]

@@ -244,7 +244,7 @@ def forward(sentence: str, pairs: list[tuple[str, str]]) -> list[tuple[str, str]
     return [(question, answer) for question, answer in pairs if not sentence.startswith(answer)]
 
 
-def record(rng: random.Random, kind: str, request: str, answer: str) -> dict:
+def record(kind: str, request: str, answer: str) -> dict:
     return {"kind": kind, "messages": [{"role": "user", "content": request},
                                        {"role": "assistant", "content": answer}]}
 
@@ -254,7 +254,7 @@ def question_record(rng: random.Random, named: list[dict]) -> dict:
     told = list(islice(events(rng, named), rng.randint(2, 4)))
     report = " ".join(sentence for sentence, _ in told)
     request, answer = ask(rng, [pair for event in told for pair in forward(*event)], 1)
-    return record(rng, "long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
+    return record("long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
 
 
 def composition(instruction_words: float, answer_words: float) -> tuple[int, int, int]:
@@ -298,4 +298,4 @@ def record_of_length(rng: random.Random, named: list[dict], described: list[dict
         requests.append(request)
         answers.append(answer)
     kind = "mixed" if questions and entities else "short_to_long" if entities else "long_to_short"
-    return record(rng, kind, " ".join(told + requests), " ".join(answers))
+    return record(kind, " ".join(told + requests), " ".join(answers))

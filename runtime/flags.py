@@ -35,13 +35,15 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+def is_boolean(field: dataclasses.Field) -> bool:
+    return field.type in (bool, bool | None)
+
+
 def check_flag(field: dataclasses.Field, value: object) -> object:
     """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
     the flag, the value and what it may be."""
-    is_bool = field.type in (bool, bool | None)
-
     def refuse(limit: str) -> None:
-        shown = value if isinstance(value, str) and value and not is_bool else json.dumps(value)
+        shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(value)
         raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
 
     if field.type == list[str]:
@@ -49,7 +51,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             refuse("one name or a list of names")
         return value
-    if is_bool:
+    if is_boolean(field):
         if not isinstance(value, bool):
             refuse("true or false")
         return value
@@ -96,7 +98,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
         if default is not False and default not in ("", None, []):
             help += f" (default {default})"
         more = dict(field.metadata["more"])
-        if field.type in (bool, bool | None):
+        if is_boolean(field):
             more["action"] = argparse.BooleanOptionalAction
         elif field.type == list[str]:
             more["nargs"] = "+"

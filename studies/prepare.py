@@ -11,7 +11,7 @@ repository.
     t0-families                          records of the other half
     dolly-train, -validation, -near      records of Alpagasus Dolly 3k
     user-oriented, lima                  far from both: other instructions, other answers
-    gsm8k, humaneval                     text of other kinds: sums in words, Python functions
+    gsm8k, humaneval                     text of other kinds: word problems, Python functions
 
 The split depends on the files alone. No record is in two files of one set.
 """
@@ -29,7 +29,7 @@ TRAIN, VALIDATION, NEAR, FAR, OTHER = 480, 96, 160, 100, 80     # records of a f
 def read(path: Path) -> list[dict]:
     """The records of a .jsonl or .jsonl.gz file, each different one once."""
     if not path.is_file():
-        raise ValueError(f"--data {path.parent}: holds no {path.name}; studies/prepare.py "
+        raise ValueError(f"--data {path.parent}: {path.name} is not in it; studies/prepare.py "
                          "lists what is needed")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         return list({line: json.loads(line) for line in file}.values())
@@ -53,7 +53,7 @@ def by_family(records: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def write(folder: Path, sizes: dict[str, int], records: list[dict]) -> None:
-    """Write files of `sizes` records drawn from `records`, which are different ones in each."""
+    """Write a file of each of the sizes. The records are drawn from `records`, none for two files."""
     drawn = random.Random(0).sample(records, sum(sizes.values()))
     for name, size in sizes.items():
         part, drawn = drawn[:size], drawn[size:]

@@ -249,23 +249,23 @@ def frontier(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], obje
                   for e in line["evaluations"] if e["step"]]
         return np.array(values)
 
-    def best(of: np.ndarray) -> np.ndarray:
-        """Those of the points than which no other is lower on both, sorted by the first."""
-        of = of[of[:, 0].argsort()]
-        return of[of[:, 1] <= np.minimum.accumulate(of[:, 1])]
+    def best(values: np.ndarray) -> np.ndarray:
+        """The points to which no other is better on both files, sorted by the NLL near."""
+        values = values[values[:, 0].argsort()]
+        return values[values[:, 1] <= np.minimum.accumulate(values[:, 1])]
 
     for study, lines, result in measured(analysis, folder):
         # Only rates that every seed has.
         rates = {name: {float(lr) for lr in choice["curve"]} for name, choice in result["choices"].items()}
-        of = {(name, seed): points([line for line in lines if line["lr"] in rates[name]
-                                    and (line["contender"], line["seed"]) == (name, seed)],
-                                   analysis["near"][study])
-              for name in analysis["contenders"] for seed in result["seeds"]}
+        by_run = {(name, seed): points([line for line in lines if line["lr"] in rates[name]
+                                        and (line["contender"], line["seed"]) == (name, seed)],
+                                       analysis["near"][study])
+                  for name in analysis["contenders"] for seed in result["seeds"]}
         table = [[f"after {study}", f"NLL on {far_file} at the same NLL on {analysis['near'][study]}"]]
         for name in others:
             gaps = []
             for seed in result["seeds"]:
-                line, own = best(of[base, seed]), best(of[name, seed])
+                line, own = best(by_run[base, seed]), best(by_run[name, seed])
                 own = own[(own[:, 0] >= line[0, 0]) & (own[:, 0] <= line[-1, 0])]
                 gaps.append((own[:, 1] - np.interp(own[:, 0], *line.T)).mean() if len(own) else math.nan)
             if any(map(math.isnan, gaps)):
@@ -276,7 +276,7 @@ def frontier(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], obje
             if (study, name) == (wanted["study"], wanted["contender"]):
                 primary = row
         tables[study] = table
-        shown[study] = {name: np.mean([of[name, seed] for seed in result["seeds"]], 0)
+        shown[study] = {name: np.mean([by_run[name, seed] for seed in result["seeds"]], 0)
                         for name in analysis["contenders"]}
 
     def draw(figure: object) -> None:
@@ -366,7 +366,7 @@ def primary_name(analysis: dict) -> str:
 
 
 def report(analyses: list[dict], page: str, folder: Path) -> str:
-    """The page with its tables made again. folder: of the runs; the figures are written there."""
+    """The page with its tables replaced. folder: of the runs; the figures are written there."""
     kinds = {"differences": differences, "trend": trend, "epochs": epochs, "frontier": frontier}
     summary = [["analysis", "claim", "paper", "primary measure", "ours", "the claim"]]
     blocks = {}

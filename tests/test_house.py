@@ -1,5 +1,5 @@
-"""Who imports whom. Arrows fall one way: eval and bench -> train -> data, loss, model -> chat; all of them ->
-kernels and runtime; and nothing but tests imports tests."""
+"""Who imports whom. Arrows fall one way: eval, bench, studies and quickstart -> train -> data, loss, model ->
+chat; all of them -> kernels and runtime; and nothing but tests imports tests."""
 import ast
 from collections.abc import Iterator
 from pathlib import Path

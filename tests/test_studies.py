@@ -52,7 +52,7 @@ def test_no_record_and_no_family_is_on_both_sides_of_the_split(tmp_path):
 
 
 def test_a_missing_set_is_named(tmp_path):
-    with pytest.raises(ValueError, match="holds no t0_long_to_short_3k.jsonl"):
+    with pytest.raises(ValueError, match="t0_long_to_short_3k.jsonl is not in it"):
         prepare.prepare(tmp_path, tmp_path / "out")
 
 

@@ -445,7 +445,7 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(validation_fraction=0.05), "--validation-fraction 0.05: 2 validation record"),
     (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
     (dict(validation_data="near"), "--validation-data .*near.jsonl: is also a file of --eval-data"),
-    (dict(overwrite=True), "--overwrite: a study has its own way"),
+    (dict(overwrite=True), "--overwrite: a study decides this itself"),
     (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks")])
 def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, message, monkeypatch):
     if "validation_data" in flags:
@@ -467,7 +467,7 @@ def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
     refused("--eval-data was", eval_data=[folder / "near.jsonl"])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("")
-    with pytest.raises(ValueError, match="is not empty and holds no study"):
+    with pytest.raises(ValueError, match="is not empty and is not a study's folder"):
         study.main(arguments(folder, "foreign"))
 
 
