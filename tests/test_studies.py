@@ -215,7 +215,7 @@ def test_the_advice_of_eval_look_gets_the_results_of_studies_that_were_run(tmp_p
     save(tmp_path, "t0", [line(name, seed, lambda epoch: (name == "im") * -0.1) for seed in range(4)
                           for name in ("it", "im")])
     settings = [{"set": "a", "result": "1 -> 2"},
-                {"set": "b", "study": "t0", "files": {"user-oriented": "far", "test": "near"}, "result": "old"},
+                {"set": "b", "study": "t0", "files": {"user-oriented": "far", "test": "near"}, "result": ""},
                 {"set": "c", "study": "not-run", "files": {"test": "near"}, "result": "old"}]
     paper, own, missing = (each["result"] for each in report.evidence(settings, tmp_path))
     assert (paper, missing) == ("1 -> 2", "")
