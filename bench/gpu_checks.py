@@ -431,8 +431,9 @@ def quickstart(report: Report, device: str, tiny: bool) -> None:
             ended_well(usual, folder, "usual")
             report.row(7, "quick start, next to two others", time.monotonic() - began, "s")
             metrics = lines(folder / "usual" / "metrics.jsonl")
-            report.at_most(7, "loss of the last step over that of the first",
-                           metrics[-1]["loss"] / metrics[0]["loss"], 1.0 if tiny else 0.7)
+            first, last = (metrics[i]["nll_completion"] for i in (0, -1))
+            report.at_most(7, "completions' NLL in the last step over the first", last / first,
+                           0.9 if tiny else 0.5)
             for line in lines(folder / "usual" / "eval.jsonl"):
                 if "exact_match" in line:
                     report.row(7, f"exact matches at step {line['step']}", line["exact_match"])

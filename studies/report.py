@@ -405,10 +405,10 @@ def evidence(settings: list[dict], folder: Path) -> list[dict]:
         # Exact matches where answers were checked, NLL elsewhere.
         found = {(row["measure"], row["file"]): row for row in result["differences"]}
         parts = []
-        for file in setting["files"]:
+        for file, words in setting["files"].items():
             row = found.get(("exact_match", file))
-            parts.append(f"exact match on {file} {interval(row, 1)}" if row else
-                         f"NLL on {file} {interval(found['nll_example_mean', file], 3)}")
+            parts.append(f"exact match, %, on {words} {interval(row, 1)}" if row else
+                         f"NLL on {words} {interval(found['nll_example_mean', file], 3)}")
         setting["result"] = "; ".join(parts)
     return settings
 

@@ -236,8 +236,8 @@ def test_the_quick_start_is_looked_at_without_flags_in_eighty_columns(tmp_path, 
     assert (ROOT / "runs").exists() == before
     lines = done.stdout.splitlines()
     assert max(len(line) for line in lines if not line.startswith("model: ")) <= 80
-    assert "600 examples" in done.stdout and "304 steps, 8 epochs: 31 of warm-up" in done.stdout
-    assert "120 examples" in next(line for line in lines if line.startswith("held out: test"))
+    assert "300 examples" in done.stdout and "152 steps, 8 epochs: 16 of warm-up" in done.stdout
+    assert "100 examples" in next(line for line in lines if line.startswith("held out: test"))
     assert "\x1b" not in done.stdout and not done.stderr
 
 

@@ -209,3 +209,14 @@ def test_publishing_twice_gives_the_same_bytes(tmp_path):
         run.publish(tmp_path / "out", tmp_path / name)
         files.append((tmp_path / name / "t0.jsonl.gz").read_bytes())
     assert files[0] == files[1] and json.loads(gzip.decompress(files[0]))["contender"] == "it"
+
+
+def test_the_advice_of_eval_look_gets_the_results_of_studies_that_were_run(tmp_path):
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (name == "im") * -0.1) for seed in range(4)
+                          for name in ("it", "im")])
+    settings = [{"set": "a", "result": "1 -> 2"},
+                {"set": "b", "study": "t0", "files": {"user-oriented": "far", "test": "near"}, "result": ""},
+                {"set": "c", "study": "not-run", "files": {"test": "near"}, "result": "old"}]
+    paper, own, missing = (each["result"] for each in report.evidence(settings, tmp_path))
+    assert (paper, missing) == ("1 -> 2", "")
+    assert own.startswith("NLL on far -0.1") and "; exact match, %, on near +0.0" in own
