@@ -101,8 +101,10 @@ def main(argv: list[str]) -> int:
         flags |= {"jobs": args.jobs, "device": args.device, "deadline": 0 if math.isinf(left) else left}
         config.write_text(json.dumps(flags, indent=2))
         print(f"== {grid['grid']}", flush=True)
-        status = max(status, subprocess.run([sys.executable, "-m", "eval.study", "--config", str(config)],
-                                            cwd=REPOSITORY).returncode)
+        code = subprocess.run([sys.executable, "-m", "eval.study", "--config", str(config)],
+                              cwd=REPOSITORY).returncode
+        # Below 0: minus the number of the signal that killed it.
+        status = max(status, 128 - code if code < 0 else code)
     if args.publish:
         publish(args.output_dir, args.publish)
     return status

@@ -1,6 +1,7 @@
 """studies/: the paper's analyses, from the published sets to the page of findings."""
 import gzip
 import json
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -220,3 +221,12 @@ def test_the_advice_of_eval_look_gets_the_results_of_studies_that_were_run(tmp_p
     paper, own, missing = (each["result"] for each in report.evidence(settings, tmp_path))
     assert (paper, missing) == ("1 -> 2", "")
     assert own.startswith("NLL on far -0.1") and "; exact match, %, on near +0.0" in own
+
+
+def test_a_grid_that_is_killed_ends_the_others(tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(run.subprocess, "run", lambda command, cwd: (
+        started.append(command), subprocess.CompletedProcess(command, -9))[1])
+    records = ["--model", str(tmp_path), "--records", str(tmp_path)]
+    assert run.main([*records, "--output-dir", str(tmp_path / "runs"), "t0-*", "dolly-*"]) == 128 + 9
+    assert len(started) == 1
