@@ -371,19 +371,20 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     return train_set, usable, eval_sets
 
 
-def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int
-                               ) -> int:
+def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int,
+                               processes: int = 1) -> int:
     """What --micro-batch-tokens 0 means here, the same on all ranks. On CUDA: the largest of
     MICRO_BATCH_TOKENS that is estimated to fit in four fifths of the free memory, but no larger than a rank's
-    examples of a step need."""
+    examples of a step need. processes: how many share a device, such as the jobs of a study."""
     chosen, *larger = MICRO_BATCH_TOKENS
     if device.type == "cuda":
+        free_memory = 0.8 * torch.cuda.mem_get_info(device)[0] / processes
         of_a_step = -(-config.batch_size // ranks) * config.max_length
         for tokens in larger:
             packed = {"largest": tokens, "trained": tokens, "other": tokens}
             parts = memory(model_config, packed, config.compute_dtype, ranks, config.shard and ranks > 1,
                            config.recompute, config.kl_weight > 0, True, compiles(config, True))
-            if chosen >= of_a_step or sum(parts.values()) > 0.8 * torch.cuda.mem_get_info(device)[0]:
+            if chosen >= of_a_step or sum(parts.values()) > free_memory:
                 break
             chosen = tokens
     return min(from_all(chosen))

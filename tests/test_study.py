@@ -384,6 +384,21 @@ def test_a_worker_that_dies_costs_its_run_only(tmp_path):
     assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
 
 
+def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_contender(folder, monkeypatch):
+    asked = []
+
+    def default(config: train.Config, *more: object) -> int:
+        asked.append((config.loss, more[-1]))
+        return {"it": 300, "im": 200}[config.loss]
+
+    monkeypatch.setattr(train, "default_micro_batch_tokens", default)
+    argv = arguments(folder, "sized", micro_batch_tokens=0, jobs=3)
+    config = train.parse_args(argv, study.StudyConfig, "study", "")
+    plan, _, _, steps, _ = study.prepare(config, study.parse_contenders(config))
+    assert plan.base.micro_batch_tokens == steps.capacity == 200
+    assert asked == [("it", 3), ("im", 3)]
+
+
 def test_tasks_of_the_harness_are_numbers_of_a_run(folder, tmp_path):
     """And a verdict pairs them by seed, with the usual t interval."""
     make_tasks(tmp_path / "tasks", 4)

@@ -289,9 +289,11 @@ def test_micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_ev
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80e9))
     monkeypatch.setattr(train, "from_all", lambda tokens: [tokens, other[0]])
 
-    def chosen(memory: float, device: str = "cuda", ranks: int = 1, **config: object) -> int:
+    def chosen(memory: float, device: str = "cuda", ranks: int = 1, processes: int = 1, **config: object
+               ) -> int:
         free[0] = memory
-        return train.default_micro_batch_tokens(train.Config(**config), shape, torch.device(device), ranks)
+        return train.default_micro_batch_tokens(train.Config(**config), shape, torch.device(device), ranks,
+                                                processes)
 
     assert [chosen(memory) for memory in (7e9, 15e9, 17e9, 27e9, 29e9, 80e9)] == [
         4096, 8192, 16384, 16384, 32768, 65536]
@@ -299,6 +301,8 @@ def test_micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_ev
     assert chosen(14e9, compile=False) == 16384
     # 5 examples of up to 2,048 tokens fit into 16,384; each of two ranks has 3, which fit into 8,192.
     assert [chosen(80e9, batch_size=5), chosen(80e9, batch_size=5, ranks=2)] == [16384, 8192]
+    # Two processes have half of the memory each.
+    assert chosen(30e9, processes=2) == 8192
     assert chosen(80e9, "cpu") == 4096
     other[0] = 4096
     assert chosen(80e9) == 4096
