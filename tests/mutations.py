@@ -371,7 +371,7 @@ FAULTS = [
     fault("peak-of-run", "a step's peak is that of the run", "train.py", "        reset_peak(device)\n", "",
           "train::metrics_say_which_attention_ran_and_what_a_gpu_reserved"),
     fault("tokens-fit", "micro-batches larger than a GPU", "train.py",
-          "or sum(parts.values()) > 0.8 * ", "or 0 > 0.8 * ",
+          "or sum(parts.values()) > free_memory:", "or 0 > free_memory:",
           "train::micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_every_rank"),
     fault("tokens-step", "micro-batches larger than a step", "train.py",
           "if chosen >= of_a_step or ", "if ",
