@@ -369,6 +369,11 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     known = check_study(config, identity, contenders)
     *files, new_files = prepare_data(config)
     plan = make_plan(config, contenders, files)
+    # As train.main() does, once for all runs: KL needs more memory than the others.
+    plan.base.micro_batch_tokens = config.micro_batch_tokens or min(
+        train.default_micro_batch_tokens(dataclasses.replace(plan.base, **flags), source.model_config,
+                                         join_ranks(config.device), 1)
+        for flags in contenders.values())
 
     # Until here nothing has been written.
     out.mkdir(parents=True, exist_ok=True)
@@ -484,20 +489,24 @@ def again(argv: list[str]) -> int:
     parser = Parser("study", __doc__)
     parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
                         help="a study's runs.jsonl")
-    parser.add_argument("--baseline", default="", metavar="NAME", help="contender to compare the others with")
+    parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; default: it "
+                        "or, where there is none, that of the first line")
     parser.add_argument("--output-dir", metavar="DIR", help="where to write; default: next to the file")
     args = parser.parse_args(argv)
     lines = read_objects(args.lines, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
     out = Path(args.output_dir or Path(args.lines).parent)
     out.mkdir(parents=True, exist_ok=True)
-    give_verdict(lines, args.baseline, out)
+    # Lines are in the order in which runs ended, where several ran at once or the study is not finished.
+    baseline = args.baseline or ("it" if any(line.get("contender") == "it" for line in lines) else "")
+    give_verdict(lines, baseline, out)
     return 0
 
 
 def main(argv: list[str]) -> int:
     if any(word.partition("=")[0] == "--from" for word in argv):
         return again(argv)
-    return conduct(train.parse_args(argv, StudyConfig, "python -m eval.study", __doc__.split("\n\n")[0]))
+    purpose = __doc__.split("\n\n")[0] + " --from RUNS.jsonl gives the verdict again (--from x --help)."
+    return conduct(train.parse_args(argv, StudyConfig, "python -m eval.study", purpose))
 
 
 if __name__ == "__main__":

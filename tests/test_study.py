@@ -434,6 +434,25 @@ def test_the_verdict_of_lines_alone_is_the_studys(folder, whole, tmp_path, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"study.json", "curves.png", "differences.png"}
 
 
+def test_the_verdict_of_lines_in_another_order_compares_with_it(folder, whole, tmp_path):
+    """As they are in runs.jsonl where several runs went at once."""
+    lines = (whole / "runs.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.jsonl").write_text("".join(reversed(lines)))
+    assert study.main(["--from", str(tmp_path / "runs.jsonl")]) == 0
+    expected, result = (json.loads((of / "study.json").read_text()) for of in (whole, tmp_path))
+    assert json.loads(lines[-1])["contender"] == "im" and result["baseline"] == "it"
+    assert result["differences"] == expected["differences"]
+    assert study.main(["--from", str(tmp_path / "runs.jsonl"), "--baseline", "im"]) == 0
+    assert json.loads((tmp_path / "study.json").read_text())["baseline"] == "im"
+
+
+def test_the_size_of_a_micro_batch_may_be_left_to_the_study(folder):
+    more = dict(memorization=0, generate=0, epochs=1, seeds=1)
+    assert study.main(arguments(folder, "sizeless", micro_batch_tokens=0, **more)) == 0
+    assert study.main(arguments(folder, "sized", **more)) == 0
+    assert results(folder, "sizeless") == results(folder, "sized")
+
+
 def test_every_contender_trains_on_the_same_examples(folder):
     """train.py leaves out records without a completion under every loss; one that ignores completions would
     train on fewer, where a record has no system message."""
