@@ -369,11 +369,6 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     known = check_study(config, identity, contenders)
     *files, new_files = prepare_data(config)
     plan = make_plan(config, contenders, files)
-    # As train.main() does, once for all runs: KL needs more memory than the others.
-    plan.base.micro_batch_tokens = config.micro_batch_tokens or min(
-        train.default_micro_batch_tokens(dataclasses.replace(plan.base, **flags), source.model_config,
-                                         join_ranks(config.device), 1)
-        for flags in contenders.values())
 
     # Until here nothing has been written.
     out.mkdir(parents=True, exist_ok=True)

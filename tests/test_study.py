@@ -446,13 +446,6 @@ def test_the_verdict_of_lines_in_another_order_compares_with_it(folder, whole, t
     assert json.loads((tmp_path / "study.json").read_text())["baseline"] == "im"
 
 
-def test_the_size_of_a_micro_batch_may_be_left_to_the_study(folder):
-    more = dict(memorization=0, generate=0, epochs=1, seeds=1)
-    assert study.main(arguments(folder, "sizeless", micro_batch_tokens=0, **more)) == 0
-    assert study.main(arguments(folder, "sized", **more)) == 0
-    assert results(folder, "sizeless") == results(folder, "sized")
-
-
 def test_every_contender_trains_on_the_same_examples(folder):
     """train.py leaves out records without a completion under every loss; one that ignores completions would
     train on fewer, where a record has no system message."""
