@@ -484,8 +484,8 @@ def again(argv: list[str]) -> int:
     parser = Parser("study", __doc__)
     parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
                         help="a study's runs.jsonl")
-    parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; default: it "
-                        "or, where there is none, that of the first line")
+    parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; default: "
+                        "it or, where there is none, that of the first line")
     parser.add_argument("--output-dir", metavar="DIR", help="where to write; default: next to the file")
     args = parser.parse_args(argv)
     lines = read_objects(args.lines, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
