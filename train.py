@@ -30,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import runtime  # noqa: F401  before PyTorch: how its threads wait
 import numpy as np
 import torch
 from torch import Tensor

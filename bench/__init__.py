@@ -1,1 +1,0 @@
-import runtime  # noqa: F401  before PyTorch: how its threads wait

@@ -95,7 +95,8 @@ class Crowding:
         share = (self.waited - before) / seconds / torch.get_num_threads()
         return "" if share < 0.2 else (
             f"warning: slowed down by other processes: in {seconds:.0f} s this one's threads\n"
-            f"  waited {share:.0%} of the time for a core")
+            f"  waited {share:.0%} of the time for a core; GOMP_SPINCOUNT=3000 before the command\n"
+            "  lets them wait with less harm")
 
 
 def deterministic() -> None:

@@ -61,24 +61,6 @@ def test_why_torch_compile_fails_is_told_in_a_line(monkeypatch):
     assert machine.compile_fault(cpu) == "RuntimeError: no triton"
 
 
-@pytest.mark.parametrize("program", ["train", "eval.generate", "eval.spans", "bench.step"])
-@pytest.mark.parametrize("given, expected", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_sleep_while_they_wait_unless_the_user_says_otherwise(program, given, expected):
-    """libgomp reads the variable when PyTorch loads it, so it is set before."""
-    code = ("import os, sys, importlib.abc\n"
-            "class Watch(importlib.abc.MetaPathFinder):\n"
-            "    def find_spec(self, name, *_):\n"
-            "        if name == 'torch':\n"
-            "            print(os.environ.get('OMP_WAIT_POLICY')); os._exit(0)\n"
-            "sys.meta_path.insert(0, Watch())\n"
-            f"import {program}\n")
-    env = {**os.environ, "OMP_WAIT_POLICY": given or ""}
-    if not given:
-        del env["OMP_WAIT_POLICY"]
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.stdout.split() == [expected], done.stderr
-
-
 @pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="this system does not say who waits")
 def test_a_busy_machine_is_the_reason_that_is_given(monkeypatch):
     """More busy processes than cores, then none, by the counters of a quiet machine."""
