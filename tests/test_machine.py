@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from runtime import machine
-from tiny import ROOT
 
 
 def test_ranks_share_the_cores(monkeypatch):
