@@ -220,9 +220,9 @@ def test_verdicts_that_are_missing_are_counted_and_the_rest_is_reported(folder, 
     server.say = lambda payload, before: (refusal(400, "too long") if "theirs 2" in text_of(payload) else
                                           "no idea" if "theirs 3" in text_of(payload) else "[[C]]")
     argv = arguments(folder, "alpaca", tmp_path / "out.json", judge="gpt", json=tmp_path / "result.json")
-    with pytest.raises(ValueError, match=r"2 verdicts are missing \(question 2, turn 1, "
-                                         r"(model|reference) first: HTTP 400: the server does not accept .*\); the same command "
-                                         r"requests only those"):
+    with pytest.raises(ValueError, match=r"2 verdicts are missing \(question 2, turn 1, (model|reference) "
+                                         r"first: HTTP 400: the server does not accept .*\); the same "
+                                         r"command requests only those"):
         open_ended.main(argv)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["win_rate"], result["win_rate_count"]) == (50, 3)
