@@ -370,11 +370,13 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     return train_set, usable, eval_sets
 
 
-def default_micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int,
-                               processes: int = 1) -> int:
-    """What --micro-batch-tokens 0 means here, the same on all ranks. On CUDA: the largest of
+def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int,
+                       processes: int = 1) -> int:
+    """--micro-batch-tokens, or what 0 means here, the same on all ranks. On CUDA: the largest of
     MICRO_BATCH_TOKENS that is estimated to fit in four fifths of the free memory, but no larger than a rank's
     examples of a step need. processes: how many share a device, such as the jobs of a study."""
+    if config.micro_batch_tokens:
+        return config.micro_batch_tokens
     chosen, *larger = MICRO_BATCH_TOKENS
     if device.type == "cuda":
         free_memory = 0.8 * torch.cuda.mem_get_info(device)[0] / processes
@@ -505,9 +507,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     source = open_source(config)
     # Saved with the run, so that it resumes with the same date.
     config.date = source.template.date
-    config.micro_batch_tokens = (config.micro_batch_tokens
-                                 or default_micro_batch_tokens(config, source.model_config, device,
-                                                               world_size()))
+    config.micro_batch_tokens = micro_batch_tokens(config, source.model_config, device, world_size())
     identity = run_identity(config, source)
     settings = asdict(config)
     if is_main():
@@ -590,9 +590,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
         record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
                              grad_norm=grad_norm, seconds=time.monotonic() - began,
-                             peak_memory_mb=peak_memory_mb(device))
-        record |= {"peak_reserved_mb": peak_reserved_mb(device),
-                   "attention": "varlen_attn" if raw_model.varlen else "tiled products"}
+                             peak_memory_mb=peak_memory_mb(device), peak_reserved_mb=peak_reserved_mb(device),
+                             attention="varlen_attn" if raw_model.varlen else "tiled products")
         if is_main():
             append_line(out / "metrics.jsonl", record)
         progress.update(record, line=log_untrained)

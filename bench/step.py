@@ -70,8 +70,7 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
     keep_freed_memory()
     device = join_ranks(config.device)
     model_config = raw_model.config if raw_model else read_config(resolve_model(config.model))
-    config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
-        config, model_config, device, world_size())
+    config.micro_batch_tokens = train.micro_batch_tokens(config, model_config, device, world_size())
     if document:
         dataset = synthetic([document] * (4 * config.batch_size), model_config.vocab_size)
         usable = np.arange(len(dataset))

@@ -197,8 +197,7 @@ def main(argv: list[str]) -> None:
     # As in train.main(), but for the folder, which does not end this.
     source = train.open_source(config)
     ranks = config.ranks or world_size()
-    config.micro_batch_tokens = config.micro_batch_tokens or train.default_micro_batch_tokens(
-        config, source.model_config, device, ranks)
+    config.micro_batch_tokens = train.micro_batch_tokens(config, source.model_config, device, ranks)
     identity = train.run_identity(config, source)
     dataset, usable, eval_sets = train.load_data(config, source)
     steps = train.make_steps(config, dataset, usable, 0, ranks)

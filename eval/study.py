@@ -362,9 +362,9 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     config.date = source.template.date
     # The same for all contenders: the least, since some need more memory than others.
     device = join_ranks(config.device)
-    config.micro_batch_tokens = config.micro_batch_tokens or min(
-        train.default_micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
-                                         config.jobs) for flags in contenders.values())
+    config.micro_batch_tokens = min(
+        train.micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
+                                 config.jobs) for flags in contenders.values())
     identity = study_identity(config, source)
     known = check_study(config, identity, contenders)
     *files, new_files = prepare_data(config)

@@ -391,7 +391,7 @@ def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_c
         asked.append((config.loss, more[-1]))
         return {"it": 300, "im": 200}[config.loss]
 
-    monkeypatch.setattr(train, "default_micro_batch_tokens", default)
+    monkeypatch.setattr(train, "micro_batch_tokens", default)
     argv = arguments(folder, "sized", micro_batch_tokens=0, jobs=3)
     config = train.parse_args(argv, study.StudyConfig, "study", "")
     plan, _, _, steps, _ = study.prepare(config, study.parse_contenders(config))
