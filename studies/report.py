@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 FINDINGS = HERE.parent / "docs/findings"
 PAGE = HERE.parent / "docs/findings.md"
 Table = list[list[str]]
+Found = list[tuple[str, list[dict], dict]]      # study, its lines, eval.study's verdict
 
 
 class Missing(Exception):
@@ -56,9 +57,9 @@ def compared(lines: list[dict], baseline: str) -> dict:
         raise Missing(str(error)) from None
 
 
-def measured(analysis: dict, folder: Path) -> list[tuple[str, list[dict], dict]]:
-    """(study, its lines, eval.study's verdict) of each study of an analysis that is far enough. Raises
-    Missing if the one of the primary measure is not, or fewer than three of a trend are."""
+def measured(analysis: dict, folder: Path) -> Found:
+    """The studies of an analysis that are far enough. Raises Missing if the one of the primary measure is
+    not, or fewer than three of a trend are."""
     found, missing = [], {}
     for study in analysis["studies"]:
         try:
@@ -95,12 +96,13 @@ def digits_of(measure: str) -> int:
 
 
 # ---------------------------------------------------------------- the kinds
-# Each returns the primary difference, the tables, and a function that draws on a matplotlib figure.
+# Each takes an analysis and what measured() found for it. It returns the primary difference, the tables, and
+# a function that draws on a matplotlib figure.
 
 
-def differences(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
+def differences(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]:
     primary, tables, shown = None, {}, []
-    for study, lines, result in measured(analysis, folder):
+    for study, lines, result in found:
         rows = [row for row in result["differences"] if row["measure"] in analysis["measures"]
                 and row["file"] in analysis.get("files", [row["file"]])]
         of_contender = [["", *(f"{name}: lr, epochs" for name in result["contenders"])],
@@ -150,12 +152,12 @@ def changes(lines: list[dict], result: dict, analysis: dict) -> Table:
     return table
 
 
-def trend(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
+def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]:
     """The slope is that of a straight line through one mean gain for each x, its interval that of ordinary
     least squares: every x has records of its own, whose accidents the seeds of one study do not show."""
     wanted, points = analysis["primary"], []
     it, im = analysis["contenders"]
-    for study, _, result in measured(analysis, folder):
+    for study, _, result in found:
         x = analysis["studies"][study]
         points.append((x, next(row for row in result["differences"] if (row["measure"], row["file"])
                                == (wanted["measure"], wanted["file"]))))
@@ -186,11 +188,11 @@ def trend(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]
     return primary, {"": table}, draw
 
 
-def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
+def epochs(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]:
     wanted, primary, tables, curves = analysis["primary"], None, {}, {}
     first, last = wanted["between"]
     names = analysis["contenders"]
-    for study, lines, _ in measured(analysis, folder):
+    for study, lines, _ in found:
         by_name = {name: sorted((line for line in lines if line["contender"] == name),
                                 key=lambda line: line["seed"]) for name in names}
         steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
@@ -204,17 +206,15 @@ def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object
             sums = values[epoch][names[1]][key] - values[epoch][names[0]][key]
             return by_example(sums, np.array(file_tokens(lines[0]["tokens"], file)), wanted["measure"])
 
-        tables[study] = [["IM - IT after", *map(str, steps)]] + [
-            [file, *(f"{difference(gain(file, epoch))['value']:+.3f}" for epoch in steps)] for file in files]
-        tables[f"{study}, more"] = [["file", f"after {first}", f"after {last}", "change"]] + [
-            [file, *(interval(difference(d), 3) for d in (gain(file, first), gain(file, last),
-                                                          gain(file, last) - gain(file, first)))]
-            for file in files]
+        every = tables[study] = [["IM - IT after", *map(str, steps)]]
+        two = tables[f"{study}, more"] = [["file", f"after {first}", f"after {last}", "change"]]
         for file in files:
-            curves[study, file] = {epoch: difference(gain(file, epoch)) for epoch in steps}
-        if study == wanted["study"]:
-            file = wanted["file"]
-            primary = difference(gain(file, last) - gain(file, first)) | {"measure": wanted["measure"]}
+            curve = curves[study, file] = {epoch: difference(gain(file, epoch)) for epoch in steps}
+            change = difference(gain(file, last) - gain(file, first))
+            every.append([file, *(f"{row['value']:+.3f}" for row in curve.values())])
+            two.append([file, *(interval(row, 3) for row in (curve[first], curve[last], change))])
+            if (study, file) == (wanted["study"], wanted["file"]):
+                primary = change | {"measure": wanted["measure"]}
 
     def draw(figure: object) -> None:
         studies = [*dict.fromkeys(study for study, _ in curves)]
@@ -233,7 +233,7 @@ def epochs(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object
     return primary, tables, draw
 
 
-def frontier(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], object]:
+def frontier(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]:
     """Each learning rate and epoch is a point (near, far) of NLL. IT's best ones make a line, from what is
     lowest near to what is lowest far; a contender's best ones are compared with that line at the same near,
     where it has one, and the mean difference is taken. Intervals are over seeds."""
@@ -254,7 +254,7 @@ def frontier(analysis: dict, folder: Path) -> tuple[dict, dict[str, Table], obje
         values = values[values[:, 0].argsort()]
         return values[values[:, 1] <= np.minimum.accumulate(values[:, 1])]
 
-    for study, lines, result in measured(analysis, folder):
+    for study, lines, result in found:
         # Only rates that every seed has.
         rates = {name: {float(lr) for lr in choice["curve"]} for name, choice in result["choices"].items()}
         by_run = {(name, seed): points([line for line in lines if line["lr"] in rates[name]
@@ -316,10 +316,10 @@ def forest(figure: object, shown: list[tuple[str, dict]], analysis: dict) -> Non
 # ---------------------------------------------------------------- the page
 
 
-def runs_read(analysis: dict, folder: Path) -> str:
+def runs_read(analysis: dict, found: Found) -> str:
     """A sentence: how many of the analysis' runs there are, and which seeds its differences are over."""
     parts, total = [], 0
-    for study, lines, result in measured(analysis, folder):
+    for study, lines, result in found:
         total += len(lines)
         parts.append(f"{study}: seeds {', '.join(map(str, result['seeds']))}")
     same = {part.split(": ")[1] for part in parts}
@@ -373,9 +373,10 @@ def report(analyses: list[dict], page: str, folder: Path) -> str:
     for analysis in analyses:
         name, ours, verdict_text = analysis["name"], "", "not measured yet"
         try:
-            primary, tables, draw = kinds[analysis["kind"]](analysis, folder)
+            found = measured(analysis, folder)
+            primary, tables, draw = kinds[analysis["kind"]](analysis, found)
             save_figure(draw, folder / f"{name}.png")
-            blocks[name] = (f"![{name}](findings/{name}.png)\n\n{runs_read(analysis, folder)}\n\n"
+            blocks[name] = (f"![{name}](findings/{name}.png)\n\n{runs_read(analysis, found)}\n\n"
                             + "\n\n".join(map(markdown, tables.values())))
             ours = interval(primary, digits_of(primary["measure"]))
             verdict_text = judgement(primary, analysis["expected"])
