@@ -13,7 +13,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from eval.answers import Answers
 from eval.common import load
 from eval.generate import answer_records
 from eval.results import scores
+from runtime.cpu import cpu_name
 from runtime.files import read_json, write_text
 from runtime.machine import keep_freed_memory
 from runtime.distributed import join_ranks
@@ -237,7 +237,7 @@ def commit() -> str:
 def device_name(device: str) -> str:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 # ---------------------------------------------------------------- several runs
