@@ -318,8 +318,8 @@ def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
 def instruction_hash(messages: list[dict]) -> int:
     """A number of 64 bits for what a record asks: its first user message, whatever its white space or, where
     there is none, all its text. Records with the same one are never divided between training and
-    evaluation: most losses here train instructions, too, and a model that was trained on one answer to an
-    instruction knows more about another answer to it."""
+    evaluation: a loss may train the instruction itself, and who has learnt one answer to it knows more about
+    another."""
     texts = [" ".join(message["content"].split()) for message in messages]
     asked = (text for message, text in zip(messages, texts) if ROLES[message["role"]] == INSTRUCTION)
     first = next(filter(None, asked), "\n".join(texts))
@@ -330,8 +330,8 @@ def hold_out(groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     """(E,) bool: the records to evaluate on, round(fraction * E) of them, or fewer where whole groups do not
     add up to that. groups: (E,) uint64, instruction_hash() of each; records of a group stay together.
 
-    When a group is drawn depends on its hash and the seed only. So neither the order of the records matters
-    nor the files that they are in, and of records that are added later few change the side of others."""
+    A group's place in the draw depends only on its hash and the seed. So the order of the records and their
+    files do not matter, and few records change sides when others are added."""
     names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     room = round(fraction * len(groups))
     chosen = np.zeros(len(names), bool)

@@ -1,4 +1,5 @@
 """A study's statistics against definitions and simulations; its grid against runs that were not disturbed."""
+import dataclasses
 import json
 import math
 import os
@@ -207,6 +208,9 @@ def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_pat
         assert len(training) + len(held_out) == 100 and 18 <= len(held_out) <= 20
         sides.append(asked_held_out)
     assert all(side != sides[0] for side in sides[1:])
+    # With --max-examples the sample is drawn from what is trained on, the first of the file.
+    (training,), _, sample, files = study.prepare_data(dataclasses.replace(config, max_examples=7))
+    assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
 
 
 def test_the_split_keeps_every_record_as_it_is(folder):
