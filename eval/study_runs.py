@@ -139,9 +139,8 @@ def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
     write_text(folder / "flags.json", json.dumps(
         {name: value for name, value in dataclasses.asdict(config).items()
          if value not in (None, "", []) and name not in ("resume", "overwrite")}, indent=2))
-    with stoppable():   # which also restores the signal handlers that train.main() replaces
-        status = train.main(["--config", str(folder / "flags.json")],
-                            partial(record_evaluation, plan, folder / "evaluations"))
+    status = train.main(["--config", str(folder / "flags.json")],
+                        partial(record_evaluation, plan, folder / "evaluations"))
     free_memory()
     if status:
         raise Stopped(status)
