@@ -49,7 +49,8 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files
             whole = tokenize(render(messages, template), tokenizer)[0]
             # A longer answer could not be right.
             longest = max(longest, len(whole) - len(prompts[-1]))
-            answers.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"].strip()})
+            answers.append({"prompt": messages[-2]["content"],
+                            "expected": template.expected(messages).strip()})
     stop = {tokenizer.special[template.end_of_turn]}
     outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
     for answer, ids in zip(answers, outputs):
@@ -140,14 +141,14 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
     asked, pieces = [], []
     for messages, line in islice(read_records(args.data), args.limit):
         answered = messages[-1]["role"] == "assistant"
-        question, expected = (messages[:-1], messages[-1]["content"]) if answered else (messages, None)
+        question = messages[:-1] if answered else messages
         try:
             if not question:
                 raise ValueError("an assistant's message alone: there is nothing to answer")
             pieces.append(render(question, template, add_generation_prompt=True))
+            asked.append((question, template.expected(messages) if answered else None))
         except ValueError as error:
             raise ValueError(f"{args.data}:{line}: {error}") from None
-        asked.append((question, expected))
     return asked, pieces
 
 

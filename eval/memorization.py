@@ -73,14 +73,15 @@ def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Templ
             if len(records) == args.limit and args.limit:
                 break
             last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)
-                        and m["content"].strip()), default=0)
+                        and (m["content"].strip() or m.get("tool_calls"))), default=0)
             if not last:
                 skipped["skipped_without_target"] += 1
                 continue
             # Earlier answers become context, so that only the target's ids are of kind COMPLETION.
             before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:last]]
+            answered = [*before, messages[last]]
             try:
-                ids, kinds = tokenize(render([*before, messages[last]], template), tokenizer)
+                ids, kinds = tokenize(render(answered, template), tokenizer)
                 prompt, _ = tokenize(render(before, template, add_generation_prompt=True), tokenizer)
             except ValueError as error:
                 raise ValueError(f"{file}:{line}: {error}") from None
@@ -89,7 +90,7 @@ def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Templ
                 skipped["skipped_overlong" if target else "skipped_without_target"] += 1
                 continue
             records.append({"data": file, "line": line, "prompt": prompt, "target": [ids[i] for i in target],
-                            "text": messages[last]["content"].strip()})
+                            "text": template.expected(answered).strip()})
     if not records:
         raise ValueError(f"{', '.join(args.data)}: no record has a target within --max-length "
                          f"{args.max_length}: {skipped}")

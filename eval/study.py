@@ -217,7 +217,7 @@ def split(records: list[str], fraction: float, seed: int) -> tuple[list[str], li
 
 def read_as_lines(files: list[str]) -> list[str]:
     """Each record's messages as a line of JSON, the same for equal messages in whatever layout."""
-    return [json.dumps({"messages": messages}, sort_keys=True, ensure_ascii=False)
+    return [json.dumps({"messages": messages}, ensure_ascii=False)
             for file in files for messages, _ in read_records(file)]
 
 

@@ -67,13 +67,13 @@ def test_switches_of_other_trainers_are_weights(switch, weight, layout):
 
 # Fields by which other trainers and servers train or serve something else, with values that say so.
 MESSAGE_FIELDS = {
-    "reasoning": "hm", "reasoning_content": "hm", "reasoning_details": [{"text": "hm"}], "thinking": "hm",
-    "thoughts": "hm", "tool_calls": [1], "function_call": {"name": "f"}, "images": ["a.png"],
+    "reasoning": "hm", "reasoning_details": [{"text": "hm"}], "thinking": "hm",
+    "thoughts": "hm", "function_call": {"name": "f"}, "images": ["a.png"],
     "image_url": "a.png", "audio": {"id": 1}, "videos": ["v"], "documents": ["d"], "prefix": True,
     "train_detail": [{"begin_offset": 0}], "training_detail": [1], "train_on": "all", "loss_scale": 0.5,
     "loss_weight": 2, "loss_mask": [0, 1], "step_loss_mask": 0, "labels": [1], "weights": [1], "label": False}
 RECORD_FIELDS = {
-    "tools": [1], "functions": [1], "builtin_tools": ["x"], "tool_choice": "auto", "documents": ["d"],
+    "functions": [1], "builtin_tools": ["x"], "tool_choice": "auto", "documents": ["d"],
     "history": [["a", "b"]], "images": ["a.png"], "audio": "a.wav", "audios": ["a"], "video": "v",
     "chat_template_kwargs": {"enable_thinking": False}, "template_kwargs": {"x": 1}, "enable_thinking": False,
     "thinking": False, "reasoning": "on", "reasoning_effort": "high", "chat_template": "{{ x }}",
