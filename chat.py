@@ -1,18 +1,15 @@
-"""Records -> messages -> spans -> tokens: layouts of records, chat templates, kinds of tokens.
+"""Messages -> spans -> tokens: chat templates, kinds of tokens. (records.py has where messages come from.)
 
-    for messages, line in read_records("train.jsonl"):
-        pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
-        ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
+    pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
+    ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
 
 What differs from the usual way: spans are made by construction. A chat template is rendered around sentinels
 and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
 prefix.
 """
 import contextlib
-import gzip
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from functools import cache
@@ -26,194 +23,6 @@ KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
-
-# A message's switches in other trainers that decide whether it is trained, with the value that says yes.
-TRAINS = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0}
-# These and other switches, with the value that changes nothing here.
-NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
-                    "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
-# Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
-REFUSED = {
-    r"""(reasoning|thinking|thoughts?)(_\w+)?
-      | (tool|function)_calls?
-    """: "which this trainer does not render: write what the model should say into 'content'",
-    r"""(\w+_)?tools
-      | tool_choice | functions | documents | history
-      | (image|audio|video)s?(_urls?|_paths?)?
-      | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
-      | prefix | prefill | add_generation_prompt | continue_final_message
-    """: "which would not be trained as it is served: write it into the messages as text, or remove it",
-    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
-      | (\w+_)?loss_(mask|scale|weight)s?
-      | ((sample|example|token|turn)_)?weights?
-      | labels? | (chosen|rejected)(_\w+)?
-      | (is|do|no|to|should|compute|with)_?(train\w*|loss)
-      | supervised? | include | ignored? | skip(ped)? | channel
-    """: "which would change here what is trained: mark messages that are not to be trained with "
-         "\"weight\": 0, leave out records that are not, and remove the field",
-}
-
-# Fields whose text belongs to the conversation in one layout or another.
-CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix",
-                       "system_message", "developer")
-
-
-# ---------------------------------------------------------------- records -> messages
-
-
-def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
-    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file. line counts from 1; in a
-    .json list it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages
-    that are not to be trained, and with the other fields of the record's messages, which the template may
-    read.
-
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-        {"prompt": "Hi", "completion": "Hello"}
-        {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-
-    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other
-    fields that would change what is trained or served are refused (REFUSED). null means absent. A bad record
-    is a ValueError with file, line and what is wrong with it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
-        raise ValueError(f"{path}: unknown file type; records are read from .jsonl, .json and .jsonl.gz")
-    line = 0
-    try:
-        if path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(records, list):
-                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
-                                 "one record a line goes into a .jsonl file")
-            for line, record in enumerate(records, 1):
-                yield to_messages(record), line
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for line, raw in enumerate(file, 1):
-                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                    if text.strip():
-                        yield to_messages(json.loads(text)), line
-    # JSON and Unicode errors are ValueErrors.
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
-
-
-def to_messages(record: dict) -> list[dict]:
-    """The messages of a record in any of the four layouts. Another layout is another branch here. ValueError
-    says what is wrong with the record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    record = _present(record)
-    _refuse(record, "the record")
-    if "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = _from_sharegpt(record["conversations"])
-    elif "prompt" in record and "completion" in record:
-        messages = [{"role": "user", "content": record["prompt"]},
-                    {"role": "assistant", "content": record["completion"]}]
-    elif "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input", "")]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("'instruction' and 'input' must be text")
-        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
-                    {"role": "assistant", "content": record["output"]}]
-    else:
-        raise ValueError("has none of the known layouts: 'messages', 'conversations', "
-                         "'prompt' + 'completion', 'instruction' + 'output'; "
-                         f"its fields are {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("holds no messages")
-    messages = _with_system_prompt(messages, record)
-    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
-    _check_messages(messages, record)
-    return messages
-
-
-def _from_sharegpt(turns: object) -> list[dict]:
-    """The messages of a record's 'conversations'."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-    messages = []
-    for number, turn in enumerate(map(_present, turns), 1):
-        role = turn.pop("from", turn.get("role"))
-        role = SHAREGPT_ROLES.get(str(role), role)
-        content = turn.pop("value", turn.get("content"))
-        if turn.get("role", role) != role or turn.get("content", content) != content:
-            raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
-                             "'content': keep one of them")
-        messages.append({**turn, "role": role, "content": content})
-    return messages
-
-
-def _with_system_prompt(messages: list, record: dict) -> list:
-    """The messages with the record's system prompt first. ValueError if they have another one."""
-    for field in ("system", "system_prompt"):
-        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
-        if record.get(field) and not given:
-            messages = [{"role": "system", "content": record[field]}, *messages]
-        elif record.get(field, "") not in ("", *given):
-            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
-    return messages
-
-
-def _check_messages(messages: list[dict], record: dict) -> None:
-    """ValueError if the record holds text that is in none of its messages."""
-    for field in CONVERSATION_FIELDS:
-        text = record.get(field)
-        if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
-            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
-                             "write it into them, or remove the field")
-    if "messages" in record and record.get("conversations"):
-        raise ValueError("has both 'messages' and 'conversations': keep one of them")
-
-
-def _present(fields: dict) -> dict:
-    """The fields that are not null, which means absent."""
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _refuse(fields: dict, owner: str) -> None:
-    """ValueError for a field that would change what is trained or served, unless its value is empty or
-    NEUTRAL."""
-    for field, value in fields.items():
-        if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
-            continue
-        for pattern, reason in REFUSED.items():
-            if re.fullmatch(pattern, field, re.IGNORECASE | re.VERBOSE):
-                raise ValueError(f"{owner} has {field!r}, {reason}")
-
-
-def _message(message: dict, number: int) -> dict:
-    """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
-    wrong with it."""
-    if not isinstance(message, dict):
-        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
-    fields = _present(message)
-    role, content = fields.pop("role", None), fields.pop("content", None)
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    switches = {field: fields.pop(field) for field in TRAINS if field in fields}
-    for field, value in switches.items():
-        if value not in (0, 1):
-            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
-    weights = {int(value == TRAINS[field]) for field, value in switches.items()}
-    if len(weights) > 1:
-        raise ValueError(f"message {number} is to be trained and not to be trained: "
-                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
-    _refuse(fields, f"message {number}")
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
-    try:
-        (content + json.dumps(fields, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
-                         "which is not text") from None
-    return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -427,6 +236,11 @@ def _start_of_answer(before: list[dict], template: Template, text: str, position
     return start
 
 
+# An answer with thoughts: what opens them, they, what closes them, and the rest. In some templates the
+# generation prompt opens them.
+THOUGHTS = re.compile(r"(\s*(?:<think>\s*)?)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
+
+
 @cache
 def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
     """Matches the special tokens' texts; nothing if there are none."""
@@ -480,19 +294,72 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
             return None
         return _match(text, literals, [[c] for c in contents])
 
+    def variants(content: str) -> list[str]:
+        return [content, content.strip(), content.lstrip(), content.rstrip(),
+                json.dumps(content, ensure_ascii=False)[1:-1]]
+
     def stripped_or_json(mark_empty: bool) -> tuple[list[str], list[str]] | None:
         """Contents that the template strips on either side, or writes as JSON, like a tool's answer."""
         literals = literals_around(0, mark_empty)
         if literals is None:
             return None
-        variants = [[c, c.strip(), c.lstrip(), c.rstrip(), json.dumps(c, ensure_ascii=False)[1:-1]]
-                    for c in contents]
-        return _match(text, literals, variants)
+        return _match(text, literals, [variants(content) for content in contents])
+
+    def with_thoughts() -> tuple[list[str], list[str]] | None:
+        """Contents with thoughts, which the template writes in its own way. It may drop those of answers
+        before the last question, as it does when they are served. ValueError if it drops others."""
+        thoughts = [THOUGHTS.fullmatch(m["content"]) if m["role"] == "assistant" else None for m in messages]
+        if not any(thoughts):
+            return None
+        question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
+        # A thought and the answer after it have a sentinel each: (message, text, sentinel, is a thought).
+        sentinels, parts = [], []
+        for i, (content, thought) in enumerate(zip(contents, thoughts)):
+            first, second = (f"{mark}\ue001{i}{name}\ue002" for name in "ab")
+            if thought:
+                before, thinking, between, answer = thought.groups()
+                sentinels.append(f"{before}{first}{between}{second}")
+                parts += [(i, thinking, first, True), (i, answer, second, False)]
+            else:
+                sentinels.append(first)
+                parts.append((i, content, first, False))
+        remaining = template([{**m, "content": x} for m, x in zip(messages, sentinels)],
+                             add_generation_prompt)
+        owners, texts, literals = [], [], []
+        for i, part, sentinel, is_thought in parts:
+            literal, found, after = remaining.partition(sentinel)
+            if found:
+                owners.append(i)
+                texts.append(part)
+                literals.append(literal)
+                remaining = after
+            elif is_thought and i > question:
+                raise ValueError(
+                    f"template {template.name} drops the thoughts of the assistant message, all up to "
+                    "</think>, so they would not be trained: give a --template that keeps them, such as tulu "
+                    "or an edited copy of this one as FILE.jinja, or take them out of the records")
+            elif not is_thought:
+                return None
+        literals.append(remaining)
+        matched = _match(text, literals, [variants(part) for part in texts])
+        if matched is None or mark in "".join(literals):
+            return None
+        # What the template writes between a thought and its answer belongs to the content, too.
+        joined, written = [], []
+        for number, (literal, part) in enumerate(zip(*matched)):
+            if number and owners[number] == owners[number - 1]:
+                written[-1] += literal + part
+            else:
+                joined.append(literal)
+                written.append(part)
+        return [*joined, remaining], written
 
     for mark_empty in (True, False):
         if found := as_they_are(mark_empty) or stripped_or_json(mark_empty):
             literals, written = found
             return literals, [x if c or mark_empty else None for x, c in zip(written, contents)]
+    if found := with_thoughts():
+        return found
     problem = problems[0] if problems else f"template {template.name} rewrites or repeats a message's text"
     raise ValueError(f"{problem}: its spans cannot be told apart, change the record or use another "
                      "--template")
