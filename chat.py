@@ -1,15 +1,13 @@
-"""Records -> messages -> spans -> tokens: layouts of records, chat templates, kinds of tokens.
+"""Messages -> spans -> tokens: chat templates, kinds of tokens. (records.py has where messages come from.)
 
-    for messages, line in read_records("train.jsonl"):
-        pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
-        ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
+    pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
+    ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
 
 What differs from the usual way: spans are made by construction. A chat template is rendered around sentinels
 and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
 prefix.
 """
 import contextlib
-import gzip
 import json
 import re
 from collections import Counter
@@ -29,275 +27,6 @@ KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
-                  "observation": "tool"}
-
-# A message's switches in other trainers that decide whether it is trained, with the value that says yes.
-TRAINS = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0}
-# These and other switches, with the value that changes nothing here.
-NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
-                    "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
-# Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
-REFUSED = {
-    r"""(reasoning|thinking|thoughts?)(_\w+)?
-      | (tool|function)_calls?
-    """: "which this trainer does not render: write what the model should say into the 'content', "
-         "'reasoning_content' or 'tool_calls' of an assistant's message",
-    r"""(\w+_)?tools
-      | tool_choice | functions | documents | history
-      | (image|audio|video)s?(_urls?|_paths?)?
-      | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
-      | prefix | prefill | add_generation_prompt | continue_final_message
-    """: "which would not be trained as it is served: write it into the messages as text, or remove it",
-    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
-      | (\w+_)?loss_(mask|scale|weight)s?
-      | ((sample|example|token|turn)_)?weights?
-      | labels? | (chosen|rejected)(_\w+)?
-      | (is|do|no|to|should|compute|with)_?(train\w*|loss)
-      | supervised? | include | ignored? | skip(ped)? | channel
-    """: "which would change here what is trained: mark messages that are not to be trained with "
-         "\"weight\": 0, leave out records that are not, and remove the field",
-}
-
-# Fields whose text belongs to the conversation in one layout or another.
-CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix",
-                       "system_message", "developer")
-
-
-# ---------------------------------------------------------------- records -> messages
-
-
-def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
-    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file. line counts from 1; in a
-    .json list it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages
-    that are not to be trained, and with the other fields of the record's messages, which the template may
-    read.
-
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-        {"prompt": "Hi", "completion": "Hello"}
-        {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-
-    "tools", definitions of functions as JSON Schema, may stand in the record or in its first message, where
-    they are given back. An assistant's message may have "tool_calls" and "reasoning_content"; role "tool"
-    answers a call. In "conversations", "function_call" is a call as JSON text and "observation" its answer.
-
-    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other
-    fields that would change what is trained or served are refused (REFUSED). null means absent. A bad record
-    is a ValueError with file, line and what is wrong with it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
-        raise ValueError(f"{path}: unknown file type; records are read from .jsonl, .json and .jsonl.gz")
-    line = 0
-    try:
-        if path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(records, list):
-                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
-                                 "one record a line goes into a .jsonl file")
-            for line, record in enumerate(records, 1):
-                yield to_messages(record), line
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for line, raw in enumerate(file, 1):
-                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                    if text.strip():
-                        yield to_messages(json.loads(text)), line
-    # JSON and Unicode errors are ValueErrors.
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
-
-
-def to_messages(record: dict) -> list[dict]:
-    """The messages of a record in any of the four layouts. Another layout is another branch here. ValueError
-    says what is wrong with the record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    record = _present(record)
-    tools = record.pop("tools", None)
-    _refuse(record, "the record")
-    if "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = _from_sharegpt(record["conversations"])
-    elif "prompt" in record and "completion" in record:
-        messages = [{"role": "user", "content": record["prompt"]},
-                    {"role": "assistant", "content": record["completion"]}]
-    elif "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input", "")]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("'instruction' and 'input' must be text")
-        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
-                    {"role": "assistant", "content": record["output"]}]
-    else:
-        raise ValueError("has none of the known layouts: 'messages', 'conversations', "
-                         "'prompt' + 'completion', 'instruction' + 'output'; "
-                         f"its fields are {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("holds no messages")
-    messages = _with_system_prompt(messages, record)
-    if tools and isinstance(messages[0], dict):
-        if messages[0].get("tools") not in (None, tools):
-            raise ValueError("the record's 'tools' are not those of its first message: keep one of them")
-        # A message keeps its fields wherever it goes.
-        messages = [{**messages[0], "tools": tools}, *messages[1:]]
-    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
-    _check_messages(messages, record)
-    return messages
-
-
-def _from_sharegpt(turns: object) -> list[dict]:
-    """The messages of a record's 'conversations'."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-    messages = []
-    for number, turn in enumerate(map(_present, turns), 1):
-        role = turn.pop("from", turn.get("role"))
-        role = SHAREGPT_ROLES.get(str(role), role)
-        content = turn.pop("value", turn.get("content"))
-        if turn.get("role", role) != role or turn.get("content", content) != content:
-            raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
-                             "'content': keep one of them")
-        if role == "function_call":
-            messages.append({**turn, "role": "assistant", "tool_calls": content})
-        else:
-            messages.append({**turn, "role": role, "content": content})
-    return messages
-
-
-def _with_system_prompt(messages: list, record: dict) -> list:
-    """The messages with the record's system prompt first. ValueError if they have another one."""
-    for field in ("system", "system_prompt"):
-        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
-        if record.get(field) and not given:
-            messages = [{"role": "system", "content": record[field]}, *messages]
-        elif record.get(field, "") not in ("", *given):
-            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
-    return messages
-
-
-def _check_messages(messages: list[dict], record: dict) -> None:
-    """ValueError if the record holds text that is in none of its messages."""
-    for field in CONVERSATION_FIELDS:
-        text = record.get(field)
-        if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
-            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
-                             "write it into them, or remove the field")
-    if "messages" in record and record.get("conversations"):
-        raise ValueError("has both 'messages' and 'conversations': keep one of them")
-
-
-def _present(fields: dict) -> dict:
-    """The fields that are not null, which means absent."""
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _refuse(fields: dict, owner: str) -> None:
-    """ValueError for a field that would change what is trained or served, unless its value is empty or
-    NEUTRAL."""
-    for field, value in fields.items():
-        if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
-            continue
-        for pattern, reason in REFUSED.items():
-            if re.fullmatch(pattern, field, re.IGNORECASE | re.VERBOSE):
-                raise ValueError(f"{owner} has {field!r}, {reason}")
-
-
-def _message(message: dict, number: int) -> dict:
-    """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
-    wrong with it."""
-    if not isinstance(message, dict):
-        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
-    fields = _present(message)
-    role, content = fields.pop("role", None), fields.pop("content", None)
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    switches = {field: fields.pop(field) for field in TRAINS if field in fields}
-    for field, value in switches.items():
-        if value not in (0, 1):
-            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
-    weights = {int(value == TRAINS[field]) for field, value in switches.items()}
-    if len(weights) > 1:
-        raise ValueError(f"message {number} is to be trained and not to be trained: "
-                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
-    rendered = _rendered_fields(fields, role, number)
-    _refuse(fields, f"message {number}")
-    fields |= rendered
-    if content is None and rendered.get("tool_calls"):
-        content = ""
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
-    try:
-        (content + json.dumps(fields, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
-                         "which is not text") from None
-    return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
-
-
-def _rendered_fields(fields: dict, role: str, number: int) -> dict:
-    """Takes the fields that templates render besides 'content' out of a message's, and returns them in the
-    form in which servers give them to the template. ValueError for what is wrong with them."""
-    rendered = {}
-    if number == 1 and (tools := _json_list(fields.pop("tools", None), "'tools'")):
-        rendered["tools"] = tools
-        for tool in tools:
-            function = tool.get("function", tool)
-            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-                raise ValueError(f"'tools' has {json.dumps(tool)[:80]}, which has no \"name\"; write it as "
-                                 '{"type": "function", "function": {"name", "description", "parameters"}}')
-    if role != "assistant":
-        return rendered
-    if calls := _json_list(fields.pop("tool_calls", None), f"message {number}'s 'tool_calls'"):
-        rendered["tool_calls"] = [_tool_call(call, number) for call in calls]
-    if thoughts := fields.pop("reasoning_content", None):
-        if not isinstance(thoughts, str):
-            raise ValueError(f"message {number}'s 'reasoning_content' must be text, "
-                             f"not {type(thoughts).__name__}")
-        rendered["reasoning_content"] = thoughts
-    return rendered
-
-
-def _tool_call(call: dict, number: int) -> dict:
-    """A tool call in OpenAI's layout. Its arguments, which may be JSON text, are an object, as servers give
-    them to the template."""
-    call = _present(call)
-    if "function" not in call:
-        function = {field: call.pop(field) for field in [*call] if field not in ("id", "type", "index")}
-        call = {"type": "function", **call, "function": function}
-    function = call["function"]
-    if not isinstance(function, dict) or function.keys() - {"name", "arguments"} or (
-            not isinstance(function.get("name"), str)):
-        raise ValueError(f"message {number} has the tool call {json.dumps(function)[:80]}; "
-                         'write it as {"name": "...", "arguments": {...}}')
-    arguments, owner = function.get("arguments"), f"message {number}'s arguments of {function['name']!r}"
-    if isinstance(arguments, str) and arguments.strip():
-        arguments = _parsed(arguments, owner)
-    if arguments in (None, "", []):
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f"{owner} must be an object, not {json.dumps(arguments)[:80]}")
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _json_list(value: object, owner: str) -> list[dict]:
-    """A list of objects, given as one, as one object or as JSON text of either; [] for null and empty."""
-    if isinstance(value, str):
-        value = _parsed(value, owner) if value.strip() else None
-    values = [value] if isinstance(value, dict) else value or []
-    if not isinstance(values, list) or not all(isinstance(x, dict) for x in values):
-        raise ValueError(f"{owner} must be a list of objects, not {json.dumps(values)[:80]}")
-    return values
-
-
-def _parsed(text: str, owner: str) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{owner} must be JSON: {error}; it is {text[:80]!r}") from None
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -461,10 +190,11 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     drops, repeats or rewrites a message: better no example than a wrong mask.
     """
     special = _special_pattern(template.special)
+    text = template(messages, add_generation_prompt)
+    messages = _without_dropped_thoughts(messages, template, text, add_generation_prompt)
     # The template composes these answers of several parts, in its own way.
     composed = {i for i, m in enumerate(messages) if _holds_more_than_a_content(m)}
     _refuse_special_tokens(messages, template, composed)
-    text = template(messages, add_generation_prompt)
     try:
         parts = _take_apart(text, messages, template, add_generation_prompt, composed)
     except ValueError:
@@ -533,6 +263,32 @@ def _refuse_special_tokens(messages: list[dict], template: Template, composed: s
                          f"special token {token[0]!r}, which would not stay text there: remove it")
 
 
+# An answer with thoughts: they, and what is said. In some templates the generation prompt opens them.
+THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+
+
+def _thoughts(message: dict) -> tuple[str, str]:
+    """What an answer thinks, and what it says."""
+    thoughts, said = found.groups() if (found := THOUGHTS.fullmatch(message["content"])) else (
+        "", message["content"])
+    return message.get("reasoning_content", thoughts), said
+
+
+def _without_dropped_thoughts(messages: list[dict], template: Template, text: str,
+                              add_generation_prompt: bool) -> list[dict]:
+    """The messages without the thoughts of answers before the last question, if the template leaves them out
+    of the text, as it does when they are served."""
+    question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    thinking = {i for i, m in enumerate(messages[:question]) if m["role"] == "assistant" and _thoughts(m)[0]}
+    for strip in (str, lambda said: said.lstrip("\n"), str.strip) if thinking else ():
+        shorter = [{field: m[field] for field in m if field != "reasoning_content"}
+                   | {"content": strip(_thoughts(m)[1])} if i in thinking else m
+                   for i, m in enumerate(messages)]
+        if template(shorter, add_generation_prompt) == text:
+            return shorter
+    return messages
+
+
 def _definitions(literal: str, without: str, template: Template) -> Iterator[tuple[int, int]]:
     """Where in a literal the definitions of the record's tools stand, as (start, end): what the template
     writes only if there are tools. without: the same literal without tools. Special tokens are left out."""
@@ -572,6 +328,10 @@ def _composed_answer(messages: list[dict], i: int, template: Template, text: str
     ValueError if it does not, or if something that it holds is left out."""
     message, special = messages[i], _special_pattern(template.special)
     place = f"template {template.name} writes message {i + 1}"
+    if message.get("weight") != 0 and _thoughts(message)[0].strip() not in text:
+        raise ValueError(f"template {template.name} drops the thoughts of message {i + 1}, which would not "
+                         "be trained: give a --template that keeps them, such as tulu or an edited copy of "
+                         "this one as FILE.jinja, or take them out of the records")
     prompt, alone = _generation_prompt(messages[:i], template), template(messages[:i + 1])
     start = len(prompt or "")
     if prompt is None or not text.startswith(prompt) or not alone.startswith(prompt) or (
@@ -603,7 +363,11 @@ def _check_nothing_is_left_out(message: dict, i: int, template: Template, answer
                  if isinstance(value, str) else [json.dumps(value), str(value)])
         return all(answer.count(form) < times for form in forms)
 
-    parts = {field: [message[field]] for field in ("content", "reasoning_content") if message.get(field)}
+    def squeezed(text: str) -> str:
+        return re.sub(r"</?think>|\s+", "", text)
+
+    thoughts, said = _thoughts(message)
+    parts = {"thoughts": [thoughts], "content": [said]}
     for call in message.get("tool_calls", ()):
         parts[f"call of {call['function']['name']!r}"] = _leaves(call["function"])
     times = Counter((type(value), value) for values in parts.values() for value in values)
@@ -611,9 +375,9 @@ def _check_nothing_is_left_out(message: dict, i: int, template: Template, answer
         if any(is_missing(value, times[type(value), value]) for value in values):
             raise ValueError(f"template {template.name} leaves out or rewrites the {part} of message "
                              f"{i + 1}, which would not be trained: {_way_out(message)}")
-    # Thoughts in a content are told apart only where nothing else is written around them.
+    # Where the thoughts are a part of the content, the template must not add anything to it.
     written = _special_pattern(template.special).sub("", answer)
-    if parts.keys() == {"content"} and written.strip() != message["content"].strip():
+    if not _holds_more_than_a_content(message) and squeezed(written) != squeezed(thoughts + said):
         raise ValueError(f"template {template.name} rewrites the content of message {i + 1}: "
                          f"{_way_out(message)}")
 

@@ -10,7 +10,9 @@ import torch
 
 import chat
 import data
-from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, read_records
+import records
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template
+from records import read_records
 from runtime.tokenizer import Tokenizer
 from data import Steps, collate, load_dataset, plan
 from loss import coefficients, span_weights
@@ -56,10 +58,10 @@ def change_json(file: Path, **more: object) -> None:
 
 
 def edit_to_messages(home: Path, patch: pytest.MonkeyPatch) -> None:
-    edited = home / "chat.py"
-    edited.write_text(Path(chat.__file__).read_text().replace('"user": INSTRUCTION', '"user": SYSTEM'))
-    assert edited.read_text() != Path(chat.__file__).read_text()
-    patch.setattr(data, "CODE", tuple(edited if file == Path(chat.__file__) else file for file in data.CODE))
+    original, edited = Path(records.__file__), home / "records.py"
+    edited.write_text(original.read_text().replace('"human": "user"', '"human": "system"'))
+    assert edited.read_text() != original.read_text()
+    patch.setattr(data, "CODE", tuple(edited if file == original else file for file in data.CODE))
 
 
 def other_library(home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,7 @@ CHANGES = {
     "date that the template does not use": (lambda home, patch: dict(date="2020-01-02"), set()),
     "max_length": (lambda home, patch: dict(max_length=50), {"max_length"}),
     "overlong": (lambda home, patch: dict(overlong="drop"), {"overlong"}),
+    "columns": (lambda home, patch: dict(columns=["system=persona"]), {"columns"}),
     "an edited to_messages": (edit_to_messages, {"code"}),
     "a library": (other_library, {"libraries"}),
 }
@@ -93,14 +96,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_part_changes_the_cache_key_and_another_place_does_not(folder, tmp_path, name, monkeypatch):
-    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate", **more: str
-              ) -> dict:
+    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate",
+              columns: list[str] = (), **more: str) -> dict:
         tokenizer = Tokenizer(home / "model")
         template = load_template(more.pop("template", "llama3"), tokenizer, **more)
         asked = [home / "train.jsonl"], tokenizer, template, max_length, overlong
-        found = data.cache_parts(*asked)
+        found = data.cache_parts(*asked, columns)
         assert not cache.exists()   # nothing was tokenized yet
-        dataset = load_dataset(*asked, cache)
+        dataset = load_dataset(*asked, cache, columns=columns)
         return {**found, "key": dataset.key}
 
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -128,8 +131,8 @@ def test_data_that_changes_while_it_is_read_is_not_cached_under_its_old_hash(fol
     (tmp_path / "model").symlink_to(folder / "model")
     make_records(tmp_path / "grows.jsonl", 5)
 
-    def grow(path: Path):
-        yield from read_records(path)
+    def grow(path: str, columns: list[str]):
+        yield from read_records(path, columns)
         with open(path, "a") as file:
             file.write("\n")
     monkeypatch.setattr(data, "read_records", grow)

@@ -13,12 +13,12 @@ import pytest
 import tokenizers_for_tests as cast
 import transformers
 
-from chat import (COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, read_records, render,
-                  to_messages, tokenize)
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, render, tokenize
 from data import load_dataset
 from eval.generate import read_questions
 from eval.memorization import read_targets
 from eval.study import read_as_lines
+from records import read_records, to_messages
 from runtime.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parent / "templates"
@@ -164,7 +164,7 @@ def test_ids_and_mask_are_those_of_transformers(world, template, name):
                                             for name in refused])
 def test_what_a_template_leaves_out_is_refused(world, template, name):
     loaded = world.template(source(template), TEMPLATES[template][0])
-    with pytest.raises(ValueError, match="reasoning_content|one tool at a time|the content of message"):
+    with pytest.raises(ValueError, match="drops the thoughts|one tool at a time|the content of message"):
         render(to_messages({"messages": CONVERSATIONS[name], "tools": TOOLS}), loaded)
 
 
@@ -231,18 +231,19 @@ def test_a_call_of_weight_0_is_context(world):
     assert of_kind(pieces, COMPLETION) == "It is 21 degrees.<|im_end|>"
 
 
-def test_thoughts_that_qwen3_drops_are_refused_unless_their_message_is_not_trained(world):
+def test_thoughts_before_the_last_question_are_left_out_as_they_are_served(world):
     loaded = world.template(source("qwen3.jinja"), "qwen")
     for thinking in ({"content": "<think>\nhm\n</think>\n\nWarm."},
-                     {"content": "Warm.", "reasoning_content": "hm"}):
-        first = {"role": "assistant", **thinking}
-        last = {"role": "assistant", "content": "<think>\nno\n</think>\n\nNo."}
-        messages = [ASKED, first, {"role": "user", "content": "And now?"}, last]
-        with pytest.raises(ValueError, match="of message 2, which would not be trained.*\"weight\": 0"):
-            render(to_messages({"messages": messages}), loaded)
-        pieces = render(to_messages({"messages": [ASKED, {**first, "weight": 0}, *messages[2:]]}), loaded)
-        assert of_kind(pieces, CONTEXT) == "Warm.<|im_end|>"
-        assert of_kind(pieces, COMPLETION) == last["content"] + "<|im_end|>"
+                     {"content": "Warm.", "reasoning_content": "hm"},
+                     {"content": "<think>\nhm\n</think>\n\nWarm.", "tool_calls": [WEATHER]}):
+        first, last = {"role": "assistant", **thinking}, {**SAID, "reasoning_content": "no"}
+        pieces = render(to_messages({"messages": [ASKED, first, {"role": "user", "content": "And?"}, last]}),
+                        loaded)
+        called = '\n<tool_call>\n{"name": "weather", "arguments": ' + json.dumps(
+            WEATHER["function"]["arguments"], ensure_ascii=False) + "}\n</tool_call>"
+        assert of_kind(pieces, COMPLETION) == (
+            f"Warm.{called if 'tool_calls' in first else ''}<|im_end|>"
+            "<think>\nno\n</think>\n\nIt is 21 degrees.<|im_end|>")
 
 
 # ---------------------------------------------------------------- layouts
@@ -291,16 +292,17 @@ def test_empty_is_absent(nothing):
 
 
 @pytest.mark.parametrize("tools, message, says", [
-    ("[{", SAID, "'tools' must be JSON"), (7, SAID, "'tools' must be a list of objects, not 7"),
+    ("[{", SAID, "'tools' must be a list of objects, or JSON text of one, not '[{'"),
+    (7, SAID, "'tools' must be a list of objects, or JSON text of one, not '7'"),
     (["f"], SAID, "'tools' must be a list of objects"), ([{"type": "web_search"}], SAID, "no \"name\""),
     ([{"function": {"name": 1}}], SAID, "no \"name\""),
     ([], calls("f"), "message 2's 'tool_calls' must be a list of objects"),
-    ([], calls({"function": "f"}), "message 2 has the tool call \"f\""),
+    ([], calls({"function": "f"}), "message 2 has the tool call f; write"),
     ([], calls({"name": None}), "message 2 has the tool call"),
     ([], calls({"name": "f", "parameters": {}}), "message 2 has the tool call"),
-    ([], calls(call("f", "x=1")), "message 2's arguments of 'f' must be JSON"),
-    ([], calls(call("f", "[1]")), "message 2's arguments of 'f' must be an object, not [1]"),
-    ([], calls(call("f", '{"x": ' + "[" * 100_000)), "message 2's arguments of 'f' must be JSON"),
+    ([], calls(call("f", "x=1")), "message 2's arguments of 'f' must be an object"),
+    ([], calls(call("f", "[1]")), "must be an object, or JSON text of one, not '[1]'"),
+    ([], calls(call("f", '{"x": ' + "[" * 100_000)), "message 2's arguments of 'f' must be an"),
     ([], {**SAID, "reasoning_content": ["hm"]}, "message 2's 'reasoning_content' must be text, not list"),
     ([], {**ANSWERED, "tool_calls": [WEATHER]}, "message 2 has 'tool_calls'"),
     ([], {**SAID, "tools": TOOLS}, "message 2 has 'tools'"),
@@ -393,7 +395,7 @@ def test_built_in_templates_refuse_tools(world):
     template = load_template("chatml", world.ours["qwen"], date=DATE)
     for record in ({"messages": [ASKED, SAID], "tools": TOOLS}, {"messages": [ASKED, calls(WEATHER)]},
                    {"messages": [ASKED, {**SAID, "reasoning_content": "hm"}]}):
-        with pytest.raises(ValueError, match="template chatml leaves out"):
+        with pytest.raises(ValueError, match="template chatml (leaves out|drops)"):
             render(to_messages(record), template)
 
 
@@ -422,13 +424,14 @@ def test_generation_shows_the_tools_and_expects_the_call(world, tmp_path):
     file, template = tmp_path / "calls.jsonl", world.template(source("qwen25.jinja"), "qwen")
     messages = CONVERSATIONS["a call at the end"]
     file.write_text(json.dumps({"messages": messages, "tools": TOOLS}) + "\n")
-    (_, expected), = (asked := read_questions(SimpleNamespace(data=str(file), limit=None), template))[0]
+    args = SimpleNamespace(data=str(file), columns=(), limit=None)
+    ((_, expected),), (pieces,) = read_questions(args, template)
     prompt = world.theirs["qwen"].apply_chat_template(
         messages[:-1], tools=TOOLS, chat_template=template.source, tokenize=False, add_generation_prompt=True)
-    assert "".join(piece.text for piece in asked[1][0]) == prompt
+    assert "".join(piece.text for piece in pieces) == prompt
     assert expected.startswith('<tool_call>\n{"name": "weather"') and expected.endswith("}\n</tool_call>")
 
-    args = SimpleNamespace(data=[str(file)], limit=0, max_length=4096)
+    args = SimpleNamespace(data=[str(file)], columns=(), limit=0, max_length=4096)
     (record,), _ = read_targets(args, world.ours["qwen"], template)
     assert record["text"] == expected == world.ours["qwen"].decode(record["target"])
     assert world.ours["qwen"].decode(record["prompt"], skip_special_tokens=False) == prompt
@@ -437,7 +440,7 @@ def test_generation_shows_the_tools_and_expects_the_call(world, tmp_path):
 def test_a_study_keeps_the_order_in_which_tools_name_their_fields(tmp_path):
     file, again = tmp_path / "calls.jsonl", tmp_path / "again.jsonl"
     file.write_text(json.dumps({"messages": CONVERSATIONS["one call"], "tools": TOOLS}) + "\n")
-    again.write_text(read_as_lines([str(file)])[0])
+    again.write_text(read_as_lines([str(file)], [])[0])
     def first(path):
         return json.dumps(next(read_records(path))[0])
     assert first(again) == first(file)
