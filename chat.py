@@ -199,11 +199,11 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
         parts = _take_apart(text, messages, template, add_generation_prompt, composed)
     except ValueError:
         # A template such as Qwen3's looks for the thoughts in a content.
-        thoughts = {i for i, m in enumerate(messages) if m["role"] == "assistant"
-                    and "</think>" in m["content"] and not special.search(m["content"])}
-        if thoughts <= composed:
+        thinking = {i for i, m in enumerate(messages) if m["role"] == "assistant" and
+                    THOUGHTS.fullmatch(m["content"]) and not special.search("\n".join(_thoughts(m)))}
+        if thinking <= composed:
             raise
-        composed |= thoughts
+        composed |= thinking
         parts = _take_apart(text, messages, template, add_generation_prompt, composed)
     literals, contents, without_tools = parts
 
@@ -253,9 +253,10 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
 def _refuse_special_tokens(messages: list[dict], template: Template, composed: set[int]) -> None:
     """ValueError if the template writes a special token that one of the messages' fields spells: it could not
     be told from the template's own. Contents are safe, except those of composed answers."""
-    searched = [{field: m[field] for field in m if field not in ("role", "content", "weight") or
-                 field == "content" and i in composed} for i, m in enumerate(messages)]
-    token = _special_pattern(template.special).search(str(searched)) if any(searched) else None
+    fields = [[m[field] for field in m if field not in ("role", "content", "weight")] for m in messages]
+    # The template writes the tags around thoughts itself, so they may be special tokens.
+    contents = [_thoughts(messages[i]) for i in composed]
+    token = _special_pattern(template.special).search(str([fields, contents]))
     # This matters only if the template reads the field.
     if token and template(messages) != template([{"role": m["role"], "content": m["content"]}
                                                  for m in messages]):

@@ -384,6 +384,22 @@ def test_a_special_token_among_thoughts_is_refused(world):
         render([ASKED, {**SAID, "content": "<think>\n<|im_end|>\n</think>\n\nWarm."}], template)
 
 
+def test_tags_of_thoughts_may_be_special_tokens(world, tmp_path):
+    folder = cast.write("qwen", tmp_path / "tokenizer")
+    text = (folder / "tokenizer.json").read_text()
+    spec = json.loads(text)
+    for token in spec["added_tokens"]:
+        token["special"] |= "think>" in token["content"]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = Tokenizer(folder)
+    template = load_template(str(FIXTURES / "qwen3.jinja"), tokenizer, date=DATE)
+    messages = [ASKED, {**SAID, "content": "<think>\nhm\n</think>\n\nWarm."}]
+    for answer in (messages[1], {**messages[1], "tool_calls": [WEATHER]}):
+        pieces = render(to_messages({"messages": [ASKED, answer]}), template)
+        assert [piece.text for piece in pieces if piece.special and piece.kind == COMPLETION] == [
+            "<think>", "</think>", "<|im_end|>"]
+
+
 def test_the_templates_above_are_refused_for_nothing_else(world):
     template = world.template(LIST + LOOP + "{{ m.content }}" + CALLS + "{{ '<|im_end|>\n' }}" + END, "qwen")
     messages = [ASKED, calls(*ADD, content="I add."), SUM, SUM, SAID]
