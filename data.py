@@ -11,7 +11,6 @@ function of its number.
 
 Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 """
-import contextlib
 import hashlib
 import heapq
 import itertools
@@ -32,10 +31,12 @@ import torch
 from tqdm import tqdm
 
 import chat
+import records
 import runtime.jinja
 import runtime.tokenizer
-from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, read_records,
-                  render, tokenize, tokenize_batch)
+from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
+                  tokenize_batch)
+from records import data_files, naming, read_records
 from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.machine import to_device
@@ -59,6 +60,7 @@ class Dataset:
     report: dict            # what was read, cut and dropped
     key: str                # hash of all that these arrays depend on, cache_parts()
     content: str            # hash of the arrays themselves
+    names: np.ndarray       # (files,) which of the names that were given each file belongs to
 
     def __post_init__(self) -> None:
         # (E,) inputs of each example, one less than its tokens
@@ -86,6 +88,10 @@ class Dataset:
                        origins=self.origins[examples], counts=self.counts[examples],
                        groups=self.groups[examples], content=content)
 
+    def names_of(self, examples: np.ndarray) -> np.ndarray:
+        """(examples,) which of the names that were given each of these examples is from."""
+        return self.names[self.origins[examples, 0]]
+
     def trainable(self, weights: Iterable[float], require_completion: bool = True) -> np.ndarray:
         """(examples,) indices of those with at least one target of non-zero weight. weights: (K,);
         require_completion: only those that have a completion target, too, whatever its weight, so that every
@@ -101,17 +107,19 @@ CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "of
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "groups.bin": (np.uint64, (-1,)), "report.json": (np.uint8, (-1,))}
 # The code that turns records into tokens.
-CODE = tuple(map(Path, (chat.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__, __file__)))
+CODE = tuple(map(Path, (chat.__file__, records.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__,
+                        __file__)))
 
 
-def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
-                ) -> dict[str, object]:
+def cache_parts(names: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
+                columns: Iterable[str] = ()) -> dict[str, object]:
     """All that decides what is in a token cache, by name, as JSON can hold it: hashes of the files' contents,
-    wherever they are, of tokenizer, template and code; versions of libraries; flags. Reads and hashes files,
-    nothing more. ValueError for a file that cannot be read."""
+    wherever they are, of tokenizer, template and code; versions of libraries; flags. names, columns: as for
+    load_dataset(). Reads and hashes files, nothing more. ValueError for a file that cannot be read."""
     marks = [template.tokens, sorted(template.special), tokenizer.named_tokens, tokenizer.added_tokens]
     return {
-        "data": [_file_hash(file) for file in files],
+        "data": [_file_hash(file) for file in data_files(names)],
+        "columns": sorted(columns),
         "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
         "special_tokens": _hash(json.dumps(marks, sort_keys=True)),
         "template": _hash(template.source),
@@ -123,16 +131,18 @@ def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_
     }
 
 
-def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
-                 cache_dir: str | Path, progress: bool = False) -> Dataset:
-    """Tokenize files into cache_dir, or map what an earlier run has tokenized.
+def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
+                 cache_dir: str | Path, progress: bool = False, columns: Iterable[str] = ()) -> Dataset:
+    """Tokenize records into cache_dir, or map what an earlier run has tokenized.
 
-    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. ValueError
-    for bad records, and for a damaged cache that cannot be replaced. A cache is written under another name
-    and then renamed, so a killed writer leaves nothing that another run would read.
+    names: of files, or what records.data_files() finds files by; max_length: most tokens an example may have;
+    overlong: truncate, drop or error for longer ones; columns: as for read_records(). ValueError for bad
+    records, and for a damaged cache that cannot be replaced. A cache is written under another name and then
+    renamed, so a killed writer leaves nothing that another run would read.
     """
-    files = [str(file) for file in files]
-    parts = cache_parts(files, tokenizer, template, max_length, overlong)
+    files_of_names = [data_files([name]) for name in names]
+    files = [file for found in files_of_names for file in found]
+    parts = cache_parts(files, tokenizer, template, max_length, overlong, columns)
     key = _hash(json.dumps(parts, sort_keys=True))[:32]
     folder = Path(cache_dir).expanduser() / key
     unfinished = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
@@ -152,7 +162,7 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
                           str(folder.parent)) from None
         try:
             with writing(unfinished):
-                _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress)
+                _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress, columns)
                 if [_file_hash(file) for file in files] != parts["data"]:
                     raise ValueError(f"{', '.join(files)}: changed while being read; start again")
                 commit(unfinished, folder)
@@ -164,8 +174,9 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
             shutil.rmtree(unfinished, ignore_errors=True)
         opened = _open_cache(folder)
     arrays, content = opened
-    columns = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts", "groups"))
-    return Dataset(files, *columns, json.loads(arrays["report.json"].tobytes()), key, content)
+    fields = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts", "groups"))
+    return Dataset(files, *fields, json.loads(arrays["report.json"].tobytes()), key, content,
+                   np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names))))
 
 
 def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -222,12 +233,12 @@ def _hash_once(path: str, *state: int) -> str:
 
 
 def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,
-                 overlong: str, progress: bool) -> None:
+                 overlong: str, progress: bool, columns: Iterable[str]) -> None:
     """Tokenize files into the cache's files; as load_dataset()."""
     offsets, origins, counts, groups = [0], [], [], []
     report = Counter({"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0})
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
-        for ids, kinds, file, line, group in _tokenized(files, tokenizer, template, progress):
+        for ids, kinds, file, line, group in _tokenized(files, tokenizer, template, progress, columns):
             report["records"] += 1
             if len(ids) > max_length:
                 if overlong == "error":
@@ -259,47 +270,38 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
     (folder / "crc32.json").write_text(json.dumps(sums))
 
 
-def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool
-               ) -> Iterator[tuple[list[int], list[int], int, int, int]]:
+def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool,
+               columns: Iterable[str]) -> Iterator[tuple[list[int], list[int], int, int, int]]:
     """Yields each record's ids and kinds, the number of its file, its line, and its instruction_hash()."""
-    records, checked = _rendered(files, template, progress), 0
+    rendered, checked = _rendered(files, template, progress, columns), 0
     # The tokenizer uses all cores on a batch.
-    while batch := list(itertools.islice(records, 512)):
+    while batch := list(itertools.islice(rendered, 512)):
         try:
             examples = tokenize_batch([pieces for pieces, *_ in batch], tokenizer)
         except ValueError:
             # Again one by one, to name the record.
             for pieces, file, line, _ in batch:
-                with _naming(f"{files[file]}:{line}"):
+                with naming(f"{files[file]}:{line}"):
                     tokenize(pieces, tokenizer)
             raise
         for (pieces, file, line, group), (ids, kinds) in zip(batch, examples):
             # The first records show whether the ids are those that serving gives.
             if checked < 64:
-                with _naming(f"{files[file]}:{line}"):
+                with naming(f"{files[file]}:{line}"):
                     checked += matches_serving(pieces, ids, tokenizer)
             yield ids, kinds, file, line, group
 
 
-def _rendered(files: list[str], template: Template, progress: bool
+def _rendered(files: list[str], template: Template, progress: bool, columns: Iterable[str]
               ) -> Iterator[tuple[list[Piece], int, int, int]]:
     """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
     for number, file in enumerate(files):
-        records = tqdm(read_records(file), f"tokenizing {Path(file).name}", unit=" records", leave=False,
-                       disable=not progress)
-        for messages, line in records:
-            with _naming(f"{file}:{line}"):
+        bar = tqdm(read_records(file, columns), f"tokenizing {Path(file).name}", unit=" records",
+                   leave=False, disable=not progress)
+        for messages, line in bar:
+            with naming(f"{file}:{line}"):
                 pieces = render(messages, template)
             yield pieces, number, line, instruction_hash(messages)
-
-
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Puts the place, FILE:LINE, in front of a ValueError's message."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
 
 
 def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
@@ -435,8 +437,8 @@ class Steps:
 
     dataset: with usable, (examples,) the indices to train on; coefficients: (E, K) counts of a step -> (E, K)
     what one target counts in its loss (loss.coefficients); batch_size, capacity: as for plan(); draws: of
-    each file, how many examples of an epoch come from it (mixed_examples()), by default every example
-    once. ValueError if an example exceeds capacity.
+    each name that load_dataset() was given, how many examples of an epoch come from it (mixed_examples()), by
+    default every example once. ValueError if an example exceeds capacity.
     """
 
     def __init__(self, dataset: Dataset, usable: np.ndarray,
@@ -451,7 +453,7 @@ class Steps:
     def _plan(self, epoch: int) -> list[list[list[np.ndarray]]]:
         examples = None
         if self.draws:
-            examples = mixed_examples(self.dataset.origins[self.usable, 0], self.draws, self.seed, epoch)
+            examples = mixed_examples(self.dataset.names_of(self.usable), self.draws, self.seed, epoch)
         return plan(self.dataset.lengths[self.usable], self.seed, epoch, self.batch_size, self.capacity,
                     self.world_size, examples)
 

@@ -44,6 +44,7 @@ from kernels.head import nll, weighted_nll
 from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
                   step_record, sums_by_kind)
 from model import Llama, load_model, parameter_count, stored_weights
+from records import parse_columns
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
@@ -73,19 +74,22 @@ class Config:
     """Every flag of the command line, once: --max-length is max_length here. free: may change on resume."""
     # model and data
     model: str = flag("", "checkpoint folder or hub id (owner/name[@revision]); none: the embedded default")
-    train_data: list[str] = flag(list, "records to train on: .jsonl, .json or .jsonl.gz files",
-                                 metavar="FILE")
-    mix: list[str] = flag(list, "in place of --train-data: files, each with its share of an epoch's "
+    train_data: list[str] = flag(list, "records to train on: .jsonl, .json, .csv and .parquet files, also as "
+                                 ".gz or .zst; folders and globs of them; owner/name[:split][@revision] on "
+                                 "the hub; - for standard input", metavar="FILE")
+    mix: list[str] = flag(list, "in place of --train-data: names as there, each with its share of an epoch's "
                           "examples, such as a.jsonl=0.7 b.jsonl=0.3. An epoch has as many examples as all "
-                          "files together; a file with a larger share is repeated within it, one with a "
-                          "smaller share takes several epochs", metavar="FILE=SHARE")
+                          "together; what has a larger share is repeated within it, what has a smaller one "
+                          "takes several epochs", metavar="FILE=SHARE")
     max_examples: int = flag(0, "train on this many examples only, the first of the files; with --mix: "
                              "examples of an epoch; 0: all", least=0)
-    eval_data: list[str] = flag(list, "held-out records, each file reported on its own", metavar="FILE",
-                                free=True)
+    eval_data: list[str] = flag(list, "held-out records, named the same way; each name is reported on its "
+                                "own", metavar="FILE", free=True)
     eval_fraction: float = flag(0.0, "hold out this share of the training records and report it as held-out; "
                                 "records with the same first user message stay together", least=0, below=1)
     split_seed: int = flag(0, "seed of what is held out, so that runs with several --seed share it", least=0)
+    columns: list[str] = flag(list, "fields of the records under other names, such as prompt=query "
+                              "completion=reply", metavar="KNOWN=NAME")
     template: str = flag("auto",
                          f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
     date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts",
@@ -234,6 +238,7 @@ def validate(config: Config) -> None:
         if not fits:
             raise ValueError(f"{flag_name(name)} {getattr(config, name)}: must be {limit}")
 
+    parse_columns(config.columns)
     if not config.train_data:
         raise ValueError("--train-data is missing: give one or more files of records, or --mix")
     if len({Path(file).resolve() for file in config.eval_data}) < len(config.eval_data):
@@ -381,7 +386,7 @@ def run_identity(config: Config, source: Source) -> dict[str, object]:
     """All that must be the same to resume, as JSON can hold it, as far as it is known before the data is
     tokenized."""
     parts = cache_parts(config.train_data, source.tokenizer, source.template, config.max_length,
-                        config.overlong)
+                        config.overlong, config.columns)
     identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
                 if not f.metadata["free"]}
     # Only the relation of the shares matters.
@@ -405,9 +410,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     """The training set, (examples,) the indices of those to train on, and the held-out sets by name. One
     process of each machine tokenizes, the others read what it wrote. ValueError for bad records, and if
     nothing is left to train on."""
-    def load(files: list[str]) -> Dataset:
-        dataset = load_dataset(files, source.tokenizer, source.template, config.max_length, config.overlong,
-                               config.cache_dir, progress=shows_progress())
+    def load(names: list[str]) -> Dataset:
+        dataset = load_dataset(names, source.tokenizer, source.template, config.max_length, config.overlong,
+                               config.cache_dir, progress=shows_progress(), columns=config.columns)
         check_embedding(dataset, source.model_config.vocab_size, source.tokenizer)
         return dataset
 
@@ -461,7 +466,7 @@ def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.
 def examples_of_mix(config: Config, dataset: Dataset, usable: np.ndarray) -> list[int]:
     """How many of an epoch's examples come from each file of --mix. usable: (examples,) all that there are to
     train on. ValueError for a file that has none, or too small a share."""
-    available = np.bincount(dataset.origins[usable, 0], minlength=len(config.mix))
+    available = np.bincount(dataset.names_of(usable), minlength=len(config.mix))
     total = min(config.max_examples or len(usable), len(usable))
     draws = [round(share * total) for share in parse_mix(config.mix)[1]]
     for word, count, draw in zip(config.mix, available, draws):
@@ -547,7 +552,7 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
         sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
         if config.eval_generate and step in (0, total_steps) and is_main():
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
-                                     config.eval_generate)
+                                     config.eval_generate, columns=config.columns)
     release(model)
     if record_sums:
         record_sums(step, eval_sets, sums)

@@ -44,15 +44,15 @@ import torch
 from tqdm import tqdm
 
 import train
-from chat import read_records
 from data import hold_out, instruction_hash
 from eval import harness, memorization
-from eval.answers import hash_file
+from eval.answers import hash_data
 from eval.common import Parser, read_objects, run, write_json
 from eval.study_report import pictures, report_text
 from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
 from eval.study_statistics import verdict
 from loss import NORMALIZE, PRESETS
+from records import data_files, read_all
 from runtime.distributed import join_ranks, world_size
 from runtime.files import lock, read_json, write_text
 from runtime.flags import check_flag, flag, flag_name, given_flags
@@ -163,10 +163,11 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
         if wrong:
             raise ValueError(f"{flag_name(name)}: a study decides this itself; leave the flag out"
                              + (f", or delete {config.output_dir} yourself" if name == "overwrite" else ""))
-    files = [*config.eval_data, config.validation_data]
-    for file in filter(None, files):
-        if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file")
+    names = [*config.train_data, *config.eval_data, config.validation_data]
+    if "-" in names:
+        raise ValueError("-: a study that is resumed reads the records again; write standard input to a file")
+    # Raises for those that do not exist.
+    data_files(filter(None, names))
     if config.validation_data and Path(config.validation_data).resolve() in {
             Path(file).resolve() for file in config.eval_data}:
         raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
@@ -203,20 +204,21 @@ def task_flags(config: StudyConfig) -> list[str]:
 # ---------------------------------------------------------------- data
 
 
-def read_as_lines(files: list[str]) -> list[str]:
-    """Each record's messages as a line of JSON, the same for equal messages in whatever layout."""
-    return [json.dumps({"messages": messages}, sort_keys=True, ensure_ascii=False)
-            for file in files for messages, _ in read_records(file)]
+def read_as_lines(names: list[str], columns: list[str]) -> list[str]:
+    """Each record's messages as a line of JSON, the same for equal messages in whatever layout. names,
+    columns: as for records.read_all()."""
+    return [json.dumps({"messages": messages}, ensure_ascii=False)
+            for messages, _, _ in read_all(names, columns)]
 
 
 def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
     """The files to train on, of validation and of the sample of training records, and the contents of those
     that do not exist yet: they are written after everything has been checked. ValueError if too few
     records are left."""
-    records, folder = read_as_lines(config.train_data), Path(config.output_dir) / "data"
+    records, folder = read_as_lines(config.train_data, config.columns), Path(config.output_dir) / "data"
     train_files, validation, new = config.train_data, config.validation_data, {}
     if validation:
-        held_out = read_as_lines([validation])
+        held_out = read_as_lines([validation], config.columns)
     elif config.validation_fraction:
         groups = [instruction_hash(json.loads(record)["messages"]) for record in records]
         chosen = hold_out(np.array(groups, np.uint64), config.validation_fraction, config.split_seed)
@@ -235,7 +237,7 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
         raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
                          "give less")
     for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
-        if both := len({*read_as_lines([file])} & {*records}):
+        if both := len({*read_as_lines([file], config.columns)} & {*records}):
             say(f"warning: {both} record(s) of {file} are training records, too")
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
@@ -254,10 +256,10 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
     identity = {name: value for name, value in identity.items() if name not in free}
     measures = {f.name: getattr(config, f.name) for f in dataclasses.fields(StudyConfig)
                 if f.name not in free and not f.metadata["free"]}
-    files = [hash_file(config.validation_data)] if config.validation_data else []
+    files = [hash_data(config.validation_data)] if config.validation_data else []
     return json.loads(json.dumps({
         **measures, **identity, "eval_every": config.eval_every, "validation_data": files,
-        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_file, config.eval_data)))}))
+        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
 def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:

@@ -199,7 +199,8 @@ def measure(plan: Plan, model: str, folder: Path) -> dict:
     if plan.memorization or plan.generate:
         keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
         args = Namespace(template=base.template, date=base.date, dtype=base.dtype, data=[plan.sample],
-                         limit=plan.memorization, max_length=base.max_length, max_new_tokens=0, batch_size=16)
+                         columns=[], limit=plan.memorization, max_length=base.max_length, max_new_tokens=0,
+                         batch_size=16)
         loaded = load(model, args, join_ranks(base.device), cast=True)
     if plan.memorization:
         records, _ = memorization.read_targets(args, loaded.tokenizer, loaded.template)
@@ -212,7 +213,8 @@ def measure(plan: Plan, model: str, folder: Path) -> dict:
     if plan.generate:
         end["generate"] = {}
         for name, file in zip(train.names_of(plan.tests), plan.tests):
-            answers = answer_records(loaded.model, loaded.tokenizer, loaded.template, [file], plan.generate)
+            answers = answer_records(loaded.model, loaded.tokenizer, loaded.template, [file], plan.generate,
+                                     columns=base.columns)
             end["generate"][name] = [int(answer["correct"]) for answer in answers]
     if plan.tasks:
         file = folder / "tasks.json"

@@ -10,7 +10,9 @@ import torch
 
 import chat
 import data
-from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, read_records
+import records
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template
+from records import read_records
 from runtime.tokenizer import Tokenizer
 from data import Steps, collate, load_dataset, plan
 from loss import coefficients, span_weights
@@ -56,10 +58,10 @@ def change_json(file: Path, **more: object) -> None:
 
 
 def edit_to_messages(home: Path, patch: pytest.MonkeyPatch) -> None:
-    edited = home / "chat.py"
-    edited.write_text(Path(chat.__file__).read_text().replace('"user": INSTRUCTION', '"user": SYSTEM'))
-    assert edited.read_text() != Path(chat.__file__).read_text()
-    patch.setattr(data, "CODE", tuple(edited if file == Path(chat.__file__) else file for file in data.CODE))
+    original, edited = Path(records.__file__), home / "records.py"
+    edited.write_text(original.read_text().replace('"human": "user"', '"human": "system"'))
+    assert edited.read_text() != original.read_text()
+    patch.setattr(data, "CODE", tuple(edited if file == original else file for file in data.CODE))
 
 
 def other_library(home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,7 @@ CHANGES = {
     "date that the template does not use": (lambda home, patch: dict(date="2020-01-02"), set()),
     "max_length": (lambda home, patch: dict(max_length=50), {"max_length"}),
     "overlong": (lambda home, patch: dict(overlong="drop"), {"overlong"}),
+    "columns": (lambda home, patch: dict(columns=["system=persona"]), {"columns"}),
     "an edited to_messages": (edit_to_messages, {"code"}),
     "a library": (other_library, {"libraries"}),
 }
@@ -93,14 +96,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_part_changes_the_cache_key_and_another_place_does_not(folder, tmp_path, name, monkeypatch):
-    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate", **more: str
-              ) -> dict:
+    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate",
+              columns: list[str] = (), **more: str) -> dict:
         tokenizer = Tokenizer(home / "model")
         template = load_template(more.pop("template", "llama3"), tokenizer, **more)
         asked = [home / "train.jsonl"], tokenizer, template, max_length, overlong
-        found = data.cache_parts(*asked)
+        found = data.cache_parts(*asked, columns)
         assert not cache.exists()   # nothing was tokenized yet
-        dataset = load_dataset(*asked, cache)
+        dataset = load_dataset(*asked, cache, columns=columns)
         return {**found, "key": dataset.key}
 
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -128,8 +131,8 @@ def test_data_that_changes_while_it_is_read_is_not_cached_under_its_old_hash(fol
     (tmp_path / "model").symlink_to(folder / "model")
     make_records(tmp_path / "grows.jsonl", 5)
 
-    def grow(path: Path):
-        yield from read_records(path)
+    def grow(path: str, columns: list[str]):
+        yield from read_records(path, columns)
         with open(path, "a") as file:
             file.write("\n")
     monkeypatch.setattr(data, "read_records", grow)
@@ -379,7 +382,8 @@ def contents(steps: Steps, step: int) -> dict[int, tuple]:
 def test_a_mix_is_the_same_steps_on_any_ranks_and_in_any_order(folder):
     dataset = load(folder)
     dataset.origins = dataset.origins.copy()
-    dataset.origins[:8, 0], dataset.origins[8:, 0] = 0, 1
+    dataset.origins[:4, 0], dataset.origins[4:8, 0], dataset.origins[8:, 0] = 0, 1, 2
+    dataset.names = np.array([0, 0, 1])     # the first name is of a folder with two files
     usable = np.arange(1, 20)
     weigh = partial(coefficients, weights=span_weights("im"), normalize="token")
 
@@ -397,8 +401,8 @@ def test_a_mix_is_the_same_steps_on_any_ranks_and_in_any_order(folder):
         assert examples(ranks, step) == examples(alone, step) == expected[step]
     for epoch in range(3):
         drawn = np.array(sum(expected[4 * epoch:4 * epoch + 4], []))
-        assert np.bincount(dataset.origins[drawn, 0]).tolist() == [15, 4]
-        # Seven are usable of the first file; the fifteen are two whole passes and one more.
+        assert np.bincount(dataset.names_of(drawn)).tolist() == [15, 4]
+        # Seven are usable under the first name; the fifteen are two whole passes and one more.
         assert {*drawn[drawn < 8]} == {*range(1, 8)}
 
 
