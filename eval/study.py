@@ -35,6 +35,7 @@ import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import product
@@ -216,7 +217,7 @@ def split(records: list[str], fraction: float, seed: int) -> tuple[list[str], li
     return [r for r in records if r not in held_out], [r for r in records if r in held_out]
 
 
-def read_as_lines(names: list[str], columns: list[str]) -> list[str]:
+def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:
     """Each record's messages as a line of JSON, the same for equal messages in whatever layout. names,
     columns: as for records.read_all()."""
     return [json.dumps({"messages": messages}, sort_keys=True, ensure_ascii=False)
