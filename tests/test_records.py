@@ -125,8 +125,10 @@ def test_json_of_every_shape_is_read_whatever_the_files_name(way, name, tmp_path
 def test_compression_shows_in_the_contents_and_not_in_the_name(tmp_path):
     file = write(tmp_path / "x.jsonl.zst", "\n".join(map(json.dumps, THREE))).rename(tmp_path / "x.jsonl")
     assert len(list(read_records(file))) == 3
-    file = write(tmp_path / "x.csv.gz", "prompt,completion\nHi,Hello\n").rename(tmp_path / "x.csv")
-    assert list(read_records(file)) == [(MESSAGES, 2)]
+    for name in ("x.csv.gz", "x.csv.zst"):
+        file = write(tmp_path / name, "prompt,completion\nHi,Hello\n")
+        assert list(read_records(file)) == [(MESSAGES, 2)]
+        assert list(read_records(file.rename(tmp_path / "x.csv"))) == [(MESSAGES, 2)]
     # Two compressed files one after the other are one, too.
     for name in ("y.gz", "y.zst"):
         file = write(tmp_path / name, json.dumps(MESSAGES) + "\n")
