@@ -488,7 +488,7 @@ def test_every_command_reads_folders_and_columns(named_otherwise, tmp_path):
 # ---------------------------------------------------------------- names -> files
 
 
-def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path):
+def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path, monkeypatch):
     for name in ("b.jsonl", "a.jsonl.gz", "README.md", ".hidden.jsonl", "_temporary.jsonl", "sub/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -500,6 +500,10 @@ def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path):
     assert data_files([b, f"{tmp_path}/[a]*", c]) == [b, a, c]
     (tmp_path / "x[1].jsonl").write_text("")
     assert data_files([f"{tmp_path}/x[1].jsonl"]) == [f"{tmp_path}/x[1].jsonl"]     # a file comes first
+    # Whatever order the file system has.
+    for names in (["a.jsonl.gz", "b.jsonl"], ["b.jsonl", "a.jsonl.gz"]):
+        monkeypatch.setattr(os, "listdir", lambda folder, names=names: names)
+        assert data_files([tmp_path]) == [a, b]
 
 
 def test_names_without_records_say_why(tmp_path):
