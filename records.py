@@ -515,10 +515,10 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
         fits = [layout for layout in fits if any(record[field] not in EMPTY for field in layout)] or fits
     if not fits:
         known = ", ".join(" + ".join(map(repr, layout)).replace("?'", "' (optional)") for layout in LAYOUTS)
-        raise ValueError(f"has none of the known layouts: {known}; its fields are "
+        raise ValueError(f"has none of the known layouts; its fields are "
                          f"{', '.join(map(repr, record)) or 'none'}"
                          + (f", and null {', '.join(map(repr, nulls))}" if nulls else "")
-                         + "; --columns prompt=NAME completion=NAME reads others")
+                         + f". Known are {known}; --columns prompt=NAME completion=NAME reads others")
     if len(fits) > 1:
         one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
         raise ValueError(f"has two layouts, {one} and {other}: keep one of them")

@@ -34,6 +34,7 @@ import re
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import product
@@ -204,7 +205,7 @@ def task_flags(config: StudyConfig) -> list[str]:
 # ---------------------------------------------------------------- data
 
 
-def read_as_lines(names: list[str], columns: list[str]) -> list[str]:
+def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:
     """Each record's messages as a line of JSON, the same for equal messages in whatever layout. names,
     columns: as for records.read_all()."""
     return [json.dumps({"messages": messages}, ensure_ascii=False)

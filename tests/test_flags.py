@@ -110,7 +110,7 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
         default = getattr(train.Config(), f.name)
         choices = f.metadata["choices"]
         other[f.name] = (next(c for c in choices if c != default) if choices else not default
-                         if f.type in (bool, bool | None) else ["a", "b"] if f.type == list[str]
+                         if f.type in (bool, bool | None) else ["prompt=a", "input=b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
             if name not in ("overwrite", "resume", "device", "eval_generate")} | {"mix": ["a=1", "b=0.5"]}

@@ -336,6 +336,11 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     stopped(folder, "named", 2, monkeypatch, **base)
     refused(folder, r"--train-data \S*/c.jsonl: other contents\)", "named",
             **{**base, "train_data": [folder / "a.jsonl", folder / "c.jsonl"]})
+    shards = folder / "shards"
+    shards.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(folder / f"{name}.jsonl", shards)
+    refused(folder, r"--train-data \S*/shards: other contents\)", "named", **{**base, "train_data": [shards]})
     refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named",
             **{**base, "train_data": data[:1]})
     refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})

@@ -125,8 +125,10 @@ def test_json_of_every_shape_is_read_whatever_the_files_name(way, name, tmp_path
 def test_compression_shows_in_the_contents_and_not_in_the_name(tmp_path):
     file = write(tmp_path / "x.jsonl.zst", "\n".join(map(json.dumps, THREE))).rename(tmp_path / "x.jsonl")
     assert len(list(read_records(file))) == 3
-    file = write(tmp_path / "x.csv.gz", "prompt,completion\nHi,Hello\n").rename(tmp_path / "x.csv")
-    assert list(read_records(file)) == [(MESSAGES, 2)]
+    for name in ("x.csv.gz", "x.csv.zst"):
+        file = write(tmp_path / name, "prompt,completion\nHi,Hello\n")
+        assert list(read_records(file)) == [(MESSAGES, 2)]
+        assert list(read_records(file.rename(tmp_path / "x.csv"))) == [(MESSAGES, 2)]
     # Two compressed files one after the other are one, too.
     for name in ("y.gz", "y.zst"):
         file = write(tmp_path / name, json.dumps(MESSAGES) + "\n")
@@ -486,7 +488,7 @@ def test_every_command_reads_folders_and_columns(named_otherwise, tmp_path):
 # ---------------------------------------------------------------- names -> files
 
 
-def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path):
+def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path, monkeypatch):
     for name in ("b.jsonl", "a.jsonl.gz", "README.md", ".hidden.jsonl", "_temporary.jsonl", "sub/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -498,6 +500,10 @@ def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path):
     assert data_files([b, f"{tmp_path}/[a]*", c]) == [b, a, c]
     (tmp_path / "x[1].jsonl").write_text("")
     assert data_files([f"{tmp_path}/x[1].jsonl"]) == [f"{tmp_path}/x[1].jsonl"]     # a file comes first
+    # Whatever order the file system has.
+    for names in (["a.jsonl.gz", "b.jsonl"], ["b.jsonl", "a.jsonl.gz"]):
+        monkeypatch.setattr(os, "listdir", lambda folder, names=names: names)
+        assert data_files([tmp_path]) == [a, b]
 
 
 def test_names_without_records_say_why(tmp_path):
