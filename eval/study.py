@@ -167,15 +167,15 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
     names = [*config.train_data, *config.eval_data, config.validation_data]
     if "-" in names:
         raise ValueError("-: a study that is resumed reads the records again; write standard input to a file")
+    if config.mix and config.validation_fraction and not config.validation_data:
+        raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
+                         "give --validation-data, or --validation-fraction 0")
     # Raises for those that do not exist.
     data_files(filter(None, names))
     if config.validation_data and Path(config.validation_data).resolve() in {
             Path(file).resolve() for file in config.eval_data}:
         raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
                          "test data must not choose; give other records")
-    if config.mix and config.validation_fraction and not config.validation_data:
-        raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
-                         "give --validation-data, or --validation-fraction 0")
     if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
         raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
                          "by; give one rate or a fraction such as 0.1")

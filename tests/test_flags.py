@@ -113,7 +113,7 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
                          if f.type in (bool, bool | None) else ["prompt=a", "input=b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
-            if name not in ("overwrite", "resume", "device", "eval_generate")} | {"mix": ["a=1", "b=0.5"]}
+            if name not in ("overwrite", "resume", "device", "eval_generate")} | {"mix": ["prompt=a=1", "input=b=0.5"]}
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept
