@@ -138,7 +138,7 @@ def answer(name: str, value: str | None, flags: Collection[str]) -> str:
         sentence = f"unrecognized; is {near[0]} meant?" if near else "unrecognized"
     given = name if value is None else f"{name} {value}"
     # The first line will stand behind "error: ".
-    return textwrap.fill(f"{given}: {sentence}", 79, initial_indent=" " * 7, subsequent_indent="  ",
+    return textwrap.fill(f"{given}: {sentence}", 79, initial_indent=" " * 7, subsequent_indent=" " * 4,
                          break_long_words=False, break_on_hyphens=False)[7:]
 
 

@@ -513,7 +513,7 @@ def test_a_runs_learning_rates_are_those_written_here_and_so_is_their_number(fol
 @pytest.mark.parametrize("more, says", [
     (dict(max_length=120, micro_batch_tokens=50), "--micro-batch-tokens 50"),
     (dict(model="nowhere"), "--model nowhere"),
-    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
+    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (dict(template="auto"), "no chat template"), (dict(template="chatml"), "could not learn to stop"),
     (dict(loss="it", completion_weight=0, template_weight=0, instruction_weight=0), "nothing to train"),
 ])
