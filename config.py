@@ -53,6 +53,9 @@ def span_weights(loss: str, template: float | None = None, system: float | None 
 
 # What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
 MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536
+# Parameters from which the layers are compiled on a CPU. Smaller models train for a shorter time than that
+# takes.
+COMPILED_ON_CPU = 50_000_000
 
 
 @dataclass
@@ -110,7 +113,8 @@ class Config:
                        "optimizer state", free=True)
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
                            free=True)
-    compile: bool | None = flag(None, "torch.compile the decoder layers; default: on CUDA, where it works",
+    compile: bool | None = flag(None, "torch.compile the decoder layers; default: where it works, on CUDA "
+                                f"and from {COMPILED_ON_CPU // 10**6} million parameters",
                                 free=True)
     deterministic: bool = flag(False, "on CUDA: the same bits every time, at the cost of some speed (a CPU "
                                "always gives them)", free=True)

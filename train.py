@@ -15,7 +15,7 @@ from runtime.start import answer_flags, answer_interrupts
 if __name__ == "__main__":
     answer_interrupts()
 
-from config import MICRO_BATCH_TOKENS, Config, check_inputs, parse_args
+from config import COMPILED_ON_CPU, MICRO_BATCH_TOKENS, Config, check_inputs, parse_args
 
 # PyTorch takes seconds to import. Wrong flags and --help do not wait for it.
 answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
@@ -52,7 +52,7 @@ from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, 
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
-                             peak_reserved_mb, reset_peak)
+                             peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
@@ -250,7 +250,7 @@ def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.
         for tokens in larger:
             packed = {"largest": tokens, "trained": tokens, "other": tokens}
             parts = memory(model_config, packed, config.compute_dtype, ranks, config.shard and ranks > 1,
-                           config.recompute, config.kl_weight > 0, True, compiles(config, True))
+                           config.recompute, config.kl_weight > 0, True, compiles(config, model_config, True))
             if chosen >= of_a_step or sum(parts.values()) > free_memory:
                 break
             chosen = tokens
@@ -272,15 +272,17 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == torch.bfloat16)
 
 
-def compiles(config: Config, cuda: bool) -> bool:
-    """Whether --compile asks for compiled layers: by default on CUDA."""
-    return cuda if config.compile is None else config.compile
+def compiles(config: Config, model_config: ModelConfig, cuda: bool) -> bool:
+    """Whether --compile asks for compiled layers: by default on CUDA and for large models."""
+    if config.compile is None:
+        return cuda or parameter_count(model_config) >= COMPILED_ON_CPU
+    return config.compile
 
 
-def should_compile(config: Config, device: torch.device) -> bool:
-    """Whether to compile the layers: as --compile says, by default on CUDA, where it works. ValueError if it
-    was asked for and does not."""
-    if not compiles(config, device.type == "cuda"):
+def should_compile(config: Config, model_config: ModelConfig, device: torch.device) -> bool:
+    """Whether to compile the layers: if compiles() and it works. ValueError if it was asked for and does
+    not."""
+    if not compiles(config, model_config, device.type == "cuda"):
         return False
     fault = compile_fault(device)
     if fault and config.compile:
@@ -298,7 +300,7 @@ def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
     model = load_model(folder, device, divide)
     model.recompute = config.recompute
     model.choose_attention(config.compute_dtype)
-    if should_compile(config, device):
+    if should_compile(config, model.config, device):
         model.compile_layers()
     return model
 
@@ -362,6 +364,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
+    sleep_while_crowded()
     if config.deterministic:
         deterministic()
     device, out = join_ranks(config.device), Path(config.output_dir)

@@ -16,7 +16,7 @@ from chat import Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
-from runtime.machine import Crowding, keep_freed_memory
+from runtime.machine import Crowding, keep_freed_memory, sleep_while_crowded
 from model import Llama, load_model
 from runtime.model_folder import resolve_model
 from runtime.start import raise_interrupts
@@ -129,6 +129,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
     also return an exit status."""
     raise_interrupts()
+    sleep_while_crowded()
     status, crowding = 0, Crowding()
     try:
         status = main(sys.argv[1:]) or 0

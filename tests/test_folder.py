@@ -312,7 +312,7 @@ def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenized(folder, 
     refused(folder, "holds a finished run", "whole")
     refused(folder, "is not a run folder", "taken")
     refused(folder, "--lr was 0.01, is 0.02", "begun", lr=2e-2)
-    refused(folder, "lacks \*.safetensors", "new", model=folder / "headless" / "model")
+    refused(folder, r"lacks \*.safetensors", "new", model=folder / "headless" / "model")
     refused(folder, "missing model.layers.2", "new", model=folder / "misfit" / "model")
     refused(folder, "file is not a writable folder", "file")
     refused(folder, "file is not a writable folder", "file/below")
