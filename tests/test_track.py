@@ -29,19 +29,20 @@ def test_an_interrupted_and_resumed_runs_event_files_hold_each_line_once(folder,
     """Killed in its sixth step, after a checkpoint and an evaluation at the fourth."""
     argv = arguments(folder, "run", track="tensorboard", eval_data=folder / "train.jsonl", eval_every=2,
                      save_every=4)
+    run, as_killed = folder / "run", {}
     with monkeypatch.context() as patch:
         original, calls = train.learning_rate, []
 
         def rate(*given):
             calls.append(1)
             if len(calls) == 6:
+                as_killed.update(read_events(run / "tensorboard" / "metrics"))
                 raise ValueError("killed")
             return original(*given)
         patch.setattr(train, "learning_rate", rate)
         with pytest.raises(ValueError, match="killed"):
             run_here(argv)
-    run = folder / "run"
-    assert max(step for step, _ in read_events(run / "tensorboard" / "metrics")["loss"]) == 5
+    assert [step for step, _ in as_killed["loss"]] == [1, 2, 3, 4, 5]
     assert run_here(argv) == 0
     found, lines = read_events(run / "tensorboard" / "metrics"), metrics(run)
     for name in ("loss", "lr", "grad_norm", "nll_completion", "nll_system", "tokens", "seconds"):
@@ -57,6 +58,7 @@ def test_an_interrupted_and_resumed_runs_event_files_hold_each_line_once(folder,
     # From scratch, nothing of before is left.
     run_here([*argv, "--overwrite", "--max-steps", "1"])
     assert [step for step, _ in read_events(run / "tensorboard" / "metrics")["loss"]] == [1]
+    assert len(list((run / "tensorboard" / "metrics").iterdir())) == 1
 
 
 def test_a_run_that_is_not_tracked_writes_nothing_for_it(folder):
