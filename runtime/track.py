@@ -36,8 +36,6 @@ class Tracker:
         if writer := self.writers.get(file):
             for name, value in numbers.items():
                 writer.add_scalar(name, value, step)
-            # A kill loses nothing that metrics.jsonl has.
-            writer.flush()
         if self.run:
             self.run.log(numbers, step=step)
 
