@@ -41,8 +41,6 @@ from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.machine import to_device
 
-CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
-
 
 # ---------------------------------------------------------------- tokens -> cache on disk
 

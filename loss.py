@@ -17,37 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE
+from chat import KINDS
+from config import NORMALIZE
 from data import Batch, Dataset
 from kernels.head import chunks
 from kernels.layers import compute_dtype
 from runtime.distributed import from_all
 from runtime.machine import to_device
-
-# Paper: arXiv 2405.14394, eq. 2 (IT) and eq. 4 (IM). A system message is not the template's, so IM counts it.
-PRESETS = {
-    "it": {COMPLETION: 1.0},
-    "im": {SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
-    "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
-}
-NORMALIZE = ("token", "example", "span")
-
-
-def span_weights(loss: str, template: float | None = None, system: float | None = None,
-                 instruction: float | None = None, completion: float | None = None) -> np.ndarray:
-    """(K,) the weight of each kind of target: a preset, it, im or lm, with any of its weights overridden.
-    CONTEXT is always 0. ValueError for a negative weight or if all are 0.
-
-        span_weights("im", instruction=0.3) -> template 0, system 1, instruction 0.3, completion 1, context 0
-    """
-    weights = np.zeros(len(KINDS))
-    for kind, given in enumerate((template, system, instruction, completion)):
-        weights[kind] = PRESETS[loss].get(kind, 0.0) if given is None else given
-        if not 0 <= weights[kind] < math.inf:
-            raise ValueError(f"--{KINDS[kind]}-weight {given}: must be a finite number, 0 or more")
-    if not weights.any():
-        raise ValueError("all span weights are 0, so there is nothing to train; raise --completion-weight")
-    return weights
 
 
 def coefficients(counts: np.ndarray, weights: np.ndarray, normalize: str) -> np.ndarray:

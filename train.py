@@ -5,26 +5,29 @@
     torchrun --nproc-per-node 2 train.py --model ...                  the same run, on two ranks
     python -m eval.look --model DIR --train-data FILE ...             what such a run will do
 
-Reads top to bottom: flags, optimization, the loss of a micro-batch, then main(): data, model, loop. Two
-things differ from the usual way. A step's examples and all its denominators are known before it starts, so
-neither packing nor micro-batch size nor the number of ranks changes what a step optimizes. And every run
-reports the loss of each kind of span, trained or not.
+The flags are in config.py. The rest reads top to bottom: optimization, the loss of a micro-batch, then
+main(): data, model, loop. Two things differ from the usual way. A step's examples and all its denominators
+are known before it starts, so neither packing nor micro-batch size nor the number of ranks changes what a
+step optimizes. And every run reports the loss of each kind of span, trained or not.
 """
-import sys
+from runtime.start import answer_flags, answer_interrupts
 
-INTERRUPTED = "error: interrupted before training began; nothing is lost"
-if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported: one line too
-    sys.excepthook = lambda kind, error, trace: (
-        print(INTERRUPTED, file=sys.stderr) if kind is KeyboardInterrupt
-        else sys.__excepthook__(kind, error, trace))
+if __name__ == "__main__":
+    answer_interrupts()
+
+from config import COMPILED_ON_CPU, MICRO_BATCH_TOKENS, Config, check_inputs, parse_args, parse_mix
+
+# PyTorch takes seconds to import. Wrong flags and --help do not wait for it.
+answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
 
 import dataclasses
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -34,223 +37,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chat import TEMPLATES, Template, check_vocabulary, load_template
-from data import (CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, hold_out,
-                  load_dataset)
+from chat import Template, check_vocabulary, load_template
+from data import Batch, Dataset, Steps, cache_parts, check_embedding, collate, hold_out, load_dataset
 from eval.estimate import memory
 from eval.generate import answer_records
 from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
-from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
-                  step_record, sums_by_kind)
+from loss import check_finite, coefficients, kl_divergence, neftune_noise, step_record, sums_by_kind
 from model import Llama, load_model, parameter_count, stored_weights
-from records import parse_columns
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
-from runtime.flags import flag, flag_name, given_flags
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
+from runtime.model_folder import resolve_model
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
                             show_answers)
+from runtime.start import raise_interrupts
 from runtime.tokenizer import Tokenizer, write_tokenizer
-from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
+from runtime.track import Tracker
+from runtime.weights import DTYPES, model_fingerprint, save_model
 
-# ---------------------------------------------------------------- flags
-
-# What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
-MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536
-# Parameters from which the layers are compiled on a CPU. Smaller models train for a shorter time than that
-# takes.
-COMPILED_ON_CPU = 50_000_000
-
-
-@dataclass
-class Config:
-    """Every flag of the command line, once: --max-length is max_length here. free: may change on resume."""
-    # model and data
-    model: str = flag("", "checkpoint folder or hub id (owner/name[@revision]); none: the embedded default")
-    train_data: list[str] = flag(list, "records to train on: .jsonl, .json, .csv and .parquet files, also as "
-                                 ".gz or .zst; folders and globs of them; owner/name[:split][@revision] on "
-                                 "the hub; - for standard input", metavar="FILE")
-    mix: list[str] = flag(list, "in place of --train-data: names as there, each with its share of an epoch's "
-                          "examples, such as a.jsonl=0.7 b.jsonl=0.3. An epoch has as many examples as all "
-                          "together; what has a larger share is repeated within it, what has a smaller one "
-                          "takes several epochs", metavar="FILE=SHARE")
-    max_examples: int = flag(0, "train on this many examples only, the first of the files; with --mix: "
-                             "examples of an epoch; 0: all", least=0)
-    eval_data: list[str] = flag(list, "held-out records, named the same way; each name is reported on its "
-                                "own", metavar="FILE", free=True)
-    eval_fraction: float = flag(0.0, "hold out this share of the training records and report it as held-out; "
-                                "records with the same first user message stay together", least=0, below=1)
-    split_seed: int = flag(0, "seed of what is held out, so that runs with several --seed share it", least=0)
-    columns: list[str] = flag(list, "fields of the records under other names, such as prompt=query "
-                              "completion=reply", metavar="KNOWN=NAME")
-    template: str = flag("auto",
-                         f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
-    date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts",
-                     free=True)
-    max_length: int = flag(2048, "tokens an example may have", least=2)
-    overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
-    require_completion: bool = flag(True, "leave out examples without a completion target, so that every "
-                                    "--loss trains on the same examples")
-    cache_dir: str = flag(CACHE_DIR, "where tokenized data is kept between runs", metavar="DIR", free=True)
-    # loss
-    loss: str = flag("im", "it: completions; im: instructions too; lm: every token", choices=tuple(PRESETS))
-    template_weight: float | None = flag(None, "override the loss's weight of the template's own tokens",
-                                         least=0)
-    system_weight: float | None = flag(None, "... of system messages", least=0)
-    instruction_weight: float | None = flag(None, "... of user and tool messages", least=0)
-    completion_weight: float | None = flag(None, "... of assistant messages with their end-of-turn tokens",
-                                           least=0)
-    normalize: str = flag("token", "what the loss is a mean over, within a step", choices=NORMALIZE)
-    neftune_alpha: float = flag(0.0, "noise on the embeddings while training (the paper: 5); 0: none",
-                                least=0, below=1e6)
-    kl_weight: float = flag(0.0, "adds this times KL(model || starting model) on the trained targets; 0: "
-                            "none", least=0)
-    # optimization; the paper's values
-    epochs: int = flag(2, "passes over the training data", least=1)
-    max_steps: int = flag(0, "stop the schedule after this many steps; 0: by --epochs", least=0)
-    batch_size: int = flag(128, "examples in a step, over all ranks", least=1)
-    micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
-                                   f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to "
-                                   f"{MICRO_BATCH_TOKENS[-1]} on CUDA, as memory allows", least=0, free=True)
-    lr: float = flag(2e-5, "peak learning rate", above=0)
-    schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
-    beta1: float = flag(0.9, "AdamW's", least=0, below=1)
-    beta2: float = flag(0.98, "AdamW's", least=0, below=1)
-    adam_eps: float = flag(1e-6, "AdamW's", above=0)
-    clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
-    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0)
-    # machine
-    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: no autocast",
-                      choices=("bf16", "fp32"))
-    device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), free=True)
-    shard: bool = flag(False, "under torchrun: each rank holds a part of the parameters, gradients and "
-                       "optimizer state", free=True)
-    recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
-                           free=True)
-    compile: bool | None = flag(None, "torch.compile the decoder layers; default: where it works, on CUDA "
-                                f"and from {COMPILED_ON_CPU // 10**6} million parameters",
-                                free=True)
-    deterministic: bool = flag(False, "on CUDA: the same bits every time, at the cost of some speed (a CPU "
-                               "always gives them)", free=True)
-    # output
-    output_dir: str = flag("", "folder of this run; default runs/MODEL-LOSS", metavar="DIR", free=True)
-    overwrite: bool = flag(False, "delete what a run left in --output-dir and start from scratch", free=True,
-                           in_file=False)
-    save_every: int = flag(0, "steps between checkpoints; 0: only when interrupted, and after the last step "
-                           "until final/ is written", least=0, free=True)
-    keep_checkpoints: int = flag(2, "newest checkpoints to keep", least=1, free=True)
-    save_dtype: str = flag("source", "dtype of final/; source: that of --model's files",
-                           choices=("source", "fp32", "bf16"), free=True)
-    resume: str = flag("auto", "auto: resume where the same run was interrupted; never; or the folder of a "
-                       "checkpoint to start from", free=True, in_file=False)
-    eval_every: int = flag(0, "steps between evaluations; 0: only before and after", least=0, free=True)
-    eval_generate: int = flag(0, "answer this many held-out prompts before and after, and count exact "
-                              "matches", least=0, free=True)
-    log_every: int = flag(10, "steps between lines of a log file, and between measurements of the NLL of "
-                          "untrained spans", least=1, free=True)
-
-    @property
-    def span_weights(self) -> np.ndarray:
-        """(K,) what a target of each kind counts. ValueError for weights that leave nothing to train."""
-        return span_weights(self.loss, self.template_weight, self.system_weight, self.instruction_weight,
-                            self.completion_weight)
-
-    @property
-    def evaluates(self) -> bool:
-        """Whether there is anything to evaluate on."""
-        return bool(self.eval_data) or self.eval_fraction > 0
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
-
-
-QUICKSTART = Path(__file__).resolve().parent / "quickstart"
-# What the embedded default needs other than the paper's values: a small model learns with a high rate.
-EMBEDDED = dict(model=str(QUICKSTART / "model"), train_data=[str(QUICKSTART / "train.jsonl")],
-                eval_data=[str(QUICKSTART / "test.jsonl")], max_length=512, epochs=8, batch_size=16, lr=5e-4,
-                beta2=0.95, schedule="cosine", warmup_ratio=0.1, eval_generate=1000)
-
-
-def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "train.py",
-               description: str = __doc__.split("\n\n")[0]) -> Config:
-    """Flags over --config's file over the embedded default (if no model is named) over the class's defaults.
-    flags: Config, or a subclass with more of them. ValueError for what they may not be."""
-    given = given_flags(flags, argv, program, description)
-    embedded = "model" not in given
-    if embedded:
-        for name in ("train_data", "mix"):
-            if name in given:
-                raise ValueError(f"{flag_name(name)} is given but no --model: name the checkpoint folder to "
-                                 "train")
-        answers = {"eval_generate": 0} if given.get("shard") else {}
-        given = EMBEDDED | answers | given
-    config = flags(**given)
-    if config.mix:
-        files, _ = parse_mix(config.mix)
-        # A run's run_config.json has both.
-        if config.train_data not in ([], files):
-            raise ValueError(f"--train-data {' '.join(config.train_data)}: --mix names the files to train "
-                             "on; give one of the two")
-        config.train_data = files
-    if not config.output_dir:
-        name = "quickstart" if embedded else Path(config.model).resolve().name or "model"
-        config.output_dir = str(Path("runs") / f"{name}-{config.loss}")
-        # The quick start may be repeated as often as one likes; an interrupted one is resumed.
-        if embedded and (Path(config.output_dir) / "final").is_dir():
-            config.overwrite = given.get("overwrite", True)
-    validate(config)
-    return config
-
-
-def parse_mix(words: list[str]) -> tuple[list[str], list[float]]:
-    """--mix's files and their shares, which add up to 1. ValueError for what is not FILE=SHARE, and for a
-    file that is given twice."""
-    files, shares = [], []
-    for word in words:
-        file, _, share = word.rpartition("=")
-        try:
-            number = float(share)
-        except ValueError:
-            number = math.nan
-        if not file or not 0 < number < math.inf:
-            raise ValueError(f"--mix {word}: must be FILE=SHARE with a finite share above 0, such as "
-                             "a.jsonl=0.7; leave out a file that is not to be trained on")
-        files.append(file)
-        shares.append(number)
-    if len({Path(file).resolve() for file in files}) < len(files):
-        raise ValueError(f"--mix {' '.join(words)}: a file is given twice; give each once")
-    return files, [share / sum(shares) for share in shares]
-
-
-def validate(config: Config) -> None:
-    """What one flag alone does not tell: ValueError that names the flags and the fix."""
-    def need(name: str, fits: bool, limit: str) -> None:
-        if not fits:
-            raise ValueError(f"{flag_name(name)} {getattr(config, name)}: must be {limit}")
-
-    parse_columns(config.columns)
-    if not config.train_data:
-        raise ValueError("--train-data is missing: give one or more files of records, or --mix")
-    if len({Path(file).resolve() for file in config.eval_data}) < len(config.eval_data):
-        raise ValueError(f"--eval-data {' '.join(config.eval_data)}: a file is given twice; give each once")
-    need("eval_every", not config.eval_every or config.evaluates,
-         "0 without --eval-data or --eval-fraction")
-    need("eval_generate", not config.eval_generate or bool(config.eval_data), "0 without --eval-data")
-    need("eval_generate", not (config.shard and config.eval_generate),
-         "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
-    # Raises for weights that leave nothing to train.
-    _ = config.span_weights
-
+INTERRUPTED = "error: interrupted before training began; nothing is lost"
 
 # ---------------------------------------------------------------- optimization
 
@@ -644,10 +456,14 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     say(f"attention: {raw_model.attention}; layers {'compiled' if raw_model.compiled else 'not compiled'}; "
         f"micro-batches of up to {config.micro_batch_tokens:,} tokens")
 
-    if evaluation_due(config, first_step, total_steps) or (eval_sets and not start.evaluated):
+    evaluates_first = evaluation_due(config, first_step, total_steps) or (
+        bool(eval_sets) and not start.evaluated)
+    tracker = Tracker(config.track if is_main() else "none", out, settings, first_step, evaluates_first)
+    if evaluates_first:
         if is_main():   # an evaluation of this step that was interrupted may have left its line
             keep_lines(out / "eval.jsonl", first_step - 1)
         after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps, record_sums)
+        tracker.add("eval", after)
 
     # The loop. From here on a signal lets the current step end; before, it ends the run, and nothing is lost.
     with StopSignal() as stop:
@@ -688,6 +504,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
                                  attention="varlen_attn" if raw_model.varlen else "tiled products")
             if is_main():
                 append_line(out / "metrics.jsonl", record)
+            tracker.add("metrics", record)
             progress.update(record, line=log_untrained)
 
             # The last step is always saved, before it is evaluated: whatever fails then, nothing is lost.
@@ -698,12 +515,15 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
                 stop.doing = "finishing the last evaluation and the export"
             if stopping:
                 progress.close()
+                tracker.close()
                 say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
                 return finish(128 + (stop.number or signal.SIGTERM))
             if evaluation_due(config, step, total_steps):
                 after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps,
                                           record_sums)
+                tracker.add("eval", after)
         progress.close()
+        tracker.close()
 
         # The end: what training has changed, and the folder to use.
         if eval_sets and is_main():
@@ -719,6 +539,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
 def run(argv: list[str]) -> int:
     """main() with one readable line for what a user can fix, printed by one rank; the others just end."""
+    raise_interrupts()
     try:
         return main(argv)
     except KeyboardInterrupt:

@@ -39,7 +39,7 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
     """
     from records import read_records
     from runtime.tokenizer import Tokenizer
-    from runtime.weights import resolve_model
+    from runtime.model_folder import resolve_model
     encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""
     for messages, _ in read_records(args.data):
         text, answer = text + messages[-2]["content"], messages[-1]["content"].strip()

@@ -38,7 +38,7 @@ from data import Dataset
 from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
 from runtime.machine import keep_freed_memory, peak_memory_mb
 from runtime.model_config import ModelConfig, read_config
-from runtime.weights import resolve_model
+from runtime.model_folder import resolve_model
 
 ATTENTION, NORMS, PROJECTIONS, MLP = "attention kernels", "norms and RoPE", "attention projections", "MLP"
 HEAD, OPTIMIZER, CLIP = "head and loss", "optimizer", "gradient clipping"

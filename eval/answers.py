@@ -21,7 +21,8 @@ from eval.common import gather, write_json
 from records import data_files
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import read_json, write_text
-from runtime.weights import model_fingerprint, resolve_model
+from runtime.model_folder import resolve_model
+from runtime.weights import model_fingerprint
 
 
 def hash_file(file: str | Path) -> str:

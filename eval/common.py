@@ -1,9 +1,8 @@
-"""What the evaluation commands share: flags of the model, ranks, errors as one line."""
+"""What the evaluation commands share: models, files of objects, ranks, errors as one line."""
 import argparse
 import gzip
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chat import TEMPLATES, Template, check_vocabulary, load_template
+from chat import Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
 from runtime.machine import Crowding, keep_freed_memory, sleep_while_crowded
 from model import Llama, load_model
-from runtime.weights import resolve_model
+from runtime.model_folder import resolve_model
+from runtime.start import raise_interrupts
 from runtime.distributed import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
 
 
@@ -50,36 +50,6 @@ class Loaded:
         return {special[token] for token in ends if token in special}
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ValueError instead of ending the program, so that one place prints all errors."""
-
-    def __init__(self, module: str, doc: str) -> None:
-        super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0],
-                         allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
-
-    def add_model_flags(self, several: bool = False) -> None:
-        self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
-                          help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
-        self.add_common_flags()
-
-    def add_columns_flag(self) -> None:
-        self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME",
-                          help="fields of the records under other names, such as prompt=query "
-                               "completion=reply")
-
-    def add_common_flags(self) -> None:
-        self.add_argument("--template", default="auto",
-                          help="chat template: auto (the checkpoint's own), "
-                               f"{', '.join(TEMPLATES)} or FILE.jinja")
-        self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
-        self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
-        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-        self.add_argument("--json", metavar="FILE", help="write the result there too")
-
-
 def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False) -> Loaded:
     """The checkpoint in a folder or of a hub id. cast: get bf16 by casting the weights, as generation needs,
     instead of by autocast over fp32 weights, as in training. ValueError for what is wrong with the folder."""
@@ -95,30 +65,6 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     if template:
         check_vocabulary(model.config.vocab_size, tokenizer, template)
     return Loaded(name, model, tokenizer, template, device, autocast)
-
-
-def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float | tuple[float, float]
-                 ) -> None:
-    """ValueError that names the flag: a number outside its limits, `least` or (least, most); an output file
-    that could not be written, or that is another flag's file and would be lost."""
-    for name, limit in limits.items():
-        value = getattr(args, name)
-        least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
-        # Written so that NaN fails.
-        if value is not None and not least <= value <= most:
-            bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bounds}")
-    # Now, not when all has been computed.
-    for name in files:
-        file = getattr(args, name)
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
-        for other, value in vars(args).items() if file else ():
-            named = value if isinstance(value, list) else [value]
-            if other != name and os.path.realpath(file) in (
-                    os.path.realpath(each) for each in named if isinstance(each, str) and each):
-                raise ValueError(f"--{name.replace('_', '-')} {file}: --{other.replace('_', '-')} names this "
-                                 "file, too; give another")
 
 
 def read_objects(file: str, fields: dict[str, type], what: str, limit: int | None = None) -> list[dict]:
@@ -182,6 +128,7 @@ def write_json(file: str | Path | None, result: dict) -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
     also return an exit status."""
+    raise_interrupts()
     sleep_while_crowded()
     status, crowding = 0, Crowding()
     try:
@@ -190,6 +137,8 @@ def run(main: Callable[[list[str]], int | None]) -> None:
             print(warning, file=sys.stderr)
         wait()
     except KeyboardInterrupt:
+        if is_main():
+            print("error: interrupted", file=sys.stderr)
         status = 130
     except Exception as error:
         report_error(error)

@@ -15,32 +15,10 @@ table. The page says what is missing.
 """
 import argparse
 import importlib.util
-import io
-import json
-import math
 from pathlib import Path
 from string import ascii_uppercase
 
-import jinja2
-import numpy as np
-import torch
-from markupsafe import Markup
-
-from eval import spans
-from eval.bootstrap import check_flags
-from eval.common import Parser, load, run, start_ranks, write_json
-from eval.examples import Example, Response, read_examples, respond
-from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
-from runtime.distributed import is_main
-from runtime.files import write_text
-
-WIDTH = 80      # columns of the terminal
-POINTS = 100    # of a curve: more cannot be told apart
-# Of the runs' letters and curves, legible on white and on black. Dashes help those who see no colours.
-COLOURS = ("#2a78c0", "#c75b12", "#178a5e", "#b5479c", "#8a7410", "#6b7785")
-DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
-GREY = "#808080"
-FULL = 3        # nats of difference at which a token has its full colour
+from eval.flags import Parser, add_data_flags, answer_command, check_flags
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -57,7 +35,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--answers", type=int, default=4, metavar="N", help="how many of these records")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
     parser.add_common_flags()
-    spans.add_data_flags(parser)
+    add_data_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args, ("output", "json"), answers=0, max_new_tokens=1, max_length=2, micro_batch_tokens=1)
     if not 2 <= len(args.runs) <= len(ascii_uppercase):
@@ -68,6 +46,33 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ValueError("matplotlib is not installed, and the page's pictures need it: "
                          "pip install -r requirements-eval.txt")
     return args
+
+
+answer_command(__name__, parse_args)
+
+import io
+import json
+import math
+
+import jinja2
+import numpy as np
+import torch
+from markupsafe import Markup
+
+from eval import spans
+from eval.common import load, run, start_ranks, write_json
+from eval.examples import Example, Response, read_examples, respond
+from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
+from runtime.distributed import is_main
+from runtime.files import write_text
+
+WIDTH = 80      # columns of the terminal
+POINTS = 100    # of a curve: more cannot be told apart
+# Of the runs' letters and curves, legible on white and on black. Dashes help those who see no colours.
+COLOURS = ("#2a78c0", "#c75b12", "#178a5e", "#b5479c", "#8a7410", "#6b7785")
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
+GREY = "#808080"
+FULL = 3        # nats of difference at which a token has its full colour
 
 
 def ask_checkpoints(runs: list[Run], examples: list[Example], args: argparse.Namespace, device: torch.device,

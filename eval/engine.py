@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eval.flags import LOOKUP
 from kernels.layers import compute_dtype
 from model import Llama
 from runtime.machine import to_device
 from runtime.model_config import ModelConfig
 from runtime.tokenizer import check_rows
 
-LOOKUP = 3      # the most tokens that are guessed for a document in a step
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
 
 

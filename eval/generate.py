@@ -8,9 +8,53 @@
 the ranks divide the records. engine.py has how tokens are generated.
 """
 import math
+from argparse import Namespace
+
+from eval.flags import LOOKUP, Parser, answer_command, check_values
+from runtime.start import world_size
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    parser = Parser("generate", __doc__)
+    parser.add_model_flags()
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", metavar="FILE", help="records, in any layout that train.py reads")
+    what.add_argument("--prompt", metavar="TEXT")
+    what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_columns_flag()
+    parser.add_argument("--system", metavar="TEXT", help="system message for --prompt and --chat")
+    parser.add_argument("--limit", type=int, help="only so many records")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers at once")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt-lookup-num-tokens", type=int, default=LOOKUP, metavar="N",
+                        help="the most tokens to guess in a step from what stands before; changes speed only")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each record")
+    parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
+    args = parser.parse_args(argv)
+    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, samples=1, top_k=0,
+                 seed=0, prompt_lookup_num_tokens=0)
+    if not (0 <= args.temperature < math.inf):
+        raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    if not args.temperature and (args.top_p < 1 or args.top_k or args.samples > 1):
+        raise ValueError("--temperature 0 takes the likeliest token, so --top-p, --top-k and --samples "
+                         "change nothing; give --temperature 1")
+    if args.data and args.system is not None:
+        raise ValueError("--system: with --data the records hold the system messages; leave it out")
+    if not args.data and (args.limit or args.output or args.json or args.samples > 1 or world_size() > 1):
+        raise ValueError("--limit, --samples, --output, --json and torchrun need --data; leave them out")
+    return args
+
+
+answer_command(__name__, parse_args)
+
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
@@ -18,12 +62,12 @@ from itertools import islice
 from chat import Template, render, tokenize, tokenize_batch
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
-from eval.common import (Loaded, Parser, check_values, load, progress, run, start_ranks,
+from eval.common import (Loaded, load, progress, run, start_ranks,
                          write_json)
-from eval.engine import LOOKUP, Engine, Sampling
+from eval.engine import Engine, Sampling
 from model import Llama
 from records import read_all, to_messages
-from runtime.distributed import is_main, world_size
+from runtime.distributed import is_main
 
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
@@ -191,39 +235,7 @@ def sampling(args: Namespace) -> Sampling:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("generate", __doc__)
-    parser.add_model_flags()
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="FILE", help="records, in any layout that train.py reads")
-    what.add_argument("--prompt", metavar="TEXT")
-    what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
-    parser.add_columns_flag()
-    parser.add_argument("--system", metavar="TEXT", help="system message for --prompt and --chat")
-    parser.add_argument("--limit", type=int, help="only so many records")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at once")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest; 0: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompt-lookup-num-tokens", type=int, default=LOOKUP, metavar="N",
-                        help="the most tokens to guess in a step from what stands before; changes speed only")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each record")
-    parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
-    args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, samples=1, top_k=0,
-                 seed=0, prompt_lookup_num_tokens=0)
-    if not (0 <= args.temperature < math.inf):
-        raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    if not args.temperature and (args.top_p < 1 or args.top_k or args.samples > 1):
-        raise ValueError("--temperature 0 takes the likeliest token, so --top-p, --top-k and --samples "
-                         "change nothing; give --temperature 1")
-    if args.data and args.system is not None:
-        raise ValueError("--system: with --data the records hold the system messages; leave it out")
-    if not args.data and (args.limit or args.output or args.json or args.samples > 1 or world_size() > 1):
-        raise ValueError("--limit, --samples, --output, --json and torchrun need --data; leave them out")
+    args = parse_args(argv)
     loaded = load(args.model, args, start_ranks(args), cast=True)
     if args.data:
         result = answer_file(loaded, args)

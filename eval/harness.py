@@ -13,15 +13,10 @@ examples come from. Under torchrun the ranks share the documents. --use_cache FI
 for this checkpoint only, and the same command resumes from them.
 """
 import json
-import logging
-import os
-import tempfile
 from argparse import Namespace
-from pathlib import Path
 
-from eval import paper_suite
-from eval.common import Parser, read_objects, run, write_json
-from runtime.distributed import is_main, world_size
+from eval.flags import Parser, answer_command
+from runtime.start import world_size
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
@@ -72,6 +67,18 @@ def parse_args(argv: list[str]) -> Namespace:
         raise ValueError(f"--num_fewshot {args.num_fewshot}: the tasks of --tasks paper have their own; "
                          "leave it out")
     return args
+
+
+answer_command(__name__, parse_args)
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+
+from eval import paper_suite
+from eval.common import read_objects, run, write_json
+from runtime.distributed import is_main
 
 
 def find_tasks(words: list[str], manager: object) -> list[str]:

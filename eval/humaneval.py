@@ -13,24 +13,11 @@ that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), an
 """
 import math
 import os
-import re
 from argparse import Namespace
-from concurrent.futures import ThreadPoolExecutor
 
-from chat import render, tokenize
-from eval.answers import Answers, made_with
-from eval.common import (Loaded, Parser, check_values, load, mean_and_error, progress, read_objects, run,
-                         start_ranks, write_json)
-from eval.engine import Sampling
-from eval.sandbox import run_python
-from runtime.distributed import is_main
+from eval.flags import Parser, answer_command, check_values
 
-FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
-ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
-       "```python\n{}\n```")
-# what ends a function at the start of a line
-AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
-# flag: its limits, for common.check_values
+# flag: its limits, for flags.check_values
 LIMITS = {"limit": 1, "samples": 1, "max_new_tokens": 1, "batch_size": 1, "temperature": (0, 100),
           "top_p": (1e-6, 1), "seed": 0, "seconds": (1, 86_400), "megabytes": (64, 2**20),
           "workers": (1, 1024)}
@@ -41,6 +28,53 @@ def pass_at_k(samples: int, right: int, k: int) -> float:
     if not 1 <= k <= samples:
         raise ValueError(f"--k {k}: must be from 1 to the samples of a problem, --samples {samples}")
     return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    parser = Parser("humaneval", __doc__)
+    parser.add_model_flags()
+    parser.add_argument("--data", required=True, metavar="FILE", help="the problems, .jsonl or .jsonl.gz")
+    parser.add_argument("--limit", type=int, help="only so many problems")
+    parser.add_argument("--format", choices=("chat", "text"), default="chat")
+    parser.add_argument("--samples", type=int, default=1, help="programs to a problem")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=16, help="programs written at once")
+    parser.add_argument("--output", required=True, metavar="FILE", help="samples, .jsonl; resumed if present")
+    parser.add_argument("--execute", action="store_true", help="run the programs, isolated")
+    parser.add_argument("--seconds", type=float, default=10.0, help="a program may take")
+    parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
+    args = parser.parse_args(argv)
+    check_values(args, ("output", "json"), **LIMITS)
+    if args.samples > 1 and not args.temperature:
+        raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
+    for k in args.k:
+        pass_at_k(args.samples, 0, k)
+    return args
+
+
+answer_command(__name__, parse_args)
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+from chat import render, tokenize
+from eval.answers import Answers, made_with
+from eval.common import (Loaded, load, mean_and_error, progress, read_objects, run,
+                         start_ranks, write_json)
+from eval.engine import Sampling
+from eval.sandbox import run_python
+from runtime.distributed import is_main
+
+FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
+ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
+       "```python\n{}\n```")
+# what ends a function at the start of a line
+AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
 
 
 def read_problems(file: str, limit: int | None) -> list[dict]:
@@ -114,29 +148,7 @@ def execute(lines: list[dict], problems: list[dict], args: Namespace) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser("humaneval", __doc__)
-    parser.add_model_flags()
-    parser.add_argument("--data", required=True, metavar="FILE", help="the problems, .jsonl or .jsonl.gz")
-    parser.add_argument("--limit", type=int, help="only so many problems")
-    parser.add_argument("--format", choices=("chat", "text"), default="chat")
-    parser.add_argument("--samples", type=int, default=1, help="programs to a problem")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=16, help="programs written at once")
-    parser.add_argument("--output", required=True, metavar="FILE", help="samples, .jsonl; resumed if present")
-    parser.add_argument("--execute", action="store_true", help="run the programs, isolated")
-    parser.add_argument("--seconds", type=float, default=10.0, help="a program may take")
-    parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
-    args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), **LIMITS)
-    if args.samples > 1 and not args.temperature:
-        raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
-    for k in args.k:
-        pass_at_k(args.samples, 0, k)
+    args = parse_args(argv)
     problems = read_problems(args.data, args.limit)
     if args.execute:
         # before hours of sampling: can programs be isolated at all?

@@ -12,10 +12,37 @@ weights' values, and free space on the disk.
 
 Shapes: E examples, K kinds of span.
 """
+from dataclasses import dataclass
+
+from eval.flags import check_values
+from config import Config, check_inputs
+from config import parse_args as parse_flags
+from runtime.flags import flag
+from runtime.start import answer_flags
+
+
+@dataclass
+class LookConfig(Config):
+    """The flags of a run, and these."""
+    ranks: int = flag(0, "how many ranks to say it for; 0: those of this launch", least=0, in_file=False)
+    show: int = flag(0, "examples to print, coloured by span", least=0, in_file=False, metavar="N")
+    json: str = flag("", "write the numbers there too", in_file=False, metavar="FILE")
+    export: str = flag("", "write ids, labels and span kinds there, an example a line", in_file=False,
+                       metavar="FILE.jsonl")
+
+
+def parse_args(argv: list[str]) -> LookConfig:
+    config = parse_flags(argv, LookConfig, "python -m eval.look", __doc__.split("\n\n")[0])
+    check_values(config, ["json", "export"])
+    return config
+
+
+answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
+
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +54,12 @@ from runtime.tokenizer import Tokenizer
 from data import Dataset, Steps
 from eval import estimate
 from eval.advice import advice
-from eval.common import check_values, run, write_json
-from loss import PRESETS, span_weights
+from eval.common import run, write_json
+from config import PRESETS, span_weights
 from model import parameter_count
 from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size
 from runtime.files import writing
-from runtime.flags import flag
 from runtime.folder import check_folder
 from runtime.machine import peak_memory_mb
 from runtime.report import counted, describe_data, say
@@ -43,16 +69,6 @@ COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "c
 FOLDER = {"start": "the run would start", "resume": "the run would resume",
           "delete": "the run that is there would be deleted, and the new one start",
           "finished": "the run has finished, and would not start"}
-
-
-@dataclass
-class LookConfig(train.Config):
-    """The flags of a run, and these."""
-    ranks: int = flag(0, "how many ranks to say it for; 0: those of this launch", least=0, in_file=False)
-    show: int = flag(0, "examples to print, coloured by span", least=0, in_file=False, metavar="N")
-    json: str = flag("", "write the numbers there too", in_file=False, metavar="FILE")
-    export: str = flag("", "write ids, labels and span kinds there, an example a line", in_file=False,
-                       metavar="FILE.jsonl")
 
 
 # ---------------------------------------------------------------- numbers
@@ -190,8 +206,7 @@ def export(dataset: Dataset, usable: np.ndarray, weights: np.ndarray, file: str 
 
 
 def main(argv: list[str]) -> None:
-    config = train.parse_args(argv, LookConfig, "python -m eval.look", __doc__.split("\n\n")[0])
-    check_values(config, ["json", "export"])
+    config = parse_args(argv)
     device = join_ranks(config.device)
 
     # As in train.main(), but for the folder, which does not end this.

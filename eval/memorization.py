@@ -21,22 +21,8 @@ bootstrap percentiles over records. If most targets are shorter than four words,
 and the interval of BLEU says little.
 """
 import argparse
-import hashlib
-import json
 
-import numpy as np
-
-from chat import COMPLETION, Template, load_template, render, tokenize
-from runtime.tokenizer import Tokenizer
-from eval.answers import Answers
-from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Loaded, Parser, load, progress, run, start_ranks, write_json
-from eval.likelihood import shared_prefix
-from records import naming, read_all
-from runtime.distributed import is_main
-from runtime.weights import model_fingerprint, resolve_model
-
-METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
+from eval.flags import Parser, add_bootstrap_flags, answer_command, check_flags
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -54,6 +40,27 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_flags(args, ("json", "output"), limit=0, max_length=2, max_new_tokens=0, batch_size=1)
     return args
+
+
+answer_command(__name__, parse_args)
+
+import hashlib
+import json
+
+import numpy as np
+
+from chat import COMPLETION, Template, load_template, render, tokenize
+from runtime.tokenizer import Tokenizer
+from eval.answers import Answers
+from eval.bootstrap import interval, resampled_sums
+from eval.common import Loaded, load, progress, run, start_ranks, write_json
+from eval.likelihood import shared_prefix
+from records import naming, read_all
+from runtime.distributed import is_main
+from runtime.model_folder import resolve_model
+from runtime.weights import model_fingerprint
+
+METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
 
 
 def import_bleu() -> type:

@@ -12,10 +12,53 @@ Pairs are judged in both orders, and verdicts that disagree make a tie. The win 
 ties, in percent of the pairs with both verdicts. alpaca: against the outputs in the question file or in
 --reference. mt-bench: a grade from 1 to 10 per turn, and pairs against the answers in --reference.
 """
-import json
-import time
 from argparse import Namespace
 from pathlib import Path
+
+from eval.flags import Parser, answer_command, check_values
+
+# benchmark: the ending of the output's name, as its tool expects; the default of --max-new-tokens
+BENCHMARKS = {"alpaca": (".json", 2048), "mt-bench": (".jsonl", 1024)}
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    parser = Parser("open_ended", __doc__)
+    parser.add_argument("benchmark", choices=BENCHMARKS)
+    parser.add_model_flags()
+    parser.add_argument("--questions", required=True, metavar="FILE",
+                        help="AlpacaEval's (instruction, dataset, output), or FastChat's question.jsonl")
+    parser.add_argument("--output", required=True, metavar="FILE",
+                        help=".json for alpaca, .jsonl for mt-bench; resumed if OUTPUT.answers exists")
+    parser.add_argument("--name", help="of the model in the output; default: its folder, RUN for RUN/final")
+    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
+    parser.add_argument("--batch-size", type=int, default=16, help="answers generated at once")
+    parser.add_argument("--max-new-tokens", type=int, help="default: 2048 for alpaca, 1024 for mt-bench")
+    parser.add_argument("--seed", type=int, default=0, help="for sampled answers (mt-bench)")
+    parser.add_argument("--judge", metavar="MODEL", help="judge the answers with this model")
+    parser.add_argument("--judge-workers", type=int, default=8, help="requests at once, per rank")
+    parser.add_argument("--judge-prompts", metavar="FILE", help="a file like FastChat's judge_prompts.jsonl")
+    parser.add_argument("--reference", metavar="FILE", help="answers to compare with, in --output's format")
+    args = parser.parse_args(argv)
+    ending, max_new_tokens = BENCHMARKS[args.benchmark]
+    if args.max_new_tokens is None:
+        args.max_new_tokens = max_new_tokens
+    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, seed=0, judge_workers=1)
+    if not args.output.endswith(ending):
+        raise ValueError(f"--output {args.output}: must end in {ending}, as {args.benchmark}'s tool expects")
+    if Path(args.output).exists() and not Path(f"{args.output}.answers").exists():
+        raise ValueError(f"--output {args.output}: exists, but without {args.output}.answers to resume from; "
+                         "name another file")
+    if not args.judge and (args.reference or args.judge_prompts):
+        raise ValueError("--reference and --judge-prompts need --judge; give it or leave them out")
+    folder = Path(args.model.partition("@")[0]).absolute()
+    args.name = args.name or (folder.parent.name if folder.name == "final" else folder.name)
+    return args
+
+
+answer_command(__name__, parse_args)
+
+import json
+import time
 
 import torch
 
@@ -23,15 +66,13 @@ from chat import load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.chat_model import ChatModel
-from eval.common import Parser, check_values, load, progress, read_objects, run, start_ranks, write_json
+from eval.common import load, progress, read_objects, run, start_ranks, write_json
 from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
 from runtime.distributed import is_main
 from runtime.files import write_text
-from runtime.weights import resolve_model
+from runtime.model_folder import resolve_model
 
-# benchmark: the ending of the output's name, as its tool expects; the default of --max-new-tokens
-BENCHMARKS = {"alpaca": (".json", 2048), "mt-bench": (".jsonl", 1024)}
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
                 "humanities": 0.1}
@@ -156,40 +197,6 @@ def judge(model: ChatModel, questions: list[dict], answers: dict[int, list[dict]
     if reference:
         result |= summary(values_of(verdicts, pairs=True), "win_rate")
     return result, reasons
-
-
-def parse_args(argv: list[str]) -> Namespace:
-    parser = Parser("open_ended", __doc__)
-    parser.add_argument("benchmark", choices=BENCHMARKS)
-    parser.add_model_flags()
-    parser.add_argument("--questions", required=True, metavar="FILE",
-                        help="AlpacaEval's (instruction, dataset, output), or FastChat's question.jsonl")
-    parser.add_argument("--output", required=True, metavar="FILE",
-                        help=".json for alpaca, .jsonl for mt-bench; resumed if OUTPUT.answers exists")
-    parser.add_argument("--name", help="of the model in the output; default: its folder, RUN for RUN/final")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers generated at once")
-    parser.add_argument("--max-new-tokens", type=int, help="default: 2048 for alpaca, 1024 for mt-bench")
-    parser.add_argument("--seed", type=int, default=0, help="for sampled answers (mt-bench)")
-    parser.add_argument("--judge", metavar="MODEL", help="judge the answers with this model")
-    parser.add_argument("--judge-workers", type=int, default=8, help="requests at once, per rank")
-    parser.add_argument("--judge-prompts", metavar="FILE", help="a file like FastChat's judge_prompts.jsonl")
-    parser.add_argument("--reference", metavar="FILE", help="answers to compare with, in --output's format")
-    args = parser.parse_args(argv)
-    ending, max_new_tokens = BENCHMARKS[args.benchmark]
-    if args.max_new_tokens is None:
-        args.max_new_tokens = max_new_tokens
-    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, seed=0, judge_workers=1)
-    if not args.output.endswith(ending):
-        raise ValueError(f"--output {args.output}: must end in {ending}, as {args.benchmark}'s tool expects")
-    if Path(args.output).exists() and not Path(f"{args.output}.answers").exists():
-        raise ValueError(f"--output {args.output}: exists, but without {args.output}.answers to resume from; "
-                         "name another file")
-    if not args.judge and (args.reference or args.judge_prompts):
-        raise ValueError("--reference and --judge-prompts need --judge; give it or leave them out")
-    folder = Path(args.model.partition("@")[0]).absolute()
-    args.name = args.name or (folder.parent.name if folder.name == "final" else folder.name)
-    return args
 
 
 def main(argv: list[str]) -> None:

@@ -12,6 +12,24 @@ that tokenize a file differently have no tokens in common, and are refused.
 Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 """
 import argparse
+
+from eval.flags import Parser, add_data_flags, answer_command, check_flags
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser("spans", __doc__)
+    parser.add_model_flags(several=True)
+    parser.add_argument("--data", required=True, nargs="+", metavar="FILE",
+                        help="held-out records, each file reported on its own")
+    add_data_flags(parser)
+    parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
+    args = parser.parse_args(argv)
+    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
+    return args
+
+
+answer_command(__name__, parse_args)
+
 import json
 from collections.abc import Callable
 from functools import partial
@@ -24,12 +42,12 @@ from tqdm import tqdm
 
 from chat import KINDS, load_template
 from runtime.tokenizer import Tokenizer
-from data import CACHE_DIR, Dataset, check_embedding, collate, load_dataset, plan
-from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
-from eval.common import Loaded, Parser, load, run, start_ranks, write_json
+from data import Dataset, check_embedding, collate, load_dataset, plan
+from eval.bootstrap import interval, resampled_sums
+from eval.common import Loaded, load, run, start_ranks, write_json
 from kernels.head import nll
 from model import Llama
-from runtime.weights import resolve_model
+from runtime.model_folder import resolve_model
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
 
 MEANS = ("nll_token_mean", "nll_example_mean")
@@ -122,30 +140,6 @@ def compare(sums: np.ndarray, counts: np.ndarray, resamples: int, confidence: fl
 
 
 # ---------------------------------------------------------------- command line
-
-
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser("spans", __doc__)
-    parser.add_model_flags(several=True)
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE",
-                        help="held-out records, each file reported on its own")
-    add_data_flags(parser)
-    parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
-    args = parser.parse_args(argv)
-    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
-    return args
-
-
-def add_data_flags(parser: Parser) -> None:
-    """The flags that load_data, evaluate and compare need, other than --data."""
-    parser.add_columns_flag()
-    parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
-    parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
-                        help="what to do with longer ones")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096,
-                        help="tokens of one forward pass; changes memory and speed only")
-    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenized data is kept between runs")
-    add_bootstrap_flags(parser)
 
 
 def load_data(args: argparse.Namespace) -> list[list[Dataset]]:

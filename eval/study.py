@@ -28,47 +28,25 @@ They are not corrected for many comparisons: of twenty without any effect, one e
     STUDY/runs/          the runs (study_runs.py)
 """
 import dataclasses
-import importlib.util
-import json
 import re
 import shlex
-import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from datetime import timedelta
-from itertools import product
-from pathlib import Path
+from argparse import Namespace
+from dataclasses import dataclass
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import train
-from data import hold_out, instruction_hash
-from eval import harness, memorization
-from eval.answers import hash_data
-from eval.common import Parser, read_objects, run, write_json
-from eval.study_report import pictures, report_text
-from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
-from eval.study_statistics import verdict
-from loss import NORMALIZE, PRESETS
-from records import data_files, read_all
-from runtime.distributed import join_ranks, world_size
-from runtime.files import lock, read_json, write_text
+from eval.flags import Parser
+from config import NORMALIZE, PRESETS, Config, check_inputs, validate
+from config import parse_args as parse_flags
 from runtime.flags import check_flag, flag, flag_name, given_flags
-from runtime.folder import append_line, check_identity, launch
-from runtime.report import say
+from runtime.start import answer_flags
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
 CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
                    "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio", "weight_decay",
                    "beta1", "beta2", "adam_eps", "clip_grad_norm")
-FEW = 5     # validation records; fewer are too few to choose by
 
 
 @dataclass
-class StudyConfig(train.Config):
+class StudyConfig(Config):
     """The flags of a run, and these."""
     output_dir: str = flag("runs/study", "folder of the study", metavar="DIR", free=True)
     losses: list[str] = flag(list, "contenders: a loss, or LOSS:NORMALIZE, such as im:span (default it im)",
@@ -91,9 +69,6 @@ class StudyConfig(train.Config):
                      free=True)
     deadline: float = flag(0.0, "seconds after which no run is started; 0: none", least=0, free=True)
     keep_weights: bool = flag(False, "keep every run's final/", free=True)
-
-
-# ---------------------------------------------------------------- flags
 
 
 def parse_contenders(config: StudyConfig) -> dict[str, dict]:
@@ -125,11 +100,11 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
     contenders = {}
     for name, argv in words.items():
         try:
-            given = given_flags(train.Config, argv, "train.py", "")
+            given = given_flags(Config, argv, "train.py", "")
             if others := sorted(given.keys() - {*CONTENDER_FLAGS}):
                 raise ValueError(f"{', '.join(map(flag_name, others))} must be the same for all contenders; "
                                  f"one may have {', '.join(map(flag_name, CONTENDER_FLAGS))}")
-            train.validate(dataclasses.replace(config, **given))
+            validate(dataclasses.replace(config, **given))
         except ValueError as error:
             raise ValueError(f"contender {name}: {error}") from None
         if twice := next((other for other, flags in contenders.items() if flags == given), None):
@@ -140,7 +115,7 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
 
 def parse_lrs(config: StudyConfig) -> list[float]:
     """--lrs in rising order. ValueError for a rate that is not one, and for one given twice."""
-    field = next(field for field in dataclasses.fields(train.Config) if field.name == "lr")
+    field = next(field for field in dataclasses.fields(Config) if field.name == "lr")
     try:
         lrs = [check_flag(field, text) for text in config.lrs] or [config.lr]
     except ValueError as error:
@@ -149,6 +124,65 @@ def parse_lrs(config: StudyConfig) -> list[float]:
     if len({f"{lr:g}" for lr in lrs}) < len(lrs):
         raise ValueError(f"--lrs {' '.join(config.lrs)}: a learning rate is given twice; give each once")
     return sorted(lrs)
+
+
+def parse_args(argv: list[str]) -> StudyConfig | Namespace:
+    """The flags of a study, or those that go with --from."""
+    if any(word.partition("=")[0] == "--from" for word in argv):
+        parser = Parser("study", __doc__)
+        parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
+                            help="a study's runs.jsonl")
+        parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; "
+                            "default: it or, where there is none, that of the first line")
+        parser.add_argument("--output-dir", metavar="DIR", help="where to write; default: next to the file")
+        return parser.parse_args(argv)
+    purpose = __doc__.split("\n\n")[0] + " --from RUNS.jsonl gives the verdict again (--from x --help)."
+    return parse_flags(argv, StudyConfig, "python -m eval.study", purpose)
+
+
+def check_early(argv: list[str]) -> None:
+    """What can be said about the flags without PyTorch."""
+    config = parse_args(argv)
+    if isinstance(config, StudyConfig):
+        parse_contenders(config)
+        parse_lrs(config)
+        check_inputs(config)
+
+
+answer_flags(__name__, check_early)
+
+import importlib.util
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from data import hold_out, instruction_hash
+from eval import harness, memorization
+from eval.answers import hash_data
+from eval.common import read_objects, run, write_json
+from eval.study_report import pictures, report_text
+from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
+from eval.study_statistics import verdict
+from records import data_files, read_all
+from runtime.distributed import join_ranks, world_size
+from runtime.files import lock, read_json, write_text
+from runtime.folder import append_line, check_identity, launch
+from runtime.report import say
+
+FEW = 5     # validation records; fewer are too few to choose by
+
+
+# ---------------------------------------------------------------- flags
 
 
 def check(config: StudyConfig, lrs: list[float]) -> None:
@@ -475,15 +509,8 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
     print(f"\nin {out}: study.json has all numbers,\n  curves.png and differences.png show them")
 
 
-def again(argv: list[str]) -> int:
+def again(args: Namespace) -> int:
     """--from: the verdict of an existing runs.jsonl."""
-    parser = Parser("study", __doc__)
-    parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
-                        help="a study's runs.jsonl")
-    parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; default: "
-                        "it or, where there is none, that of the first line")
-    parser.add_argument("--output-dir", metavar="DIR", help="where to write; default: next to the file")
-    args = parser.parse_args(argv)
     lines = read_objects(args.lines, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
     out = Path(args.output_dir or Path(args.lines).parent)
     out.mkdir(parents=True, exist_ok=True)
@@ -494,10 +521,8 @@ def again(argv: list[str]) -> int:
 
 
 def main(argv: list[str]) -> int:
-    if any(word.partition("=")[0] == "--from" for word in argv):
-        return again(argv)
-    purpose = __doc__.split("\n\n")[0] + " --from RUNS.jsonl gives the verdict again (--from x --help)."
-    return conduct(train.parse_args(argv, StudyConfig, "python -m eval.study", purpose))
+    args = parse_args(argv)
+    return conduct(args) if isinstance(args, StudyConfig) else again(args)
 
 
 if __name__ == "__main__":

@@ -22,22 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.machine import share_threads
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+from runtime.start import is_main, local_rank, rank, tell_torchrun, world_size
 
 
 # ---------------------------------------------------------------- meeting
@@ -268,6 +253,7 @@ def report_error(error: Exception) -> None:
         time.sleep(5)
     if first and (line := message(error)):
         print(f"error: {line}", file=sys.stderr)
+        tell_torchrun(line)
     elif first:
         traceback.print_exc()
 

@@ -6,13 +6,20 @@
 
     given_flags(Config, ["--lr", "1e-4"], "train.py", "Train a model.")     -> {"lr": 0.0001}
 
-The values of a --config file go through the same checks as those of the command line.
+The values of a --config file go through the same checks as those of the command line. Flags of other trainers
+are answered with what does the same here (runtime/habits.py).
 """
 import argparse
 import dataclasses
+import datetime
 import json
 import math
+import tomllib
 from pathlib import Path
+
+from runtime.habits import answer
+
+LARGEST = 2**20     # bytes of a --config file
 
 
 def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
@@ -43,7 +50,8 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
     the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
-        shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(value)
+        shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(
+            value, default=str)
         raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
 
     if field.type == list[str]:
@@ -77,20 +85,36 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     return number
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of ending the program, so that one place prints all errors."""
 
     def error(self, message: str) -> None:
         raise ValueError(f"{message} ({self.prog} --help lists the flags)")
 
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        # Before argparse, which would first complain about a required flag that was given under another name.
+        known = self._option_string_actions.keys()
+        answers = []
+        for word, after in zip(argv, [*argv[1:], "--"]):
+            name, equals, value = word.partition("=")
+            if name == "--":
+                break
+            if name.startswith("--") and " " not in name and name not in known:
+                following = None if after.startswith("--") else after
+                answers.append(answer(name, value if equals else following, known))
+        if answers:
+            raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
+        return super().parse_args(argv)
+
 
 def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:
     """The flags that are given, checked: those on the command line override those in --config's file. flags:
     the dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE",
-                        help="a run's run_config.json, to repeat it; flags override it")
+                        help="flags in a .json, .toml or .yaml file, such as a run's run_config.json, which "
+                        "repeats it; flags on the command line override it")
     fields = {field.name: field for field in dataclasses.fields(flags)}
     for field in fields.values():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
@@ -113,20 +137,68 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
 def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, object]:
     """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
     give (to delete a run, say) are ignored."""
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names = [name.removeprefix("--").replace("-", "_") for name, _ in pairs]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{', '.join(twice)} is given more than once")
-        return dict(zip(names, (value for _, value in pairs)))
-
     try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=unique)
-        if not isinstance(saved, dict):
-            raise ValueError("must be one JSON object, {\"flag\": value, ...}")
-        if unknown := sorted(saved.keys() - fields.keys()):
-            raise ValueError(f"unknown flags {', '.join(map(repr, unknown))}")
+        saved: dict[str, object] = {}
+        unknown = []
+        for given, value in _pairs_in(Path(file)):
+            name = given.removeprefix("--").replace("-", "_")
+            if name in saved:
+                raise ValueError(f"{name} is given more than once")
+            # A date, which JSON writes as text.
+            saved[name] = value.isoformat() if isinstance(value, datetime.date) else value
+            if name not in fields:
+                shown = str(value) if isinstance(value, str | int | float) else None
+                unknown.append(answer(given, shown, [flag_name(field) for field in fields]))
+        if unknown:
+            raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
         return {name: check_flag(fields[name], value) for name, value in saved.items()
                 if fields[name].metadata["in_file"] and value is not None and not (
                     value == [] and fields[name].type == list[str])}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _pairs_in(file: Path) -> list[tuple[str, object]]:
+    """The names and values in a file, also of names that it has twice. The name's ending tells the format:
+    all but .toml, .yaml and .yml are read as JSON. ValueError if it is not of this format."""
+    if file.is_dir():
+        raise ValueError("is a folder; give a file, such as run_config.json in the folder of a run")
+    with open(file, "rb") as opened:
+        data = opened.read(LARGEST + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"has more than {LARGEST:,} bytes, so it is not a file of flags")
+    if not data.strip():
+        raise ValueError("is empty")
+    ending = file.suffix.lower()
+    if ending in (".yaml", ".yml"):
+        return _pairs_in_yaml(data)
+    try:
+        text = data.decode("utf-8-sig")
+        if ending == ".toml":
+            return list(tomllib.loads(text).items())
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except ValueError as error:
+        format = {".toml": "TOML", ".json": "JSON"}.get(ending, "JSON (nor .toml or .yaml by its name)")
+        raise ValueError(f"is not {format}, or is cut off: {error}") from None
+    if not isinstance(pairs, _Pairs):
+        raise ValueError("must be one JSON object, {\"flag\": value, ...}")
+    return [(name, dict(value) if isinstance(value, _Pairs) else value) for name, value in pairs]
+
+
+class _Pairs(list):
+    """A JSON object's names and values, so that a name that it has twice is noticed."""
+
+
+def _pairs_in_yaml(text: bytes) -> list[tuple[str, object]]:
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError("YAML needs PyYAML: pip install pyyaml; or write it as JSON or TOML") from None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise ValueError("must be one mapping, flag: value")
+        return [(str(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
+    except yaml.YAMLError as error:
+        raise ValueError("is not YAML: " + " ".join(str(error).split())) from None

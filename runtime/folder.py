@@ -4,7 +4,7 @@
     OUTPUT/identity.json        all that must be the same to resume: flags that matter, data, model, template;
                                 the launch that wrote it; once finished, the number of steps
     OUTPUT/run_config.json      every flag
-    OUTPUT/metrics.jsonl, eval.jsonl, checkpoints/, final/
+    OUTPUT/metrics.jsonl, eval.jsonl, checkpoints/, final/; with --track, tensorboard/ or wandb/
 
 Only rank 0 writes here. Nothing is changed before it is known that this run may do so.
 """
@@ -24,7 +24,8 @@ from runtime.files import lock, read_json, write_text, writing
 from runtime.flags import flag_name
 
 # In the order in which they are deleted: while identity.json exists, the others are known to be a run's.
-RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "checkpoints", "final", "identity.json")
+RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "wandb", "checkpoints", "final",
+             "identity.json")
 # These may change on resume, if the steps already trained had the same learning rates either way.
 LENGTH = ("epochs", "max_steps", "warmup_ratio")
 # What a run does with its folder: start from scratch; delete the run that is there, then start from scratch;
@@ -161,7 +162,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         if finished:
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
-    _check_ownership(out, old, overwrite)
+    _check_ownership(out, old)
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         _check_named_checkpoint(Path(resume), out, identity, settings, overwrite)
 
@@ -193,15 +194,14 @@ def _check_writable(out: Path, model_folder: Path) -> None:
         raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
 
 
-def _check_ownership(out: Path, old: dict, overwrite: bool) -> None:
-    """ValueError if OUTPUT holds files that are not a run's. old: identity.json. With overwrite, files are no
-    problem if none has a name that a run would delete."""
+def _check_ownership(out: Path, old: dict) -> None:
+    """ValueError if OUTPUT holds files and is not a run's folder: a run neither deletes them nor writes among
+    them, with --overwrite neither. old: identity.json."""
     # A full disk may leave these behind before there is an identity.
     present = set(os.listdir(out) if out.is_dir() else ()) - {
         ".lock", "identity.json.part", "run_config.json.part"}
     # Other programs, too, have files of these names; only identity.json's content tells who owns them.
-    if "launch" not in old and present and not (overwrite and present.isdisjoint(
-            name for run_file in RUN_FILES for name in (run_file, f"{run_file}.part"))):
+    if "launch" not in old and present:
         raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
                          "or delete it")
 

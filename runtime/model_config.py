@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from runtime.files import read_json
-from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal, warn_once, what_else
+from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal, warn_once
 
 # What it means if a field is absent from config.json, where families differ (transformers' config classes).
 # null is different: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.
@@ -174,7 +174,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; {what_else(folder)}")
+        raise ValueError(f"{file}: no such file")
     raw = read_json(file)
     try:
         config = ModelConfig.from_dict(raw)

@@ -52,12 +52,7 @@ class Tokenizer:
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
         if not file.is_file():
-            hint = ""
-            if (self.folder / "tokenizer.model").is_file():
-                hint = (", only a SentencePiece tokenizer.model; convert it once with `python -c \"from "
-                        "transformers import AutoTokenizer; "
-                        f"AutoTokenizer.from_pretrained('{folder}').save_pretrained('{folder}')\"`")
-            raise ValueError(f"{file}: no such file{hint}")
+            raise ValueError(f"{file}: no such file")
         config = read_json(self.folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(self.folder, config)
         spec, text = read_json(file), file.read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ read and written by rows, and memory stays near what the parameters need.
 """
 import hashlib
 import json
-import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from runtime.distributed import from_all, is_main, rank
-from runtime.files import read_json
+from runtime.model_folder import INDEX, SINGLE, weight_map
 
 PIECE = 2**26               # bytes read, sent or written at once
 MAX_FILE_BYTES = 5 * 10**9  # of a weight file
@@ -37,7 +36,6 @@ NAME_BY_DTYPE = {dtype: name for name, dtype in DTYPE_BY_NAME.items()}
 # Of weights, as --save-dtype calls them.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 # ---------------------------------------------------------------- tensors of a file
@@ -204,67 +202,11 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 
 # ---------------------------------------------------------------- checkpoint folders
 
-# What is downloaded from a hub repository in addition to the weights. Its other files (weights for other
-# programs, lower precision, pictures) can be many times larger.
-HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-             "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-             "chat_template.json", "adapter_config.json"]
-
-
 @cache
 def warn_once(text: str) -> None:
     """Print a warning once a run, although a folder is read several times."""
     if is_main():
         print(f"warning: {text}", file=sys.stderr)
-
-
-def resolve_model(model: str | Path) -> Path:
-    """The path of a checkpoint folder. A hub id, `owner/name` or `owner/name@revision`, is downloaded first,
-    unless it was before: tokenizer, config, template and weights. ValueError if it is neither."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
-        raise ValueError(f"--model {model}: no such folder, nor a hub id like "
-                         "owner/name or owner/name@revision")
-    from huggingface_hub import snapshot_download
-    repository, _, revision = str(model).partition("@")
-
-    def download(patterns: list[str], revision: str | None) -> Path:
-        try:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-        except Exception as error:  # the hub's many errors all mean that the download failed
-            raise ValueError(f"--model {model}: no such folder, and the download failed: {error}") from None
-
-    folder = download([*HUB_FILES, SINGLE, INDEX], revision or None)
-    if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
-        # The folder is named after the commit; the branch may have moved since.
-        download(sorted(set(_weight_map(folder).values())), folder.name)
-    return folder
-
-
-def what_else(folder: Path) -> str:
-    """What a user can do about a folder without weights that can be loaded."""
-    if (folder / "adapter_config.json").is_file():
-        return ("it holds an adapter; merge it into its base model (peft's merge_and_unload and "
-                "save_pretrained) and give the folder of the result")
-    return ("a checkpoint folder needs config.json, tokenizer.json and *.safetensors; weights in another "
-            "format, like pytorch_model.bin, can be converted with transformers' "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)")
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """The index of a checkpoint folder: tensor name -> name of a file in the folder. ValueError if it is
-    broken."""
-    index = folder / INDEX
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index}: weight_map must be an object of tensor names and their files")
-    for tensor, name in names.items():
-        # A leading slash splits off an empty name.
-        if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:
-            raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
-    return names
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -276,8 +218,8 @@ def weight_files(folder: str | Path) -> list[Path]:
             warn_once(f"{folder}: holds {SINGLE} and {INDEX}; {SINGLE} is read, as transformers does")
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}; {what_else(folder)}")
-    files = sorted({folder / name for name in _weight_map(folder).values()})
+        raise ValueError(f"{folder}: holds neither {SINGLE} nor {INDEX}")
+    files = sorted({folder / name for name in weight_map(folder).values()})
     if missing := [file.name for file in files if not file.is_file()]:
         raise ValueError(f"{folder}: {INDEX} names files that are not there: {', '.join(missing)}")
     return files
@@ -291,7 +233,7 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
     if files == [Path(folder) / SINGLE]:
         return stored_tensors(files)
     return stored_tensors(files, {name: Path(folder) / file for name, file in
-                                  _weight_map(Path(folder)).items()})
+                                  weight_map(Path(folder)).items()})
 
 
 def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[str, Stored]:

@@ -139,10 +139,10 @@ def test_a_regularizer(copy):
               "def z_loss(hidden: Tensor, head_weight: Tensor, coefficients: Tensor) -> Tensor:\n"
               "    return (coefficients * (hidden @ head_weight.T).float().logsumexp(-1) ** 2).sum()\n\n\n"
               "def kl_divergence(")
-    copy.edit("train.py", "    # optimization; the paper's values\n",
+    copy.edit("config.py", "    # optimization; the paper's values\n",
               "    z_weight: float = flag(0.0, \"adds this times the squared log-normalizer\", least=0)\n"
               "    # optimization; the paper's values\n")
-    copy.edit("train.py", "step_record, sums_by_kind)\n", "step_record, sums_by_kind, z_loss)\n")
+    copy.edit("train.py", "step_record, sums_by_kind\n", "step_record, sums_by_kind, z_loss\n")
     copy.edit("train.py", "    if log_untrained:",
               "    if config.z_weight:\n"
               "        statistics[\"z\"] = z_loss(hidden[trained], head, batch.coefficients[trained])\n"
@@ -168,9 +168,9 @@ def test_the_optimizer(copy):
 
 def test_the_schedule_and_which_spans_count(copy):
     copy.edit("train.py", '"constant": 1.0}', '"constant": 1.0, "half": 0.5}')
-    copy.edit("train.py", 'choices=("linear", "cosine", "constant")',
+    copy.edit("config.py", 'choices=("linear", "cosine", "constant")',
               'choices=("linear", "cosine", "constant", "half")')
-    copy.edit("loss.py", '    "lm": {TEMPLATE', '    "questions": {INSTRUCTION: 1.0},\n    "lm": {TEMPLATE')
+    copy.edit("config.py", '    "lm": {TEMPLATE', '    "questions": {INSTRUCTION: 1.0},\n    "lm": {TEMPLATE')
     copy.run(dict(out="new", schedule="half", warmup_ratio=0, loss="questions", lr=0.01))
     for step in copy.metrics("new"):
         assert step["lr"] == 0.005
@@ -188,9 +188,9 @@ def test_a_weight_by_message(copy):
               '**({"weight": weights.pop()} if weights and weights != {1} else {})}')
     copy.edit("chat.py", '        kind = CONTEXT if messages[i].get("weight") == 0 else',
               '        kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
-    copy.edit("loss.py", "    weights = np.zeros(len(KINDS))\n",
+    copy.edit("config.py", "    weights = np.zeros(len(KINDS))\n",
               "    weights = np.zeros(len(KINDS))\n    weights[LIGHT] = 0.5\n")
-    copy.edit("loss.py", "from chat import COMPLETION,", "from chat import LIGHT, COMPLETION,")
+    copy.edit("config.py", "from chat import COMPLETION,", "from chat import LIGHT, COMPLETION,")
     for name in ("full", "half"):
         with open(copy.data / f"{name}.jsonl", "w") as out:
             for line in (copy.data / "train.jsonl").read_text().splitlines():

@@ -15,7 +15,8 @@ from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_templa
 from records import read_records
 from runtime.tokenizer import Tokenizer
 from data import Steps, collate, load_dataset, plan
-from loss import coefficients, span_weights
+from config import span_weights
+from loss import coefficients
 from tiny import make_model, make_records
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

@@ -14,7 +14,7 @@ import forks
 from chat import load_template
 from runtime.tokenizer import Tokenizer
 from data import load_dataset, plan
-from loss import span_weights
+from config import span_weights
 from runtime import distributed
 from tiny import (ROOT, arguments, command, difference, make_records, metrics, run_here, run_many, run_script,
                   setup, weights)

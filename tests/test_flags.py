@@ -1,5 +1,6 @@
 """Flags: one check for the command line and for --config's file, and names that could mean something else."""
 import json
+import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
     ("files", [1], r"--files \[1\]: must be one name or a list"), ("files", {"a": 1}, "--files"),
     ("files", [""], "--files"), ("fast", "no", '--fast "no": must be true or false'), ("fast", 1, "--fast 1"),
     ("tidy", "no", '--tidy "no": must be true or false'), ("tidy", None, ""),
-    ("delete", "no", ""), ("unheard_of", 1, "unknown flags 'unheard_of'")])
+    ("delete", "no", ""), ("unheard_of", 1, "unknown flags:\n  unheard_of 1: unrecognized")])
 def test_a_config_file_passes_the_checks_of_the_flags(tmp_path, name, value, says):
     if not says:
         assert given(tmp_path, {name: value}) == {}
@@ -69,6 +70,51 @@ def test_what_a_config_file_says_is_what_a_command_line_says(tmp_path):
     for broken in ("[]", "{", '"text"', '{"rate": 1, "rate": 2}', '{"rate": 1, "--rate": 2}'):
         with pytest.raises(ValueError, match="--config .*config.json: "):
             given(tmp_path, broken)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("c.toml", 'rate = 1e-4\nshare = 0\ncount = 7\nfiles = ["one"]\nfast = true\n"--name" = 2026-01-05\n'),
+    ("c.yaml", "rate: 1e-4\nshare: 0\ncount: 7\nfiles: [one]\nfast: yes\n--name: 2026-01-05\nmode: ~\n"),
+    ("c.YML", "{rate: 1e-4, share: 0, count: '7', files: one, fast: true, name: '2026-01-05'}")])
+def test_toml_and_yaml_say_what_json_says(tmp_path, name, text):
+    """YAML 1.1 takes 1e-4 for text, and both take a date for a date."""
+    (tmp_path / name).write_text(text)
+    assert given_flags(Some, ["--config", str(tmp_path / name)], "some.py", "") == {
+        "rate": 1e-4, "share": 0.0, "count": 7, "files": ["one"], "fast": True, "name": "2026-01-05"}
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("README.md", b"# A title\n", "is not JSON .nor .toml or .yaml by its name., or is cut off: Expecting"),
+    ("c.json", b'{"rate": 1,', "is not JSON, or is cut off: Expecting"), ("c.json", b" \n", "is empty"),
+    ("c.json", b"\xff\xfe\x00", "is not JSON, or is cut off: .*decode"),
+    ("c.json", b'{"rate": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "recursion"),
+    ("c.json", b" " * 2**20 + b"{}", "has more than 1,048,576 bytes"),
+    ("c.toml", b"rate = \n", "is not TOML, or is cut off"),
+    ("c.toml", b"rate = 1\nrate = 2\n", "is not TOML"),
+    ("c.toml", b"[run]\nrate = 1\n", "unknown flags:\n  run: unrecognized"),
+    ("c.yaml", b"rate: [1\n", "is not YAML"),
+    ("c.yaml", b"rate: 1\nrate: 2\n", "rate is given more than once"),
+    ("c.yaml", b"- rate\n", "must be one mapping"),
+    ("c.yaml", b"rate: !!python/name:os.system\n", "is not YAML"),
+    ("c.yaml", b"count: 2026-01-05 10:00:00\n", "--count 2026-01-05T10:00:00: must be a whole number"),
+    ("folder", None, "is a folder; give a file"), ("nowhere", "", "No such file")])
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
+    file = tmp_path / name
+    if content is None:
+        file.mkdir()
+    elif content:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"--config {file}: .*{says}") as caught:
+        given_flags(Some, ["--config", str(file)], "some.py", "")
+    if "unknown" not in says:
+        assert "\n" not in str(caught.value)
+
+
+def test_yaml_without_pyyaml_says_what_else_will_do(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("rate: 1")
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ValueError, match="pip install pyyaml; or write it as JSON or TOML"):
+        given_flags(Some, ["--config", str(tmp_path / "c.yaml")], "some.py", "")
 
 
 def test_deleting_and_resuming_are_never_read_from_a_file(tmp_path):
@@ -113,7 +159,8 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
                          if f.type in (bool, bool | None) else ["prompt=a", "input=b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
-            if name not in ("overwrite", "resume", "device", "eval_generate")} | {"mix": ["prompt=a=1", "input=b=0.5"]}
+            if name not in ("overwrite", "resume", "device", "eval_generate")}
+    kept["mix"] = ["prompt=a=1", "input=b=0.5"]
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept

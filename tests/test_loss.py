@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE
 from data import Batch
 from kernels import head as head_kernels
-from loss import _hash, coefficients, kl_divergence, neftune_noise, span_weights, sums_by_kind
+from config import span_weights
+from loss import _hash, coefficients, kl_divergence, neftune_noise, sums_by_kind
 
 
 # One document, tokens:  <u> name a plum </u> <a> red </a>      targets are all but the first

@@ -475,7 +475,7 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(losses=["it", "imm"]), "--losses imm: must be one of it, im, lm"),
     (dict(losses=["it", "im:word"]), "--losses im:word: must be one of"),
     (dict(losses=["it", "it"]), "--losses it: is given twice"),
-    (dict(variants="a=--loss im --loss-of 3"), "contender a: unrecognized arguments: --loss-of 3"),
+    (dict(variants="a=--loss im --loss-of 3"), "contender a: --loss-of 3: unrecognized"),
     (dict(variants="a=--epochs 3"), "contender a: --epochs must be the same for all contenders"),
     (dict(variants="a b=--loss im"), "--variants a b=--loss im: write NAME="),
     (dict(variants="again=--loss im"), "contender again: has the flags of im"),

@@ -1,5 +1,4 @@
-"""A checkpoint folder's weights in and out: against transformers, in shards, damaged, from the hub."""
-import fnmatch
+"""A checkpoint folder's weights in and out: against transformers, in shards, damaged."""
 import json
 import math
 import shutil
@@ -11,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from model import load_model, stored_weights
-from references import SIZES, make_reference, same_as_transformers
+from references import make_reference, same_as_transformers
 from runtime import weights as weight_files
 from runtime.model_config import read_config
-from runtime.weights import EMBEDDING, HEAD, model_fingerprint, resolve_model, save_model
+from runtime.weights import EMBEDDING, HEAD, model_fingerprint, save_model
 from tiny import flip_a_bit, make_model, run_script
 
 @pytest.mark.parametrize("name", ["llama2-gqa-tied", "llama1-mha", "qwen3"])
@@ -253,79 +252,6 @@ def test_an_unreadable_file_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="model.safetensors: not a readable"):
         load_model(tmp_path)
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A stand-in for the hub, with one repository; got: files that were downloaded."""
-    class Hub:
-        repository, got, revisions = tmp_path / "repository", set(), []
-
-        def snapshot_download(self, repository: str, revision: str | None, allow_patterns: list[str]) -> str:
-            assert repository == "owner/name"
-            snapshot = tmp_path / "snapshots" / "c0ffee"
-            snapshot.mkdir(parents=True, exist_ok=True)
-            self.revisions.append(revision)
-            for file in self.repository.rglob("*"):
-                name = file.relative_to(self.repository).as_posix()
-                if file.is_file() and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
-                    self.got.add(name)
-                    (snapshot / name).write_bytes(file.read_bytes())
-            return str(snapshot)
-
-    hub = Hub()
-    hub.repository.mkdir()
-    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-    return hub
-
-
-NEEDED = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-          "chat_template.jinja"}
-
-
-@pytest.mark.parametrize("shards", [False, True])
-def test_of_a_hub_repository_only_what_is_read_is_downloaded(shards, hub):
-    make_reference("qwen2").save_pretrained(hub.repository, max_shard_size=20_000 if shards else "1GB")
-    weights = {file.name for file in hub.repository.glob("*.safetensors*")}
-    for name in (*NEEDED, "consolidated.safetensors", "model.fp16.safetensors",
-                 "model-00009-of-00009.safetensors", "adapter_model.safetensors", "pytorch_model.bin",
-                 "model.gguf", "onnx/model.onnx",
-                 "onnx/config.json", "trainer_state.json", "README.md"):
-        (hub.repository / name).parent.mkdir(exist_ok=True)
-        if not (hub.repository / name).exists():
-            (hub.repository / name).write_text("{}")
-    folder = resolve_model("owner/name@v1.0")
-    assert hub.got == NEEDED | weights
-    assert hub.revisions == (["v1.0", "c0ffee"] if shards else ["v1.0"])
-    load_model(folder)
-    assert resolve_model(folder) == folder
-
-
-def test_a_hub_id_without_revision_and_a_failed_download(hub, tmp_path, monkeypatch):
-    make_reference("qwen2").save_pretrained(hub.repository)
-    resolve_model("owner/name")
-    assert hub.revisions == [None]
-    with pytest.raises(ValueError, match="no such folder"):
-        resolve_model(tmp_path / "nowhere" / "at" / "all")
-
-    def fail(*a: object, **k: object) -> None:
-        raise OSError("404")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(ValueError, match="--model owner/name: no such folder, and the download failed: 404"):
-        resolve_model("owner/name")
-
-
-@pytest.mark.parametrize("files, says", [
-    (["adapter_config.json", "adapter_model.safetensors"], "holds an adapter; merge it into its base model"),
-    (["config.json", "adapter_config.json", "adapter_model.safetensors"], "holds an adapter; merge it"),
-    (["config.json", "pytorch_model.bin"], "neither .* like pytorch_model.bin, can be converted"),
-    (["config.json", "pytorch_model.bin.index.json"], "neither .* like pytorch_model.bin, can be converted")])
-@pytest.mark.parametrize("where", ["folder", "hub"])
-def test_adapters_and_other_formats_are_refused_with_what_to_do(where, files, says, hub):
-    for name in files:
-        (hub.repository / name).write_text(json.dumps({"model_type": "llama", **SIZES}))
-    with pytest.raises(ValueError, match=says):
-        load_model(resolve_model("owner/name" if where == "hub" else hub.repository))
 
 
 # ---------------------------------------------------------------- ranks, fingerprints

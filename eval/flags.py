@@ -1,0 +1,105 @@
+"""Flags of the evaluation commands, and their errors before PyTorch is imported, which takes seconds.
+
+    args = parse_args(argv)                 # with a Parser; each command has its own
+    answer_command(__name__, parse_args)    # and only then the imports that need PyTorch
+"""
+import argparse
+import math
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from chat import TEMPLATES
+from config import CACHE_DIR
+from runtime import flags
+from runtime.model_folder import check_model
+from runtime.start import answer_flags
+
+LOOKUP = 3      # the most tokens that are guessed for a document in a step of generation
+
+
+def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespace]) -> None:
+    """In the command itself (name is its __name__), end with one line if parse_args() raises ValueError for
+    the flags, or if a --model cannot be used."""
+    def check(argv: list[str]) -> None:
+        models = getattr(parse_args(argv), "model", [])
+        for model in [models] if isinstance(models, str) else models:
+            check_model(model)
+
+    answer_flags(name, check)
+
+
+class Parser(flags.Parser):
+    """Of an evaluation command."""
+
+    def __init__(self, module: str, doc: str) -> None:
+        super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0],
+                         allow_abbrev=False)
+
+    def add_model_flags(self, several: bool = False) -> None:
+        self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
+                          help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
+        self.add_common_flags()
+
+    def add_columns_flag(self) -> None:
+        self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME",
+                          help="fields of the records under other names, such as prompt=query "
+                               "completion=reply")
+
+    def add_common_flags(self) -> None:
+        self.add_argument("--template", default="auto",
+                          help="chat template: auto (the checkpoint's own), "
+                               f"{', '.join(TEMPLATES)} or FILE.jinja")
+        self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
+        self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+        self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+        self.add_argument("--json", metavar="FILE", help="write the result there too")
+
+
+def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float | tuple[float, float]
+                 ) -> None:
+    """ValueError that names the flag: a number outside its limits, `least` or (least, most); an output file
+    that could not be written, or that is another flag's file and would be lost."""
+    for name, limit in limits.items():
+        value = getattr(args, name)
+        least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
+        # Written so that NaN fails.
+        if value is not None and not least <= value <= most:
+            bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bounds}")
+    # Now, not when all has been computed.
+    for name in files:
+        file = getattr(args, name)
+        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
+            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
+        for other, value in vars(args).items() if file else ():
+            named = value if isinstance(value, list) else [value]
+            if other != name and os.path.realpath(file) in (
+                    os.path.realpath(each) for each in named if isinstance(each, str) and each):
+                raise ValueError(f"--{name.replace('_', '-')} {file}: --{other.replace('_', '-')} names this "
+                                 "file, too; give another")
+
+
+def add_data_flags(parser: Parser) -> None:
+    """The flags that load_data, evaluate and compare need, other than --data."""
+    parser.add_columns_flag()
+    parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
+    parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
+                        help="what to do with longer ones")
+    parser.add_argument("--micro-batch-tokens", type=int, default=4096,
+                        help="tokens of one forward pass; changes memory and speed only")
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenized data is kept between runs")
+    add_bootstrap_flags(parser)
+
+
+def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--bootstrap", type=int, default=2000, help="resamples for the intervals; 0: none")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the resamples")
+
+
+def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
+    """check_values() for these flags too."""
+    check_values(args, files, bootstrap=0, seed=0, **least)
+    if not 0 < args.confidence < 1:
+        raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")

@@ -1,0 +1,89 @@
+"""What a program does before it imports PyTorch, which takes seconds: it finds out which rank it is, ends
+with one line at Ctrl-C, and answers --help and wrong flags.
+
+    from runtime.start import answer_flags, answer_interrupts
+    if __name__ == "__main__":
+        answer_interrupts()
+    from config import parse_args           # only what the flags need
+    answer_flags(__name__, parse_args)
+    import torch                            # and everything else
+"""
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+# ---------------------------------------------------------------- Ctrl-C
+
+
+def _end(*_: object) -> None:
+    # Nothing is raised: an import may swallow exceptions, or print them from a callback. Nothing is open yet
+    # that would have to be closed.
+    if is_main():
+        os.write(2, b"error: interrupted before anything was done\n")
+    os._exit(128 + signal.SIGINT)
+
+
+def answer_interrupts() -> None:
+    """From now on Ctrl-C ends this process with one line and status 130. A program that is to ignore Ctrl-C,
+    as one that a shell started in the background, goes on ignoring it."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
+
+def raise_interrupts() -> None:
+    """From now on Ctrl-C raises KeyboardInterrupt again, because there is something to clean up."""
+    if signal.getsignal(signal.SIGINT) is _end:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# ---------------------------------------------------------------- wrong flags
+
+
+def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
+    """In the program itself (name is its __name__), end with one line and status 1 if check(argv) raises
+    ValueError for the flags."""
+    if name != "__main__":
+        return
+    try:
+        check(sys.argv[1:])
+    except ValueError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr)
+            tell_torchrun(str(error))
+        else:
+            # Rank 0 has the same error; torchrun ends the others when it has reported.
+            time.sleep(5)
+        sys.exit(1)
+
+
+def tell_torchrun(line: str) -> None:
+    """Hand torchrun, if it started this process, the error to print last, below its own traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # Whole seconds decide which rank failed first. The others fail as soon as this one is gone, often
+        # within the same second.
+        began = str(int(time.time()) - 1)
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {
+                "message": f"error: {line}", "extraInfo": {"timestamp": began}}}))

@@ -1,0 +1,85 @@
+"""Flags of other trainers, on the command line and in a config file: each is answered by what does it."""
+import dataclasses
+import json
+import re
+
+import pytest
+
+import train
+from eval.flags import Parser
+from runtime.flags import flag_name
+from runtime.habits import HABITS, answer
+from tiny import flags
+
+OWN = {name for field in dataclasses.fields(train.Config)
+       for name in (flag_name(field.name), flag_name(f"no-{field.name}"))}
+
+
+def refusal(argv: list[str]) -> str:
+    with pytest.raises(ValueError) as caught:
+        train.parse_args(argv)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--learning-rate 2e-5", "here it is --lr 2e-5"), ("--learning_rate=2e-5", "here it is --lr 2e-5"),
+    ("--per-device-train-batch-size 4", "here --batch-size is the examples of a\n"),
+    ("--gradient-accumulation-steps 8", "not needed; a step has --batch-size\n"),
+    ("--num-train-epochs 3", "here it is --epochs 3"),
+    ("--max-seq-length 512", "here it is --max-length 512"),
+    ("--cutoff_len 512", "here it is --max-length 512"), ("--packing", "always so"),
+    ("--sample_packing true", "always so"), ("--use-peft", "not done; all weights are trained"),
+    ("--lora-r 16", "not done; all weights are trained"), ("--lora_target all", "not done"),
+    ("--load-in-4bit", "not done; all weights are trained"),
+    ("--report-to wandb", "here it is --track wandb"),
+    ("--dataset-name owner/set", "here it is --train-data owner/set"),
+    ("--deepspeed z3.json", "here it is --shard, under torchrun"),
+    ("--model_name_or_path m", "here it is --model m"), ("--bf16", "here it is --dtype bf16, the default"),
+    ("--bf16 False", "here it is --dtype fp32"), ("--completion-only-loss True", "here it is --loss it"),
+    ("--assistant-only-loss", "here it is --loss it"), ("--train_on_inputs false", "here it is --loss it"),
+    ("--train_on_inputs true", "here it is --loss im"),
+    ("--neftune-noise-alpha 5", "here it is --neftune-alpha 5"),
+    ("--warmup-steps 10", "here it is --warmup-ratio"), ("--adam_beta2 0.99", "here it is --beta2 0.99"),
+    ("--batch_size 4", "here it is --batch-size 4"), ("--no_compile", "here it is --no-compile"),
+    ("--bach-size 4", "unrecognized; is --batch-size meant?"), ("--frobnicate", "unrecognized\n")])
+def test_a_flag_of_another_trainer_is_answered_with_the_one_that_does_it_here(argv, says):
+    message = refusal(argv.split())
+    assert message.startswith(f"{argv.replace('=', ' ')}: {says}"), message
+    assert message.endswith("\n(train.py --help lists the flags)")
+
+
+def test_all_wrong_flags_are_answered_at_once_before_a_missing_one():
+    message = refusal(flags(learning_rate=1, use_peft=True, frobnicate=2))
+    assert [line.split(":")[0].strip() for line in message.splitlines()[:3]] == [
+        "--learning-rate 1", "--use-peft", "--frobnicate 2"]
+    parser = Parser("spans", "")
+    parser.add_model_flags()    # --model is required
+    with pytest.raises(ValueError, match="--model_name_or_path m: here it is --model m"):
+        parser.parse_args(["--model_name_or_path", "m"])
+    # It has no --lr.
+    with pytest.raises(ValueError, match="--learning-rate 1: unrecognized\n"):
+        parser.parse_args(["--model", "m", "--learning-rate", "1"])
+
+
+@pytest.mark.parametrize("ending, write", [
+    (".json", json.dumps),
+    (".toml", lambda pairs: "\n".join(f"{k} = {json.dumps(v)}" for k, v in pairs.items())),
+    (".yaml", lambda pairs: "\n".join(f"{k}: {json.dumps(v)}" for k, v in pairs.items()))])
+def test_the_same_names_in_a_config_file_are_answered_alike(tmp_path, ending, write):
+    pairs = {"learning_rate": 2e-5, "train_on_inputs": False, "adapter": "lora"}
+    (tmp_path / f"c{ending}").write_text(write(pairs))
+    message = refusal(["--config", str(tmp_path / f"c{ending}")])
+    for line in ("learning_rate 2e-05: here it is --lr 2e-05", "train_on_inputs False: here it is --loss it",
+                 "adapter lora: not done; all weights are trained"):
+        assert f"\n  {line}" in message
+
+
+@pytest.mark.parametrize("name", HABITS)
+def test_every_answer_fits_80_columns_and_names_flags_that_exist(name):
+    given = name.replace("*", "x")
+    assert f"--{given}" not in OWN, "an own flag needs no answer"
+    for value in (None, "true", "false", "0.00002"):
+        text = answer(f"--{given}", value, OWN)
+        assert "unrecognized" not in text and "{" not in text
+        assert max(map(len, f"error: {text}".splitlines())) <= 80
+        assert {*re.findall(r"--[a-z][a-z0-9-]*", text.split(":", 1)[1])} <= OWN

@@ -1,0 +1,113 @@
+"""The first seconds of a program, as a user sees them: --help, wrong flags and Ctrl-C, before PyTorch."""
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.start import answer_interrupts, raise_interrupts
+from tiny import ROOT, command
+
+COMMANDS = sorted(file.stem for file in (ROOT / "eval").glob("*.py") if "    run(main)" in file.read_text())
+PROGRAMS = {"train.py": ["train.py"], **{name: ["-m", f"eval.{name}"] for name in COMMANDS}}
+
+
+def start(argv: list[str], **env: str) -> subprocess.CompletedProcess:
+    """As from a terminal: a test in the background ignores Ctrl-C, and its children would too."""
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, **env}, preexec_fn=lambda: signal.signal(
+                              signal.SIGINT, signal.SIG_DFL))
+
+
+def imported(stderr: str) -> set[str]:
+    return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.M))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_wrong_flag_is_answered_before_pytorch_is_imported(program):
+    done = start(["-X", "importtime", *PROGRAMS[program], "--frobnicate", "1"])
+    assert done.returncode == 1 and "\nerror: --frobnicate 1: unrecognized\n" in done.stderr
+    assert "json" in imported(done.stderr) and "torch" not in imported(done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0\n"),
+    (["--config", "nowhere"], "error: --config nowhere: No such file or directory\n"),
+    (["--model", "/nowhere", "--train-data", "x.jsonl"],
+     "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),
+    (["--model", "quickstart/model", "--train-data", "nowhere.jsonl"],
+     "error: --train-data nowhere.jsonl: no such file\n"),
+    (["--completion-weight", "0", "--loss", "it"],
+     "error: all span weights are 0, so there is nothing to train; raise --completion-weight\n")])
+def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, says):
+    done = start(["-X", "importtime", "train.py", *argv])
+    assert done.returncode == bool(says) and "torch" not in imported(done.stderr)
+    assert re.sub(r"^import time:.*\n", "", done.stderr, flags=re.M) == says
+    assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
+
+
+def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_come_before_pytorch():
+    for argv, says in ((["study", "--losses", "rl", "--eval-data", "x.jsonl"], "--losses rl: must be one of"),
+                       (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder")):
+        done = start(["-X", "importtime", "-m", f"eval.{argv[0]}", *argv[1:]])
+        assert f"\nerror: {says}" in done.stderr and "torch" not in imported(done.stderr)
+
+
+@pytest.mark.parametrize("during", ["numpy", "torch"])
+@pytest.mark.parametrize("program", ["train.py", "spans"])
+def test_ctrl_c_during_imports_is_one_line(tmp_path, program, during):
+    """The module that is being imported presses it, and swallows what an import may swallow."""
+    (tmp_path / f"{during}.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\n    signal.pause()\n"
+        "except BaseException:\n    raise ImportError\n")
+    flags = {"train.py": [], "spans": ["--model", "quickstart/model", "--data", "quickstart/test.jsonl"]}
+    done = start([*PROGRAMS[program], *flags[program]], PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "error: interrupted before anything was done\n")
+    other = start([*PROGRAMS[program], *flags[program]], PYTHONPATH=str(tmp_path), RANK="1")
+    assert (other.returncode, other.stderr) == (130, "")
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it_and_cleaning_up_needs_the_exception():
+    for before, between, after in ((signal.SIG_IGN, signal.SIG_IGN, signal.SIG_IGN),
+                                   (signal.default_int_handler, None, signal.default_int_handler)):
+        signal.signal(signal.SIGINT, before)
+        answer_interrupts()
+        assert between in (None, signal.getsignal(signal.SIGINT))
+        assert (signal.getsignal(signal.SIGINT) is before) == (before is signal.SIG_IGN)
+        raise_interrupts()
+        assert signal.getsignal(signal.SIGINT) is after
+
+
+def test_torchrun_ends_with_the_error_of_the_rank():
+    """Below its own traceback."""
+    done = subprocess.run(command(["--learning-rate", "1"], ranks=2), capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1
+    end = done.stderr.rpartition("Root Cause (first observed failure):")[2]
+    assert "traceback : error: --learning-rate 1: here it is --lr 1\n" in end and "rank      : 0 " in end
+
+
+# ---------------------------------------------------------------- python -m eval
+
+
+def test_python_m_eval_lists_every_command_in_a_line_of_80_columns():
+    lines = start(["-m", "eval"]).stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == COMMANDS
+    assert max(map(len, lines)) <= 80
+    for line, name in zip(lines[2:], COMMANDS):
+        doc = ast.get_docstring(ast.parse(Path(ROOT, "eval", f"{name}.py").read_text()))
+        assert doc.startswith(line.split(maxsplit=1)[1].removesuffix("...").rstrip())
+    done = start(["-m", "eval", "look", "--show", "1"])
+    assert (done.returncode, done.stderr) == (1, "error: it is python -m eval.look, with a point\n")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_that_is_started_as_a_file_says_how_it_is_started(name):
+    done = start([f"eval/{name}.py", "--model", "x"])
+    assert done.returncode == 1
+    assert done.stderr == f"error: start it as a module, in the folder above: python -m eval.{name}\n"
