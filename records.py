@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
-from runtime.distributed import world_size
+from runtime.start import world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
                   "observation": "tool"}
