@@ -39,6 +39,7 @@ from chat import (COMPLETION, KINDS, Piece, Template, matches_serving, read_reco
 from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.machine import to_device
+from runtime.report import shorten
 
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
 
@@ -273,8 +274,8 @@ def _rendered(files: list[str], template: Template, progress: bool
               ) -> Iterator[tuple[list[Piece], int, int]]:
     """Yields each record's pieces, the number of its file, and its line."""
     for number, file in enumerate(files):
-        records = tqdm(read_records(file), f"tokenizing {Path(file).name}", unit=" records", leave=False,
-                       disable=not progress)
+        records = tqdm(read_records(file), f"tokenizing {shorten(file, 24)}", unit=" records",
+                       leave=False, dynamic_ncols=True, disable=not progress)
         for messages, line in records:
             with _naming(f"{file}:{line}"):
                 pieces = render(messages, template)

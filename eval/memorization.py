@@ -33,6 +33,7 @@ from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled
 from eval.common import Loaded, Parser, load, progress, run, start_ranks, write_json
 from eval.likelihood import shared_prefix
 from runtime.distributed import is_main
+from runtime.report import fit
 from runtime.weights import model_fingerprint, resolve_model
 
 METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
@@ -147,8 +148,9 @@ def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dic
 
 
 def print_result(result: dict, confidence: float) -> None:
-    print(f"{result['model']}: {result['records']:,} records; skipped {result['skipped_without_target']:,} "
-          f"without a target, {result['skipped_overlong']:,} too long")
+    print(fit(f"{result['model']}: {result['records']:,} records; skipped "
+              f"{result['skipped_without_target']:,} without a target, "
+              f"{result['skipped_overlong']:,} too long"))
     for metric, label in METRICS.items():
         bounds = result[f"{metric}_interval"]
         text = f"  {100 * confidence:g}% [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""

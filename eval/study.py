@@ -57,7 +57,7 @@ from runtime.distributed import join_ranks, world_size
 from runtime.files import lock, read_json, write_text
 from runtime.flags import check_flag, flag, flag_name, given_flags
 from runtime.folder import append_line, check_identity, launch
-from runtime.report import say
+from runtime.report import fit, say
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
 CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
@@ -243,7 +243,7 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
                          "give less")
     for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
         if both := len({*read_as_lines([file])} & {*records}):
-            say(f"warning: {both} record(s) of {file} are training records, too")
+            say(fit(f"warning: {both} record(s) of {file} are training records, too"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
     new[sample] = [records[i] for i in order[:max(config.train_sample, config.memorization)]]
