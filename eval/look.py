@@ -121,7 +121,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
             f"{span['tokens']:>12,}{span['mean']:>9.1f}{span['median']:>8.0f}{span['p95']:>8.0f}"
             f"{span['max']:>8,}")
     *presets, this_run = numbers["trained"].values()
-    say("\ntargets trained: " + ", ".join(f"{x:.1%} under {loss}" for loss, x in zip(PRESETS, presets))
+    say("\ntargets trained: " + ", ".join(f"{loss} {x:.1%}" for loss, x in zip(PRESETS, presets))
         + f"; this run {this_run:.1%}")
     say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"

@@ -74,7 +74,8 @@ def draw_curves(result: dict) -> object:
     scale is fitted to them, and the start may lie above."""
     from matplotlib.figure import Figure
     curves = result["curves"]
-    columns = min(3, len(curves))
+    # Two panels next to each other can still be read on a phone.
+    columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

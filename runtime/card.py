@@ -100,8 +100,9 @@ Held-out NLL in nats a token, at step {before["step"]} and step {after["step"]}:
 """
         if "exact_match" in after:
             text += f"\nExact match on {after['answers']:,} held-out answers: {after['exact_match']:.1%}.\n"
-    settings = ("max_steps" if config.max_steps else "epochs", "lr", "schedule", "warmup_ratio", "weight_decay", "beta1", "beta2", "adam_eps",
-                "clip_grad_norm", "neftune_alpha", "kl_weight", "max_length", "overlong", "dtype", "seed")
+    settings = ("max_steps" if config.max_steps else "epochs", "lr", "schedule", "warmup_ratio",
+                "weight_decay", "beta1", "beta2", "adam_eps", "clip_grad_norm", "neftune_alpha", "kl_weight",
+                "max_length", "overlong", "dtype", "seed")
     return text + f"""
 ## Settings
 

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -522,6 +523,15 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(folder, more, says):
     assert done.returncode == 1 and says in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
     assert not (folder / "wrong").exists()
+
+
+def test_the_exported_config_has_no_path_of_another_model(folder, tmp_path):
+    """transformers 4 writes the folder that a model was loaded from into config.json."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/a/b"}))
+    run_here(arguments(folder, "no-path", model=tmp_path / "model", max_steps=1))
+    assert "/home/a/b" not in (folder / "no-path" / "final" / "config.json").read_text()
 
 
 def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder):
