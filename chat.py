@@ -1,21 +1,22 @@
-"""Records -> messages -> spans -> tokens: layouts of records, chat templates, kinds of tokens.
+"""Messages -> spans -> tokens: chat templates, kinds of tokens. (records.py has where messages come from.)
 
-    for messages, line in read_records("train.jsonl"):
-        pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
-        ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
+    pieces = render(messages, template)         # [("<|user|>\n", TEMPLATE), ("2+2?", INSTRUCTION), ...]
+    ids, kinds = tokenize(pieces, tokenizer)    # one kind a token
 
 What differs from the usual way: spans are made by construction. A chat template is rendered around sentinels
 and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
 prefix.
 """
 import contextlib
-import gzip
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date
+from difflib import SequenceMatcher
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,194 +27,6 @@ KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
-
-# A message's switches in other trainers that decide whether it is trained, with the value that says yes.
-TRAINS = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0}
-# These and other switches, with the value that changes nothing here.
-NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
-                    "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
-# Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
-REFUSED = {
-    r"""(reasoning|thinking|thoughts?)(_\w+)?
-      | (tool|function)_calls?
-    """: "which this trainer does not render: write what the model should say into 'content'",
-    r"""(\w+_)?tools
-      | tool_choice | functions | documents | history
-      | (image|audio|video)s?(_urls?|_paths?)?
-      | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
-      | prefix | prefill | add_generation_prompt | continue_final_message
-    """: "which would not be trained as it is served: write it into the messages as text, or remove it",
-    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
-      | (\w+_)?loss_(mask|scale|weight)s?
-      | ((sample|example|token|turn)_)?weights?
-      | labels? | (chosen|rejected)(_\w+)?
-      | (is|do|no|to|should|compute|with)_?(train\w*|loss)
-      | supervised? | include | ignored? | skip(ped)? | channel
-    """: "which would change here what is trained: mark messages that are not to be trained with "
-         "\"weight\": 0, leave out records that are not, and remove the field",
-}
-
-# Fields whose text belongs to the conversation in one layout or another.
-CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix",
-                       "system_message", "developer")
-
-
-# ---------------------------------------------------------------- records -> messages
-
-
-def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
-    """Yield (messages, line) for every record of a .jsonl, .json or .jsonl.gz file. line counts from 1; in a
-    .json list it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages
-    that are not to be trained, and with the other fields of the record's messages, which the template may
-    read.
-
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-        {"prompt": "Hi", "completion": "Hello"}
-        {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
-        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
-
-    "train", "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other
-    fields that would change what is trained or served are refused (REFUSED). null means absent. A bad record
-    is a ValueError with file, line and what is wrong with it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
-        raise ValueError(f"{path}: unknown file type; records are read from .jsonl, .json and .jsonl.gz")
-    line = 0
-    try:
-        if path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
-            if not isinstance(records, list):
-                raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
-                                 "one record a line goes into a .jsonl file")
-            for line, record in enumerate(records, 1):
-                yield to_messages(record), line
-        else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for line, raw in enumerate(file, 1):
-                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                    if text.strip():
-                        yield to_messages(json.loads(text)), line
-    # JSON and Unicode errors are ValueErrors.
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
-
-
-def to_messages(record: dict) -> list[dict]:
-    """The messages of a record in any of the four layouts. Another layout is another branch here. ValueError
-    says what is wrong with the record."""
-    if not isinstance(record, dict):
-        raise ValueError(f"a record must be a JSON object, not {type(record).__name__}")
-    record = _present(record)
-    _refuse(record, "the record")
-    if "messages" in record:
-        messages = record["messages"]
-    elif "conversations" in record:
-        messages = _from_sharegpt(record["conversations"])
-    elif "prompt" in record and "completion" in record:
-        messages = [{"role": "user", "content": record["prompt"]},
-                    {"role": "assistant", "content": record["completion"]}]
-    elif "instruction" in record and "output" in record:
-        parts = [record["instruction"], record.get("input", "")]
-        if not all(isinstance(part, str) for part in parts):
-            raise ValueError("'instruction' and 'input' must be text")
-        messages = [{"role": "user", "content": "\n\n".join(filter(None, parts))},
-                    {"role": "assistant", "content": record["output"]}]
-    else:
-        raise ValueError("has none of the known layouts: 'messages', 'conversations', "
-                         "'prompt' + 'completion', 'instruction' + 'output'; "
-                         f"its fields are {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("holds no messages")
-    messages = _with_system_prompt(messages, record)
-    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
-    _check_messages(messages, record)
-    return messages
-
-
-def _from_sharegpt(turns: object) -> list[dict]:
-    """The messages of a record's 'conversations'."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError("'conversations' must be a list of {\"from\", \"value\"} objects")
-    messages = []
-    for number, turn in enumerate(map(_present, turns), 1):
-        role = turn.pop("from", turn.get("role"))
-        role = SHAREGPT_ROLES.get(str(role), role)
-        content = turn.pop("value", turn.get("content"))
-        if turn.get("role", role) != role or turn.get("content", content) != content:
-            raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
-                             "'content': keep one of them")
-        messages.append({**turn, "role": role, "content": content})
-    return messages
-
-
-def _with_system_prompt(messages: list, record: dict) -> list:
-    """The messages with the record's system prompt first. ValueError if they have another one."""
-    for field in ("system", "system_prompt"):
-        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
-        if record.get(field) and not given:
-            messages = [{"role": "system", "content": record[field]}, *messages]
-        elif record.get(field, "") not in ("", *given):
-            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
-    return messages
-
-
-def _check_messages(messages: list[dict], record: dict) -> None:
-    """ValueError if the record holds text that is in none of its messages."""
-    for field in CONVERSATION_FIELDS:
-        text = record.get(field)
-        if isinstance(text, str) and not any(text.strip() in m["content"] for m in messages):
-            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
-                             "write it into them, or remove the field")
-    if "messages" in record and record.get("conversations"):
-        raise ValueError("has both 'messages' and 'conversations': keep one of them")
-
-
-def _present(fields: dict) -> dict:
-    """The fields that are not null, which means absent."""
-    return {field: value for field, value in fields.items() if value is not None}
-
-
-def _refuse(fields: dict, owner: str) -> None:
-    """ValueError for a field that would change what is trained or served, unless its value is empty or
-    NEUTRAL."""
-    for field, value in fields.items():
-        if value in ("", [], {}) or field in NEUTRAL and value == NEUTRAL[field]:
-            continue
-        for pattern, reason in REFUSED.items():
-            if re.fullmatch(pattern, field, re.IGNORECASE | re.VERBOSE):
-                raise ValueError(f"{owner} has {field!r}, {reason}")
-
-
-def _message(message: dict, number: int) -> dict:
-    """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
-    wrong with it."""
-    if not isinstance(message, dict):
-        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
-    fields = _present(message)
-    role, content = fields.pop("role", None), fields.pop("content", None)
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
-    switches = {field: fields.pop(field) for field in TRAINS if field in fields}
-    for field, value in switches.items():
-        if value not in (0, 1):
-            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
-    weights = {int(value == TRAINS[field]) for field, value in switches.items()}
-    if len(weights) > 1:
-        raise ValueError(f"message {number} is to be trained and not to be trained: "
-                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
-    _refuse(fields, f"message {number}")
-    if not isinstance(content, str):
-        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
-    try:
-        (content + json.dumps(fields, ensure_ascii=False)).encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
-                         "which is not text") from None
-    return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -252,12 +65,30 @@ class Template:
         """A generated answer as a message's content: without the text that this template puts before one."""
         return answer.removeprefix(self.lead)
 
+    def expected(self, messages: list[dict]) -> str:
+        """What content() of a generated answer must be to equal the last of the messages, an assistant's."""
+        if not _holds_more_than_a_content(messages[-1]):
+            return messages[-1]["content"]
+        prompt = self(messages[:-1], add_generation_prompt=True)
+        written = self(messages)[len(prompt):].partition(self.end_of_turn)[0]
+        return self.content(_special_pattern(self.special).sub("", written))
+
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
-        """Render as transformers' apply_chat_template does.
+        """Render as transformers' apply_chat_template does. The first message may hold the record's "tools".
         ValueError with the template's own words if it refuses."""
+        shown = [{field: m[field] for field in m if field not in ("weight", "tools")} for m in messages]
         return render_jinja(
-            self.source, self.name, self.date, messages=messages, tools=None, documents=None,
+            self.source, self.name, self.date, messages=shown, tools=_tools(messages) or None, documents=None,
             add_generation_prompt=add_generation_prompt, **self.tokens)
+
+
+def _holds_more_than_a_content(message: dict) -> bool:
+    return bool(message.get("tool_calls") or message.get("reasoning_content"))
+
+
+def _tools(messages: list[dict]) -> list[dict]:
+    """The definitions of a record's tools, which its first message holds."""
+    return messages[0].get("tools", []) if messages else []
 
 
 # A conversation to try templates with.
@@ -352,49 +183,224 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     does not begin with that prompt, it starts at the content. The template is rendered once more for each
     assistant message, so time grows with the square of their number.
 
+    Tool calls and thoughts are COMPLETION, too. The definitions of a record's tools are SYSTEM: all text that
+    the template does not write without them.
+
     ValueError if the template refuses the messages, or if its text cannot be taken apart into them because it
     drops, repeats or rewrites a message: better no example than a wrong mask.
     """
-    shown = [{field: value for field, value in m.items() if field != "weight"} for m in messages]
     special = _special_pattern(template.special)
-    others = [{field: m[field] for field in m if field not in ("role", "content")} for m in shown]
-    if any(others) and (token := special.search(str(others))):
-        # This matters only if the template reads the field.
-        if template(shown) != template([{"role": m["role"], "content": m["content"]} for m in shown]):
-            raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
-                             f"special token {token[0]!r}, which would not stay text there: remove it")
-    text = template(shown, add_generation_prompt)
-    literals, contents = _take_apart(text, shown, template, add_generation_prompt)
+    text = template(messages, add_generation_prompt)
+    messages = _without_dropped_thoughts(messages, template, text, add_generation_prompt)
+    # The template composes these answers of several parts, in its own way.
+    composed = {i for i, m in enumerate(messages) if _holds_more_than_a_content(m)}
+    _refuse_special_tokens(messages, template, composed)
+    try:
+        parts = _take_apart(text, messages, template, add_generation_prompt, composed)
+    except ValueError:
+        # A template such as Qwen3's looks for the thoughts in a content.
+        thinking = {i for i, m in enumerate(messages) if m["role"] == "assistant" and
+                    THOUGHTS.fullmatch(m["content"]) and not special.search("\n".join(_thoughts(m)))}
+        if thinking <= composed:
+            raise
+        composed |= thinking
+        parts = _take_apart(text, messages, template, add_generation_prompt, composed)
+    literals, contents, without_tools = parts
+
+    # Where literals and contents begin, in turn, and the kind of each character.
+    borders = [0]
+    for literal, content in zip(literals, [*contents, ""]):
+        borders += [borders[-1] + len(literal), borders[-1] + len(literal) + len(content or "")]
+    kinds = bytearray([TEMPLATE]) * len(text)
+
+    def mark(start: int, end: int, kind: int) -> None:
+        kinds[start:end] = bytes([kind]) * (end - start)
+
+    definitions = ""
+    for position, literal, without in zip(borders[::2], literals, without_tools):
+        for start, end in _definitions(literal, without, template):
+            mark(position + start, position + end, SYSTEM)
+            definitions += literal[start:end]
+    _check_definitions(messages, template, definitions)
+    end_of_last = 0
+    for i, message in enumerate(messages):
+        position, start, end = borders[2 * i:2 * i + 3]
+        kind = CONTEXT if message.get("weight") == 0 else ROLES[message["role"]]
+        if message["role"] == "assistant":
+            next_content = next((borders[2 * j + 1] for j in range(i + 1, len(messages))
+                                 if contents[j] is not None), len(text))
+            if i in composed:
+                start, end = _composed_answer(messages, i, template, text, max(position, end_of_last),
+                                              next_content)
+            elif contents[i] is not None:
+                start = position + _start_of_answer(messages[:i], template, text, position,
+                                                    end_of_last - position, literals[i], contents[i])
+                end += _end_of_answer(text[end:next_content], template)
+            end_of_last = end
+        mark(start, end, kind)
+
     pieces: list[Piece] = []
+    for i, (start, end) in enumerate(pairwise(borders)):
+        # Only literals, which have even numbers, hold special tokens.
+        for j, part in enumerate(special.split(text[start:end]) if i % 2 == 0 else [text[start:end]]):
+            # Runs of one kind.
+            for run in re.finditer(rb"(.)\1*", kinds[start:start + len(part)], re.DOTALL):
+                pieces.append(Piece(part[run.start():run.end()], run[0][0], special=j % 2 == 1))
+            start += len(part)
+    return pieces
 
-    def add(text: str, kind: int) -> None:
-        pieces.extend(Piece(token, kind, special=i % 2 == 1) for i, token in enumerate(special.split(text)))
 
-    # Where in the text the literal begins, and the kind of the answer that it ends, if any.
-    position, answer_kind = 0, None
-    for i, (literal, content) in enumerate(zip(literals, [*contents, None])):
-        end = 0
-        if answer_kind is not None:
-            end = _end_of_answer(literal, template)
-            add(literal[:end], answer_kind)
-        if content is None:
-            # The end of the text, or an empty message that the template left out, literal and all.
-            add(literal[end:], TEMPLATE)
-            continue
-        role = messages[i]["role"]
-        kind = CONTEXT if messages[i].get("weight") == 0 else ROLES[role]
-        start, answer_kind = len(literal), None
-        if role == "assistant":
-            start = _start_of_answer(shown[:i], template, text, position, end, literal, content)
-            answer_kind = kind
-        add(literal[end:start], TEMPLATE)
-        add(literal[start:], kind)
-        # The generation prompt may end inside the content ("<think>").
-        start_in_content = max(0, start - len(literal))
-        pieces.append(Piece(content[:start_in_content], TEMPLATE))
-        pieces.append(Piece(content[start_in_content:], kind))
-        position += len(literal) + len(content)
-    return [piece for piece in pieces if piece.text]
+def _refuse_special_tokens(messages: list[dict], template: Template, composed: set[int]) -> None:
+    """ValueError if the template writes a special token that one of the messages' fields spells: it could not
+    be told from the template's own. Contents are safe, except those of composed answers."""
+    fields = [[m[field] for field in m if field not in ("role", "content", "weight")] for m in messages]
+    # The template writes the tags around thoughts itself, so they may be special tokens.
+    contents = [_thoughts(messages[i]) for i in composed]
+    token = _special_pattern(template.special).search(str([fields, contents]))
+    # This matters only if the template reads the field.
+    if token and template(messages) != template([{"role": m["role"], "content": m["content"]}
+                                                 for m in messages]):
+        raise ValueError(f"template {template.name} reads a field besides 'content' that holds the "
+                         f"special token {token[0]!r}, which would not stay text there: remove it")
+
+
+# An answer with thoughts: they, and what is said. In some templates the generation prompt opens them.
+THOUGHTS = re.compile(r"\s*(?:<think>)?(.*?)</think>(.*)", re.DOTALL)
+
+
+def _thoughts(message: dict) -> tuple[str, str]:
+    """What an answer thinks, and what it says."""
+    thoughts, said = found.groups() if (found := THOUGHTS.fullmatch(message["content"])) else (
+        "", message["content"])
+    return message.get("reasoning_content", thoughts), said
+
+
+def _without_dropped_thoughts(messages: list[dict], template: Template, text: str,
+                              add_generation_prompt: bool) -> list[dict]:
+    """The messages without the thoughts of answers before the last question, if the template leaves them out
+    of the text, as it does when they are served."""
+    question = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=0)
+    thinking = {i for i, m in enumerate(messages[:question]) if m["role"] == "assistant" and _thoughts(m)[0]}
+    for strip in (str, lambda said: said.lstrip("\n"), str.strip) if thinking else ():
+        shorter = [{field: m[field] for field in m if field != "reasoning_content"}
+                   | {"content": strip(_thoughts(m)[1])} if i in thinking else m
+                   for i, m in enumerate(messages)]
+        if template(shorter, add_generation_prompt) == text:
+            return shorter
+    return messages
+
+
+def _definitions(literal: str, without: str, template: Template) -> Iterator[tuple[int, int]]:
+    """Where in a literal the definitions of the record's tools stand, as (start, end): what the template
+    writes only if there are tools. without: the same literal without tools. Special tokens are left out."""
+    if literal == without:
+        return
+    special = _special_pattern(template.special)
+
+    def units(text: str) -> list[str]:
+        """Special tokens, newlines, and what stands between them."""
+        return [unit for i, part in enumerate(special.split(text))
+                for unit in ([part] if i % 2 else re.findall(r"\n|[^\n]+", part))]
+
+    tokens = units(literal)
+    matcher = SequenceMatcher(lambda unit: unit == "\n", units(without), tokens, autojunk=False)
+    inserted = {j for tag, _, _, first, last in matcher.get_opcodes() if tag != "equal"
+                for j in range(first, last)}
+    position = 0
+    for j, token in enumerate(tokens):
+        if j in inserted and not special.fullmatch(token):
+            yield position, position + len(token)
+        position += len(token)
+
+
+def _check_definitions(messages: list[dict], template: Template, definitions: str) -> None:
+    """ValueError if the definitions of the record's tools, as rendered, leave one out."""
+    for tool in _tools(messages):
+        name = tool.get("function", tool)["name"]
+        if name not in definitions:
+            raise ValueError(f"template {template.name} leaves out the definition of the tool {name!r}: "
+                             "give a --template that writes 'tools', or remove them from the record")
+
+
+def _composed_answer(messages: list[dict], i: int, template: Template, text: str, first: int, limit: int
+                     ) -> tuple[int, int]:
+    """(start, end) in the text of answer i, whose tool calls or thoughts the template places itself: from the
+    end of its generation prompt to the first token that ends a turn. It must stand in text[first:limit].
+    ValueError if it does not, or if something that it holds is left out."""
+    message, special = messages[i], _special_pattern(template.special)
+    place = f"template {template.name} writes message {i + 1}"
+    if message.get("weight") != 0 and _thoughts(message)[0].strip() not in text:
+        raise ValueError(f"template {template.name} drops the thoughts of message {i + 1}, which would not "
+                         "be trained: give a --template that keeps them, such as tulu or an edited copy of "
+                         "this one as FILE.jinja, or take them out of the records")
+    prompt, alone = _generation_prompt(messages[:i], template), template(messages[:i + 1])
+    start = len(prompt or "")
+    if prompt is None or not text.startswith(prompt) or not alone.startswith(prompt) or (
+            not first <= start <= limit):
+        raise ValueError(f"{place} after other text than its generation prompt, so what the model writes "
+                         f"there cannot be told apart: {_way_out(message)}")
+
+    def end_of_turn(rendered: str, limit: int) -> int | None:
+        ends = (template.end_of_turn, template.tokens.get("eos_token"))
+        return next((token.end() for token in special.finditer(rendered, start, limit) if token[0] in ends),
+                    None)
+
+    end, end_alone = end_of_turn(text, limit), end_of_turn(alone, len(alone))
+    if end is None or end_alone is None:
+        raise ValueError(f"{place} without {template.end_of_turn!r} at its end, so the model could not learn "
+                         f"to stop: {_way_out(message)}")
+    if special.sub("", alone[end_alone:]).strip():
+        raise ValueError(f"{place} as several turns, which the model cannot write at once: "
+                         f"{_way_out(message)}")
+    if message.get("weight") != 0:
+        _check_nothing_is_left_out(message, i, template, text[start:end])
+    return start, end
+
+
+def _check_nothing_is_left_out(message: dict, i: int, template: Template, answer: str) -> None:
+    """ValueError unless the answer, as rendered, has everything that message i holds."""
+    def is_missing(value: object, times: int) -> bool:
+        forms = ([value.strip(), json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1]]
+                 if isinstance(value, str) else [json.dumps(value), str(value)])
+        return all(answer.count(form) < times for form in forms)
+
+    def squeezed(text: str) -> str:
+        return re.sub(r"</?think>|\s+", "", text)
+
+    thoughts, said = _thoughts(message)
+    parts = {"thoughts": [thoughts], "content": [said]}
+    for call in message.get("tool_calls", ()):
+        parts[f"call of {call['function']['name']!r}"] = _leaves(call["function"])
+    times = Counter((type(value), value) for values in parts.values() for value in values)
+    for part, values in parts.items():
+        if any(is_missing(value, times[type(value), value]) for value in values):
+            raise ValueError(f"template {template.name} leaves out or rewrites the {part} of message "
+                             f"{i + 1}, which would not be trained: {_way_out(message)}")
+    # Where the thoughts are a part of the content, the template must not add anything to it.
+    written = _special_pattern(template.special).sub("", answer)
+    if not _holds_more_than_a_content(message) and squeezed(written) != squeezed(thoughts + said):
+        raise ValueError(f"template {template.name} rewrites the content of message {i + 1}: "
+                         f"{_way_out(message)}")
+
+
+def _leaves(value: object) -> list[object]:
+    """What a function call holds: its name, and the names and values of its arguments, at any depth."""
+    leaves, stack = [], [value["name"], value["arguments"]]
+    while stack:
+        match stack.pop():
+            case dict(fields):
+                stack += [*fields, *fields.values()]
+            case list(values):
+                stack += values
+            case leaf:
+                leaves.append(leaf)
+    return leaves
+
+
+def _way_out(message: dict) -> str:
+    held = "tool calls" if message.get("tool_calls") else "thoughts"
+    return (f"give another --template, mark the message \"weight\": 0 if it need not be trained, or take its "
+            f"{held} out")
 
 
 def _end_of_answer(literal: str, template: Template) -> int:
@@ -434,18 +440,19 @@ def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
         "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
 
 
-def _take_apart(text: str, messages: list[dict], template: Template, add_generation_prompt: bool
-                ) -> tuple[list[str], list[str | None]]:
+def _take_apart(text: str, messages: list[dict], template: Template, add_generation_prompt: bool,
+                composed: set[int]) -> tuple[list[str], list[str | None], list[str]]:
     """The rendered text as (literals, contents): a literal, a content, a literal, a content, ..., a literal.
-    There is one content for each message, None for an empty one that the template tests for and leaves out.
-    """
-    contents = [m["content"] for m in messages]
+    There is one content for each message, None for an empty one that the template tests for and leaves out,
+    and for those in `composed`: they are a part of the literal after them. The third list has the literals of
+    the same messages without tools."""
+    contents = ["" if i in composed else m["content"] for i, m in enumerate(messages)]
     mark = "\ue000"
     while mark in "".join(contents) + text + template.source:
         mark += "\ue000"
     problems = []
 
-    def literals_around(edges: int, mark_empty: bool) -> list[str] | None:
+    def literals_around(edges: int, mark_empty: bool, with_tools: bool = True) -> list[str] | None:
         """The literals, from a rendering with sentinels as contents. Sentinels have the whitespace at the
         edges of the contents `edges` times. mark_empty: empty contents have sentinels, too."""
         sentinels = []
@@ -453,10 +460,12 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
             before = content[:len(content) - len(content.lstrip())]
             after = content[len(content.rstrip()):]
             sentinel = f"{before * edges}{mark}\ue001{i}\ue002{after * edges}"
-            sentinels.append(sentinel if content or mark_empty else "")
+            sentinels.append(sentinel if content or mark_empty and i not in composed else "")
+        shown = [m if i in composed else {**m, "content": sentinels[i]} for i, m in enumerate(messages)]
+        if not with_tools:
+            shown[0] = {**shown[0], "tools": []}
         try:
-            remaining = template([{**m, "content": x} for m, x in zip(messages, sentinels)],
-                                 add_generation_prompt)
+            remaining = template(shown, add_generation_prompt)
         except ValueError as refusal:
             problems.append(str(refusal))
             return None
@@ -490,9 +499,15 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
         return _match(text, literals, variants)
 
     for mark_empty in (True, False):
-        if found := as_they_are(mark_empty) or stripped_or_json(mark_empty):
+        for edges, match in ((1, as_they_are), (0, stripped_or_json)):
+            if not (found := match(mark_empty)):
+                continue
             literals, written = found
-            return literals, [x if c or mark_empty else None for x, c in zip(written, contents)]
+            without_tools = literals_around(edges, mark_empty, False) if _tools(messages) else literals
+            if without_tools:
+                written = [x if c or mark_empty and i not in composed else None
+                           for i, (x, c) in enumerate(zip(written, contents))]
+                return literals, written, without_tools
     problem = problems[0] if problems else f"template {template.name} rewrites or repeats a message's text"
     raise ValueError(f"{problem}: its spans cannot be told apart, change the record or use another "
                      "--template")

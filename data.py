@@ -11,7 +11,6 @@ function of its number.
 
 Shapes: E examples, N packed tokens of a micro-batch, K kinds of span.
 """
-import contextlib
 import hashlib
 import heapq
 import itertools
@@ -22,7 +21,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -32,10 +31,12 @@ import torch
 from tqdm import tqdm
 
 import chat
+import records
 import runtime.jinja
 import runtime.tokenizer
-from chat import (COMPLETION, KINDS, Piece, Template, matches_serving, read_records, render, tokenize,
+from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
+from records import data_files, naming, read_records
 from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.machine import to_device
@@ -56,9 +57,11 @@ class Dataset:
     offsets: np.ndarray     # (E + 1,) int64: example e is ids[offsets[e]:offsets[e + 1]]
     origins: np.ndarray     # (E, 2) int32: which file, which line
     counts: np.ndarray      # (E, K) int32: targets of each kind
+    groups: np.ndarray      # (E,) uint64: instruction_hash() of the record
     report: dict            # what was read, cut and dropped
     key: str                # hash of all that these arrays depend on, cache_parts()
     content: str            # hash of the arrays themselves
+    names: np.ndarray       # (files,) which of the names that were given each file belongs to
 
     def __post_init__(self) -> None:
         # (E,) inputs of each example, one less than its tokens
@@ -77,6 +80,19 @@ class Dataset:
         file, line = self.origins[example]
         return f"{self.files[file]}:{line}"
 
+    def subset(self, examples: np.ndarray) -> "Dataset":
+        """These examples alone, in memory. The report stays that of all."""
+        ids, kinds = (np.concatenate([values[self.offsets[e]:self.offsets[e + 1]] for e in examples])
+                      for values in (self.ids, self.kinds))
+        content = _hash(f"{self.content} {examples.tolist()}")[:32]
+        return replace(self, ids=ids, kinds=kinds, offsets=np.cumsum([0, *(self.lengths[examples] + 1)]),
+                       origins=self.origins[examples], counts=self.counts[examples],
+                       groups=self.groups[examples], content=content)
+
+    def names_of(self, examples: np.ndarray) -> np.ndarray:
+        """(examples,) which of the names that were given each of these examples is from."""
+        return self.names[self.origins[examples, 0]]
+
     def trainable(self, weights: Iterable[float], require_completion: bool = True) -> np.ndarray:
         """(examples,) indices of those with at least one target of non-zero weight. weights: (K,);
         require_completion: only those that have a completion target, too, whatever its weight, so that every
@@ -90,19 +106,21 @@ class Dataset:
 # A cache's files, and how they are mapped.
 CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "offsets.bin": (np.int64, (-1,)),
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
-               "report.json": (np.uint8, (-1,))}
+               "groups.bin": (np.uint64, (-1,)), "report.json": (np.uint8, (-1,))}
 # The code that turns records into tokens.
-CODE = tuple(map(Path, (chat.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__, __file__)))
+CODE = tuple(map(Path, (chat.__file__, records.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__,
+                        __file__)))
 
 
-def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str
-                ) -> dict[str, object]:
+def cache_parts(names: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
+                columns: Iterable[str] = ()) -> dict[str, object]:
     """All that decides what is in a token cache, by name, as JSON can hold it: hashes of the files' contents,
-    wherever they are, of tokenizer, template and code; versions of libraries; flags. Reads and hashes files,
-    nothing more. ValueError for a file that cannot be read."""
+    wherever they are, of tokenizer, template and code; versions of libraries; flags. names, columns: as for
+    load_dataset(). Reads and hashes files, nothing more. ValueError for a file that cannot be read."""
     marks = [template.tokens, sorted(template.special), tokenizer.named_tokens, tokenizer.added_tokens]
     return {
-        "data": [_file_hash(file) for file in files],
+        "data": [_file_hash(file) for file in data_files(names)],
+        "columns": sorted(columns),
         "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
         "special_tokens": _hash(json.dumps(marks, sort_keys=True)),
         "template": _hash(template.source),
@@ -114,16 +132,18 @@ def cache_parts(files: list[str], tokenizer: Tokenizer, template: Template, max_
     }
 
 
-def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
-                 cache_dir: str | Path, progress: bool = False) -> Dataset:
-    """Tokenize files into cache_dir, or map what an earlier run has tokenized.
+def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
+                 cache_dir: str | Path, progress: bool = False, columns: Iterable[str] = ()) -> Dataset:
+    """Tokenize records into cache_dir, or map what an earlier run has tokenized.
 
-    max_length: most tokens an example may have; overlong: truncate, drop or error for longer ones. ValueError
-    for bad records, and for a damaged cache that cannot be replaced. A cache is written under another name
-    and then renamed, so a killed writer leaves nothing that another run would read.
+    names: of files, or what records.data_files() finds files by; max_length: most tokens an example may have;
+    overlong: truncate, drop or error for longer ones; columns: as for read_records(). ValueError for bad
+    records, and for a damaged cache that cannot be replaced. A cache is written under another name and then
+    renamed, so a killed writer leaves nothing that another run would read.
     """
-    files = [str(file) for file in files]
-    parts = cache_parts(files, tokenizer, template, max_length, overlong)
+    files_of_names = [data_files([name]) for name in names]
+    files = [file for found in files_of_names for file in found]
+    parts = cache_parts(files, tokenizer, template, max_length, overlong, columns)
     key = _hash(json.dumps(parts, sort_keys=True))[:32]
     folder = Path(cache_dir).expanduser() / key
     unfinished = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
@@ -143,7 +163,7 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
                           str(folder.parent)) from None
         try:
             with writing(unfinished):
-                _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress)
+                _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress, columns)
                 if [_file_hash(file) for file in files] != parts["data"]:
                     raise ValueError(f"{', '.join(files)}: changed while being read; start again")
                 commit(unfinished, folder)
@@ -155,8 +175,9 @@ def load_dataset(files: list[str], tokenizer: Tokenizer, template: Template, max
             shutil.rmtree(unfinished, ignore_errors=True)
         opened = _open_cache(folder)
     arrays, content = opened
-    columns = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts"))
-    return Dataset(files, *columns, json.loads(arrays["report.json"].tobytes()), key, content)
+    fields = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts", "groups"))
+    return Dataset(files, *fields, json.loads(arrays["report.json"].tobytes()), key, content,
+                   np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names))))
 
 
 def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], str]:
@@ -213,12 +234,12 @@ def _hash_once(path: str, *state: int) -> str:
 
 
 def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,
-                 overlong: str, progress: bool) -> None:
+                 overlong: str, progress: bool, columns: Iterable[str]) -> None:
     """Tokenize files into the cache's files; as load_dataset()."""
-    offsets, origins, counts = [0], [], []
+    offsets, origins, counts, groups = [0], [], [], []
     report = Counter({"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0})
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
-        for ids, kinds, file, line in _tokenized(files, tokenizer, template, progress):
+        for ids, kinds, file, line, group in _tokenized(files, tokenizer, template, progress, columns):
             report["records"] += 1
             if len(ids) > max_length:
                 if overlong == "error":
@@ -237,58 +258,51 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
             offsets.append(offsets[-1] + len(ids))
             origins.append((file, line))
             counts.append(np.bincount(kinds[1:], minlength=len(KINDS)))
+            groups.append(group)
     if not origins:
         raise ValueError(f"{', '.join(files)}: no example left of {report['records']} records "
                          f"({report['dropped_overlong']} longer than --max-length {max_length}, "
                          f"{report['dropped_empty']} empty)")
-    for name, values in (("offsets.bin", offsets), ("origins.bin", origins), ("counts.bin", counts)):
+    for name, values in (("offsets.bin", offsets), ("origins.bin", origins), ("counts.bin", counts),
+                         ("groups.bin", groups)):
         (folder / name).write_bytes(np.asarray(values, CACHE_FILES[name][0]).tobytes())
     (folder / "report.json").write_text(json.dumps(report))
     sums = {name: checksum(folder / name) for name in CACHE_FILES}
     (folder / "crc32.json").write_text(json.dumps(sums))
 
 
-def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool
-               ) -> Iterator[tuple[list[int], list[int], int, int]]:
-    """Yields each record's ids and kinds, the number of its file, and its line."""
-    records, checked = _rendered(files, template, progress), 0
+def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool,
+               columns: Iterable[str]) -> Iterator[tuple[list[int], list[int], int, int, int]]:
+    """Yields each record's ids and kinds, the number of its file, its line, and its instruction_hash()."""
+    rendered, checked = _rendered(files, template, progress, columns), 0
     # The tokenizer uses all cores on a batch.
-    while batch := list(itertools.islice(records, 512)):
+    while batch := list(itertools.islice(rendered, 512)):
         try:
-            examples = tokenize_batch([pieces for pieces, _, _ in batch], tokenizer)
+            examples = tokenize_batch([pieces for pieces, *_ in batch], tokenizer)
         except ValueError:
             # Again one by one, to name the record.
-            for pieces, file, line in batch:
-                with _naming(f"{files[file]}:{line}"):
+            for pieces, file, line, _ in batch:
+                with naming(f"{files[file]}:{line}"):
                     tokenize(pieces, tokenizer)
             raise
-        for (pieces, file, line), (ids, kinds) in zip(batch, examples):
+        for (pieces, file, line, group), (ids, kinds) in zip(batch, examples):
             # The first records show whether the ids are those that serving gives.
             if checked < 64:
-                with _naming(f"{files[file]}:{line}"):
+                with naming(f"{files[file]}:{line}"):
                     checked += matches_serving(pieces, ids, tokenizer)
-            yield ids, kinds, file, line
+            yield ids, kinds, file, line, group
 
 
-def _rendered(files: list[str], template: Template, progress: bool
-              ) -> Iterator[tuple[list[Piece], int, int]]:
-    """Yields each record's pieces, the number of its file, and its line."""
+def _rendered(files: list[str], template: Template, progress: bool, columns: Iterable[str]
+              ) -> Iterator[tuple[list[Piece], int, int, int]]:
+    """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
     for number, file in enumerate(files):
-        records = tqdm(read_records(file), f"tokenizing {shorten(file, 24)}", unit=" records",
-                       leave=False, dynamic_ncols=True, disable=not progress)
-        for messages, line in records:
-            with _naming(f"{file}:{line}"):
+        bar = tqdm(read_records(file, columns), f"tokenizing {shorten(str(file), 24)}", unit=" records",
+                   leave=False, dynamic_ncols=True, disable=not progress)
+        for messages, line in bar:
+            with naming(f"{file}:{line}"):
                 pieces = render(messages, template)
-            yield pieces, number, line
-
-
-@contextlib.contextmanager
-def _naming(place: str) -> Iterator[None]:
-    """Puts the place, FILE:LINE, in front of a ValueError's message."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+            yield pieces, number, line, instruction_hash(messages)
 
 
 def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
@@ -301,22 +315,75 @@ def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:
         check_rows([index], rows, f"{dataset.where(example)}: holds {text!r},", tokenizer.folder)
 
 
+# ---------------------------------------------------------------- which examples
+
+
+def instruction_hash(messages: list[dict]) -> int:
+    """A number of 64 bits for what a record asks: its first user message, whatever its white space or, where
+    there is none, all its text. Records with the same one are never divided between training and
+    evaluation: a loss may train the instruction itself, and who has learnt one answer to it knows more about
+    another."""
+    texts = [" ".join(message["content"].split()) for message in messages]
+    asked = (text for message, text in zip(messages, texts) if ROLES[message["role"]] == INSTRUCTION)
+    first = next(filter(None, asked), "\n".join(texts))
+    return int.from_bytes(hashlib.sha256(first.encode()).digest()[:8], "little")
+
+
+def hold_out(groups: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """(E,) bool: the records to evaluate on, round(fraction * E) of them, or fewer where whole groups do not
+    add up to that. groups: (E,) uint64, instruction_hash() of each; records of a group stay together.
+
+    A group's place in the draw depends only on its hash and the seed. So the order of the records and their
+    files do not matter, and few records change sides when others are added."""
+    names, members, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    room = round(fraction * len(groups))
+    chosen = np.zeros(len(names), bool)
+    # Modulo 2^64, an odd factor maps no two hashes to the same number.
+    factor = np.random.default_rng(seed).integers(2**63, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    for i in np.argsort(names * factor):
+        if sizes[i] <= room:
+            chosen[i] = True
+            room -= sizes[i]
+    return chosen[members]
+
+
+def mixed_examples(files: np.ndarray, draws: list[int], seed: int, epoch: int) -> np.ndarray:
+    """The examples of an epoch that has draws[f] of file f, for plan() to put in order. files: (E,)
+    the file of each.
+
+    A file's examples come pass after pass, each pass in another order, and every epoch continues where the
+    last one ended. So a file with a large share is repeated, and of one with a small share all examples are
+    used equally often in the end.
+
+        file of a b c, 2 draws:     pass 0 is b a c, pass 1 is c a b     epoch 0: b a   epoch 1: c c   ...
+    """
+    parts = []
+    for file, count in enumerate(draws):
+        members = np.flatnonzero(files == file)
+        first, start = divmod(epoch * count, len(members))
+        last = -(-(start + count) // len(members)) + first
+        passes = [members[np.random.default_rng([seed, number, file + 1]).permutation(len(members))]
+                  for number in range(first, last)]
+        parts.append(np.concatenate(passes)[start:start + count])
+    return np.concatenate(parts)
+
+
 # ---------------------------------------------------------------- step plan
 
 # The length of a document whose attention costs as much as its matrix products.
 ATTENTION_TOKENS = 4096
 
 
-def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: int,
-         world_size: int) -> list[list[list[np.ndarray]]]:
+def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: int, world_size: int,
+         examples: np.ndarray | None = None) -> list[list[list[np.ndarray]]]:
     """Every step of an epoch: plan[step][rank][micro-batch] is an array of example indices. A pure function.
 
     lengths: (E,) inputs of each example; batch_size: examples in a step; capacity: most tokens of a
-    micro-batch. A step is `batch_size` examples of a seeded permutation (an epoch's last step may be
-    smaller). Capacity and number of ranks decide only how these are packed. ValueError if an example exceeds
-    capacity.
+    micro-batch; examples: those of the epoch (mixed_examples()), by default all. A step is `batch_size`
+    examples of a seeded permutation (an epoch's last step may be smaller). Capacity and number of ranks
+    decide only how these are packed. ValueError if an example exceeds capacity.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+    order = np.random.default_rng([seed, epoch]).permutation(len(lengths) if examples is None else examples)
     return [pack(order[i:i + batch_size], lengths, capacity, world_size)
             for i in range(0, len(order), batch_size)]
 
@@ -370,22 +437,26 @@ class Steps:
     step's examples, over all ranks.
 
     dataset: with usable, (examples,) the indices to train on; coefficients: (E, K) counts of a step -> (E, K)
-    what one target counts in its loss (loss.coefficients); batch_size, capacity: as for plan(). ValueError
-    if an example exceeds capacity.
+    what one target counts in its loss (loss.coefficients); batch_size, capacity: as for plan(); draws: of
+    each name that load_dataset() was given, how many examples of an epoch come from it (mixed_examples()), by
+    default every example once. ValueError if an example exceeds capacity.
     """
 
     def __init__(self, dataset: Dataset, usable: np.ndarray,
                  coefficients: Callable[[np.ndarray], np.ndarray], seed: int, batch_size: int, capacity: int,
-                 rank: int = 0, world_size: int = 1):
+                 rank: int = 0, world_size: int = 1, draws: list[int] | None = None):
         self.dataset, self.usable, self.coefficients = dataset, usable, coefficients
         self.seed, self.batch_size, self.capacity = seed, batch_size, capacity
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.draws = rank, world_size, draws
         self.epoch, self.plan = 0, self._plan(0)
         self.per_epoch = len(self.plan)
 
     def _plan(self, epoch: int) -> list[list[list[np.ndarray]]]:
+        examples = None
+        if self.draws:
+            examples = mixed_examples(self.dataset.names_of(self.usable), self.draws, self.seed, epoch)
         return plan(self.dataset.lengths[self.usable], self.seed, epoch, self.batch_size, self.capacity,
-                    self.world_size)
+                    self.world_size, examples)
 
     def __getitem__(self, step: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
         epoch, index = divmod(step, self.per_epoch)

@@ -153,10 +153,10 @@ def neftune_noise(batch: Batch, width: int, alpha: float, seed: int, step: int) 
 
 
 def check_finite(step: int, totals: dict, grad_norm: float, nll_by_batch: list[tuple[Batch, Tensor]],
-                 dataset: Dataset) -> None:
+                 dataset: Dataset, lr: float) -> None:
     """ValueError, on every rank, if a sum of the step or its gradient norm is not finite; it names the
-    records that caused it. nll_by_batch: this rank's micro-batches with the NLL of their trained targets. All
-    ranks call."""
+    records concerned and, after the first step, the likely cause. step: its number, from 1; nll_by_batch:
+    this rank's micro-batches with the NLL of their trained targets; lr: --lr. All ranks call."""
     numbers = {name: value for name, value in totals.items() if isinstance(value, float)}
     if all(map(math.isfinite, [*numbers.values(), grad_norm])):
         return
@@ -170,6 +170,8 @@ def check_finite(step: int, totals: dict, grad_norm: float, nll_by_batch: list[t
     if places:
         more = f" and {len(places) - 8} more" if len(places) > 8 else ""
         reason = f"Its loss is not finite for {', '.join(places[:8])}{more}."
+        if step > 1:
+            reason += f" The steps before it were finite, so the likely cause is --lr {lr:g}: lower it."
     shown = ", ".join(f"{name} {value}" for name, value in numbers.items())
     raise ValueError(f"step {step}: {shown}, gradient norm {grad_norm}: the run stops before this step "
                      f"changes the weights. {reason}")

@@ -35,7 +35,8 @@ import torch
 from torch import Tensor
 
 from chat import KINDS, TEMPLATES, Template, check_vocabulary, load_template
-from data import CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, load_dataset
+from data import (CACHE_DIR, Batch, Dataset, Steps, cache_parts, check_embedding, collate, hold_out,
+                  load_dataset)
 from eval.estimate import memory
 from eval.generate import answer_records
 from eval.spans import summary, sums_by_file
@@ -43,6 +44,7 @@ from kernels.head import nll, weighted_nll
 from loss import (NORMALIZE, PRESETS, check_finite, coefficients, kl_divergence, neftune_noise, span_weights,
                   step_record, sums_by_kind)
 from model import Llama, load_model, parameter_count, stored_weights
+from records import parse_columns
 from runtime.card import model_card
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
@@ -74,10 +76,22 @@ class Config:
     """Every flag of the command line, once: --max-length is max_length here. free: may change on resume."""
     # model and data
     model: str = flag("", "checkpoint folder or hub id (owner/name[@revision]); none: the embedded default")
-    train_data: list[str] = flag(list, "records to train on: .jsonl, .json or .jsonl.gz files",
-                                 metavar="FILE")
-    eval_data: list[str] = flag(list, "held-out records, each file reported on its own", metavar="FILE",
-                                free=True)
+    train_data: list[str] = flag(list, "records to train on: .jsonl, .json, .csv and .parquet files, also as "
+                                 ".gz or .zst; folders and globs of them; owner/name[:split][@revision] on "
+                                 "the hub; - for standard input", metavar="FILE")
+    mix: list[str] = flag(list, "in place of --train-data: names as there, each with its share of an epoch's "
+                          "examples, such as a.jsonl=0.7 b.jsonl=0.3. An epoch has as many examples as all "
+                          "together; what has a larger share is repeated within it, what has a smaller one "
+                          "takes several epochs", metavar="FILE=SHARE")
+    max_examples: int = flag(0, "train on this many examples only, the first of the files; with --mix: "
+                             "examples of an epoch; 0: all", least=0)
+    eval_data: list[str] = flag(list, "held-out records, named the same way; each name is reported on its "
+                                "own", metavar="FILE", free=True)
+    eval_fraction: float = flag(0.0, "hold out this share of the training records and report it as held-out; "
+                                "records with the same first user message stay together", least=0, below=1)
+    split_seed: int = flag(0, "seed of what is held out, so that runs with several --seed share it", least=0)
+    columns: list[str] = flag(list, "fields of the records under other names, such as prompt=query "
+                              "completion=reply", metavar="KNOWN=NAME")
     template: str = flag("auto",
                          f"chat template: auto (the checkpoint's own), {', '.join(TEMPLATES)} or FILE.jinja")
     date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts",
@@ -153,6 +167,11 @@ class Config:
                             self.completion_weight)
 
     @property
+    def evaluates(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return bool(self.eval_data) or self.eval_fraction > 0
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.dtype == "bf16" else torch.float32
 
@@ -171,11 +190,20 @@ def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "tr
     given = given_flags(flags, argv, program, description)
     embedded = "model" not in given
     if embedded:
-        if "train_data" in given:
-            raise ValueError("--train-data is given but no --model: name the checkpoint folder to train")
+        for name in ("train_data", "mix"):
+            if name in given:
+                raise ValueError(f"{flag_name(name)} is given but no --model: name the checkpoint folder to "
+                                 "train")
         answers = {"eval_generate": 0} if given.get("shard") else {}
         given = EMBEDDED | answers | given
     config = flags(**given)
+    if config.mix:
+        files, _ = parse_mix(config.mix)
+        # A run's run_config.json has both.
+        if config.train_data not in ([], files):
+            raise ValueError(f"--train-data {' '.join(config.train_data)}: --mix names the files to train "
+                             "on; give one of the two")
+        config.train_data = files
     if not config.output_dir:
         name = "quickstart" if embedded else Path(config.model).resolve().name or "model"
         config.output_dir = str(Path("runs") / f"{name}-{config.loss}")
@@ -186,17 +214,39 @@ def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "tr
     return config
 
 
+def parse_mix(words: list[str]) -> tuple[list[str], list[float]]:
+    """--mix's files and their shares, which add up to 1. ValueError for what is not FILE=SHARE, and for a
+    file that is given twice."""
+    files, shares = [], []
+    for word in words:
+        file, _, share = word.rpartition("=")
+        try:
+            number = float(share)
+        except ValueError:
+            number = math.nan
+        if not file or not 0 < number < math.inf:
+            raise ValueError(f"--mix {word}: must be FILE=SHARE with a finite share above 0, such as "
+                             "a.jsonl=0.7; leave out a file that is not to be trained on")
+        files.append(file)
+        shares.append(number)
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise ValueError(f"--mix {' '.join(words)}: a file is given twice; give each once")
+    return files, [share / sum(shares) for share in shares]
+
+
 def validate(config: Config) -> None:
     """What one flag alone does not tell: ValueError that names the flags and the fix."""
     def need(name: str, fits: bool, limit: str) -> None:
         if not fits:
             raise ValueError(f"{flag_name(name)} {getattr(config, name)}: must be {limit}")
 
+    parse_columns(config.columns)
     if not config.train_data:
-        raise ValueError("--train-data is missing: give one or more files of records")
+        raise ValueError("--train-data is missing: give one or more files of records, or --mix")
     if len({Path(file).resolve() for file in config.eval_data}) < len(config.eval_data):
         raise ValueError(f"--eval-data {' '.join(config.eval_data)}: a file is given twice; give each once")
-    need("eval_every", not config.eval_every or bool(config.eval_data), "0 without --eval-data")
+    need("eval_every", not config.eval_every or config.evaluates,
+         "0 without --eval-data or --eval-fraction")
     need("eval_generate", not config.eval_generate or bool(config.eval_data), "0 without --eval-data")
     need("eval_generate", not (config.shard and config.eval_generate),
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
@@ -338,9 +388,11 @@ def run_identity(config: Config, source: Source) -> dict[str, object]:
     """All that must be the same to resume, as JSON can hold it, as far as it is known before the data is
     tokenized."""
     parts = cache_parts(config.train_data, source.tokenizer, source.template, config.max_length,
-                        config.overlong)
+                        config.overlong, config.columns)
     identity = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config)
                 if not f.metadata["free"]}
+    # Only the relation of the shares matters.
+    identity["mix"] = parse_mix(config.mix)[1]
     return identity | {"model": model_fingerprint(source.folder), "train_data": parts["data"],
                        "tokenizer": [parts["tokenizer"], parts["special_tokens"]],
                        "template": parts["template"], "date": parts["date"]}
@@ -353,20 +405,34 @@ def names_of(files: list[str]) -> list[str]:
     return [ending if names.count(name) > 1 else name for name, ending in zip(names, distinct_endings(files))]
 
 
+# What --eval-fraction holds out is called in results.
+HELD_OUT = "held-out"
+
+
 def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict[str, Dataset]]:
     """The training set, (examples,) the indices of those to train on, and the held-out sets by name. One
     process of each machine tokenizes, the others read what it wrote. ValueError for bad records, and if
     nothing is left to train on."""
-    def load(files: list[str]) -> Dataset:
-        dataset = load_dataset(files, source.tokenizer, source.template, config.max_length, config.overlong,
-                               config.cache_dir, progress=shows_progress())
+    def load(names: list[str]) -> Dataset:
+        dataset = load_dataset(names, source.tokenizer, source.template, config.max_length, config.overlong,
+                               config.cache_dir, progress=shows_progress(), columns=config.columns)
         check_embedding(dataset, source.model_config.vocab_size, source.tokenizer)
         return dataset
 
+    names = names_of([*config.eval_data, *([HELD_OUT] if config.eval_fraction else [])])
     with first_of_machine():
         train_set = load(config.train_data)
-        eval_sets = {name: load([file]) for name, file in zip(names_of(config.eval_data), config.eval_data)}
+        eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
     usable = train_set.trainable(config.span_weights, config.require_completion)
+    if config.eval_fraction:
+        held_out = hold_out(train_set.groups, config.eval_fraction, config.split_seed)
+        if not 0 < held_out.sum() < len(train_set):
+            amount, fix = ("all", "less") if held_out.any() else ("none", "more")
+            raise ValueError(f"--eval-fraction {config.eval_fraction}: holds out {amount} of "
+                             f"{len(train_set):,} examples; those with the same first user message stay "
+                             f"together. Give {fix}, or other records with --eval-data")
+        eval_sets[HELD_OUT] = train_set.subset(np.flatnonzero(held_out))
+        usable = usable[~held_out[usable]]
     if not len(usable):
         cut_off = config.require_completion and train_set.without_completion == len(train_set)
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
@@ -374,6 +440,8 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
                              f"no completion is left of any (--max-length {config.max_length} cut off "
                              f"{train_set.report['truncated']:,}); --no-require-completion trains without"
                              if cut_off else "every target's span has weight 0"))
+    if config.max_examples and not config.mix:
+        usable = usable[:config.max_examples]
     return train_set, usable, eval_sets
 
 
@@ -398,11 +466,28 @@ def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.
     return min(from_all(chosen))
 
 
+def examples_of_mix(config: Config, dataset: Dataset, usable: np.ndarray) -> list[int]:
+    """How many of an epoch's examples come from each file of --mix. usable: (examples,) all that there are to
+    train on. ValueError for a file that has none, or too small a share."""
+    available = np.bincount(dataset.names_of(usable), minlength=len(config.mix))
+    total = min(config.max_examples or len(usable), len(usable))
+    draws = [round(share * total) for share in parse_mix(config.mix)[1]]
+    for word, count, draw in zip(config.mix, available, draws):
+        if not count:
+            raise ValueError(f"--mix {word}: the file has no example to train on; leave it out")
+        if not draw:
+            raise ValueError(f"--mix {word}: is less than half an example of an epoch's {total:,}; give the "
+                             "file a larger share, or leave it out")
+    return draws
+
+
 def make_steps(config: Config, dataset: Dataset, usable: np.ndarray, rank: int, world_size: int) -> Steps:
-    """The batches of one rank. ValueError if --micro-batch-tokens is less than an example has."""
+    """The batches of one rank. ValueError if --micro-batch-tokens is less than an example has, and for what
+    is wrong with --mix."""
+    draws = examples_of_mix(config, dataset, usable) if config.mix else None
     return Steps(dataset, usable, partial(coefficients, weights=config.span_weights,
                                           normalize=config.normalize),
-                 config.seed, config.batch_size, config.micro_batch_tokens, rank, world_size)
+                 config.seed, config.batch_size, config.micro_batch_tokens, rank, world_size, draws)
 
 
 # ---------------------------------------------------------------- what the loop asks for
@@ -458,7 +543,7 @@ def bytes_to_write(config: Config, model: Llama) -> int:
 def evaluation_due(config: Config, step: int, total_steps: int) -> bool:
     """Whether to evaluate after `step` steps."""
     every = config.eval_every > 0 and step % config.eval_every == 0
-    return bool(config.eval_data) and (every or step in (0, total_steps))
+    return config.evaluates and (every or step in (0, total_steps))
 
 
 def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source: Source, step: int,
@@ -471,7 +556,7 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
         sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
         if config.eval_generate and step in (0, total_steps) and is_main():
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
-                                     config.eval_generate)
+                                     config.eval_generate, columns=config.columns)
     release(model)
     if record_sums:
         record_sums(step, eval_sets, sums)
@@ -530,8 +615,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     weights = config.span_weights
     steps = make_steps(config, train_set, usable, rank(), world_size())
     total_steps = count_steps(config, steps.per_epoch)
-    say(describe_data(config, train_set, usable, total_steps, steps.per_epoch,
-                      source.model_config.max_position_embeddings))
+    say(describe_data(config, train_set, usable, eval_sets[HELD_OUT] if config.eval_fraction else None, steps,
+                      total_steps, source.model_config.max_position_embeddings))
     identity["tokens"] = train_set.content
     must_agree = identity | {"eval_data": [each.content for each in eval_sets.values()],
                              "torch": torch.__version__}
@@ -571,70 +656,74 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
         after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps, record_sums)
 
     # The loop. From here on a signal lets the current step end; before, it ends the run, and nothing is lost.
-    stop, progress = StopSignal(), Progress(first_step, total_steps)
-    say(f"ready to train after {time.monotonic() - started:.1f} s")
-    while step < total_steps:
-        began = time.monotonic()
-        reset_peak(device)
-        log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
-        micro_batches, counts = steps[step]
-        sums, nll_by_batch = accumulate_gradients(model, reference, train_set, micro_batches, config, step,
-                                                  log_untrained)
+    with StopSignal() as stop:
+        progress = Progress(first_step, total_steps)
+        say(f"ready to train after {time.monotonic() - started:.1f} s")
+        while step < total_steps:
+            began = time.monotonic()
+            reset_peak(device)
+            log_untrained = (step + 1) % config.log_every == 0 or step in (0, total_steps - 1)
+            micro_batches, counts = steps[step]
+            sums, nll_by_batch = accumulate_gradients(model, reference, train_set, micro_batches, config,
+                                                      step, log_untrained)
 
-        # One sum over the ranks, and the only place where the host waits for the device.
-        # (torch.tensor() would wait for a copy to the device.)
-        sums.add({"stop": torch.full((), float(stop.number), device=device)})
-        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
-        totals, [grad_norm] = sums.over_ranks(whole(norm))
-        stopping = totals.pop("stop") > 0 and step + 1 < total_steps
-        check_finite(step + 1, totals, grad_norm, nll_by_batch, train_set)
+            # One sum over the ranks, and the only place where the host waits for the device.
+            # (torch.tensor() would wait for a copy to the device.)
+            sums.add({"stop": torch.full((), float(stop.number), device=device)})
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
+            totals, [grad_norm] = sums.over_ranks(whole(norm))
+            stopping = totals.pop("stop") > 0 and step + 1 < total_steps
+            check_finite(step + 1, totals, grad_norm, nll_by_batch, train_set, config.lr)
 
-        lr = learning_rate(config, step, total_steps)
-        for group, factor in zip(optimizer.param_groups, lr_factors):
-            group["lr"] = lr * factor
-        optimizer.step()
-        if step == first_step:
-            # Raises now, rather than at the first save, if this optimizer cannot be saved.
-            optimizer_state(raw_model, optimizer)
-        # Clear all of the model's gradients, not only the optimizer's: others would add up and count in the
-        # clipped norm. Under DDP they are zeroed in place, because they are views of its buckets.
-        raw_model.zero_grad(set_to_none=model is raw_model)
-        step += 1
+            lr = learning_rate(config, step, total_steps)
+            for group, factor in zip(optimizer.param_groups, lr_factors):
+                group["lr"] = lr * factor
+            optimizer.step()
+            if step == first_step:
+                # Raises now, rather than at the first save, if this optimizer cannot be saved.
+                optimizer_state(raw_model, optimizer)
+            # Clear all of the model's gradients, not only the optimizer's: others would add up and count in
+            # the clipped norm. Under DDP they are zeroed in place, because they are views of its buckets.
+            raw_model.zero_grad(set_to_none=model is raw_model)
+            step += 1
 
-        record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
-                             grad_norm=grad_norm, seconds=time.monotonic() - began,
-                             peak_memory_mb=peak_memory_mb(device), peak_reserved_mb=peak_reserved_mb(device),
-                             attention="varlen_attn" if raw_model.varlen else "tiled products")
+            record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
+                                 grad_norm=grad_norm, seconds=time.monotonic() - began,
+                                 peak_memory_mb=peak_memory_mb(device),
+                                 peak_reserved_mb=peak_reserved_mb(device),
+                                 attention="varlen_attn" if raw_model.varlen else "tiled products")
+            if is_main():
+                append_line(out / "metrics.jsonl", record)
+            progress.update(record, line=log_untrained)
+
+            # The last step is always saved, before it is evaluated: whatever fails then, nothing is lost.
+            if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
+                save_checkpoint(out, step, raw_model, optimizer, {"identity": identity},
+                                config.keep_checkpoints)
+            if step == total_steps:
+                stop.doing = "finishing the last evaluation and the export"
+            if stopping:
+                progress.close()
+                say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
+                return finish(128 + (stop.number or signal.SIGTERM))
+            if evaluation_due(config, step, total_steps):
+                after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps,
+                                          record_sums)
+        progress.close()
+
+        # The end: what training has changed, and the folder to use.
+        before, after = {}, after if eval_sets else {}
+        if eval_sets and is_main():
+            before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
+            print_change(before, after)
+            show_answers(answers)
+        export(raw_model, config, source,
+               model_card(config, train_set, usable, KINDS, step, before, after) if is_main() else "")
         if is_main():
-            append_line(out / "metrics.jsonl", record)
-        progress.update(record, line=log_untrained)
-
-        # The last step is always saved, before it is evaluated: whatever fails then, nothing is lost.
-        if stopping or step == total_steps or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(out, step, raw_model, optimizer, {"identity": identity}, config.keep_checkpoints)
-        if step == total_steps:
-            stop.doing = "finishing the last evaluation and the export"
-        if stopping:
-            progress.close()
-            say(f"stopped after step {step} of {total_steps}; the same command resumes from here")
-            return finish(128 + (stop.number or signal.SIGTERM))
-        if evaluation_due(config, step, total_steps):
-            after, answers = evaluate(raw_model, eval_sets, config, source, step, total_steps, record_sums)
-    progress.close()
-
-    # The end: what training has changed, and the folder to use.
-    before, after = {}, after if eval_sets else {}
-    if eval_sets and is_main():
-        before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
-        print_change(before, after)
-        show_answers(answers)
-    export(raw_model, config, source,
-           model_card(config, train_set, usable, KINDS, step, before, after) if is_main() else "")
-    if is_main():
-        finish_run(out, identity, step, keep_last=config.save_every > 0)
-    say(f"\n{out}:\n  final/ is the trained model, metrics.jsonl has each step; "
-        f"{time.monotonic() - started:.0f} s in all")
-    return finish(0)
+            finish_run(out, identity, step, keep_last=config.save_every > 0)
+        say(f"\n{out}:\n  final/ is the trained model, metrics.jsonl has each step; "
+            f"{time.monotonic() - started:.0f} s in all")
+        return finish(0)
 
 
 def run(argv: list[str]) -> int:

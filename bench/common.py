@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -16,22 +15,14 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from runtime.cpu import cores, cpu_field, cpu_name
+
 REPOSITORY = Path(__file__).resolve().parent.parent
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hardware(*packages: str) -> dict:
     """CPU, cores, memory in GiB, GPUs as the driver names them, and the installed versions of packages."""
-    cpu, flags, memory = platform.processor(), "", None
-    if (info := Path("/proc/cpuinfo")).is_file():
-        text = info.read_text()
-        cpu = (re.search(r"model name\s*: (.*)", text) or [None, cpu])[1]
-        flags = (re.search(r"flags\s*: (.*)", text) or [None, ""])[1]
-        memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus: list[str] = []
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -42,8 +33,9 @@ def hardware(*packages: str) -> dict:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    special = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
-    return {"cpu": cpu, "cores": cores(), "instructions": special, "memory_gb": memory, "gpus": gpus,
+    special = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+               if name in cpu_field("flags").split()]
+    return {"cpu": cpu_name(), "cores": cores(), "instructions": special, "memory_gb": memory, "gpus": gpus,
             "python": platform.python_version(), "versions": versions}
 
 

@@ -25,9 +25,10 @@ def run_one(args: argparse.Namespace) -> dict:
     """One run, in the child: {"outputs": ids without the stop, "seconds", "new_tokens", "prompt_tokens"}."""
     import torch
 
-    from chat import read_records, render, tokenize
+    from chat import render, tokenize
     from eval.common import load, start_ranks
     from eval.engine import LOOKUP
+    from records import read_records
     args.date, args.device = "", "cpu"
     # transformers runs as it comes, without our settings of the allocator.
     device = torch.device("cpu") if args.run == "transformers" else start_ranks(args)

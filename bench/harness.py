@@ -37,7 +37,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def make_task(args: argparse.Namespace, folder: Path) -> int:
     """Write the task and its questions. Returns the tokens of their contexts; ValueError for too few records.
     """
-    from chat import read_records
+    from records import read_records
     from runtime.tokenizer import Tokenizer
     from runtime.weights import resolve_model
     encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""

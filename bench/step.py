@@ -58,7 +58,8 @@ def synthetic(documents: Sequence[int], vocabulary: int) -> Dataset:
     counts = [np.bincount(each[1:], minlength=len(KINDS)) for each in kinds]
     ids = np.random.default_rng(0).integers(vocabulary, size=sum(lengths), dtype=np.int32)
     return Dataset([], ids, np.concatenate(kinds), np.cumsum([0, *lengths]),
-                   np.zeros((len(lengths), 2), np.int32), np.array(counts, np.int32), {}, "", "")
+                   np.zeros((len(lengths), 2), np.int32), np.array(counts, np.int32),
+                   np.zeros(len(lengths), np.uint64), {}, "", "", np.zeros(1, np.int64))
 
 
 def training(config: train.Config, document: int = 0, raw_model: model_module.Llama | None = None

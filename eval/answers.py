@@ -18,6 +18,7 @@ from pathlib import Path
 
 from chat import Template
 from eval.common import gather, write_json
+from records import data_files
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import read_json, write_text
 from runtime.weights import model_fingerprint, resolve_model
@@ -28,14 +29,19 @@ def hash_file(file: str | Path) -> str:
         return file_digest(raw, "sha256").hexdigest()[:32]
 
 
+def hash_data(name: str) -> str:
+    """The contents of the files that the name of a file or of records stands for (records.data_files())."""
+    return " ".join(map(hash_file, data_files([name])))
+
+
 def made_with(args: Namespace, flags: Iterable[str], template: Template, data: str) -> dict:
-    """All that changes the answers of args.model to the questions in the file `data`: these flags, and the
+    """All that changes the answers of args.model to the questions in `data`: these flags, and the
     contents of what they name."""
     folder = resolve_model(args.model)
     return {**{name: getattr(args, name) for name in flags},
             "weights": model_fingerprint(folder), "tokenizer": hash_file(folder / "tokenizer.json"),
             "template": sha256(template.source.encode()).hexdigest()[:32],
-            "date": template.date if template.uses_date else "", "contents of the data": hash_file(data)}
+            "date": template.date if template.uses_date else "", "contents of the data": hash_data(data)}
 
 
 def as_line(answer: dict) -> str:

@@ -65,6 +65,11 @@ class Parser(argparse.ArgumentParser):
                           help="checkpoint folder" + ("s" if several else "") + " or hub id, e.g. RUN/final")
         self.add_common_flags()
 
+    def add_columns_flag(self) -> None:
+        self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME",
+                          help="fields of the records under other names, such as prompt=query "
+                               "completion=reply")
+
     def add_common_flags(self) -> None:
         self.add_argument("--template", default="auto",
                           help="chat template: auto (the checkpoint's own), "

@@ -200,7 +200,7 @@ def main(argv: list[str]) -> None:
     cells, results = run_cells(runs), read_results(runs, args.results, notes)
     responses, examples = {}, []
     if args.prompts or args.data:
-        examples = read_examples(args.prompts or args.data[0], args.answers)
+        examples = read_examples(args.prompts or args.data[0], args.answers, args.columns)
         if finished := [run for run in runs if run.final]:
             result, responses = ask_checkpoints(finished, examples, args, start_ranks(args), notes)
             cells |= result_cells(result, "--data", runs)

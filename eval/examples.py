@@ -1,14 +1,16 @@
 """What a checkpoint makes of a few records: its own answers, and its NLL of every token of the record."""
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from chat import KINDS, read_records, render, tokenize
+from chat import KINDS, render, tokenize
 from eval.common import Loaded, progress
 from eval.generate import Text, generate
 from kernels.head import nll
+from records import read_all
 from runtime.tokenizer import Tokenizer
 
 
@@ -29,17 +31,18 @@ class Response:
     #                                                 has none, since nothing predicts it)
 
 
-def read_examples(file: str, count: int) -> list[Example]:
-    """The first `count` records of a file that have a question. ValueError if it has none."""
+def read_examples(name: str, count: int, columns: Iterable[str] = ()) -> list[Example]:
+    """The first `count` records that have a question. name: of a file, or as for records.data_files().
+    ValueError if there are none."""
     examples = []
-    for messages, line in read_records(file):
+    for messages, file, line in read_all([name], columns):
         if len(examples) == count:
             break
         question = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if question:
             examples.append(Example(f"{file}:{line}", messages, question))
     if count and not examples:
-        raise ValueError(f"{file}: has no record with a question")
+        raise ValueError(f"{name}: has no record with a question")
     return examples
 
 

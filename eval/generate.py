@@ -11,17 +11,18 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 
-from chat import Template, read_records, render, to_messages, tokenize, tokenize_batch
+from chat import Template, render, tokenize, tokenize_batch
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.common import (Loaded, Parser, check_values, load, progress, run, start_ranks,
                          write_json)
 from eval.engine import LOOKUP, Engine, Sampling
 from model import Llama
+from records import read_all, to_messages
 from runtime.distributed import is_main, world_size
 
 
@@ -35,21 +36,23 @@ def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_t
     return outputs
 
 
-def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, files: list[str], limit: int,
-                   progress: Callable = iter) -> list[dict]:
+def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, names: list[str], limit: int,
+                   progress: Callable = iter, columns: Iterable[str] = ()) -> list[dict]:
     """Answers to the last turn of the first `limit` records that end with an assistant's message, as
-    [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace."""
+    [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace. names,
+    columns: as for records.read_all()."""
     answers, prompts, longest = [], [], 1
-    for file in files:
-        for messages, _ in read_records(file):
-            if len(answers) == limit or messages[-1]["role"] != "assistant" or len(messages) < 2:
-                continue
-            pieces = render(messages[:-1], template, add_generation_prompt=True)
-            prompts.append(tokenize(pieces, tokenizer)[0])
-            whole = tokenize(render(messages, template), tokenizer)[0]
-            # A longer answer could not be right.
-            longest = max(longest, len(whole) - len(prompts[-1]))
-            answers.append({"prompt": messages[-2]["content"], "expected": messages[-1]["content"].strip()})
+    for messages, _, _ in read_all(names, columns):
+        if len(answers) == limit:
+            break
+        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+            continue
+        pieces = render(messages[:-1], template, add_generation_prompt=True)
+        prompts.append(tokenize(pieces, tokenizer)[0])
+        whole = tokenize(render(messages, template), tokenizer)[0]
+        # A longer answer could not be right.
+        longest = max(longest, len(whole) - len(prompts[-1]))
+        answers.append({"prompt": messages[-2]["content"], "expected": template.expected(messages).strip()})
     stop = {tokenizer.special[template.end_of_turn]}
     outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
     for answer, ids in zip(answers, outputs):
@@ -138,16 +141,16 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
     """The records as (messages to answer, the record's own answer), and the messages' pieces. The last
     assistant message is the answer; a record that ends with another message has none."""
     asked, pieces = [], []
-    for messages, line in islice(read_records(args.data), args.limit):
+    for messages, file, line in islice(read_all([args.data], args.columns), args.limit):
         answered = messages[-1]["role"] == "assistant"
-        question, expected = (messages[:-1], messages[-1]["content"]) if answered else (messages, None)
+        question = messages[:-1] if answered else messages
         try:
             if not question:
                 raise ValueError("an assistant's message alone: there is nothing to answer")
             pieces.append(render(question, template, add_generation_prompt=True))
+            asked.append((question, template.expected(messages) if answered else None))
         except ValueError as error:
-            raise ValueError(f"{args.data}:{line}: {error}") from None
-        asked.append((question, expected))
+            raise ValueError(f"{file}:{line}: {error}") from None
     return asked, pieces
 
 
@@ -156,7 +159,7 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
     template = loaded.template
     asked, pieces = read_questions(args, template)
     prompts = [ids for ids, _ in tokenize_batch(pieces, loaded.tokenizer)]
-    names = ("model", "data", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
+    names = ("model", "data", "columns", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
     settings = made_with(args, names, template, args.data) if args.output else {}
     answers = Answers(args.output, name_of, settings)
     missing = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
@@ -194,6 +197,7 @@ def main(argv: list[str]) -> None:
     what.add_argument("--data", metavar="FILE", help="records, in any layout that train.py reads")
     what.add_argument("--prompt", metavar="TEXT")
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
+    parser.add_columns_flag()
     parser.add_argument("--system", metavar="TEXT", help="system message for --prompt and --chat")
     parser.add_argument("--limit", type=int, help="only so many records")
     parser.add_argument("--batch-size", type=int, default=16, help="answers at once")

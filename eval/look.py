@@ -36,7 +36,7 @@ from runtime.files import writing
 from runtime.flags import flag
 from runtime.folder import check_folder
 from runtime.machine import peak_memory_mb
-from runtime.report import describe_data, fit, say, shorten
+from runtime.report import counted, describe_data, fit, say, shorten
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
@@ -125,7 +125,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
         + f"; this run {this_run:.1%}")
     say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"
-        f"packed on {numbers['ranks']} rank(s): {packed['micro_batches']:,} micro-batches an epoch, "
+        f"packed on {numbers['ranks']} rank(s): {counted(packed['micro_batches'], 'micro-batch')} an epoch, "
         f"{numbers['packing_efficiency']:.1%} of {capacity:,} tokens\n  used; padded to the longest example "
         f"it would be {numbers['padded_efficiency']:.1%} of them. The largest\n  micro-batch has "
         f"{packed['largest']:,} tokens, at most {packed['trained']:,} targets have weight, "
@@ -210,7 +210,8 @@ def main(argv: list[str]) -> None:
                      for name, held_out in eval_sets.items()},
         "output_dir": state}
     say(f"model: {source.folder}: {numbers['parameters']:,} parameters; template {source.template.name}")
-    say(describe_data(config, dataset, usable, train.count_steps(config, steps.per_epoch), steps.per_epoch,
+    held_out = eval_sets[train.HELD_OUT] if config.eval_fraction else None
+    say(describe_data(config, dataset, usable, held_out, steps, train.count_steps(config, steps.per_epoch),
                       source.model_config.max_position_embeddings))
     print_numbers(config, numbers)
     say(fit(sentence))

@@ -26,12 +26,13 @@ import json
 
 import numpy as np
 
-from chat import COMPLETION, Template, load_template, read_records, render, tokenize
+from chat import COMPLETION, Template, load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers
 from eval.bootstrap import add_bootstrap_flags, check_flags, interval, resampled_sums
 from eval.common import Loaded, Parser, load, progress, run, start_ranks, write_json
 from eval.likelihood import shared_prefix
+from records import naming, read_all
 from runtime.distributed import is_main
 from runtime.report import fit
 from runtime.weights import model_fingerprint, resolve_model
@@ -43,6 +44,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("memorization", __doc__)
     parser.add_model_flags(several=True)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the training records")
+    parser.add_columns_flag()
     parser.add_argument("--limit", type=int, default=0, help="use only the first N records; 0: all")
     parser.add_argument("--max-length", type=int, default=2048, help="training's most tokens of an example")
     parser.add_argument("--max-new-tokens", type=int, default=0,
@@ -69,28 +71,26 @@ def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Templ
     """Returns [{"data", "line", "prompt", "target", "text"}] and how many records were skipped. prompt and
     target are ids, the target without its end of turn. ValueError if no record is left."""
     records, skipped = [], {"skipped_without_target": 0, "skipped_overlong": 0}
-    for file in args.data:
-        for messages, line in read_records(file):
-            if len(records) == args.limit and args.limit:
-                break
-            last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)
-                        and m["content"].strip()), default=0)
-            if not last:
-                skipped["skipped_without_target"] += 1
-                continue
-            # Earlier answers become context, so that only the target's ids are of kind COMPLETION.
-            before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:last]]
-            try:
-                ids, kinds = tokenize(render([*before, messages[last]], template), tokenizer)
-                prompt, _ = tokenize(render(before, template, add_generation_prompt=True), tokenizer)
-            except ValueError as error:
-                raise ValueError(f"{file}:{line}: {error}") from None
-            *target, end_of_turn = (i for i, kind in enumerate(kinds) if kind == COMPLETION)
-            if not target or end_of_turn >= args.max_length:
-                skipped["skipped_overlong" if target else "skipped_without_target"] += 1
-                continue
-            records.append({"data": file, "line": line, "prompt": prompt, "target": [ids[i] for i in target],
-                            "text": messages[last]["content"].strip()})
+    for messages, file, line in read_all(args.data, args.columns):
+        if len(records) == args.limit and args.limit:
+            break
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)
+                    and (m["content"].strip() or m.get("tool_calls"))), default=0)
+        if not last:
+            skipped["skipped_without_target"] += 1
+            continue
+        # Earlier answers become context, so that only the target's ids are of kind COMPLETION.
+        before = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in messages[:last]]
+        answered = [*before, messages[last]]
+        with naming(f"{file}:{line}"):
+            ids, kinds = tokenize(render(answered, template), tokenizer)
+            prompt, _ = tokenize(render(before, template, add_generation_prompt=True), tokenizer)
+        *target, end_of_turn = (i for i, kind in enumerate(kinds) if kind == COMPLETION)
+        if not target or end_of_turn >= args.max_length:
+            skipped["skipped_overlong" if target else "skipped_without_target"] += 1
+            continue
+        records.append({"data": file, "line": line, "prompt": prompt, "target": [ids[i] for i in target],
+                        "text": template.expected(answered).strip()})
     if not records:
         raise ValueError(f"{', '.join(args.data)}: no record has a target within --max-length "
                          f"{args.max_length}: {skipped}")

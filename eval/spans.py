@@ -137,8 +137,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def add_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_data_flags(parser: Parser) -> None:
     """The flags that load_data, evaluate and compare need, other than --data."""
+    parser.add_columns_flag()
     parser.add_argument("--max-length", type=int, default=2048, help="tokens an example may have")
     parser.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
                         help="what to do with longer ones")
@@ -156,7 +157,7 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
             tokenizer = Tokenizer(resolve_model(name))
             template = load_template(args.template, tokenizer, args.date)
             data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong,
-                                      args.cache_dir, progress=shows_progress()) for file in args.data])
+                                      args.cache_dir, shows_progress(), args.columns) for file in args.data])
     return data
 
 

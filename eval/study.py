@@ -34,7 +34,7 @@ import re
 import shlex
 import sys
 import time
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from itertools import product
@@ -45,14 +45,15 @@ import torch
 from tqdm import tqdm
 
 import train
-from chat import read_records
+from data import hold_out, instruction_hash
 from eval import harness, memorization
-from eval.answers import hash_file
+from eval.answers import hash_data
 from eval.common import Parser, read_objects, run, write_json
 from eval.study_report import pictures, report_text
 from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
 from eval.study_statistics import verdict
 from loss import NORMALIZE, PRESETS
+from records import data_files, read_all
 from runtime.distributed import join_ranks, world_size
 from runtime.files import lock, read_json, write_text
 from runtime.flags import check_flag, flag, flag_name, given_flags
@@ -77,10 +78,9 @@ class StudyConfig(train.Config):
     seeds: int = flag(5, "seeds of each: --seed and those after it", least=1)
     validation_data: str = flag("", "records to choose learning rate and epoch by", metavar="FILE")
     validation_fraction: float = flag(0.1, "without --validation-data: this part of the training records is "
-                                      "held out; 0: no choice, one learning rate and the last epoch",
-                                      least=0, below=1)
-    split_seed: int = flag(0, "seed of that split, and of the sample of training records", least=0)
-    train_sample: int = flag(256, "training records whose NLL is measured", least=1)
+                                      "held out with --split-seed; 0: no choice, one learning rate and the "
+                                      "last epoch", least=0, below=1)
+    train_sample: int = flag(256, "training records whose NLL is measured, drawn with --split-seed", least=1)
     memorization: int = flag(64, "training prompts to answer at the end, as eval.memorization does; 0: none",
                              least=0)
     generate: int = flag(0, "prompts of each test file to answer at the end, for exact matches; 0: none",
@@ -159,18 +159,23 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
     if not config.eval_data:
         raise ValueError("--eval-data is missing: give the test files on which the losses are compared")
     for name, wrong in (("overwrite", config.overwrite), ("resume", config.resume != "auto"),
-                        ("shard", config.shard), ("require_completion", not config.require_completion)):
+                        ("shard", config.shard), ("require_completion", not config.require_completion),
+                        ("eval_fraction", config.eval_fraction > 0)):
         if wrong:
             raise ValueError(f"{flag_name(name)}: a study decides this itself; leave the flag out"
                              + (f", or delete {config.output_dir} yourself" if name == "overwrite" else ""))
-    files = [*config.eval_data, config.validation_data]
-    for file in filter(None, files):
-        if not Path(file).is_file():
-            raise ValueError(f"{file}: no such file")
+    names = [*config.train_data, *config.eval_data, config.validation_data]
+    if "-" in names:
+        raise ValueError("-: a study that is resumed reads the records again; write standard input to a file")
+    # Raises for those that do not exist.
+    data_files(filter(None, names))
     if config.validation_data and Path(config.validation_data).resolve() in {
             Path(file).resolve() for file in config.eval_data}:
         raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
                          "test data must not choose; give other records")
+    if config.mix and config.validation_fraction and not config.validation_data:
+        raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
+                         "give --validation-data, or --validation-fraction 0")
     if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
         raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
                          "by; give one rate or a fraction such as 0.1")
@@ -200,37 +205,26 @@ def task_flags(config: StudyConfig) -> list[str]:
 # ---------------------------------------------------------------- data
 
 
-def split(records: list[str], fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """The records to train on and those held out, each in their order. Equal records stay together, so that
-    none is on both sides. fraction: of all records, as near as whole groups allow."""
-    counts = Counter(records)
-    groups = list(counts)
-    held_out: set[str] = set()
-    size = 0
-    for i in np.random.default_rng([seed, 1]).permutation(len(groups)):
-        if size >= round(fraction * len(records)):
-            break
-        held_out.add(groups[i])
-        size += counts[groups[i]]
-    return [r for r in records if r not in held_out], [r for r in records if r in held_out]
-
-
-def read_as_lines(files: list[str]) -> list[str]:
-    """Each record's messages as a line of JSON, the same for equal messages in whatever layout."""
-    return [json.dumps({"messages": messages}, sort_keys=True, ensure_ascii=False)
-            for file in files for messages, _ in read_records(file)]
+def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:
+    """Each record's messages as a line of JSON, the same for equal messages in whatever layout. names,
+    columns: as for records.read_all()."""
+    return [json.dumps({"messages": messages}, ensure_ascii=False)
+            for messages, _, _ in read_all(names, columns)]
 
 
 def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
     """The files to train on, of validation and of the sample of training records, and the contents of those
     that do not exist yet: they are written after everything has been checked. ValueError if too few
     records are left."""
-    records, folder = read_as_lines(config.train_data), Path(config.output_dir) / "data"
+    records, folder = read_as_lines(config.train_data, config.columns), Path(config.output_dir) / "data"
     train_files, validation, new = config.train_data, config.validation_data, {}
     if validation:
-        held_out = read_as_lines([validation])
+        held_out = read_as_lines([validation], config.columns)
     elif config.validation_fraction:
-        records, held_out = split(records, config.validation_fraction, config.split_seed)
+        groups = [instruction_hash(json.loads(record)["messages"]) for record in records]
+        chosen = hold_out(np.array(groups, np.uint64), config.validation_fraction, config.split_seed)
+        records, held_out = ([r for r, is_held_out in zip(records, chosen) if is_held_out == side]
+                             for side in (False, True))
         train_files, validation = [str(folder / "study-train.jsonl")], str(folder / "study-validation.jsonl")
         new = {train_files[0]: records, validation: held_out}
     if validation and len(held_out) < FEW:
@@ -238,11 +232,13 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
                   f"--validation-fraction {config.validation_fraction}")
         raise ValueError(f"{source}: {len(held_out)} validation record(s) are too few to choose by; give "
                          f"{FEW} or more")
+    if config.max_examples and not config.mix:
+        records = records[:config.max_examples]
     if not records:
         raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
                          "give less")
     for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
-        if both := len({*read_as_lines([file])} & {*records}):
+        if both := len({*read_as_lines([file], config.columns)} & {*records}):
             say(fit(f"warning: {both} record(s) of {file} are training records, too"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
@@ -261,10 +257,10 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
     identity = {name: value for name, value in identity.items() if name not in free}
     measures = {f.name: getattr(config, f.name) for f in dataclasses.fields(StudyConfig)
                 if f.name not in free and not f.metadata["free"]}
-    files = [hash_file(config.validation_data)] if config.validation_data else []
+    files = [hash_data(config.validation_data)] if config.validation_data else []
     return json.loads(json.dumps({
         **measures, **identity, "eval_every": config.eval_every, "validation_data": files,
-        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_file, config.eval_data)))}))
+        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
 def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:

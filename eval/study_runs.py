@@ -13,7 +13,6 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -37,6 +36,7 @@ from eval.answers import Answers
 from eval.common import load
 from eval.generate import answer_records
 from eval.results import scores
+from runtime.cpu import cpu_name
 from runtime.files import read_json, write_text
 from runtime.machine import keep_freed_memory
 from runtime.distributed import join_ranks
@@ -139,9 +139,8 @@ def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
     write_text(folder / "flags.json", json.dumps(
         {name: value for name, value in dataclasses.asdict(config).items()
          if value not in (None, "", []) and name not in ("resume", "overwrite")}, indent=2))
-    with stoppable():   # which also restores the signal handlers that train.main() replaces
-        status = train.main(["--config", str(folder / "flags.json")],
-                            partial(record_evaluation, plan, folder / "evaluations"))
+    status = train.main(["--config", str(folder / "flags.json")],
+                        partial(record_evaluation, plan, folder / "evaluations"))
     free_memory()
     if status:
         raise Stopped(status)
@@ -200,7 +199,8 @@ def measure(plan: Plan, model: str, folder: Path) -> dict:
     if plan.memorization or plan.generate:
         keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
         args = Namespace(template=base.template, date=base.date, dtype=base.dtype, data=[plan.sample],
-                         limit=plan.memorization, max_length=base.max_length, max_new_tokens=0, batch_size=16)
+                         columns=[], limit=plan.memorization, max_length=base.max_length, max_new_tokens=0,
+                         batch_size=16)
         loaded = load(model, args, join_ranks(base.device), cast=True)
     if plan.memorization:
         records, _ = memorization.read_targets(args, loaded.tokenizer, loaded.template)
@@ -213,7 +213,8 @@ def measure(plan: Plan, model: str, folder: Path) -> dict:
     if plan.generate:
         end["generate"] = {}
         for name, file in zip(train.names_of(plan.tests), plan.tests):
-            answers = answer_records(loaded.model, loaded.tokenizer, loaded.template, [file], plan.generate)
+            answers = answer_records(loaded.model, loaded.tokenizer, loaded.template, [file], plan.generate,
+                                     columns=base.columns)
             end["generate"][name] = [int(answer["correct"]) for answer in answers]
     if plan.tasks:
         file = folder / "tasks.json"
@@ -237,7 +238,7 @@ def commit() -> str:
 def device_name(device: str) -> str:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
+    return cpu_name()
 
 
 # ---------------------------------------------------------------- several runs

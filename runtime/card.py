@@ -17,16 +17,18 @@ from runtime.flags import flag_name, is_boolean
 from runtime.report import changes
 
 # Flags that hold paths, and those that may change on resume but say something about the result.
-PATHS, TOLD = ("model", "train_data", "eval_data", "template"), ("eval_data", "eval_generate")
+PATHS, TOLD = ("model", "train_data", "mix", "eval_data", "template"), ("eval_data", "eval_generate")
 
 
 def bare_name(path: str) -> str:
     """A path without its folders: /home/a/smollm2 -> smollm2, runs/im/final -> im. What is no path, a hub id,
     stays as it is. Characters that would be markup are replaced."""
+    path, equals, share = path.partition("=")       # of --mix: FILE=SHARE
     full = Path(path).expanduser()
     if full.exists() or full.is_absolute():
         path = [part for part in Path(os.path.abspath(full)).parts if part != "final"][-1]
-    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in path)
+    name = path + equals + share
+    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in name)
 
 
 def bare_names(paths: list[str]) -> list[str]:
@@ -79,7 +81,7 @@ Made from `{base}` by spantune's `train.py`, which wrote this card, with PyTorch
 
 ## Training data
 
-{table(["file", "examples trained on"], [[name, f"{of_file[i]:,}"] for i, name in enumerate(names)])}
+{table(["file", "examples"], [[name, f"{of_file[i]:,}"] for i, name in enumerate(names)])}
 
 The loss (`--loss {config.loss} --normalize {config.normalize}`) weighs the kinds of span like this:
 

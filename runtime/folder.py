@@ -79,7 +79,9 @@ def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, s
         if was == now:
             continue
         if name == "train_data" and isinstance(was, list) and len(was) == len(now):
-            changed = [str(file) for file, a, b in zip(files, was, now) if a != b]
+            # A folder's name stands for several files.
+            one_each = len(files) == len(now)
+            changed = [str(file) for i, file in enumerate(files) if not one_each or was[i] != now[i]]
             differ.append(f"--train-data {' '.join(changed)}: other contents")
         elif name == "train_data":
             differ.append(f"--train-data: {len(now)} file(s), not those of before")

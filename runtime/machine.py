@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from runtime.cpu import cores
+
 
 def keep_freed_memory(shapes: int = 256) -> None:
     """Let glibc keep freed memory, in huge pages, instead of returning it to the system. A step frees and
@@ -65,8 +67,7 @@ def share_threads() -> None:
     """Under torchrun, which starts each rank with one thread, use this rank's share of the cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // ranks))
+        torch.set_num_threads(max(1, cores() // ranks))
 
 
 WATCHED = 10    # the shortest time that Crowding judges, in seconds
@@ -96,7 +97,7 @@ def sleeping_threads() -> Iterator[None]:
         torch.zeros(threads * 2**15).add_(1)
         end.wait()
 
-    pools = (os.cpu_count() or 1) // (threads - 1) if threads > 1 else 0
+    pools = cores() // (threads - 1) if threads > 1 else 0
     try:
         for _ in range(pools):
             threading.Thread(target=add_threads, daemon=True).start()

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Iterator, Sized
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
@@ -44,41 +45,62 @@ def describe(config: object) -> str:
     return "configuration\n" + wrapped.replace("\0", " ")
 
 
-def describe_data(config: object, dataset: object, usable: Sized, steps: int, per_epoch: int,
-                  positions: int | None) -> str:
+def counted(number: int, noun: str) -> str:
+    """1 file, 2,000 files"""
+    plural = "" if number == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{number:,} {noun}{plural}"
+
+
+def describe_data(config: object, dataset: object, usable: Sized, held_out: Sized | None, steps: object,
+                  total_steps: int, positions: int | None) -> str:
     """What will be trained on; and where that is not what the flags suggest: examples without a completion,
     files given twice, examples longer than the model was trained for. config: train.Config; dataset:
-    data.Dataset; usable: the examples to train on; positions: config.json's max_position_embeddings."""
+    data.Dataset; usable: the examples to train on; held_out: the data.Dataset of --eval-fraction, if any;
+    steps: data.Steps; positions: config.json's max_position_embeddings."""
     report, lengths, incomplete = dataset.report, dataset.lengths, dataset.without_completion
-    lines = [f"data: {len(usable):,} examples, {int(lengths[usable].sum()):,} tokens; {steps:,} steps, "
-             f"{per_epoch:,} an epoch",
-             f"  of {report['records']:,} records {report['truncated']:,} were truncated, "
+    left_out = len(dataset) - len(usable)
+    if held_out:
+        left_out, incomplete = left_out - len(held_out), incomplete - held_out.without_completion
+    held = f", {len(held_out):,} held out for evaluation" if held_out else ""
+    lines = [f"data: {counted(len(usable), 'example')}, {counted(int(lengths[usable].sum()), 'token')}; "
+             f"{counted(total_steps, 'step')}, {steps.per_epoch:,} an epoch",
+             f"  of {counted(report['records'], 'record')} {report['truncated']:,} were truncated, "
              f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
-             f"  {len(dataset) - len(usable):,} left out"]
+             f"  {left_out:,} left out{held}"]
+    if steps.draws:
+        sizes = np.bincount(dataset.origins[usable, 0])
+        lines += [f"  an epoch has {counted(draw, 'example')} of {file}, which has {size:,}"
+                  for file, draw, size in zip(config.train_data, steps.draws, sizes)]
     if incomplete and config.require_completion:
         lines += [f"  {incomplete:,} of these because they have no completion (cut off at --max-length, or",
                   "  of weight 0): the same under every --loss; --no-require-completion keeps them"]
     elif incomplete:
-        lines += [f"warning: {incomplete:,} examples have no completion; --loss im and lm train on them, it",
-                  "  does not: with --no-require-completion, losses have different examples and steps"]
+        lines += [f"warning: {counted(incomplete, 'example')} without a completion; --loss im and lm train",
+                  "  on these, it does not: with --no-require-completion, losses have different",
+                  "  examples and steps"]
     if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
         lines += [f"warning: --train-data names {twice} file(s) more than once; their records count once for",
                   "  each mention"]
-    if positions and config.max_length > positions:
-        longer = int((lengths > positions).sum())
-        lines += [f"warning: --max-length {config.max_length} is more than the model's "
-                  f"max_position_embeddings, {positions};", f"  {longer:,} examples are longer than that"]
+    if positions and (longer := int((lengths[usable] > positions).sum())):
+        lines += [f"warning: {counted(longer, 'example')} longer than the model's max_position_embeddings, "
+                  f"{positions};", f"  --max-length {positions} would cut them"]
     return "\n".join(lines)
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C from now on. The loop asks between steps, so the current step is finished and
-    saved. number: of the signal, 0 if none has come; doing: what the user is told will happen first."""
+    """Notes SIGTERM and Ctrl-C within a `with` block, which ends with the earlier handlers back in place. The
+    loop asks between steps, so the current step is finished and saved. number: of the signal, 0 if none has
+    come; doing: what the user is told will happen first."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> "StopSignal":
         self.number, self.doing = 0, "finishing this step, then saving"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self.earlier = {number: signal.signal(number, self._note)
+                        for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.earlier.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
         # torchrun sends TERM, too, when another rank has failed: that rank's error is what to read.

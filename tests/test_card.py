@@ -126,4 +126,5 @@ def test_names_have_no_folders_and_no_markup(tmp_path):
     assert bare_name("owner/name@main") == "owner/name@main"        # a hub id
     assert bare_name("/gone/since/x.jsonl") == "x.jsonl"
     assert bare_name(str(tmp_path / "a|`<b>.jsonl")) == "a???b?.jsonl"
+    assert bare_name(str(tmp_path / "a.jsonl") + "=0.5") == "a.jsonl=0.5"      # of --mix
     assert bare_names(["/x/a", "/y/a", "/b", "/z/a"]) == ["a", "a (2)", "b", "a (3)"]

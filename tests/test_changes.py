@@ -84,13 +84,10 @@ def copy(tmp_path) -> Copy:
 
 
 def test_a_record_layout(copy):
-    copy.edit("chat.py", '    elif "prompt" in record and "completion" in record:\n',
-              '    elif "question" in record and "answer" in record:\n'
-              '        messages = [{"role": "user", "content": record["question"]},\n'
-              '                    {"role": "assistant", "content": record["answer"]}]\n'
-              '    elif "prompt" in record and "completion" in record:\n')
+    row = '    ("prompt", "completion"),\n'
+    copy.edit("records.py", row, row + '    ("ask", "tell"),\n')
     pairs = [("name a colour", "blue"), ("a fruit", "plum"), ("the sea", "is blue"), ("hello", "station")]
-    files = {"new": ("question", "answer"), "known": ("prompt", "completion")}
+    files = {"new": ("ask", "tell"), "known": ("prompt", "completion")}
     for name, (question, answer) in files.items():
         (copy.data / f"{name}.jsonl").write_text(
             "".join(json.dumps({question: a, answer: b}) + "\n" for a, b in pairs))
@@ -184,10 +181,10 @@ def test_the_schedule_and_which_spans_count(copy):
 def test_a_weight_by_message(copy):
     copy.edit("chat.py", '"completion", "context")', '"completion", "context", "light")')
     copy.edit("chat.py", "COMPLETION, CONTEXT = range", "COMPLETION, CONTEXT, LIGHT = range")
-    copy.edit("chat.py", "        if value not in (0, 1):\n", "        if value not in (0, 1, 0.5):\n")
-    copy.edit("chat.py", "    weights = {int(value == TRAINS[field]) for",
+    copy.edit("records.py", "        if value not in (0, 1):\n", "        if value not in (0, 1, 0.5):\n")
+    copy.edit("records.py", "    weights = {int(value == TRAINS[field]) for",
               "    weights = {0.5 if value == 0.5 else int(value == TRAINS[field]) for")
-    copy.edit("chat.py", '**({"weight": 0} if weights == {0} else {})}',
+    copy.edit("records.py", '**({"weight": 0} if weights == {0} else {})}',
               '**({"weight": weights.pop()} if weights and weights != {1} else {})}')
     copy.edit("chat.py", '        kind = CONTEXT if messages[i].get("weight") == 0 else',
               '        kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
@@ -213,6 +210,6 @@ def test_a_weight_by_message(copy):
 
 def test_readme_names_every_change_that_is_tested_here():
     table = (ROOT / "README.md").read_text().split("| to change |")[1].split("\n\n")[0]
-    for place in ("chat.to_messages", "templates/", "data.pack", "model.py", "loss.py", "micro_batch_loss",
+    for place in ("records.LAYOUTS", "templates/", "data.pack", "model.py", "loss.py", "micro_batch_loss",
                   "make_optimizer", "chat.render"):
         assert place in table, f"README's table does not name {place}"

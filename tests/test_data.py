@@ -10,7 +10,9 @@ import torch
 
 import chat
 import data
-from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template, read_records
+import records
+from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_template
+from records import read_records
 from runtime.tokenizer import Tokenizer
 from data import Steps, collate, load_dataset, plan
 from loss import coefficients, span_weights
@@ -56,10 +58,10 @@ def change_json(file: Path, **more: object) -> None:
 
 
 def edit_to_messages(home: Path, patch: pytest.MonkeyPatch) -> None:
-    edited = home / "chat.py"
-    edited.write_text(Path(chat.__file__).read_text().replace('"user": INSTRUCTION', '"user": SYSTEM'))
-    assert edited.read_text() != Path(chat.__file__).read_text()
-    patch.setattr(data, "CODE", tuple(edited if file == Path(chat.__file__) else file for file in data.CODE))
+    original, edited = Path(records.__file__), home / "records.py"
+    edited.write_text(original.read_text().replace('"human": "user"', '"human": "system"'))
+    assert edited.read_text() != original.read_text()
+    patch.setattr(data, "CODE", tuple(edited if file == original else file for file in data.CODE))
 
 
 def other_library(home: Path, patch: pytest.MonkeyPatch) -> None:
@@ -86,6 +88,7 @@ CHANGES = {
     "date that the template does not use": (lambda home, patch: dict(date="2020-01-02"), set()),
     "max_length": (lambda home, patch: dict(max_length=50), {"max_length"}),
     "overlong": (lambda home, patch: dict(overlong="drop"), {"overlong"}),
+    "columns": (lambda home, patch: dict(columns=["system=persona"]), {"columns"}),
     "an edited to_messages": (edit_to_messages, {"code"}),
     "a library": (other_library, {"libraries"}),
 }
@@ -93,14 +96,14 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_each_part_changes_the_cache_key_and_another_place_does_not(folder, tmp_path, name, monkeypatch):
-    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate", **more: str
-              ) -> dict:
+    def parts(home: Path, cache: Path, max_length: int = 120, overlong: str = "truncate",
+              columns: list[str] = (), **more: str) -> dict:
         tokenizer = Tokenizer(home / "model")
         template = load_template(more.pop("template", "llama3"), tokenizer, **more)
         asked = [home / "train.jsonl"], tokenizer, template, max_length, overlong
-        found = data.cache_parts(*asked)
+        found = data.cache_parts(*asked, columns)
         assert not cache.exists()   # nothing was tokenized yet
-        dataset = load_dataset(*asked, cache)
+        dataset = load_dataset(*asked, cache, columns=columns)
         return {**found, "key": dataset.key}
 
     shutil.copytree(folder / "model", tmp_path / "model")
@@ -128,8 +131,8 @@ def test_data_that_changes_while_it_is_read_is_not_cached_under_its_old_hash(fol
     (tmp_path / "model").symlink_to(folder / "model")
     make_records(tmp_path / "grows.jsonl", 5)
 
-    def grow(path: Path):
-        yield from read_records(path)
+    def grow(path: str, columns: list[str]):
+        yield from read_records(path, columns)
         with open(path, "a") as file:
             file.write("\n")
     monkeypatch.setattr(data, "read_records", grow)
@@ -173,6 +176,86 @@ def test_examples_with_nothing_to_train_on_are_left_out(folder):
     assert dataset.trainable(span_weights("im"), require_completion=False).tolist() == [0, 1, 2]
     assert dataset.trainable(span_weights("it"), require_completion=False).tolist() == [0]
     assert dataset.trainable(span_weights("it", completion=0, system=1)).tolist() == []
+
+
+# ---------------------------------------------------------------- which examples
+
+
+def write(file: Path, records: list[dict]) -> list[dict]:
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
+
+
+def test_records_with_one_instruction_are_never_on_both_sides(folder):
+    """Eight instructions in all layouts, with other answers, system messages and white space."""
+    records = write(folder / "groups.jsonl", [record for i in range(8) for record in (
+        {"prompt": f"plum {i}", "completion": "red"}, {"prompt": f" plum  {i}\n", "completion": "blue"},
+        {"instruction": "plum", "input": str(i), "output": "red"},
+        {"messages": [{"role": "system", "content": "be brief"}, {"role": "user", "content": f"plum {i}"},
+                      {"role": "assistant", "content": "a"}, {"role": "user", "content": "again"},
+                      {"role": "assistant", "content": "b"}]})])
+    dataset = load(folder, "groups.jsonl")
+    sides = []
+    for seed in range(10):
+        held_out = data.hold_out(dataset.groups, 0.3, seed)
+        by_instruction = held_out.reshape(8, 4)
+        assert (by_instruction == by_instruction[:, :1]).all(), "an instruction is on both sides"
+        # 9.6 of 32 records: two whole groups.
+        assert held_out.sum() == 8
+        subset = dataset.subset(np.flatnonzero(held_out))
+        assert [subset.where(e) for e in range(8)] == [dataset.where(e) for e in np.flatnonzero(held_out)]
+        sides.append(held_out.tolist())
+    assert len({*map(tuple, sides)}) > 5
+    # The same records are held out in another order, with another template and cut at another length.
+    write(folder / "turned.jsonl", records[::-1])
+    turned = load(folder, "turned.jsonl", max_length=9, template="tulu")
+    assert data.hold_out(turned.groups, 0.3, 0).tolist() == sides[0][::-1]
+
+
+def test_the_share_that_is_held_out_is_exact_where_records_differ_and_fair():
+    """Of 1000 records each is held out about equally often, and few change sides when some are added."""
+    groups = np.random.default_rng(0).integers(2**64, size=1000, dtype=np.uint64)
+    sides = np.array([data.hold_out(groups, 0.1, seed) for seed in range(400)])
+    assert (sides.sum(1) == 100).all()
+    # Binomial: 40 with a standard deviation of 6.
+    assert 10 < sides.sum(0).min() and sides.sum(0).max() < 70
+    both = (sides[:200] & sides[200:]).sum(1).mean()
+    assert 9 < both < 11, "two seeds have a tenth of a tenth in common"
+    added = data.hold_out(np.append(groups, groups[:50] + np.uint64(1)), 0.1, 0)[:1000]
+    assert (added != sides[0]).sum() < 15
+    # A group that is larger than the share is trained on.
+    assert data.hold_out(np.array([7] * 9 + [8], np.uint64), 0.1, 0).tolist() == [False] * 9 + [True]
+    assert not data.hold_out(np.array([7] * 10, np.uint64), 0.9, 0).any()
+
+
+def test_a_subset_holds_the_tokens_of_its_examples(folder):
+    dataset, examples = load(folder), np.array([3, 4, 11])
+    subset = dataset.subset(examples)
+    assert len(subset) == 3 and subset.content != dataset.content
+    assert subset.content != dataset.subset(np.array([3, 4, 12])).content
+    for i, e in enumerate(examples):
+        for name in ("ids", "kinds"):
+            a, b = subset.offsets[i:i + 2]
+            assert getattr(subset, name)[a:b].tolist() == getattr(dataset, name)[
+                dataset.offsets[e]:dataset.offsets[e + 1]].tolist()
+        assert subset.counts[i].tolist() == dataset.counts[e].tolist()
+        assert subset.lengths[i] == dataset.lengths[e]
+
+
+def test_a_mix_has_its_shares_in_every_epoch_and_uses_a_files_examples_equally_often():
+    """Three files of 3, 10 and 7 examples, of which an epoch has 7, 4 and 9."""
+    files = np.random.default_rng(0).permutation([0] * 3 + [1] * 10 + [2] * 7)
+    epochs = [data.mixed_examples(files, [7, 4, 9], 5, epoch) for epoch in range(30)]
+    for examples in epochs:
+        assert np.bincount(files[examples]).tolist() == [7, 4, 9]
+    for file, (size, count) in enumerate(((3, 7), (10, 4), (7, 9))):
+        stream = np.concatenate([examples[files[examples] == file] for examples in epochs])
+        whole = len(stream) // size * size
+        passes = stream[:whole].reshape(-1, size)
+        # Every pass has each of the file's examples once, and passes differ.
+        assert (np.sort(passes) == np.flatnonzero(files == file)).all()
+        assert len({*map(tuple, passes.tolist())}) > min(3, len(passes) // 2)
+    assert data.mixed_examples(files, [7, 4, 9], 6, 0).tolist() != epochs[0].tolist()
 
 
 # ---------------------------------------------------------------- plan
@@ -294,6 +377,33 @@ def contents(steps: Steps, step: int) -> dict[int, tuple]:
         for example, a, b in zip(batch.examples.tolist(), batch.cu_seqlens[:-1], batch.cu_seqlens[1:]):
             out[example] = tuple(tuple(field[a:b]) for field in fields)
     return out
+
+
+def test_a_mix_is_the_same_steps_on_any_ranks_and_in_any_order(folder):
+    dataset = load(folder)
+    dataset.origins = dataset.origins.copy()
+    dataset.origins[:4, 0], dataset.origins[4:8, 0], dataset.origins[8:, 0] = 0, 1, 2
+    dataset.names = np.array([0, 0, 1])     # the first name is of a folder with two files
+    usable = np.arange(1, 20)
+    weigh = partial(coefficients, weights=span_weights("im"), normalize="token")
+
+    def steps(capacity: int, rank: int = 0, ranks: int = 1) -> Steps:
+        return Steps(dataset, usable, weigh, seed=3, batch_size=6, capacity=capacity, rank=rank,
+                     world_size=ranks, draws=[15, 4])
+
+    def examples(of: list[Steps], step: int) -> list[int]:
+        return sorted(e for each in of for micro_batch, _ in each[step][0] for e in micro_batch.tolist())
+
+    alone, ranks = [steps(10**6)], [steps(150, rank, 2) for rank in range(2)]
+    assert alone[0].per_epoch == ranks[0].per_epoch == 4
+    expected = [examples(alone, step) for step in range(12)]
+    for step in [*reversed(range(12)), *range(12)]:
+        assert examples(ranks, step) == examples(alone, step) == expected[step]
+    for epoch in range(3):
+        drawn = np.array(sum(expected[4 * epoch:4 * epoch + 4], []))
+        assert np.bincount(dataset.names_of(drawn)).tolist() == [15, 4]
+        # Seven are usable under the first name; the fifteen are two whole passes and one more.
+        assert {*drawn[drawn < 8]} == {*range(1, 8)}
 
 
 @pytest.mark.parametrize("normalize", ["token", "example", "span"])

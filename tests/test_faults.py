@@ -116,8 +116,8 @@ def test_a_damaged_token_cache_is_made_anew(folder, undisturbed, capsys):
     run_here(arguments(folder, "cached", **argv))
     (made,) = cache.iterdir()
     whole = {file.name: file.read_bytes() for file in made.iterdir()}
-    assert set(whole) == {"ids.bin", "kinds.bin", "offsets.bin", "origins.bin", "counts.bin", "report.json",
-                          "crc32.json"}
+    assert set(whole) == {"ids.bin", "kinds.bin", "offsets.bin", "origins.bin", "counts.bin", "groups.bin",
+                          "report.json", "crc32.json"}
     for name, spoil in [*((name, lambda x: x[:-1] + bytes([x[-1] ^ 1])) for name in whole),
                         ("ids.bin", lambda x: x[:9]), ("kinds.bin", lambda x: b""),
                         ("crc32.json", lambda x: b""), ("crc32.json", lambda x: b"{}")]:

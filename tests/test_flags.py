@@ -110,10 +110,10 @@ def test_every_flag_of_a_run_survives_its_config_file(tmp_path):
         default = getattr(train.Config(), f.name)
         choices = f.metadata["choices"]
         other[f.name] = (next(c for c in choices if c != default) if choices else not default
-                         if f.type in (bool, bool | None) else ["a", "b"] if f.type == list[str]
+                         if f.type in (bool, bool | None) else ["prompt=a", "input=b"] if f.type == list[str]
                          else "text" if f.type is str else 0.25 if f.type in (float, float | None) else 3)
     kept = {name: value for name, value in other.items()
-            if name not in ("overwrite", "resume", "device", "eval_generate")}
+            if name not in ("overwrite", "resume", "device", "eval_generate")} | {"mix": ["a=1", "b=0.5"]}
     (tmp_path / "run_config.json").write_text(json.dumps(kept))
     again = vars(train.parse_args(["--config", str(tmp_path / "run_config.json")]))
     assert {name: again[name] for name in kept} == kept
@@ -138,3 +138,31 @@ def test_flags_config_file_and_their_errors(tmp_path):
                        (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(argv)
+
+
+def test_a_mix_is_files_with_shares_and_takes_the_place_of_train_data(tmp_path):
+    config = train.parse_args(flags(model="m", mix=["a=b.jsonl=3", "c.jsonl=1e0"], date="2026-01-05"))
+    assert config.train_data == ["a=b.jsonl", "c.jsonl"]
+    assert train.parse_mix(config.mix) == (config.train_data, [0.75, 0.25])
+    # run_config.json repeats the run
+    (tmp_path / "run_config.json").write_text(json.dumps(vars(config)))
+    assert vars(train.parse_args(["--config", str(tmp_path / "run_config.json")])) == vars(config)
+    for mix, says in ((["a.jsonl"], "--mix a.jsonl: must be FILE=SHARE"),
+                      (["a=1", "b=0"], "--mix b=0: must be FILE=SHARE with a finite share above 0"),
+                      (["a=-1"], "--mix a=-1: must"), (["a=nan"], "--mix a=nan"), (["a=inf"], "--mix a=inf"),
+                      (["=1"], "--mix =1: must be"), (["a=1", "./a=2"], "--mix a=1 ./a=2: .* given twice")):
+        with pytest.raises(ValueError, match=says):
+            train.parse_args(flags(model="m", mix=mix))
+    with pytest.raises(ValueError, match="--train-data t.jsonl: --mix names the files to train on"):
+        train.parse_args(flags(model="m", mix="a.jsonl=1", train_data="t.jsonl"))
+    with pytest.raises(ValueError, match="--mix is given but no --model"):
+        train.parse_args(flags(mix="a.jsonl=1"))
+
+
+def test_the_share_that_is_held_out_is_something_to_evaluate_on():
+    base = dict(model="m", train_data="t.jsonl")
+    assert train.parse_args(flags(**base, eval_fraction=0.1, eval_every=5)).evaluates
+    for value in (1, -0.1, "x"):
+        with pytest.raises(ValueError, match=f"--eval-fraction {value}: must be a finite number, 0 or more "
+                                             "and below 1"):
+            train.parse_args(flags(**base, eval_fraction=value))

@@ -336,6 +336,11 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     stopped(folder, "named", 2, monkeypatch, **base)
     refused(folder, r"--train-data \S*/c.jsonl: other contents\)", "named",
             **{**base, "train_data": [folder / "a.jsonl", folder / "c.jsonl"]})
+    shards = folder / "shards"
+    shards.mkdir()
+    for name in ("a", "c"):
+        shutil.copy(folder / f"{name}.jsonl", shards)
+    refused(folder, r"--train-data \S*/shards: other contents\)", "named", **{**base, "train_data": [shards]})
     refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named",
             **{**base, "train_data": data[:1]})
     refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})
@@ -407,9 +412,12 @@ def stopped_run(folder) -> Path:
                                    if f.name not in MAY_CHANGE | MAY_IN_PART], ids=lambda f: f.name)
 def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_value(
         folder, stopped_run, field):
-    argv = arguments(folder, stopped_run)
+    more = dict(train_data=None, mix=[f"{folder / 'train.jsonl'}=1"]) if field.name == "mix" else {}
+    argv = arguments(folder, stopped_run, **more)
     now = getattr(train.parse_args(argv), field.name)
-    if field.name in ("model", "train_data", "template"):
+    if field.name == "mix":
+        other = now
+    elif field.name in ("model", "train_data", "template"):
         other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
                  "template": "tulu"}[field.name]
     elif choices := field.metadata["choices"]:
@@ -544,7 +552,7 @@ def test_it_and_im_train_on_the_same_examples_unless_asked_otherwise(folder, cap
     assert "12 of these because they have no completion" in printed and "--no-require-completion" in printed
     more, printed = tokens("cut-more", loss="im", no_require_completion=True)
     assert len(more) == 6 and sum(more) > sum(im)
-    assert "warning: 12 examples have no completion" in printed
+    assert "warning: 12 examples without a completion" in printed
     fewer, _ = tokens("cut-fewer", loss="it", no_require_completion=True)
     assert fewer == it
     with pytest.raises(ValueError, match="no completion is left of any .--max-length 10 cut off 18.*"
@@ -552,7 +560,11 @@ def test_it_and_im_train_on_the_same_examples_unless_asked_otherwise(folder, cap
         run_here(arguments(folder, "cut-all", train_data=folder / "long.jsonl", max_length=10))
 
 
-def test_a_length_beyond_the_models_positions_is_said(folder, capsys):
-    run_here(arguments(folder, "beyond", max_length=300, max_steps=1))
-    assert ("--max-length 300 is more than the model's max_position_embeddings, 256;\n  0 examples"
+def test_an_example_beyond_the_models_positions_is_said(folder, capsys):
+    run_here(arguments(folder, "within", max_length=300, max_steps=1))
+    assert "max_position_embeddings" not in capsys.readouterr().out
+    record = {"prompt": "red", "completion": "blue town " * 150}
+    (folder / "beyond.jsonl").write_text(json.dumps(record))
+    run_here(arguments(folder, "beyond", train_data=folder / "beyond.jsonl", max_length=300, max_steps=1))
+    assert ("warning: 1 example longer than the model's max_position_embeddings, 256;\n  --max-length 256"
             in capsys.readouterr().out)

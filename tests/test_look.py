@@ -82,6 +82,7 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["trained"]["lm"] == 1.0
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
     assert f"{instruction / completion:.3g} tokens of instruction for each" in printed.replace("\n  ", " ")
+    assert "data: 1 example, " in printed and "packed on 1 rank(s): 1 micro-batch an epoch" in printed
     assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
 
 

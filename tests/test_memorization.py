@@ -140,7 +140,7 @@ def test_the_last_trained_answer_of_a_record_is_asked_for(folder, tmp_path):
             out.write(json.dumps({"messages": messages}) + "\n")
     tokenizer = Tokenizer(folder / "run" / "final")
     template = load_template("auto", tokenizer)
-    args = SimpleNamespace(data=[str(tmp_path / "x.jsonl")], limit=0, max_length=100)
+    args = SimpleNamespace(data=[str(tmp_path / "x.jsonl")], columns=[], limit=0, max_length=100)
     got, skipped = memorization.read_targets(args, tokenizer, template)
     assert [r["line"] for r in got] == [1, 2, 3, 4]
     assert [r["text"] for r in got] == ["a fig", "a plum", "a plum", "a plum"]
@@ -161,7 +161,7 @@ def test_an_answer_that_does_not_end_with_its_target_is_not_exact(folder, tmp_pa
     pytest.importorskip("sacrebleu")
     tokenizer = Tokenizer(folder / "run" / "final")
     known = {tuple(r["prompt"]): r["target"] for r in memorization.read_targets(
-        SimpleNamespace(data=[folder / "train.jsonl"], limit=0, max_length=2048), tokenizer,
+        SimpleNamespace(data=[folder / "train.jsonl"], columns=[], limit=0, max_length=2048), tokenizer,
         load_template("auto", tokenizer))[0]}
 
     extra_tokens: list[int] = []

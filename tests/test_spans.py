@@ -250,7 +250,7 @@ def test_table_holds_the_numbers_in_80_columns(folder):
     (dict(confidence=1), "--confidence 1.0: must"), (dict(bootstrap=-1), "--bootstrap -1: must be 0"),
     (dict(max_length=1), "--max-length 1: must be 2"), (dict(max_length="x"), "--max-length"),
     (dict(micro_batch_tokens=0), "--micro-batch-tokens 0"), (dict(seed=-1), "--seed -1"),
-    (dict(data="nowhere.jsonl"), "nowhere.jsonl: No such file"), (dict(model="nowhere"), "--model nowhere"),
+    (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"), (dict(model="nowhere"), "--model nowhere"),
     (dict(json="nowhere/x.json"), "--json nowhere/x.json"), (dict(per_exampl="x"), "unrecognized"),
     (dict(per_example="."), "--per-example ."),
     (dict(max_length=20, overlong="error"), "more than --max-length"),

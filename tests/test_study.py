@@ -1,4 +1,5 @@
 """A study's statistics against definitions and simulations; its grid against runs that were not disturbed."""
+import dataclasses
 import json
 import math
 import os
@@ -217,13 +218,26 @@ def test_a_verdict_has_the_same_seeds_for_all_and_says_what_it_leaves_out():
 # ---------------------------------------------------------------- data
 
 
-def test_equal_records_are_never_on_both_sides():
-    records = [str(i % 30) for i in range(100)]
-    for seed in range(20):
-        training, held_out = study.split(records, 0.2, seed)
-        assert not {*training} & {*held_out} and sorted(training + held_out) == sorted(records)
-        assert 20 <= len(held_out) <= 23
-    assert study.split(records, 0.2, 0) == study.split(records, 0.2, 0) != study.split(records, 0.2, 1)
+def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_path):
+    """30 instructions, each with three or four answers."""
+    records = [{"prompt": f"plum {i % 30}", "completion": f"red {i}"} for i in range(100)]
+    file, sides = tmp_path / "train.jsonl", []
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    for seed in range(5):
+        config = study.StudyConfig(train_data=[str(file)], output_dir=str(tmp_path / "out"),
+                                   validation_fraction=0.2, split_seed=seed)
+        (training,), validation, _, files = study.prepare_data(config)
+        training, held_out = ([json.loads(line)["messages"] for line in files[each].splitlines()]
+                              for each in (training, validation))
+        asked, asked_held_out = ({messages[0]["content"] for messages in side}
+                                 for side in (training, held_out))
+        assert not asked & asked_held_out and len(asked | asked_held_out) == 30
+        assert len(training) + len(held_out) == 100 and 18 <= len(held_out) <= 20
+        sides.append(asked_held_out)
+    assert all(side != sides[0] for side in sides[1:])
+    # With --max-examples the sample is drawn from what is trained on, the first of the file.
+    (training,), _, sample, files = study.prepare_data(dataclasses.replace(config, max_examples=7))
+    assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
 
 
 def test_the_split_keeps_every_record_as_it_is(folder):
@@ -500,6 +514,8 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
     (dict(validation_data="near"), "--validation-data .*near.jsonl: is also a file of --eval-data"),
     (dict(overwrite=True), "--overwrite: a study decides this itself"),
+    (dict(eval_fraction=0.1), "--eval-fraction: a study decides this itself"),
+    (dict(train_data=None, mix="a.jsonl=1"), "--mix a.jsonl=1: a study holds out records of --train-data"),
     (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks")])
 def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, message, monkeypatch):
     if "validation_data" in flags:

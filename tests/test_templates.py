@@ -590,22 +590,46 @@ def test_plain_joins_with_one_space_at_most(world, tokenizer, prompt, completion
 
 def test_qwen3_thoughts(world):
     template = world.template("qwen3.jinja", "qwen")
-    for messages in (
-            conversation("uaua", ["Hi", "<think>\nhm\n</think>\n\nHello", "And?", "No"]),  # dropped
-            conversation("ua", ["Hi", "<think>hm</think>Hello"]),  # laid out anew
-            conversation("ua", ["Hi", "hm</think>Hello"])):
-        assert messages[1]["content"] not in world.chat(template, "qwen", messages, tokenize=False)
-        with pytest.raises(ValueError, match="qwen3"):
-            render(messages, template)
+    user, assistant, end = "<|im_start|>user\n", "<|im_start|>assistant\n", "<|im_end|>"
+    thought = "<think>\nhm\n</think>\n\n"
+    for shape, contents, answers in (
+            ("ua", ["Hi", thought + "Hello"], [thought + "Hello"]),
+            ("ua", ["Hi", "<think>hm</think>Hello"], [thought + "Hello"]),
+            ("ua", ["Hi", "hm</think> Hello"], [thought + " Hello"]),
+            ("ua", ["Hi", "<think>\n\n</think>\n\nHello"], ["<think>\n\n</think>\n\nHello"]),
+            ("ua", ["Hi </think> ", thought], [thought]),
+            # As they are served, thoughts of answers before the last question are left out.
+            ("uaua", ["Hi", thought + "Hello", "And?", "<think>\nwell\n</think>\n\nNo\n"],
+             ["Hello", "<think>\nwell\n</think>\n\nNo\n"])):
+        messages = conversation(shape, contents)
+        pieces = render(messages, template)
+        text = "".join(piece.text for piece in pieces)
+        assert text == world.chat(template, "qwen", messages, tokenize=False)
+        assert merged([(piece.text, piece.kind) for piece in pieces]) == merged([
+            span for question, answer in zip(contents[::2], answers)
+            for span in ((user, TEMPLATE), (question, INSTRUCTION), (f"{end}\n{assistant}", TEMPLATE),
+                         (answer + end, COMPLETION), ("\n", TEMPLATE))])
+    # More than one end of thoughts: the template loses what is between.
+    with pytest.raises(ValueError, match="qwen3.*rewrites"):
+        render(conversation("ua", ["Hi", "a</think>b</think>c"]), template)
     # Only the newlines are stripped, and what is left begins with a space.
     faithful_or_refused(world, template, conversation("ua", ["Hi", "\n\n Hello"]), "qwen")
-    kept = conversation("ua", ["Hi", "<think>\nhm\n</think>\n\nHello"])
-    assert kept[1]["content"] in world.chat(template, "qwen", kept, tokenize=False)
-    faithful_or_refused(world, template, kept, "qwen")
     # A question that looks like a tool's answer changes where the think block goes.
     like_a_tool = conversation("ua", ["<tool_response>4</tool_response>", "4"])
     faithful_or_refused(world, template, like_a_tool, "qwen")
     check(world, "qwen3.jinja", "qwen", "ua", ["What is <think>?", "A tag."])
+
+
+def test_a_template_that_drops_the_thoughts_to_train_is_refused_with_the_way_out(world):
+    messages = conversation("uaua", ["Hi", "<think>hm</think>Hello", "And?", "No"])
+    template = world.template("distill.jinja", "llama2")
+    # As they are served, those before the last question are left out.
+    assert "".join(piece.text for piece in render(messages, template)) == world.chat(
+        template, "llama2", messages, tokenize=False)
+    with pytest.raises(ValueError, match="distill.* drops the thoughts .* such as tulu"):
+        render(messages[:2], template)
+    assert "<think>hm</think>" in "".join(
+        piece.text for piece in render(messages[:2], world.template("tulu", "llama2")))
 
 
 @pytest.mark.parametrize("answer", ["42", 'say "hi"', "two\nlines", "back\\slash", "café 🙂", "</s>", " x "])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,12 @@ import train
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, load_template
 from runtime.model_config import ModelConfig, read_config
 from runtime.tokenizer import Tokenizer
-from data import collate, load_dataset, plan
+from data import collate, hold_out, load_dataset, plan
 from kernels import head, layers
 from kernels.attention import VARLEN_KEYWORDS
 from loss import neftune_noise
 from tiny import (arguments, copies_of_meta_tensors, difference, make_model, make_records, metrics, run_apart,
-                  run_here, setup, weights)
+                  run_here, setup, stop_after, weights)
 
 
 @pytest.fixture(scope="module")
@@ -427,6 +428,137 @@ def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
             assert full.norm() > 0 and torch.cosine_similarity(full.flatten(), got.flatten(), 0) > 0.9
 
 
+# ---------------------------------------------------------------- which examples
+
+
+def evaluations(folder: Path) -> list[dict]:
+    return [json.loads(line)["data"] for line in (folder / "eval.jsonl").read_text().splitlines()]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = weights(a / "final"), weights(b / "final")
+    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.fixture(scope="module")
+def repeated(folder) -> Path:
+    """30 records, of which every third asks what the one before it asks."""
+    records = [json.loads(line) for line in open(make_records(folder / "repeated.jsonl", 30, seed=4))]
+    asked = [next(m for m in record["messages"] if m["role"] == "user") for record in records]
+    for before, message in zip(asked[1::3], asked[2::3]):
+        message["content"] = before["content"]
+    (folder / "repeated.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder / "repeated.jsonl"
+
+
+def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, capsys):
+    """Bit for bit as with two files, whatever the loss, the seed and the packing."""
+    tokenizer = Tokenizer(folder / "model")
+    dataset = load_dataset([repeated], tokenizer, load_template("llama3", tokenizer), 120, "truncate",
+                           folder / "cache")
+    chosen = hold_out(dataset.groups, 0.25, 0)
+    assert chosen.sum() == 8 and chosen[1::3].any() and (chosen[1::3] == chosen[2::3]).all()
+    for name, side in (("rest", False), ("held-out", True)):
+        lines = [line for line, held_out in zip(open(repeated), chosen) if held_out == side]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    for number, more in enumerate((dict(loss="it", seed=0), dict(loss="im", seed=1, micro_batch_tokens=150))):
+        one, two = (folder / f"{name}-{number}" for name in ("one-file", "two-files"))
+        run_here(arguments(folder, one.name, train_data=repeated, eval_fraction=0.25, eval_every=3, **more))
+        assert "8 held out for evaluation" in capsys.readouterr().out
+        run_here(arguments(folder, two.name, train_data=folder / "rest.jsonl", eval_every=3,
+                           eval_data=folder / "held-out.jsonl", **more))
+        assert same_weights(one, two) and len(evaluations(one)) == 4
+        assert evaluations(one) == evaluations(two) and [*evaluations(one)[0]] == ["held-out"]
+        capsys.readouterr()
+
+
+def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated):
+    run_here(arguments(folder, "two-names", train_data=repeated, eval_fraction=0.25, max_steps=1,
+                       eval_data=folder / "held-out.jsonl"))
+    assert {*evaluations(folder / "two-names")[0]} == {"held-out.jsonl", "held-out"}
+
+
+@pytest.mark.parametrize("more, says", [
+    (dict(eval_fraction=0.01), "--eval-fraction 0.01: holds out none of 20 examples; .* Give more"),
+    (dict(eval_fraction=0.99), "--eval-fraction 0.99: holds out all of 20 examples; .* Give less"),
+    (dict(train_data=None, mix=["train.jsonl=1", "no-answer.jsonl=1"]),
+     "--mix .*no-answer.jsonl=1: the file has no example to train on"),
+    (dict(train_data=None, mix=["train.jsonl=99", "plain.jsonl=1"]),
+     "--mix .*plain.jsonl=1: is less than half an example of an epoch's 22"),
+])
+def test_shares_that_leave_nothing_are_refused_by_flag(folder, more, says):
+    (folder / "no-answer.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    (folder / "plain.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+                                        + json.dumps({"prompt": "red", "completion": "b"}))
+    more = {name: [f"{folder}/{word}" for word in value] if name == "mix" else value
+            for name, value in more.items()}
+    with pytest.raises(ValueError, match=says):
+        run_here(arguments(folder, "nothing-left", **more))
+
+
+def test_the_first_examples_are_those_of_a_file_cut_there(folder, repeated):
+    lines = repeated.read_text().splitlines(keepends=True)
+    (folder / "first.jsonl").write_text("".join(lines[:11]))
+    run_here(arguments(folder, "max-examples", train_data=repeated, max_examples=11))
+    run_here(arguments(folder, "first", train_data=folder / "first.jsonl"))
+    assert same_weights(folder / "max-examples", folder / "first")
+    # What is held out stays the same, whatever is trained on.
+    held_out = []
+    for number in (3, 0):
+        run_here(arguments(folder, f"first-{number}", train_data=repeated, max_examples=number, max_steps=1,
+                           eval_fraction=0.25))
+        held_out.append(evaluations(folder / f"first-{number}")[0])
+    assert held_out[0] == held_out[1]
+
+
+def test_a_mix_trains_on_its_shares_and_resumes_bit_for_bit(folder, repeated, monkeypatch, capsys):
+    """Half of each epoch's 16 examples from a file of 20 records, half from one of 30."""
+    more = dict(train_data=None, mix=[f"{folder / 'train.jsonl'}=1", f"{repeated}=1"], max_examples=16,
+                eval_fraction=0.2, eval_every=2, epochs=3, neftune_alpha=5)
+    assert run_here(arguments(folder, "mixed", **more)) == 0
+    printed = capsys.readouterr().out
+    assert f"an epoch has 8 examples of {folder / 'train.jsonl'}, which has " in printed
+    assert f"an epoch has 8 examples of {repeated}, which has " in printed
+    rows = metrics(folder / "mixed")
+    assert len(rows) == 9 and [row["epoch"] for row in rows] == [step / 3 for step in range(1, 10)]
+    tokens = [sum(row["tokens"] for row in rows[i:i + 3]) for i in (0, 3, 6)]
+    assert len({*tokens}) == 3, "every epoch has other examples"
+
+    assert run_here(arguments(folder, "mixed-again", **more)) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        assert run_here(arguments(folder, "mixed-stopped", **more)) == 128 + signal.SIGTERM
+    assert run_here(arguments(folder, "mixed-stopped", **more)) == 0
+    for name in ("mixed-again", "mixed-stopped"):
+        assert same_weights(folder / name, folder / "mixed")
+        assert evaluations(folder / name) == evaluations(folder / "mixed")
+        assert [row["loss"] for row in metrics(folder / name)] == [row["loss"] for row in rows]
+
+
+# ---------------------------------------------------------------- what ends a run
+
+
+def test_the_signal_handlers_come_back_however_a_run_ends(folder, monkeypatch):
+    def handlers() -> list:
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    assert run_here(arguments(folder, "ends", max_steps=2)) == 0 and handlers() == before
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert run_here(arguments(folder, "ends-early", max_steps=4)) == 128 + signal.SIGTERM
+    assert handlers() == before
+    monkeypatch.setattr(train, "save_checkpoint", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_here(arguments(folder, "ends-badly", max_steps=2))
+    assert handlers() == before
+
+
+def test_a_learning_rate_that_is_too_high_is_named_as_the_likely_cause(folder):
+    with pytest.raises(ValueError, match=r"^step [2-9]: .* so the likely cause is --lr 1e\+09: lower it\.$"):
+        run_here(arguments(folder, "too-high", lr=1e9))
+
+
 def changed_in_step(number: int, original: Callable, change: Callable) -> Callable:
     """A function that is called once a step; in step `number` its result goes through `change`."""
     calls = []
@@ -520,7 +652,7 @@ def test_a_runs_learning_rates_are_those_written_here_and_so_is_their_number(fol
 @pytest.mark.parametrize("more, says", [
     (dict(max_length=120, micro_batch_tokens=50), "--micro-batch-tokens 50"),
     (dict(model="nowhere"), "--model nowhere"),
-    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
+    (dict(train_data="nowhere.jsonl"), "nowhere.jsonl: no such file"),
     (dict(template="auto"), "no chat template"), (dict(template="chatml"), "could not learn to stop"),
     (dict(loss="it", completion_weight=0, template_weight=0, instruction_weight=0), "nothing to train"),
 ])

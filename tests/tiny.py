@@ -58,9 +58,11 @@ def make_records(file: Path, count: int, seed: int = 0, longest: int = 25) -> Pa
 
 
 def flags(**values: object) -> list[str]:
-    """lr=1 -> ["--lr", "1"]; True is a bare flag, a list several words."""
+    """lr=1 -> ["--lr", "1"]; True is a bare flag, a list several words, None leaves a flag out."""
     words = []
     for name, value in values.items():
+        if value is None:
+            continue
         words.append("--" + name.replace("_", "-"))
         words += [] if value is True else [str(v) for v in value] if isinstance(value, list) else [str(value)]
     return words
@@ -81,13 +83,8 @@ def setup(folder: Path, count: int = 20, **more: object) -> Path:
 
 
 def run_here(argv: list[str]) -> int:
-    """train.py in this process, whose own signal handlers come back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return train.main(argv)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    """train.py in this process."""
+    return train.main(argv)
 
 
 def command(argv: list[str], ranks: int = 1, python: list[str] = ()) -> list[str]:

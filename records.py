@@ -1,0 +1,740 @@
+"""Records -> messages: the files that people have, the ways in which they hold records, and their layouts.
+
+    for messages, file, line in read_all(["shards/", "more.jsonl.gz", "owner/name:train"]):
+        ...         # messages: [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+Three steps: data_files() finds the files that a name stands for, read_records() reads one of them a record at
+a time, and to_messages() recognizes a record's layout (LAYOUTS). Nothing is read into memory as a whole.
+"""
+import ast
+import codecs
+import contextlib
+import csv
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, NoReturn
+
+from chat import ROLES
+from runtime.distributed import world_size
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
+                  "observation": "tool"}
+
+# The layouts of a record, by their fields: those of the question, joined with a blank line, then that of the
+# answer; "?" marks a field that may be missing. A single field holds the whole conversation. Another layout
+# is another row.
+LAYOUTS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "input?", "output"),        # Alpaca
+    ("instruction", "context?", "response"),    # Dolly
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
+# What --columns may name: the fields of all layouts, and the system prompt.
+FIELDS = *dict.fromkeys(field.removesuffix("?") for layout in LAYOUTS for field in layout), "system"
+# Other fields whose text belongs to the conversation. ("answer" is not among them: next to another layout it
+# is usually the short form of an answer, to check it by.)
+CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "question",
+                       "response", "suffix", "system_message", "developer")
+
+# A message's switches in other trainers that decide whether it is trained, with the value that says yes.
+TRAINS = {"weight": 1, "train": 1, "training": 1, "trainable": 1, "loss": 1, "mask": 0, "masked": 0}
+# These and other switches, with the value that changes nothing here.
+NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "continue_final_message": 0,
+                    "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
+# Values that say nothing: an empty list may have become text in a table.
+EMPTY = ("", [], {}, "[]", "{}", "null")
+# Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
+REFUSED = {
+    r"""(reasoning|thinking|thoughts?)(_\w+)?
+      | (tool|function)_calls?
+    """: "which this trainer does not render: write what the model should say into the 'content', "
+         "'reasoning_content' or 'tool_calls' of an assistant's message",
+    r"""(\w+_)?tools
+      | tool_choice | functions | documents | history
+      | (image|audio|video)s?(_urls?|_paths?)?
+      | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
+      | prefix | prefill | add_generation_prompt | continue_final_message
+    """: "which would not be trained as it is served: write it into the messages as text, or remove it",
+    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
+      | (\w+_)?loss_(mask|scale|weight)s?
+      | ((sample|example|token|turn)_)?weights?
+      | labels? | (chosen|rejected)(_\w+)?
+      | (is|do|no|to|should|compute|with)_?(train\w*|loss)
+      | supervised? | include | ignored? | skip(ped)? | channel
+    """: "which would change here what is trained: mark messages that are not to be trained with "
+         "\"weight\": 0, leave out records that are not, and remove the field",
+}
+
+KINDS_OF_FILE = "jsonl", "ndjson", "json", "csv", "tsv", "parquet"
+RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.IGNORECASE)
+READ = "JSON, JSON Lines, .csv and .parquet files, plain or as .gz or .zst"
+# owner/name:split@revision
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
+OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
+WHITESPACE = re.compile(r"[ \t\r\n]*")
+# Characters of one record, at most: what is not a file of records must not fill the memory.
+LONGEST = 2**26
+CHUNK = 2**20
+
+
+@contextlib.contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Puts the place, FILE:LINE, in front of a ValueError's message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+# ---------------------------------------------------------------- names -> files
+
+
+def data_files(names: Iterable[str]) -> list[str]:
+    """The files that these names of --train-data, --eval-data or --data stand for, in a fixed order. A name
+    is, in the order in which it is tried:
+
+        -                               standard input, as one file
+        part.jsonl                      a file
+        shards/                         the files of records in a folder, but not in folders within it
+        shards/*.jsonl.gz               what matches; ** for folders within folders
+        owner/name:split@revision       a split (default: train) of a dataset on the Hugging Face Hub
+
+    The files of a folder and matches are sorted. ValueError if a name stands for nothing, or for files of
+    several kinds.
+    """
+    return [file for name in names for file in _files_of(str(name))]
+
+
+def _files_of(name: str) -> list[str]:
+    if name == "-":
+        return [_standard_input()]
+    if os.path.isfile(name):
+        return [name]
+    if os.path.isdir(name):
+        return _files_in(name)
+    if os.path.exists(name):
+        raise ValueError(f"{name}: is not a regular file, and records are read more than once; pipe them in "
+                         "and give -")
+    if glob.has_magic(name):
+        found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        if not found:
+            raise ValueError(f"{name}: no file matches")
+        return found
+    # The name of a file, and a path into a folder that exists, are only misspelled.
+    misspelled = RECORDS_FILE.fullmatch(name) or os.path.isdir(name.partition("/")[0])
+    if HUB_NAME.fullmatch(name) and not misspelled:
+        return list(_files_on_hub(name))
+    raise ValueError(f"{name}: no such file or folder")
+
+
+def _files_in(folder: str) -> list[str]:
+    names = sorted(name for name in os.listdir(folder) if not name.startswith((".", "_")))
+    if any(name.endswith(".arrow") for name in names) or "dataset_dict.json" in names:
+        raise ValueError(f"{folder}: was written by save_to_disk(), whose files are not read here; write it "
+                         "with load_from_disk(...).to_parquet(FILE) or to_json(FILE)")
+    files = [os.path.join(folder, name) for name in names if RECORDS_FILE.fullmatch(name)]
+    files = _of_one_kind(list(filter(os.path.isfile, files)), folder)
+    if not files:
+        raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
+                         f"'{folder.rstrip('/')}/**/*.jsonl'")
+    return files
+
+
+def _of_one_kind(files: list[str], name: str) -> list[str]:
+    """The files. ValueError if they are of several kinds, since these may be the same records twice."""
+    kinds = sorted({RECORDS_FILE.fullmatch(file)[1].lower() for file in files})
+    if len(kinds) > 1:
+        raise ValueError(f"{name}: holds .{' and .'.join(kinds)} files, which may be the same records twice; "
+                         "name the files to read")
+    return files
+
+
+@cache
+def _standard_input() -> str:
+    """Standard input as a file that can be read more than once: its name."""
+    if world_size() > 1:
+        raise ValueError("-: standard input reaches only one rank; write it to a file that all can read")
+    with tempfile.TemporaryFile() as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+        file.flush()
+        # The file has no name, so it is freed when this process ends, however it ends.
+        return f"/dev/fd/{os.dup(file.fileno())}"
+
+
+# Within a process a name stands for the same files, even if the repository changes.
+@cache
+def _files_on_hub(name: str) -> tuple[str, ...]:
+    """The files of owner/name:split@revision. The split's name must be a word in their paths, as in
+    data/train-00000-of-00002.parquet; :folder/split asks for a folder, too. Without a split in the name and
+    in the paths, all files are train."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{name}: no such file or folder; as a dataset on the Hugging Face Hub it needs "
+                         "huggingface_hub: pip install huggingface_hub") from None
+    repository, split, revision = HUB_NAME.fullmatch(name).groups()
+
+    def download(pattern: str) -> dict[str, str]:
+        """The files of records that were downloaded, by their paths within the repository."""
+        patterns = [f"{pattern}.{kind}{end}" for kind in KINDS_OF_FILE for end in ("", ".gz", ".zst")]
+        try:
+            folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision,
+                                            allow_patterns=patterns))
+        except Exception as error:  # the hub's many errors all mean that the download failed
+            raise ValueError(f"{name}: no such file or folder, and the download failed: {error}") from None
+        return {path.relative_to(folder).as_posix(): str(path) for path in sorted(folder.rglob("*"))
+                if path.is_file() and RECORDS_FILE.fullmatch(path.name)}
+
+    def has(path: str, word: str) -> bool:
+        return re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z]|_[a-z])", path, re.IGNORECASE) is not None
+
+    words = (split or "train").split("/")
+    found = download(f"*{words[-1]}*")
+    files = [path for path in found if all(has(path, word) for word in words)]
+    if not files and not split:
+        found = download("*")
+        files = [path for path in found if not any(has(path, other) for other in OTHER_SPLITS)]
+    if not files:
+        raise ValueError(f"{name}: holds no {'/'.join(words)} split in {READ}"
+                         + (f"; its files are {', '.join([*found][:8])}" if found else ""))
+    if len(parents := sorted({os.path.dirname(path) for path in files})) > 1:
+        raise ValueError(f"{name}: the split is in several folders ({', '.join(parents)}); give one, as in "
+                         f"{repository}:{parents[-1]}/{words[-1]}")
+    return tuple(found[path] for path in _of_one_kind(files, name))
+
+
+# ---------------------------------------------------------------- files -> records
+
+
+def read_all(names: Iterable[str], columns: Iterable[str] = ()) -> Iterator[tuple[list[dict], str, int]]:
+    """Yield (messages, file, line) for every record of the files that these names stand for (data_files());
+    columns, errors: as for read_records()."""
+    for file in data_files(names):
+        for messages, line in read_records(file, columns):
+            yield messages, file, line
+
+
+def read_records(path: str | Path, columns: Iterable[str] = ()) -> Iterator[tuple[list[dict], int]]:
+    """Yield (messages, line) for every record of a file. line counts from 1; in a list and in a Parquet file
+    it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages that are
+    not to be trained, and with the other fields of the record's messages, which the template may read.
+
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        {"prompt": "Hi", "completion": "Hello"}
+        {"instruction": "Translate.", "input": "Hi", "output": "Salut"}      user: "Translate.\\n\\nHi"
+
+    LAYOUTS has all of them. JSON may be one record after the other or a list of them, whatever the file's
+    name; .csv and .tsv have a header; Parquet needs pyarrow. All may be compressed with gzip or Zstandard
+    (which needs pyarrow, too), except Parquet, which compresses itself.
+
+    "tools", definitions of functions as JSON Schema, may stand in the record or in its first message, where
+    they are given back. An assistant's message may have "tool_calls" and "reasoning_content"; role "tool"
+    answers a call. "from": "function_call" is a call as JSON text, "observation" its answer.
+
+    columns: KNOWN=NAME gives the record's field NAME the name of a known one (--columns). "train",
+    "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other fields that
+    would change what is trained or served are refused (REFUSED). null and NaN mean absent, as do empty cells
+    of .csv. A bad record is a ValueError with file, line and what is wrong with it.
+    """
+    names = parse_columns(columns)
+    line = None
+    try:
+        for record, line, place in _raw_records(str(path)):
+            with naming(f"{path}{place}"):
+                messages = to_messages(_renamed(record, names))
+            yield messages, line
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read, or is damaged or cut short: {reason}") from None
+    if line is None:
+        raise ValueError(f"{path}: holds no records")
+
+
+def parse_columns(columns: Iterable[str]) -> dict[str, str]:
+    """--columns as {known name: name in the file}. ValueError for a name that is not known."""
+    names: dict[str, str] = {}
+    for text in columns:
+        known, equals, name = text.partition("=")
+        if not (equals and name):
+            raise ValueError(f"--columns {text}: write KNOWN=NAME, such as prompt=query, with the name that "
+                             "the field has in the file")
+        if known not in FIELDS:
+            raise ValueError(f"--columns {text}: {known!r} must be one of {', '.join(FIELDS)}")
+        if known in names:
+            raise ValueError(f"--columns {text}: {known!r} is given twice; give it once")
+        names[known] = name
+    return names
+
+
+def _renamed(record: object, names: dict[str, str]) -> object:
+    """The record with the fields that --columns names under their known names."""
+    if not isinstance(record, dict) or not names:
+        return record
+    given = {known: record[name] for known, name in names.items() if name in record}
+    return {field: value for field, value in record.items() if field not in names.values()} | given
+
+
+def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
+    """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
+    What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such file")
+    with open(path, "rb") as raw:
+        start = raw.read(4)
+        raw.seek(0)
+        plain_name = re.sub(r"\.(gz|zst)$", "", path.lower())
+        if start == b"PAR1":
+            yield from _from_parquet(path)
+            return
+        if plain_name.endswith(".parquet") and start:
+            raise ValueError(f"{path}: is not a Parquet file: it does not begin with PAR1")
+        if start[:2] == b"\x1f\x8b":
+            raw = gzip.open(raw)
+        elif start == b"\x28\xb5\x2f\xfd":
+            raw = _pyarrow(path).input_stream(path, compression="zstd")
+        if plain_name.endswith((".csv", ".tsv")):
+            yield from _from_csv(path, raw, "\t" if plain_name.endswith(".tsv") else ",")
+        else:
+            yield from _from_json(_JsonStream(path, raw))
+
+
+def _pyarrow(path: str) -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: pyarrow is not installed, and Parquet and Zstandard files need it: "
+                         "pip install pyarrow") from None
+    return pyarrow
+
+
+def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
+    pyarrow, number = _pyarrow(path), 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield record, number, f": record {number}"
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: is damaged, after record {number}: {error}") from None
+
+
+def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
+    csv.field_size_limit(LONGEST)
+    text = io.TextIOWrapper(raw, "utf-8-sig", newline="")
+    # Never more of a line at once than a cell may have.
+    rows = csv.reader(iter(partial(text.readline, LONGEST), ""), delimiter=delimiter, strict=True)
+    header, line = None, 1
+    try:
+        while (row := next(rows, None)) is not None:
+            if header is None:
+                header = row
+                if twice := sorted({name for name in row if row.count(name) > 1}):
+                    raise ValueError(f"the header has {', '.join(map(repr, twice))} more than once")
+            elif row:
+                if len(row) != len(header):
+                    raise ValueError(f"has {len(row)} cells, and the header has {len(header)}")
+                yield {name: cell for name, cell in zip(header, row) if cell}, line, f":{line}"
+            # A cell may have several lines.
+            line = rows.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}:{line}: {_not_text(error)}") from None
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}:{line}: {error}") from None
+
+
+def _not_text(error: UnicodeDecodeError) -> str:
+    return (f"is not text in UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); records are "
+            f"read from {READ}")
+
+
+class _JsonStream:
+    """Decodes the JSON values of a file one after the other, of which it holds one and a chunk."""
+    decode = json.JSONDecoder().raw_decode
+
+    def __init__(self, path: str, raw: BinaryIO) -> None:
+        self.path, self.raw, self.to_text = path, raw, codecs.getincrementaldecoder("utf-8-sig")()
+        # The text that was read and not used, where it goes on, and in which line that is.
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+
+    def fail(self, at: int, reason: str) -> NoReturn:
+        """ValueError for what is wrong at this place of the text."""
+        line = self.line + self.text.count("\n", self.at, at)
+        raise ValueError(f"{self.path}:{line}: {reason}") from None
+
+    def read_on(self) -> bool:
+        """Read as much again as there is, and at least a chunk. False at the end of the file."""
+        if not self.ended:
+            self.text, self.at = self.text[self.at:], 0
+            data = self.raw.read(max(CHUNK, len(self.text)))
+            self.ended = not data
+            try:
+                self.text += self.to_text.decode(data, final=self.ended)
+            except UnicodeDecodeError as error:
+                self.text += error.object[:error.start].decode()
+                self.fail(len(self.text), _not_text(error))
+        return not self.ended
+
+    def peek(self) -> str:
+        """The next character after whitespace, "" at the end of the file."""
+        while True:
+            end = WHITESPACE.match(self.text, self.at).end()
+            self.line += self.text.count("\n", self.at, end)
+            self.at = end
+            if end < len(self.text):
+                return self.text[end]
+            if not self.read_on():
+                return ""
+
+    def take(self, characters: str) -> str:
+        """Take the next character after whitespace, which must be one of these."""
+        if not (found := self.peek()) or found not in characters:
+            self.fail(self.at, f"{' or '.join(map(repr, characters))} must follow, not {found!r}" if found
+                      else "the list has no end: the file is cut short")
+        self.at += 1
+        return found
+
+    def value(self) -> object:
+        """Take the next value."""
+        self.peek()
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+                break
+            except json.JSONDecodeError as error:
+                # What was read may end within a value, or within a word like "false".
+                cut = error.pos > len(self.text) - 8 or error.msg.startswith("Unterminated string")
+                length, offset = len(self.text) - self.at, error.pos - self.at
+                if cut and length > LONGEST:
+                    self.fail(self.at, f"a record has more than {LONGEST:,} characters")
+                if not cut or not self.read_on():
+                    self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {error.msg}")
+            except RecursionError:
+                self.fail(self.at, "is nested too deeply")
+            except ValueError as error:     # a number with thousands of digits
+                self.fail(self.at, str(error))
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+        return value
+
+
+def _from_json(stream: _JsonStream) -> Iterator[tuple[object, int, str]]:
+    """One record after the other, or a list of records. A list of messages is a record."""
+    last_line, line = 0, 1
+    while start := stream.peek():
+        if stream.line == last_line:
+            stream.fail(stream.at, "a record must end with its line, and more follows here")
+        line = stream.line
+        if start == "[" and not last_line:
+            stream.take("[")
+            if stream.peek() == "]":
+                stream.fail(stream.at, "holds an empty list, and no records")
+            record = [stream.value()]
+            if not _is_message(record[0]):
+                yield from _from_list(stream, record[0])
+                return
+            while stream.take(",]") == ",":
+                record.append(stream.value())
+        else:
+            record = stream.value()
+        yield record, line, f":{line}"
+        last_line = stream.line
+
+
+def _from_list(stream: _JsonStream, record: object) -> Iterator[tuple[object, int, str]]:
+    """The rest of a list of records, after its first one."""
+    number = 1
+    yield record, number, f": record {number}"
+    while stream.take(",]") == ",":
+        number += 1
+        yield stream.value(), number, f": record {number}"
+    if stream.peek():
+        stream.fail(stream.at, "more follows after the list of records")
+
+
+# ---------------------------------------------------------------- records -> messages
+
+
+def to_messages(record: dict | list) -> list[dict]:
+    """The messages of a record in any of LAYOUTS, or of a list of messages. ValueError says what is wrong
+    with the record."""
+    if isinstance(record, list):
+        record = {"messages": record}
+    if not isinstance(record, dict):
+        raise ValueError(f"a record must be a JSON object or a list of messages, not {_kind(record)}")
+    nulls = [field for field in record if _is_null(record[field])]
+    record = _present(record)
+    tools = record.pop("tools", None)
+    _refuse(record, "the record")
+    *question, answer = _layout(record, nulls)
+    if question:
+        messages = [*_question(record, question), *_side(record, answer, "assistant")]
+    else:
+        messages = _side(record, answer, "")
+    messages = _with_system_prompt(messages, record)
+    if not _says_nothing(tools):
+        if messages[0].get("tools") not in (None, tools):
+            raise ValueError("the record's 'tools' are not those of its first message: keep one of them")
+        # A message keeps its fields wherever it goes.
+        messages = [{**messages[0], "tools": tools}, *messages[1:]]
+    messages = [_message(message, number) for number, message in enumerate(messages, 1)]
+    _check_messages(messages, record, {*question, answer})
+    return messages
+
+
+def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
+    """The record's layout: those of its fields that it has. ValueError if it has none, or more than one."""
+    fits = []
+    for layout in LAYOUTS:
+        if all(field in record or field.endswith("?") for field in layout):
+            fields = [field.removesuffix("?") for field in layout]
+            fits.append(tuple(field for field in fields if field in record))
+    # Of Alpaca's fields two are a layout of their own.
+    fits = [layout for layout in fits if not any({*layout} < {*other} for other in fits)]
+    if len(fits) > 1:
+        # A table that two kinds of records were joined in may have "" for null.
+        fits = [layout for layout in fits if any(record[field] not in EMPTY for field in layout)] or fits
+    if not fits:
+        known = ", ".join(" + ".join(map(repr, layout)).replace("?'", "' (optional)") for layout in LAYOUTS)
+        raise ValueError(f"has none of the known layouts; its fields are "
+                         f"{', '.join(map(repr, record)) or 'none'}"
+                         + (f", and null {', '.join(map(repr, nulls))}" if nulls else "")
+                         + f". Known are {known}; --columns prompt=NAME completion=NAME reads others")
+    if len(fits) > 1:
+        one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
+        raise ValueError(f"has two layouts, {one} and {other}: keep one of them")
+    return fits[0]
+
+
+def _question(record: dict, fields: list[str]) -> list[dict]:
+    """The messages before the answer. Of a question that is a list of messages, the answers are given, and
+    not to be trained."""
+    if len(fields) == 1:
+        messages = _side(record, fields[0], "user")
+        return [{**m, "weight": 0} if m["role"] == "assistant" and m.keys().isdisjoint(TRAINS) else m
+                for m in messages]
+    for field in fields:
+        _check_text(record[field], field)
+    return [{"role": "user", "content": "\n\n".join(record[field] for field in fields if record[field])}]
+
+
+def _side(record: dict, field: str, role: str) -> list:
+    """The messages in a field: a list of them, possibly as JSON in a text. With a role, a text is the content
+    of one message."""
+    value = record[field]
+    if isinstance(value, str) and (not role or value.lstrip().startswith("[{")):
+        listed = _from_text(value)
+        if not role and not isinstance(listed, list):
+            raise ValueError(f"{field!r} must be a list of messages, or a text that holds one as JSON, not "
+                             f"{value[:60]!r}; to_json and to_parquet write lists that can be read")
+        if isinstance(listed, list) and (not role or all(map(_is_message, listed))):
+            value = listed
+    if role and not (isinstance(value, list) and value and all(map(_is_message, value))):
+        if not isinstance(value, list):
+            _check_text(value, field)
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise ValueError(f"{field!r} must be a list of messages, not {_kind(value)}")
+    if not value:
+        raise ValueError(f"{field!r} holds no messages")
+    return [_turn(turn, number) for number, turn in enumerate(value, 1)]
+
+
+def _from_text(text: str) -> object:
+    """A list that a table holds as text: JSON, or as Python writes it. None if it is neither."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(text)
+    return None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from"))
+
+
+def _turn(turn: object, number: int) -> dict:
+    """A message with role and content, which may be named "from" and "value" and be a list of parts."""
+    if not isinstance(turn, dict):
+        raise ValueError(f"message {number} must be an object with 'role' and 'content', not {_kind(turn)}")
+    turn = _present(turn)
+    role = turn.pop("from", turn.get("role"))
+    role = SHAREGPT_ROLES.get(str(role), role)
+    content = turn.pop("value", turn.get("content"))
+    if SHAREGPT_ROLES.get(str(turn.get("role")), turn.get("role", role)) != role or turn.get(
+            "content", content) != content:
+        raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
+                         "'content': keep one of them")
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        content = "".join(_text_of_part(_present(part), number) for part in content)
+    if role == "function_call":
+        return {**turn, "role": "assistant", "content": "", "tool_calls": content}
+    return {**turn, "role": role, "content": content}
+
+
+def _text_of_part(part: dict, number: int) -> str:
+    if part.get("type") != "text" or not isinstance(part.get("text"), str):
+        raise ValueError(f"message {number} has in its content a part of type {part.get('type')!r} with "
+                         f"{', '.join(map(repr, part))}; only {{\"type\": \"text\", \"text\": ...}} is read")
+    return part["text"]
+
+
+def _with_system_prompt(messages: list, record: dict) -> list:
+    """The messages with the record's system prompt first. ValueError if they have another one."""
+    for field in ("system", "system_prompt"):
+        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+        if record.get(field) and not given:
+            messages = [{"role": "system", "content": record[field]}, *messages]
+        elif record.get(field, "") not in ("", *given):
+            raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
+    return messages
+
+
+def _check_messages(messages: list[dict], record: dict, used: set[str]) -> None:
+    """ValueError if the record holds text that is in none of its messages. used: the fields of its layout."""
+    for field in CONVERSATION_FIELDS:
+        text = record.get(field)
+        if field not in used and isinstance(text, str) and not any(
+                text.strip() in m["content"] for m in messages):
+            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
+                             "write it into them, or remove the field")
+
+
+def _is_null(value: object) -> bool:
+    """null, and NaN, which stands for it in tables."""
+    return value is None or value != value
+
+
+def _present(fields: dict) -> dict:
+    """The fields that are not null, which means absent."""
+    return {field: value for field, value in fields.items() if not _is_null(value)}
+
+
+def _kind(value: object) -> str:
+    """What a JSON value is, in words."""
+    words = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
+    return words.get(type(value), f"{type(value).__name__} {value}")
+
+
+def _check_text(value: object, field: str) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{field!r} must be text, not {_kind(value)}"
+                         + ("; pandas writes records with to_json(orient='records', lines=True)"
+                            if isinstance(value, dict) else ""))
+
+
+def _refuse(fields: dict, owner: str) -> None:
+    """ValueError for a field that would change what is trained or served, unless its value is empty or
+    NEUTRAL."""
+    for field, value in fields.items():
+        if value in EMPTY or field in NEUTRAL and value == NEUTRAL[field]:
+            continue
+        for pattern, reason in REFUSED.items():
+            if re.fullmatch(pattern, field, re.IGNORECASE | re.VERBOSE):
+                raise ValueError(f"{owner} has {field!r}, {reason}")
+
+
+def _message(message: dict, number: int) -> dict:
+    """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
+    wrong with it."""
+    if not isinstance(message, dict):
+        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
+    fields = _present(message)
+    role, content = fields.pop("role", None), fields.pop("content", None)
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    switches = {field: fields.pop(field) for field in TRAINS if field in fields}
+    for field, value in switches.items():
+        if value not in (0, 1):
+            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
+    weights = {int(value == TRAINS[field]) for field, value in switches.items()}
+    if len(weights) > 1:
+        raise ValueError(f"message {number} is to be trained and not to be trained: "
+                         f"{', '.join(f'{f!r} is {v!r}' for f, v in switches.items())}; keep one of them")
+    rendered = _rendered_fields(fields, role, number)
+    _refuse(fields, f"message {number}")
+    fields |= rendered
+    if content is None and rendered.get("tool_calls"):
+        content = ""
+    if not isinstance(content, str):
+        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
+    try:
+        (content + json.dumps(fields, ensure_ascii=False, default=str)).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
+                         "which is not text") from None
+    return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
+
+
+def _rendered_fields(fields: dict, role: str, number: int) -> dict:
+    """Takes the fields that templates render besides 'content' out of a message's, and returns them in the
+    form in which servers give them to the template. ValueError for what is wrong with them."""
+    rendered = {}
+    if number == 1 and (tools := _objects(fields.pop("tools", None), "'tools'")):
+        rendered["tools"] = tools
+        for tool in tools:
+            function = tool.get("function", tool)
+            if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+                raise ValueError(f"'tools' has {str(tool)[:80]}, which has no \"name\"; write it as "
+                                 '{"type": "function", "function": {"name", "description", "parameters"}}')
+    if role != "assistant":
+        return rendered
+    if calls := _objects(fields.pop("tool_calls", None), f"message {number}'s 'tool_calls'"):
+        rendered["tool_calls"] = [_tool_call(call, number) for call in calls]
+    if thoughts := fields.pop("reasoning_content", None):
+        if not isinstance(thoughts, str):
+            raise ValueError(f"message {number}'s 'reasoning_content' must be text, "
+                             f"not {type(thoughts).__name__}")
+        rendered["reasoning_content"] = thoughts
+    return rendered
+
+
+def _tool_call(call: dict, number: int) -> dict:
+    """A tool call in OpenAI's layout. Its arguments, which may be JSON text, are an object, as servers give
+    them to the template."""
+    call = _present(call)
+    if "function" not in call:
+        function = {field: call.pop(field) for field in [*call] if field not in ("id", "type", "index")}
+        call = {"type": "function", **call, "function": function}
+    function = call["function"]
+    if not isinstance(function, dict) or function.keys() - {"name", "arguments"} or (
+            not isinstance(function.get("name"), str)):
+        raise ValueError(f"message {number} has the tool call {str(function)[:80]}; "
+                         'write it as {"name": "...", "arguments": {...}}')
+    given = function.get("arguments")
+    arguments = {} if _says_nothing(given) else _from_text(given) if isinstance(given, str) else given
+    if not isinstance(arguments, dict):
+        raise ValueError(f"message {number}'s arguments of {function['name']!r} must be an object, "
+                         f"or JSON text of one, not {str(given)[:80]!r}")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _objects(given: object, owner: str) -> list[dict]:
+    """A list of objects, given as one, as a single object or as text of either; [] if there are none."""
+    value = [] if _says_nothing(given) else _from_text(given) if isinstance(given, str) else given
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not all(isinstance(x, dict) for x in value):
+        raise ValueError(f"{owner} must be a list of objects, or JSON text of one, not {str(given)[:80]!r}")
+    return value
+
+
+def _says_nothing(value: object) -> bool:
+    return _is_null(value) or (value.strip() if isinstance(value, str) else value) in EMPTY
