@@ -40,6 +40,7 @@ from records import data_files, naming, read_records
 from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.machine import to_device
+from runtime.report import shorten
 
 
 # ---------------------------------------------------------------- tokens -> cache on disk
@@ -294,8 +295,8 @@ def _rendered(files: list[str], template: Template, progress: bool, columns: Ite
               ) -> Iterator[tuple[list[Piece], int, int, int]]:
     """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
     for number, file in enumerate(files):
-        bar = tqdm(read_records(file, columns), f"tokenizing {Path(file).name}", unit=" records",
-                   leave=False, disable=not progress)
+        bar = tqdm(read_records(file, columns), f"tokenizing {shorten(str(file), 24)}", unit=" records",
+                   leave=False, dynamic_ncols=True, disable=not progress)
         for messages, line in bar:
             with naming(f"{file}:{line}"):
                 pieces = render(messages, template)

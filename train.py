@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chat import Template, check_vocabulary, load_template
+from chat import KINDS, Template, check_vocabulary, load_template
 from data import Batch, Dataset, Steps, cache_parts, check_embedding, collate, hold_out, load_dataset
 from eval.estimate import memory
 from eval.generate import answer_records
@@ -45,17 +45,19 @@ from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
 from loss import check_finite, coefficients, kl_divergence, neftune_noise, step_record, sums_by_kind
 from model import Llama, load_model, parameter_count, stored_weights
+from runtime.card import model_card
 from runtime.checkpoint import load_checkpoint, new_folder, optimizer_state, save_checkpoint
 from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, from_all, from_main, is_main,
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
+from runtime.files import distinct_endings
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
                             saved_date)
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
-from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
+from runtime.report import (Progress, StopSignal, describe, describe_data, fit, print_change, say, shorten,
                             show_answers)
 from runtime.start import raise_interrupts
 from runtime.tokenizer import Tokenizer, write_tokenizer
@@ -189,7 +191,7 @@ def open_source(config: Config) -> Source:
     day = from_main(config.date or saved or date.today().isoformat())
     template = load_template(config.template, tokenizer, day)
     if template.warning:
-        say(f"warning: {template.warning}")
+        say(fit(f"warning: {template.warning}"))
     check_vocabulary(model_config.vocab_size, tokenizer, template)
     return Source(folder, model_config, tokenizer, template)
 
@@ -209,9 +211,10 @@ def run_identity(config: Config, source: Source) -> dict[str, object]:
 
 
 def names_of(files: list[str]) -> list[str]:
-    """What to call each file in results: a/near.jsonl -> near; the whole path if two names are the same."""
+    """What to call each file in results: a/near.jsonl -> near; if two names are the same, as much of the end
+    of the path as tells them apart: a/test.jsonl and b/test.jsonl."""
     names = [Path(file).name.split(".")[0] for file in files]
-    return [file if names.count(name) > 1 else name for name, file in zip(names, files)]
+    return [ending if names.count(name) > 1 else name for name, ending in zip(names, distinct_endings(files))]
 
 
 # What --eval-fraction holds out is called in results.
@@ -323,7 +326,8 @@ def should_compile(config: Config, model_config: ModelConfig, device: torch.devi
     if fault and config.compile:
         raise ValueError(f"--compile: torch.compile does not work here: {fault}; give --no-compile")
     if fault:
-        say(f"warning: the layers are not compiled, and slower: torch.compile does not work here: {fault}")
+        say(fit("warning: the layers are not compiled, and slower: torch.compile does not work here: "
+                + fault))
     return not fault
 
 
@@ -375,19 +379,20 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
     if is_main():
         append_line(Path(config.output_dir) / "eval.jsonl", result)
     for name, kinds in result["data"].items():
-        say(f"step {step}: {name}: " + ", ".join(f"{kind} {value['nll_token_mean']:.4f}"
-                                                 for kind, value in kinds.items()))
+        values = ", ".join(f"{kind} {value['nll_token_mean']:.4f}" for kind, value in kinds.items())
+        say(fit(f"step {step}: {shorten(name, 40)}: {values}"))
     return result, answers
 
 
-def export(model: Llama, config: Config, source: Source) -> None:
-    """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained. All ranks call,
-    rank 0 writes."""
+def export(model: Llama, config: Config, source: Source, card: str) -> None:
+    """Write OUTPUT/final, the checkpoint folder to use, with the template that was trained and the model
+    card. All ranks call, rank 0 writes."""
     with new_folder(Path(config.output_dir) / "final") as folder:
         save_model(model, folder, None if config.save_dtype == "source" else DTYPES[config.save_dtype])
         if is_main():
             template = source.template
             write_tokenizer(folder, source.tokenizer, template.source, template.end_of_turn, model.config.raw)
+            (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the run
@@ -453,8 +458,9 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
         model = data_parallel(raw_model, device)
     say(f"model: {sum(p.numel() for p in raw_model.parameters()):,} parameters, {world_size()} rank(s), "
         f"{device.type}, {config.dtype}, {torch.get_num_threads()} thread(s) each")
-    say(f"attention: {raw_model.attention}; layers {'compiled' if raw_model.compiled else 'not compiled'}; "
-        f"micro-batches of up to {config.micro_batch_tokens:,} tokens")
+    compiled = "compiled" if raw_model.compiled else "not compiled"
+    say(fit(f"attention: {raw_model.attention}; layers {compiled}; micro-batches of up to "
+            f"{config.micro_batch_tokens:,} tokens"))
 
     evaluates_first = evaluation_due(config, first_step, total_steps) or (
         bool(eval_sets) and not start.evaluated)
@@ -526,13 +532,16 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
         tracker.close()
 
         # The end: what training has changed, and the folder to use.
+        before, after = {}, after if eval_sets else {}
         if eval_sets and is_main():
-            print_change(json.loads((out / "eval.jsonl").read_text().splitlines()[0]), after)
+            before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
+            print_change(before, after)
             show_answers(answers)
-        export(raw_model, config, source)
+        export(raw_model, config, source,
+               model_card(config, train_set, usable, KINDS, step, before, after) if is_main() else "")
         if is_main():
             finish_run(out, identity, step, keep_last=config.save_every > 0)
-        say(f"\n{out}/final holds the trained model, {out}/metrics.jsonl each step; "
+        say(f"\n{out}:\n  final/ is the trained model, metrics.jsonl has each step; "
             f"{time.monotonic() - started:.0f} s in all")
         return finish(0)
 

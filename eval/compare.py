@@ -1,13 +1,15 @@
-"""Two or more training runs side by side, as one HTML page and as tables in the terminal.
+"""Training runs side by side, or one alone, as one HTML page and as tables in the terminal.
 
+    python -m eval.compare runs/im                                              one run's own page
     python -m eval.compare runs/it runs/im --output page.html                   what the runs' files say
     python -m eval.compare runs/it runs/im --output page.html --data test.jsonl         and their checkpoints
     torchrun --nproc-per-node 2 -m eval.compare ...                             the same, on two ranks
 
-A run is an output folder of train.py. The page shows the flags in which the runs differ, NLL by span while
-training, and results of the evaluation commands. --data adds held-out NLL with intervals, as in eval.spans.
---data or --prompts adds each run's answers to a few records, and the tokens of these records, coloured by how
-much their NLL differs from the first run's. The page is one file without scripts.
+A run is an output folder of train.py. The page shows the flags in which the runs differ (those of one run
+that are not the defaults), NLL by span while training, and results of the evaluation commands. --data adds
+held-out NLL with intervals, as in eval.spans. --data or --prompts adds each run's answers to a few records,
+and the tokens of these records, coloured by how much their NLL differs from the first run's. The page is one
+file without scripts.
 
 Results are read from RUN/eval/*.json and from --results: files that evaluation commands write with --json. A
 result belongs to the run whose folder, or final/ in it, is its "model". Files of the same name become one
@@ -25,7 +27,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser("compare", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="output folders of train.py; the others are compared with the first")
-    parser.add_argument("--output", required=True, metavar="FILE.html", help="the page")
+    parser.add_argument("--output", metavar="FILE.html", help="the page; default: page.html in the first RUN")
     parser.add_argument("--results", nargs="+", default=[], metavar="FILE.json",
                         help="results of evaluation commands, in addition to RUN/eval/*.json")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILE",
@@ -38,8 +40,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_data_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args, ("output", "json"), answers=0, max_new_tokens=1, max_length=2, micro_batch_tokens=1)
-    if not 2 <= len(args.runs) <= len(ascii_uppercase):
-        raise ValueError(f"{len(args.runs)} run(s): give two to {len(ascii_uppercase)}")
+    if len(args.runs) > len(ascii_uppercase):
+        raise ValueError(f"{len(args.runs)} runs: give at most {len(ascii_uppercase)}")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
         raise ValueError(f"{' '.join(args.runs)}: a run is given twice; give each run once")
     if importlib.util.find_spec("matplotlib") is None:
@@ -65,6 +67,7 @@ from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import write_text
+from runtime.report import shorten
 
 WIDTH = 80      # columns of the terminal
 POINTS = 100    # of a curve: more cannot be told apart
@@ -124,12 +127,6 @@ def cell_texts(cell: dict, column: str) -> tuple[str, str]:
     if isinstance(value, float):
         return f"{value:{sign},.3f}", spread
     return f"{value:,}" if isinstance(value, int) else value, spread
-
-
-def shorten(text: str, width: int) -> str:
-    """One printable line. A long one loses its beginning, since paths differ at the end."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return text if len(text) <= width else "..." + text[3 - width:]
 
 
 def print_table(title: str, rows: dict[str, dict], letters: list[str]) -> None:
@@ -219,7 +216,8 @@ def main(argv: list[str]) -> None:
     pictures = {name: picture(points) for name, points in curves(runs).items()}
     page = make_page(runs=runs, letters=letters, notes=notes, tables=tables, pictures=pictures,
                      examples=examples, responses=responses)
-    write_text(args.output, page)
+    output = args.output or runs[0].folder / "page.html"
+    write_text(output, page)
     for one in runs:
         print(f"{one.letter}  {shorten(str(one.folder), WIDTH - 4)}")
     for title, rows in tables.items():
@@ -227,7 +225,7 @@ def main(argv: list[str]) -> None:
     print()
     for note in notes:
         print(f"note: {shorten(note, len(note))}")
-    print(f"{args.output} is the page")
+    print(f"{output} is the page")
     result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
     write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
 

@@ -69,6 +69,7 @@ from eval.common import (Loaded, load, mean_and_error, progress, read_objects, r
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main
+from runtime.report import fit
 
 FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
@@ -158,7 +159,8 @@ def main(argv: list[str]) -> None:
     if not is_main():
         return
     if not args.execute:
-        print(f"{len(lines):,} programs are in {args.output}; none was run (--execute runs them, isolated)")
+        print(fit(f"{len(lines):,} programs are in {args.output}; none was run (--execute runs them, "
+                  "isolated)"))
         return
     execute(lines, problems, args)
     answers.write()

@@ -62,7 +62,7 @@ from runtime.distributed import is_main, join_ranks, world_size
 from runtime.files import writing
 from runtime.folder import check_folder
 from runtime.machine import peak_memory_mb
-from runtime.report import counted, describe_data, say
+from runtime.report import counted, describe_data, fit, say, shorten
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
@@ -128,7 +128,8 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
     packed, capacity = numbers["packing"], config.micro_batch_tokens
     say(f"  the longest has {numbers['longest']:,} tokens")
     for name, held_out in numbers["held_out"].items():
-        say(f"held out: {name}: {held_out['examples']:,} examples, {held_out['tokens']:,} tokens")
+        say(f"held out: {shorten(name, 32)}: {held_out['examples']:,} examples, "
+            f"{held_out['tokens']:,} tokens")
     say(f"\n{'targets':<12}{'weight':>8}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}"
         f"{'max':>8}")
     for name, span in numbers["spans"].items():
@@ -136,7 +137,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
             f"{span['tokens']:>12,}{span['mean']:>9.1f}{span['median']:>8.0f}{span['p95']:>8.0f}"
             f"{span['max']:>8,}")
     *presets, this_run = numbers["trained"].values()
-    say("\ntargets trained: " + ", ".join(f"{x:.1%} under {loss}" for loss, x in zip(PRESETS, presets))
+    say("\ntargets trained: " + ", ".join(f"{loss} {x:.1%}" for loss, x in zip(PRESETS, presets))
         + f"; this run {this_run:.1%}")
     say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"
@@ -228,7 +229,7 @@ def main(argv: list[str]) -> None:
     say(describe_data(config, dataset, usable, held_out, steps, train.count_steps(config, steps.per_epoch),
                       source.model_config.max_position_embeddings))
     print_numbers(config, numbers)
-    say(sentence)
+    say(fit(sentence))
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in usable[:config.show]:

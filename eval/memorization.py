@@ -58,6 +58,7 @@ from eval.likelihood import shared_prefix
 from records import naming, read_all
 from runtime.distributed import is_main
 from runtime.model_folder import resolve_model
+from runtime.report import fit
 from runtime.weights import model_fingerprint
 
 METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
@@ -154,8 +155,9 @@ def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dic
 
 
 def print_result(result: dict, confidence: float) -> None:
-    print(f"{result['model']}: {result['records']:,} records; skipped {result['skipped_without_target']:,} "
-          f"without a target, {result['skipped_overlong']:,} too long")
+    print(fit(f"{result['model']}: {result['records']:,} records; skipped "
+              f"{result['skipped_without_target']:,} without a target, "
+              f"{result['skipped_overlong']:,} too long"))
     for metric, label in METRICS.items():
         bounds = result[f"{metric}_interval"]
         text = f"  {100 * confidence:g}% [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""

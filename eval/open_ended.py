@@ -72,6 +72,7 @@ from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, s
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.model_folder import resolve_model
+from runtime.report import fit
 
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
@@ -215,9 +216,9 @@ def main(argv: list[str]) -> None:
               "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if is_main():
         write_text(args.output, output_text(questions, answers, args))
-        print(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
-              f"{result['mean_tokens']:.0f} tokens\non average; {result['finished']:,} ended within "
-              f"--max-new-tokens {args.max_new_tokens}", flush=True)
+        print(fit(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
+                  f"{result['mean_tokens']:.0f} tokens on average; {result['finished']:,} ended within "
+                  f"--max-new-tokens {args.max_new_tokens}"), flush=True)
     if not args.judge:
         return write_json(args.json, result)
     verdicts, reasons = judge(model, questions, answers, prompts, reference, args)
@@ -227,8 +228,8 @@ def main(argv: list[str]) -> None:
         print_summary(result, "score", "grade, 1 to 10")
         print_summary(result, "win_rate", "win rate, %")
         if result["unparsable"]:
-            print(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
-                  f"{args.output}.judgments")
+            print(fit(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
+                      f"{args.output}.judgments"))
     if result["missing"]:
         shown = "; ".join(f"{job}: {reason}" for job, reason in list(reasons.items())[:3])
         raise ValueError(f"--judge {args.judge}: {result['missing']:,} verdicts are missing ({shown}"

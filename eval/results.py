@@ -11,8 +11,11 @@ A cell has an interval or an error if the file has one. A difference has an inte
 the runs example by example; otherwise it is one number minus the other.
 """
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from runtime.files import distinct_endings
+from train import Config
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}
@@ -71,10 +74,12 @@ def read_lines(file: Path, notes: list[str]) -> list[dict]:
 
 
 def run_cells(runs: list[Run]) -> Cells:
-    """The flags in which the runs differ, the training with its last epoch's NLL, and the last evaluation."""
+    """The flags in which the runs differ, those of a run alone from train.py's defaults; the training with
+    its last epoch's NLL; and the last evaluation."""
     always, never = ["model", "train_data", "eval_data"], ["output_dir", "cache_dir", "overwrite", "resume"]
+    others = [run.config for run in runs] if len(runs) > 1 else [asdict(Config())]
     differ = [name for run in runs for name in run.config if name not in never
-              and any(other.config.get(name) != run.config[name] for other in runs)]
+              and any(other.get(name) != run.config[name] for other in others)]
     cells = {}
     for run in runs:
         values = {}
@@ -172,6 +177,8 @@ def result_cells(result: dict, name: str, runs: list[Run]) -> Cells:
     if isinstance(result.get("results"), list):
         entries = result["results"]
         settings = {f"--{flag.replace('_', '-')}": cell for flag, cell in scores(result).items()}
+    files = list(dict.fromkeys(entry["data"] for entry in entries if "span" in entry))
+    names = dict(zip(files, distinct_endings(files)))
     for entry in sorted(entries, key=lambda entry: SPANS.index(entry.get("span", "completion"))):
         letter = letter_of(entry)
         if not letter:
@@ -182,7 +189,7 @@ def result_cells(result: dict, name: str, runs: list[Run]) -> Cells:
             continue
         values, span = scores(entry), entry["span"]
         for mean, words in MEANS.items():
-            title = f"{name}: NLL of {Path(entry['data']).name}, {words}"
+            title = f"{name}: NLL of {names[entry['data']]}, {words}"
             rows = {span: values[mean]} | settings
             cells |= {(title, label, letter): cell for label, cell in rows.items()}
             # The difference is from the file's first model, which need not be the first run.

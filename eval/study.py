@@ -177,7 +177,7 @@ from records import data_files, read_all
 from runtime.distributed import join_ranks, world_size
 from runtime.files import lock, read_json, write_text
 from runtime.folder import append_line, check_identity, launch
-from runtime.report import say
+from runtime.report import fit, say
 
 FEW = 5     # validation records; fewer are too few to choose by
 
@@ -273,7 +273,7 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
                          "give less")
     for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
         if both := len({*read_as_lines([file], config.columns)} & {*records}):
-            say(f"warning: {both} record(s) of {file} are training records, too")
+            say(fit(f"warning: {both} record(s) of {file} are training records, too"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
     new[sample] = [records[i] for i in order[:max(config.train_sample, config.memorization)]]

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from eval.compare import COLOURS, DASHES, GREY, shorten
+from eval.compare import COLOURS, DASHES, GREY
 from eval.study_statistics import MEANS
+from runtime.report import WIDTH, shorten
 
-WIDTH = 79
 # As a table names what was measured.
 MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL, mean over examples",
             "memorized_exact": "exact match, %", "memorized_prefix": "shared prefix, %",
@@ -29,7 +29,8 @@ def report_text(result: dict) -> str:
                                        subsequent_indent=" " * 14))
     lines += ["", f"minus {shorten(baseline, 24)}, paired by seed and example, with "
               f"{100 * result['confidence']:g} % intervals",
-              "over seeds and examples; agree: seeds whose own difference has the same sign"]
+              "over seeds and examples; agree: seeds whose own difference has the same sign;",
+              "equal: no seed differs"]
     titles = dict.fromkeys((row["file"], row["measure"]) for row in result["differences"])
     for file, measure in titles:
         rows = [row for row in result["differences"] if (row["file"], row["measure"]) == (file, measure)]
@@ -40,8 +41,10 @@ def report_text(result: dict) -> str:
         for row in rows:
             low, high = row["interval"] or (np.nan, np.nan)
             interval = f"[{low:+.4f}, {high:+.4f}]" if row["interval"] else "no interval"
+            # Where every seed has the same value under both, there is no sign to agree on.
+            agree = f"{row['seeds_agree']} of {row['seeds']} agree" if any(row["per_seed"]) else "equal"
             lines.append(f"  {shorten(row['contender'], 24):<24}{row['value']:>+10.4f} {interval:>22}"
-                         f"{row['seeds_agree']:>6} of {row['seeds']} agree")
+                         f"     {agree}")
     lines.append("")
     for text in [*result["sentences"], *(f"note: {note}" for note in result["notes"])]:
         lines.append(textwrap.fill(text, WIDTH, subsequent_indent="  "))
@@ -66,11 +69,13 @@ def line_styles(result: dict) -> dict[str, dict]:
 
 
 def draw_curves(result: dict) -> object:
-    """NLL over epochs, a panel for each file: the mean over seeds, their range as a band, the chosen epoch as
-    a dot. The scale is fitted to what comes after the first epoch; the start may lie above."""
+    """NLL over epochs, a panel for each file: the mean over seeds with a mark at each evaluation, their range
+    as a band, the chosen epoch as a larger dot. Where there are several evaluations after the start, the
+    scale is fitted to them, and the start may lie above."""
     from matplotlib.figure import Figure
     curves = result["curves"]
-    columns = min(3, len(curves))
+    # Two panels next to each other can still be read on a phone.
+    columns = min(2, len(curves))
     rows = -(-len(curves) // columns)
     figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -82,12 +87,12 @@ def draw_curves(result: dict) -> object:
         for name, points in of_file.items():
             style = line_styles(result)[name]
             epochs = [point["epoch"] for point in points]
-            axes.plot(epochs, [point["mean"] for point in points], label=name, **style)
+            axes.plot(epochs, [point["mean"] for point in points], label=name, marker=".", **style)
             axes.fill_between(epochs, [point["low"] for point in points], [point["high"] for point in points],
                               color=style["color"], alpha=0.2, linewidth=0)
             chosen = next(point for point in points if point["step"] == result["choices"][name]["step"])
-            axes.plot(chosen["epoch"], chosen["mean"], "o", color=style["color"], markersize=5)
-        if later:
+            axes.plot(chosen["epoch"], chosen["mean"], "o", color=style["color"], markersize=7)
+        if max(map(len, of_file.values())) > 2:
             room = 0.08 * (max(later) - min(later)) or 0.1
             axes.set_ylim(min(*later, start) - room, max(later) + room)
         axes.set_title(shorten(file, 34))

@@ -79,7 +79,8 @@ def half_width(d: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
 
 def difference(d: np.ndarray) -> dict:
     """The mean of d, (S, E) or, for numbers of a whole run, (S,), with its interval and how many seeds agree
-    with its sign. interval: None where d says nothing of it, because it has one number or the same ones."""
+    with its sign; none does where it is zero. interval: None where d says nothing of it, because it has one
+    number or the same ones."""
     value, per_seed = float(d.mean()), d.reshape(len(d), -1).mean(1)
     if d.ndim == 2:
         half = float(half_width(d))
@@ -89,7 +90,7 @@ def difference(d: np.ndarray) -> dict:
             math.nan)
     known = math.isfinite(half) and half > 0
     return {"value": value, "interval": [value - half, value + half] if known else None,
-            "per_seed": per_seed.tolist(), "seeds_agree": int((np.sign(per_seed) == np.sign(value)).sum()),
+            "per_seed": per_seed.tolist(), "seeds_agree": int((per_seed * value > 0).sum()),
             "seeds": len(d), "examples": d.shape[1] if d.ndim == 2 else None}
 
 
@@ -282,8 +283,11 @@ def sentence(row: dict) -> str:
 
         im lowers NLL on far by 0.100 [0.070, 0.130]
         im on far: no difference is shown: -0.010 [-0.030, 0.020]
+        im does not change NLL on far
     """
     name, file, value, interval = (row[key] for key in ("contender", "file", "value", "interval"))
+    if interval is None and value == 0:
+        return f"{name} does not change NLL on {file}"
     if interval is None:
         return f"{name} changes NLL on {file} by {value:+.3f}; there is no interval from so few numbers"
     low, high = interval

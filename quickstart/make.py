@@ -1,6 +1,6 @@
 """Make the embedded default, or records of a chosen length for a study with the same model.
 
-    python quickstart/make.py                     # everything, about a quarter of an hour on two CPU cores
+    python quickstart/make.py --overwrite         # everything, about a quarter of an hour on two CPU cores
     python quickstart/make.py --records-only --output-dir DIR --examples 300 --ratio 10
     python quickstart/make.py --records-only --output-dir DIR --instruction-words 120 --answer-words 4
     python quickstart/make.py --records-only --output-dir DIR --unseen-names 0.5 --seed 1
@@ -111,7 +111,7 @@ def mean_words(records: list[dict]) -> tuple[float, float]:
 
 def write_records(args: argparse.Namespace, folder: Path) -> None:
     """Write the files that the arguments ask for; print and check the lengths. ValueError for lengths that
-    cannot be made."""
+    cannot be made, and for files that exist without --overwrite."""
     world, lengths = make_world(), wanted_lengths(args)
     unseen = unseen_names(world, args.unseen_names, args.seed)
     seen_entities = [entity for entity in world if entity["name"] not in unseen]
@@ -130,12 +130,17 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
             if asked and abs(got - asked) > 1 + 0.1 * asked:
                 raise ValueError(f"--{what}-words {asked:g}: with the other arguments {name}.jsonl would "
                                  f"have {got:.1f}; give about as many, or change the others")
+    names = [*(f"{name}.jsonl" for name in made), *(() if args.records_only else ("model",))]
+    present = [name for name in names if (folder / name).exists()]
+    if present and not args.overwrite:
+        raise ValueError(f"--output-dir {folder}: holds {', '.join(present)}; give --overwrite to replace "
+                         "such files, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in made.items():
         write_lines(folder / f"{name}.jsonl", records)
         instruction, answer = mean_words(records)
-        print(f"{name}.jsonl: {len(records)} records, {instruction:.1f} words of instruction to {answer:.1f} "
-              f"of answer, ratio {instruction / answer:.2f}")
+        print(f"{name}.jsonl: {len(records)} records, {instruction:.1f} words of instruction, {answer:.1f} "
+              f"of answer ({instruction / answer:.2f})")
 
 
 def wanted_lengths(args: argparse.Namespace) -> tuple[float, float] | None:
@@ -233,6 +238,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output-dir", type=Path, default=HERE, metavar="DIR",
                         help="where to write (default: this script's folder)")
     parser.add_argument("--records-only", action="store_true", help="no model: a second")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--keep", type=Path, metavar="DIR",
                         help="keep the pretraining text and its run in this folder")
     parser.add_argument("--examples", type=between(int, 1, 100_000), default=EXAMPLES, metavar="N",

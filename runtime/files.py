@@ -50,6 +50,19 @@ def read_json(path: Path) -> dict:
     return content
 
 
+def distinct_endings(files: list[str]) -> list[str]:
+    """The shortest end of each path that no other one has, so that short names tell files apart:
+    ["x/a/test.jsonl", "x/b/test.jsonl", "c.jsonl"] -> ["a/test.jsonl", "b/test.jsonl", "c.jsonl"]"""
+    endings, every = [], [Path(file).parts for file in files]
+    for own in every:
+        others = [parts for parts in every if parts != own]
+        length = 1
+        while length < len(own) and any(parts[-length:] == own[-length:] for parts in others):
+            length += 1
+        endings.append(str(Path(*own[-length:])))
+    return endings
+
+
 def sync(path: Path) -> None:
     """Wait until a file's contents, or a folder's list of names, are on disk."""
     handle = os.open(path, os.O_RDONLY)

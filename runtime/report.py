@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sized
+from collections.abc import Iterator, Sized
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
 from runtime.machine import Crowding
+
+WIDTH = 79      # columns of what is printed; a terminal has at least 80
 
 
 def say(text: str = "") -> None:
@@ -22,12 +24,23 @@ def say(text: str = "") -> None:
         sys.stdout.flush()
 
 
+def fit(text: str) -> str:
+    """One paragraph in lines of at most 79 columns; the following ones are indented. A path stays whole."""
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
+def shorten(text: str, width: int) -> str:
+    """One printable line. A long one loses its beginning, since paths differ at the end."""
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return text if len(text) <= width else "..." + text[3 - width:]
+
+
 def describe(config: object) -> str:
     """The values of a dataclass of flags that are not empty, in lines of 79 columns."""
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     text = " ".join(f"{name}={value}".replace(" ", "\0") for name, value in values.items()
                     if value not in ("", None, []))
-    wrapped = textwrap.fill(text, 79, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
+    wrapped = textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ", break_long_words=False,
                             break_on_hyphens=False)
     return "configuration\n" + wrapped.replace("\0", " ")
 
@@ -101,19 +114,25 @@ class Progress:
 
     def __init__(self, first_step: int, total_steps: int):
         self.terminal = shows_progress()
-        self.bar = tqdm(total=total_steps, initial=first_step, disable=not self.terminal, unit="step",
-                        dynamic_ncols=True)
+        # Short enough to leave ten columns of eighty to the bar, four where there are 100,000 steps.
+        self.bar = tqdm(total=total_steps, initial=first_step, disable=not self.terminal, dynamic_ncols=True,
+                        bar_format="{n_fmt}/{total_fmt} {bar} {remaining} left{postfix}")
         self.crowding: Crowding | None = Crowding()     # until it has warned
 
     def update(self, record: dict, line: bool) -> None:
         """Show one more step; record: its line of metrics.jsonl; line: whether a log file gets one."""
-        labels = {"loss": "loss", "nll_completion": "completion", "nll_instruction": "instruction"}
-        shown = [f"{label} {record[name]:.3f}" for name, label in labels.items() if record[name] is not None]
-        speed = f"{record['tokens_per_second']:,.0f}"
+        # Five characters a number: 0.123, 12.34, 12345, 1e+05.
+        shown = {name: f"{value:.3f}"[:5] if value < 1e5 else f"{value:.0e}"
+                 for name in ("loss", "nll_completion", "nll_instruction")
+                 if (value := record[name]) is not None}
+        speed = tqdm.format_sizeof(record["tokens_per_second"])
+        labels = {"loss": "loss", "nll_completion": "compl", "nll_instruction": "instr"}
+        self.bar.set_postfix_str(" ".join(f"{labels[name]} {value}" for name, value in shown.items())
+                                 + f" {speed} tok/s", refresh=False)
         self.bar.update()
-        self.bar.set_postfix_str(f"{' '.join(shown)} {speed} tok/s")
         if line and not self.terminal:
-            say(f"step {record['step']}/{self.bar.total}: {', '.join(shown)}, {speed} tokens/s")
+            values = ", ".join(f"{name.removeprefix('nll_')} {value}" for name, value in shown.items())
+            say(f"step {record['step']}/{self.bar.total}: {values}, {speed} tok/s")
         if self.crowding and (warning := self.crowding.warning()):
             say(warning)
             self.crowding = None
@@ -122,18 +141,27 @@ class Progress:
         self.bar.close()
 
 
-def print_change(before: dict, after: dict) -> None:
-    """The table at the end: held-out NLL of each kind of span in two evaluations, lines of eval.jsonl; "-"
-    where the first did not have the same records."""
-    say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
-    say(f"{'data':<13}{'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
+def changes(before: dict, after: dict) -> Iterator[tuple[str, str, dict, float | None]]:
+    """Of two evaluations, lines of eval.jsonl: each file and kind of span with the later result and the
+    earlier NLL a token, None where the first did not have the same records."""
     by_content = {before["contents"][name]: kinds for name, kinds in before["data"].items()}
     for name, kinds in after["data"].items():
         for kind, result in kinds.items():
-            value = result["nll_token_mean"]
             old = by_content.get(after["contents"][name], {}).get(kind, {}).get("nll_token_mean")
-            shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
-            say(f"{name[-12:]:<13}{kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}{change:>9}")
+            yield name, kind, result, old
+
+
+def print_change(before: dict, after: dict) -> None:
+    """The table at the end: held-out NLL of each kind of span in two evaluations, as of changes()."""
+    # As wide as the longest name, as far as the line allows.
+    width = max(12, min(25, max(map(len, after["data"]))))
+    say(f"\nheld-out NLL, nats a token, at step {before['step']} and step {after['step']}")
+    say(f"{'data':<{width}} {'span':<12}{'tokens':>9}{'before':>12}{'after':>9}{'change':>9}")
+    for name, kind, result, old in changes(before, after):
+        value = result["nll_token_mean"]
+        shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
+        say(f"{shorten(name, width):<{width}} {kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}"
+            f"{change:>9}")
     if "exact_match" in after:
         comparable = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
         say(f"\nexact match on {after['answers']} held-out answers: "
@@ -148,5 +176,5 @@ def show_answers(answers: list[dict]) -> None:
             text = answer[name]
             if len(text) >= 600:
                 text = f"{text[:300]} [...] {text[-300:]}"
-            say(textwrap.fill(f"{name + ':':<10}{text}", 79, subsequent_indent=" " * 10,
+            say(textwrap.fill(f"{name + ':':<10}{text}", WIDTH, subsequent_indent=" " * 10,
                               initial_indent="\n" if name == "prompt" else ""))

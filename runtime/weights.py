@@ -297,6 +297,8 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
             json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
     # transformers 5 reads dtype; transformers 4 and many other programs torch_dtype.
     raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
+    # transformers 4 writes there which folder it had loaded, somebody's path of another model.
+    raw.pop("_name_or_path", None)
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     return sums
 

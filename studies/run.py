@@ -41,7 +41,8 @@ def make_world(arguments: dict[str, object], folder: Path) -> Path:
     if not (out / "test.jsonl").is_file():
         flags = [text for name, value in arguments.items() for text in (f"--{name}", str(value))]
         subprocess.run([sys.executable, str(REPOSITORY / "quickstart/make.py"), "--records-only",
-                        "--output-dir", str(out), *flags], check=True, stdout=subprocess.DEVNULL)
+                        "--overwrite", "--output-dir", str(out), *flags], check=True,
+                       stdout=subprocess.DEVNULL)
     return out
 
 

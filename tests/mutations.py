@@ -526,7 +526,7 @@ FAULTS = [
           "if \"launch\" not in old and present:", "if not old and present - {*RUN_FILES}:",
           "folder::a_folder_without_an_identity_is_never_deleted_or_written_to"),
     fault("like-names", "held-out files share a name", "train.py",
-          "return [file if names.count(name) > 1 else name for", "return [name for",
+          "return [ending if names.count(name) > 1 else name for", "return [name for",
           "folder::held_out_files_of_like_names_each_keep_their_result"),
     fault("quick-delete", "an interrupted quick start is lost", "config.py",
           "if embedded and (Path(config.output_dir) / \"final\").is_dir():", "if embedded:",

@@ -555,9 +555,38 @@ def test_wrong_flags_are_named(runs, folder, argv, more, says):
     assert not (runs / "page.html").exists()
 
 
-def test_one_run_is_not_enough(runs):
-    with pytest.raises(ValueError, match="1 run.*: give two"):
-        compare.main([str(runs / "it"), "--output", str(runs / "x.html")])
+def test_a_run_alone_has_its_own_page_in_its_folder(runs, folder, capsys):
+    compare.main([str(runs / "im"), *flags(json=runs / "out.json")])
+    text = (runs / "im" / "page.html").read_text()
+    page, tables = Page(text), json.loads((runs / "out.json").read_text())["tables"]
+    assert ("h1", {}) in page.tags and re.search(r"<h1>im</h1>", text) and "runs compared" not in page.text
+    assert "differ" not in page.text and "difference" not in page.text and "Bold" not in page.text
+    # The flags of arguments() that are not the defaults, which --loss im and --epochs 2 are.
+    assert {"lr", "batch_size", "max_length", "template"} <= set(tables["configuration"])
+    assert not {"loss", "epochs", "normalize", "seed"} & set(tables["configuration"])
+    assert all(set(row) == {"A"} for rows in tables.values() for row in rows.values())
+    assert len(drawn(figures(text)["training: completion"])) == 1
+    assert capsys.readouterr().out.endswith(f"{runs}/im/page.html is the page\n")
+    # With records to answer, there is nothing to compare a token with.
+    compare.main([str(runs / "im"), *command(runs, folder, data=folder / "test.jsonl", answers=1)[2:]])
+    text = Page((runs / "page.html").read_text()).text
+    assert "Answers" in text and "NLL by token" not in text
+
+
+def test_more_runs_than_letters_are_refused(runs):
+    with pytest.raises(ValueError, match="27 runs: give at most 26"):
+        compare.main([str(runs / str(i)) for i in range(27)])
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(runs, folder):
+    """In the curves of training and in the tables of results."""
+    files = [make_records(runs / name / "test.jsonl", 3, seed=i) for i, name in enumerate(("it", "im"))]
+    run_here(arguments(folder, runs / "two", eval_data=files, max_steps=1))
+    page, result = compared(runs, folder, [str(runs / "two")], data=files, answers=0)
+    for name in ("it/test.jsonl", "im/test.jsonl"):
+        assert f"--data: NLL of {name}, mean over tokens" in result["tables"]
+        assert f"{name}: completion" in result["tables"]["held-out NLL when training ended"]
+        assert f"<figcaption>{name}: completion</figcaption>" in page
 
 
 def test_an_error_is_one_line(runs, folder):

@@ -12,6 +12,16 @@ from runtime import checkpoint, distributed, files
 from tiny import arguments, run_here, setup
 
 
+def test_files_are_told_apart_by_the_shortest_ends_of_their_paths():
+    ends = files.distinct_endings
+    assert ends(["x/a/test.jsonl", "/y/b/test.jsonl", "c.jsonl"]) == [
+        "a/test.jsonl", "b/test.jsonl", "c.jsonl"]
+    assert ends(["/x/a/test.jsonl", "/y/a/test.jsonl"]) == ["x/a/test.jsonl", "y/a/test.jsonl"]
+    # One path may be the end of another.
+    assert ends(["test.jsonl", "a/test.jsonl"]) == ["test.jsonl", "a/test.jsonl"]
+    assert ends(["a/near.jsonl", "a/near.json"]) == ["near.jsonl", "near.json"] and ends([]) == []
+
+
 # ---------------------------------------------------------------- power cuts
 
 

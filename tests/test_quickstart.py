@@ -48,6 +48,21 @@ def test_the_quick_starts_records_are_those_that_the_script_writes(tmp_path):
         assert (tmp_path / file).read_bytes() == (ROOT / "quickstart" / file).read_bytes()
 
 
+def test_files_that_exist_are_overwritten_only_if_asked(tmp_path, capsys):
+    (tmp_path / "test.jsonl").write_text("mine")
+    with pytest.raises(SystemExit):
+        make(tmp_path, "--examples", 30)
+    assert re.search("--output-dir .*: holds test.jsonl; give --overwrite", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["test.jsonl"]
+    assert (tmp_path / "test.jsonl").read_text() == "mine"
+    assert len(make(tmp_path, "--examples", 30, "--overwrite")["test"]) == 100
+    # A model counts too, where one would be written.
+    (tmp_path / "other" / "model").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        main(["--output-dir", str(tmp_path / "other")])
+    assert "holds model; give --overwrite" in capsys.readouterr().err
+
+
 def test_another_seed_makes_other_records(tmp_path):
     one, two, again = (make(tmp_path / str(i), "--ratio", 3, "--seed", seed) for i, seed in enumerate("121"))
     assert one == again and all(one[name] != two[name] for name in one)

@@ -15,7 +15,7 @@ from data import load_dataset
 from chat import load_template
 from eval import study, study_runs
 from eval import study_statistics as statistics
-from eval.study_report import report_text
+from eval.study_report import draw_curves, report_text
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
 from tiny import make_records, run_apart, run_module, setup, stop_after, weights
@@ -29,6 +29,33 @@ from tiny import make_records, run_apart, run_module, setup, stop_after, weights
     (0.5, 3, 0.7648923284043444)])
 def test_t_quantiles_are_scipys(confidence, df, expected):
     assert statistics.t_quantile(confidence, df) == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("per_seed, agree", [([0, 0, 0], 0), ([1, 2, -1], 2), ([1, -1], 0), ([0, -3], 1)])
+def test_seeds_without_a_difference_agree_with_nobody(per_seed, agree):
+    row = statistics.difference(np.array(per_seed, float))
+    assert row["seeds_agree"] == agree and row["seeds"] == len(per_seed)
+
+
+def test_a_difference_of_zero_is_called_that():
+    """Two contenders that give the same numbers, as where one's flag has no effect."""
+    lines = [line(name, seed, [[4, 8], [2, 4]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
+    result = statistics.verdict(lines)
+    shown = report_text(result)
+    assert result["sentences"] and all(text.startswith("im does not change NLL on ")
+                                       for text in result["sentences"])
+    rows = [text for text in shown.splitlines() if text.startswith("  im ") and "interval" in text]
+    assert rows and all(text.endswith(" equal") for text in rows) and "of 2 agree" not in shown
+
+
+def test_curves_of_one_epoch_are_seen_from_the_start():
+    lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
+    result = statistics.verdict(lines)
+    axes = draw_curves(result).axes[0]
+    for curve in axes.get_lines():
+        low, high = axes.get_ylim()
+        assert curve.get_marker() not in ("", "None")
+        assert all(low <= y <= high for y in curve.get_ydata())
 
 
 def test_an_interval_worked_out_by_hand():

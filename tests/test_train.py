@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -279,7 +280,7 @@ def test_layers_are_compiled_by_default_on_cuda_and_from_a_size_and_only_where_i
     assert not capsys.readouterr().out
     fault[0] = "TritonMissing: no triton"
     assert not train.should_compile(train.Config(), small, cuda)
-    [line] = capsys.readouterr().out.splitlines()
+    line = " ".join(capsys.readouterr().out.split())
     assert line.startswith("warning: the layers are not compiled") and "TritonMissing: no triton" in line
     with pytest.raises(ValueError, match="--compile: .*TritonMissing: no triton; give --no-compile"):
         train.should_compile(train.Config(compile=True), small, cuda)
@@ -474,7 +475,7 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, ca
 def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated):
     run_here(arguments(folder, "two-names", train_data=repeated, eval_fraction=0.25, max_steps=1,
                        eval_data=folder / "held-out.jsonl"))
-    assert {*evaluations(folder / "two-names")[0]} == {str(folder / "held-out.jsonl"), "held-out"}
+    assert {*evaluations(folder / "two-names")[0]} == {"held-out.jsonl", "held-out"}
 
 
 @pytest.mark.parametrize("more, says", [
@@ -662,6 +663,15 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(folder, more, says):
     assert not (folder / "wrong").exists()
 
 
+def test_the_exported_config_has_no_path_of_another_model(folder, tmp_path):
+    """transformers 4 writes the folder that a model was loaded from into config.json."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/a/b"}))
+    run_here(arguments(folder, "no-path", model=tmp_path / "model", max_steps=1))
+    assert "/home/a/b" not in (folder / "no-path" / "final" / "config.json").read_text()
+
+
 def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder):
     from eval.engine import Engine
     from eval.generate import generate
@@ -669,7 +679,10 @@ def test_final_folder_generates_the_same_in_transformers_and_trains_again(folder
     run_here(arguments(folder, "exported", save_dtype="bf16"))
     final = folder / "exported" / "final"
     assert {tensor.dtype for tensor in weights(final).values()} == {torch.bfloat16}     # the source is fp32
-    assert json.loads((final / "config.json").read_text())["dtype"] == "bfloat16"
+    # config.json is the source's but for what has changed: the weights' dtype. It says nothing of a folder.
+    source = json.loads((folder / "model" / "config.json").read_text())
+    assert json.loads((final / "config.json").read_text()) == {
+        **source, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
     theirs = transformers.AutoModelForCausalLM.from_pretrained(final, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(final)
     mine = load_model(final)

@@ -1,0 +1,116 @@
+"""The model card in final/README.md: from what a model was made, by which loss, and what that changed.
+
+It names files, never their folders, and nothing of the machine or the user, so that final/ can be published
+as it is. It holds no times either: the same run writes the same bytes, interrupted or not.
+"""
+import dataclasses
+import json
+import os
+import shlex
+from collections import Counter
+from collections.abc import Sized
+from pathlib import Path
+
+import torch
+
+from runtime.flags import flag_name, is_boolean
+from runtime.report import changes
+
+# Flags that hold paths, and those that may change on resume but say something about the result.
+PATHS, TOLD = ("model", "train_data", "mix", "eval_data", "template"), ("eval_data", "eval_generate")
+
+
+def bare_name(path: str) -> str:
+    """A path without its folders: /home/a/smollm2 -> smollm2, runs/im/final -> im. What is no path, a hub id,
+    stays as it is. Characters that would be markup are replaced."""
+    path, equals, share = path.partition("=")       # of --mix: FILE=SHARE
+    full = Path(path).expanduser()
+    if full.exists() or full.is_absolute():
+        path = [part for part in Path(os.path.abspath(full)).parts if part != "final"][-1]
+    name = path + equals + share
+    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in name)
+
+
+def bare_names(paths: list[str]) -> list[str]:
+    """bare_name() of each; those that are the same get numbers: test.jsonl, test.jsonl (2)."""
+    names = list(map(bare_name, paths))
+    return [f"{name} ({names[:i].count(name) + 1})" if name in names[:i] else name
+            for i, name in enumerate(names)]
+
+
+def command(config: object) -> str:
+    """The command that repeats the run, with bare names. config: train.Config."""
+    words = ["python", "train.py"]
+    for field in dataclasses.fields(config):
+        value, default = getattr(config, field.name), field.default
+        told = not field.metadata["free"] or field.name in TOLD
+        if not told or value == default or value in ("", []):
+            continue
+        if is_boolean(field):
+            words.append(flag_name(field.name) if value else flag_name(f"no_{field.name}"))
+            continue
+        values = map(str, value if isinstance(value, list) else [value])
+        words += [flag_name(field.name), *(map(bare_name, values) if field.name in PATHS else values)]
+    return shlex.join(words)
+
+
+def table(head: list[str], rows: list[list[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def model_card(config: object, dataset: object, usable: Sized, kinds: tuple[str, ...], steps: int,
+               before: dict, after: dict) -> str:
+    """The card as Markdown. config: train.Config; dataset: data.Dataset; usable: (examples,) those that were
+    trained on; kinds: names of the columns of dataset.counts; steps: of the run; before, after: the first and
+    the last line of eval.jsonl, or {}."""
+    base = bare_name(config.model)
+    of_file = Counter(dataset.origins[usable, 0].tolist())
+    names = bare_names(dataset.files)
+    tokens = dataset.counts[usable].sum(0)
+    text = f"""---
+base_model: {json.dumps(base.partition("@")[0])}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [instruction-tuning, spantune]
+---
+# {base}, instruction-tuned
+
+Made from `{base}` by spantune's `train.py`, which wrote this card, with PyTorch {torch.__version__}:
+{steps:,} steps of up to {config.batch_size:,} examples.
+
+## Training data
+
+{table(["file", "examples"], [[name, f"{of_file[i]:,}"] for i, name in enumerate(names)])}
+
+The loss (`--loss {config.loss} --normalize {config.normalize}`) weighs the kinds of span like this:
+
+{table(["span", "tokens in an epoch", "weight"],
+       [[kind, f"{count:,}", f"{weight:g}"] for kind, count, weight in zip(kinds, tokens, config.span_weights)
+        if count])}
+"""
+    if after:
+        shown = dict(zip(after["data"], bare_names([Path(name).name for name in after["data"]])))
+        rows = [[shown[name], kind, f"{now['tokens']:,}", "-" if old is None else f"{old:.4f}",
+                 f"{now['nll_token_mean']:.4f}"] for name, kind, now, old in changes(before, after)]
+        text += f"""
+## Evaluation
+
+Held-out NLL in nats a token, at step {before["step"]} and step {after["step"]}:
+
+{table(["data", "span", "tokens", "before", "after"], rows)}
+"""
+        if "exact_match" in after:
+            text += f"\nExact match on {after['answers']:,} held-out answers: {after['exact_match']:.1%}.\n"
+    settings = ("max_steps" if config.max_steps else "epochs", "lr", "schedule", "warmup_ratio",
+                "weight_decay", "beta1", "beta2", "adam_eps", "clip_grad_norm", "neftune_alpha", "kl_weight",
+                "max_length", "overlong", "dtype", "seed")
+    return text + f"""
+## Settings
+
+{table(["flag", "value"], [[f"`{flag_name(name)}`", getattr(config, name)] for name in settings])}
+
+```
+{command(config)}
+```
+"""
