@@ -8,9 +8,9 @@ What differs from the usual way: spans are made by construction. A chat template
 and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
 prefix.
 """
-import contextlib
 import gzip
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,8 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.jinja import render_jinja
-from runtime.tokenizer import Tokenizer, check_rows
+from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
+from runtime.jinja import TooMuch, render_jinja
+from runtime.tokenizer import Tokenizer, check_rows, naming
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
@@ -54,6 +55,11 @@ REFUSED = {
          "\"weight\": 0, leave out records that are not, and remove the field",
 }
 
+# Characters of a .json file, which is read whole: enough for any that people exchange.
+MAX_LIST = 2**30
+# Of a record. The template is rendered once for each answer, so time grows with the square of their number.
+MAX_MESSAGES = 1000
+
 # Fields whose text belongs to the conversation in one layout or another.
 CONVERSATION_FIELDS = ("prompt", "completion", "instruction", "input", "output", "context", "suffix",
                        "system_message", "developer")
@@ -78,14 +84,13 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
     is a ValueError with file, line and what is wrong with it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    check_file(path)
     if not path.name.endswith((".jsonl", ".json", ".jsonl.gz")):
         raise ValueError(f"{path}: unknown file type; records are read from .jsonl, .json and .jsonl.gz")
-    line = 0
+    text, line = read_text(path, "utf-8-sig", MAX_LIST) if path.suffix == ".json" else "", 0
     try:
         if path.suffix == ".json":
-            records = json.loads(path.read_text(encoding="utf-8-sig"))
+            records = parse_json(text)
             if not isinstance(records, list):
                 raise ValueError(f"holds a JSON {type(records).__name__}, not a list of records; "
                                  "one record a line goes into a .jsonl file")
@@ -93,10 +98,9 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
                 yield to_messages(record), line
         else:
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                for line, raw in enumerate(file, 1):
-                    text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-                    if text.strip():
-                        yield to_messages(json.loads(text)), line
+                for line, raw in enumerate(lines_of(file), 1):
+                    if raw.strip():
+                        yield to_messages(parse_line(raw)), line
     # JSON and Unicode errors are ValueErrors.
     except (ValueError, OSError, EOFError) as error:
         raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
@@ -280,13 +284,13 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
             # This tokenizer does not add BOS to plain text, so its model was not trained with one. It is left
             # out of the exported source, too.
             source = re.sub(r"{{-? bos_token }}", "", source)
-    elif name.endswith(".jinja") and Path(name).is_file():
-        source = Path(name).read_text(encoding="utf-8")
+    elif name.endswith(".jinja") and os.path.lexists(name):
+        source = read_text(name)
     else:
         raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
                          "nor a .jinja file")
     try:
-        date = Date.fromisoformat(date).isoformat() if date else Date.today().isoformat()
+        date = Date.fromisoformat(str(date)).isoformat() if date else Date.today().isoformat()
     except ValueError:
         raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
@@ -302,9 +306,13 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
     template = replace(template, end_of_turn=answer[-1].text, lead=lead)
     warnings = []
     for before in ([], [{"role": "system", "content": "s"}], PROBE):
-        # The template may refuse such a conversation.
-        with contextlib.suppress(ValueError):
+        try:
             warnings.append(_compare_prompts([*before, *PROBE], template))
+        except TooMuch:
+            raise
+        except ValueError:
+            # The template may refuse such a conversation.
+            continue
     return replace(template, warning=next(filter(None, warnings), ""))
 
 
@@ -332,6 +340,8 @@ def _generation_prompt(messages: list[dict], template: Template) -> str | None:
     """What serving puts before the answer to these messages; None if the template refuses them."""
     try:
         return template(messages, add_generation_prompt=True)
+    except TooMuch:
+        raise
     except ValueError:
         return None
 
@@ -352,9 +362,12 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     does not begin with that prompt, it starts at the content. The template is rendered once more for each
     assistant message, so time grows with the square of their number.
 
-    ValueError if the template refuses the messages, or if its text cannot be taken apart into them because it
-    drops, repeats or rewrites a message: better no example than a wrong mask.
+    ValueError for more than MAX_MESSAGES, if the template refuses the messages, or if its text cannot be
+    taken apart into them because it drops, repeats or rewrites a message: better no example than a wrong
+    mask.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"has {len(messages):,} messages, more than {MAX_MESSAGES:,}: split the record")
     shown = [{field: value for field, value in m.items() if field != "weight"} for m in messages]
     special = _special_pattern(template.special)
     others = [{field: m[field] for field in m if field not in ("role", "content")} for m in shown]
@@ -457,6 +470,8 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
         try:
             remaining = template([{**m, "content": x} for m, x in zip(messages, sentinels)],
                                  add_generation_prompt)
+        except TooMuch:
+            raise
         except ValueError as refusal:
             problems.append(str(refusal))
             return None
@@ -548,11 +563,8 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
     for encoder, is_at_start in ((tokenizer.at_start, True), (tokenizer.after_special, False)):
         keys = [(e, i) for e, runs in enumerate(layout) for i, run in enumerate(runs)
                 if not run.special and (i == 0) == is_at_start]
-        try:
+        with naming(f"{tokenizer.folder}/tokenizer.json"):
             results = encoder.encode_batch([layout[e][i].text for e, i in keys], add_special_tokens=False)
-        except Exception as error:
-            # The library raises nothing more specific.
-            raise ValueError(f"{tokenizer.folder}/tokenizer.json: {error}") from None
         encoded.update(zip(keys, results))
 
     out = []
@@ -619,7 +631,8 @@ def matches_serving(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -
     token, or something that the normalizer makes one of. ValueError if the ids differ, or BOS is written
     twice."""
     def served(text: str) -> list[int]:
-        return tokenizer.reference.encode(text, add_special_tokens=False).ids
+        with naming(f"{tokenizer.folder}/tokenizer.json"):
+            return tokenizer.reference.encode(text, add_special_tokens=False).ids
 
     text = "".join(piece.text for piece in pieces)
     spelled = {piece.kind for piece in pieces if not piece.special and

@@ -19,7 +19,6 @@ if __name__ == "__main__":  # Ctrl-C while PyTorch is being imported: one line t
         else sys.__excepthook__(kind, error, trace))
 
 import dataclasses
-import json
 import math
 import signal
 import time
@@ -48,8 +47,9 @@ from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, 
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
 from runtime.flags import flag, flag_name, given_flags
-from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
-                            saved_date)
+from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run,
+                            is_evaluation, keep_lines, read_log, saved_date)
+from runtime.foreign import is_number, printable
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
                              peak_reserved_mb, reset_peak)
 from runtime.model_config import ModelConfig, read_config
@@ -102,7 +102,7 @@ class Config:
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
                                    f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to "
                                    f"{MICRO_BATCH_TOKENS[-1]} on CUDA, as memory allows", least=0, free=True)
-    lr: float = flag(2e-5, "peak learning rate", above=0)
+    lr: float = flag(2e-5, "peak learning rate", above=0, below=100)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
@@ -110,7 +110,7 @@ class Config:
     beta2: float = flag(0.98, "AdamW's", least=0, below=1)
     adam_eps: float = flag(1e-6, "AdamW's", above=0)
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
-    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0)
+    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0, below=2**32)
     # machine
     dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: no autocast",
                       choices=("bf16", "fp32"))
@@ -238,6 +238,8 @@ def why_not_extendable(config: Config, per_epoch: int, identity: dict, steps: in
     """Why a run with another --epochs, --max-steps or --warmup-ratio cannot be continued as this one after
     `steps` steps: it has trained too many, or with other learning rates. "" if it can. identity: the other
     run's."""
+    if not all(is_number(identity.get(name)) for name in LENGTH):
+        return "its state.json does not say how long the run was to be"
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
     total, other_total = count_steps(config, per_epoch), count_steps(other, per_epoch)
     if steps > total:
@@ -323,7 +325,7 @@ def open_source(config: Config) -> Source:
     day = from_main(config.date or saved or date.today().isoformat())
     template = load_template(config.template, tokenizer, day)
     if template.warning:
-        say(f"warning: {template.warning}")
+        say(f"warning: {printable(template.warning)}")
     check_vocabulary(model_config.vocab_size, tokenizer, template)
     return Source(folder, model_config, tokenizer, template)
 
@@ -554,7 +556,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
     if evaluation_due(config, first_step, total_steps) or (eval_sets and not start.evaluated):
         if is_main():   # an evaluation of this step that was interrupted may have left its line
-            keep_lines(out / "eval.jsonl", first_step - 1)
+            keep_lines(out / "eval.jsonl", first_step - 1, is_evaluation)
         after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps, record_sums)
 
     # The loop. From here on a signal lets the current step end; before, it ends the run, and nothing is lost.
@@ -611,7 +613,9 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
     # The end: what training has changed, and the folder to use.
     if eval_sets and is_main():
-        print_change(json.loads((out / "eval.jsonl").read_text().splitlines()[0]), after)
+        evaluations, _ = read_log(out / "eval.jsonl", is_evaluation)
+        if evaluations:
+            print_change(evaluations[0], after)
         show_answers(answers)
     export(raw_model, config, source)
     if is_main():

@@ -20,10 +20,12 @@ from chat import Template
 from eval.common import gather, write_json
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import read_json, write_text
+from runtime.foreign import check_file, parse_line
 from runtime.weights import model_fingerprint, resolve_model
 
 
 def hash_file(file: str | Path) -> str:
+    check_file(file)
     with open(file, "rb") as raw:
         return file_digest(raw, "sha256").hexdigest()[:32]
 
@@ -89,7 +91,7 @@ class Answers:
         settings_file = Path(f"{self.file}.settings.json")
         old = read_json(settings_file)
         try:
-            lines = [json.loads(line) for text in whole.values() for line in text.splitlines()]
+            lines = [parse_line(line) for text in whole.values() for line in text.splitlines()]
             lines = list({self.key(line): line for line in lines}.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"--output {self.file}: is not an output of this command, it holds lines that "

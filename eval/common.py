@@ -5,7 +5,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,16 @@ from chat import TEMPLATES, Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
+from runtime.flags import BELOW
+from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text, shorten
 from runtime.machine import Crowding, keep_freed_memory
 from model import Llama, load_model
 from runtime.weights import resolve_model
 from runtime.distributed import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
+
+# Numbers that cost memory or time as such, and what they may be at most. Other numbers end at BELOW.
+MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_workers": 10**4, "k": 10**4,
+        "max_new_tokens": 10**6, "megabytes": 10**6, "samples": 10**4, "seconds": 10**6, "workers": 10**4}
 
 
 @dataclass
@@ -58,7 +65,20 @@ class Parser(argparse.ArgumentParser):
                          allow_abbrev=False)
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+        raise ValueError(f"{shorten(message)} ({self.prog} --help lists the flags)")
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        """ValueError for a number that no flag may have; check_values() has each flag's own limits."""
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float):
+                    most = MOST.get(name, BELOW.get(type(number), 1))
+                    # Written so that NaN fails.
+                    if not abs(number) <= most:
+                        raise ValueError(f"--{name.replace('_', '-')} {shorten(str(number), 100)}: must be a "
+                                         f"number up to {most:,.15g}")
+        return args
 
     def add_model_flags(self, several: bool = False) -> None:
         self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",
@@ -120,22 +140,24 @@ def read_objects(file: str, fields: dict[str, type], what: str, limit: int | Non
     """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
     line (in a list the number) of one that is not `what`, because one of `fields` is missing or not of its
     type, or says it is empty."""
-    if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file")
+    check_file(file)
+    whole = read_text(file, "utf-8-sig") if file.endswith(".json") else ""
     objects: list[dict] = []
     number = 0
     try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
-            lines = map(json.dumps, json.load(text)) if file.endswith(".json") else text
-            for number, line in enumerate(lines, 1):
-                if line.strip() and len(objects) != limit:
-                    objects.append(json.loads(line))
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+            values = parse_json(whole) if whole else lines_of(lines)
+            if not isinstance(values, list | Iterator):
+                raise ValueError("it is not a list")
+            for number, value in enumerate(values, 1):
+                if (whole or value.strip()) and len(objects) != limit:
+                    objects.append(value if whole else parse_line(value))
                     if not isinstance(objects[-1], dict):
                         raise ValueError("it is not a JSON object")
                     for name, kind in fields.items():
                         if not isinstance(objects[-1].get(name), kind):
                             raise ValueError(f"{name} must be of type {kind.__name__}")
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         having = f" with {', '.join(fields)}" if fields else ""
         raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None
     if not objects:

@@ -12,17 +12,21 @@ import argparse
 import dataclasses
 import json
 import math
-from pathlib import Path
+
+from runtime.foreign import parse_json, read_text, shorten
+
+# What a number may be at most where a flag does not say: far beyond any use, and nothing overflows.
+BELOW = {int: 2**31, float: 1e9}
 
 
 def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-         above: float | None = None, below: float = math.inf, free: bool = False, in_file: bool = True,
+         above: float | None = None, below: float | None = None, free: bool = False, in_file: bool = True,
          **more: object) -> object:
     """A field of a dataclass of flags.
 
-    choices, least, above, below: what the value may be; free: whether it may change on resume, because it
-    decides where results go, how fast or what is shown, but not, rounding apart, the weights; in_file:
-    whether a --config file may set it; more: as for argparse's add_argument().
+    choices, least, above, below: what the value may be (by default below BELOW); free: whether it may change
+    on resume, because it decides where results go, how fast or what is shown, but not, rounding apart, the
+    weights; in_file: whether a --config file may set it; more: as for argparse's add_argument().
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={
@@ -44,7 +48,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
         shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(value)
-        raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
+        raise ValueError(f"{flag_name(field.name)} {shorten(shown, 200)}: must be {limit}")
 
     if field.type == list[str]:
         value = [value] if isinstance(value, str) else value
@@ -65,15 +69,18 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     kind = int if field.type is int else float
     limit = "a whole number" if kind is int else "a finite number"
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
-    limit += f" and below {below:g}" if below < math.inf else ""
+    if below is not None:
+        limit += f" and below {below:,.15g}"
     try:
         # From its text, because int(True) and int(1.5) are 1.
         number = kind(str(value))
     except ValueError:
         refuse(limit)
     # Written so that NaN fails.
-    if not ((least is None or number >= least) and (above is None or number > above) and number < below):
+    if not ((least is None or number >= least) and (above is None or number > above)):
         refuse(limit)
+    if not number < (BELOW[kind] if below is None else below):
+        refuse(limit if below is not None or number == math.inf else f"{limit} and below {BELOW[kind]:,.15g}")
     return number
 
 
@@ -120,7 +127,7 @@ def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, o
         return dict(zip(names, (value for _, value in pairs)))
 
     try:
-        saved = json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=unique)
+        saved = parse_json(read_text(file), object_pairs_hook=unique)
         if not isinstance(saved, dict):
             raise ValueError("must be one JSON object, {\"flag\": value, ...}")
         if unknown := sorted(saved.keys() - fields.keys()):

@@ -15,6 +15,13 @@ from pathlib import Path
 import torch
 
 
+def launched(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment; the default if it is absent or not such a number,
+    which join_ranks() refuses. No error here, because errors are reported by rank."""
+    text = os.environ.get(name, "")
+    return max(default, int(text)) if text.isdecimal() and len(text) < 7 else default
+
+
 def keep_freed_memory(shapes: int = 256) -> None:
     """Let glibc keep freed memory, in huge pages, instead of returning it to the system. A step frees and
     allocates gigabytes, and every page that comes from the system again costs a fault. shapes: how many
@@ -42,7 +49,7 @@ def _use_huge_pages(libc: ctypes.CDLL) -> None:
         ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p])
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    size //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size //= launched("LOCAL_WORLD_SIZE", 1)
     if block := libc.malloc(size):
         page = 2**21
         start, end = -(-block // page) * page, (block + size) // page * page
@@ -60,7 +67,7 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def share_threads() -> None:
     """Under torchrun, which starts each rank with one thread, use this rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = launched("LOCAL_WORLD_SIZE", 1)
     if ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // ranks))

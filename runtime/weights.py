@@ -9,6 +9,7 @@ read and written by rows, and memory stays near what the parameters need.
 """
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -26,6 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.distributed import from_all, is_main, rank
 from runtime.files import read_json
+from runtime.foreign import printable, shorten
 
 PIECE = 2**26               # bytes read, sent or written at once
 MAX_FILE_BYTES = 5 * 10**9  # of a weight file
@@ -115,7 +117,7 @@ def row_range(x: Tensor, owner: int) -> tuple[int, int]:
 
 def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows start to end of x, cut into pieces of at most PIECE bytes or one row."""
-    step = max(1, PIECE // (x.itemsize * x.shape[1:].numel()))
+    step = max(1, PIECE // (x.itemsize * max(1, x.shape[1:].numel())))
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
@@ -215,13 +217,14 @@ HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokeniz
 def warn_once(text: str) -> None:
     """Print a warning once a run, although a folder is read several times."""
     if is_main():
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def resolve_model(model: str | Path) -> Path:
     """The path of a checkpoint folder. A hub id, `owner/name` or `owner/name@revision`, is downloaded first,
     unless it was before: tokenizer, config, template and weights. ValueError if it is neither."""
-    folder = Path(model).expanduser()
+    # Path.expanduser() raises a RuntimeError for a user that does not exist.
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
@@ -263,7 +266,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in names.items():
         # A leading slash splits off an empty name.
         if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:
-            raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
+            raise ValueError(f"{index}: {shorten(tensor, 100)} is in {shorten(repr(name), 100)}; it must be "
+                             "a file in this folder")
     return names
 
 
