@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date
@@ -102,7 +103,7 @@ def read_records(path: str | Path) -> Iterator[tuple[list[dict], int]]:
                     if raw.strip():
                         yield to_messages(parse_line(raw)), line
     # JSON and Unicode errors are ValueErrors.
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}{f':{line}' if line else ''}: {error}") from None
 
 

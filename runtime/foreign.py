@@ -48,7 +48,7 @@ def read_text(path: str | Path, encoding: str = "utf-8", limit: int = MAX_TEXT) 
         with open(path, encoding=encoding) as file:
             text = file.read(limit + 1)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error})") from None
+        raise ValueError(f"{path}: {error}; it must be UTF-8 text") from None
     if len(text) > limit:
         raise ValueError(f"{path}: has more than {limit:,} characters, which is more than is read at once")
     return text
@@ -77,13 +77,13 @@ def parse_json(text: str, **options: object) -> object:
         value = json.loads(text, **options)
     except RecursionError:
         raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels") from None
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [inner for outer in level if isinstance(outer, dict | list) and outer
-                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        if not level:
-            return value
-    raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels")
+    level, depth = [value], 0
+    while level := [inner for inner in level if isinstance(inner, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"JSON nested deeper than {MAX_DEPTH} levels")
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    return value
 
 
 def is_number(value: object) -> bool:

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, MappingView
 from datetime import datetime
 
@@ -284,4 +285,7 @@ def _compile(source: str) -> jinja2.Template:
     env.filters |= {"charge made": _made, "charge joined": _joined, "charge steps": _steps}
     env.globals["raise_exception"] = raise_exception
     del env.globals["lipsum"]
-    return env.from_string(source)
+    with warnings.catch_warnings():
+        # Python's, about the code that Jinja makes of the template.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        return env.from_string(source)

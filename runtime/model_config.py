@@ -4,6 +4,7 @@
     config.num_hidden_layers, config.rope["rope_theta"]
 """
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -179,7 +180,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     config.json says, as in transformers. ValueError if the file is missing, broken or not implemented."""
     folder = Path(folder)
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ValueError(f"{file}: no such file; {what_else(folder)}")
     raw = read_json(file)
     try:

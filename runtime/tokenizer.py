@@ -13,7 +13,7 @@ from pathlib import Path
 import tokenizers
 
 from runtime.files import read_json
-from runtime.foreign import parse_json, read_text, shorten
+from runtime.foreign import read_text, shorten
 
 # What transformers calls special tokens.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -83,9 +83,8 @@ class Tokenizer:
             raise ValueError(f"{file}: no such file{hint}")
         config = read_json(self.folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(self.folder, config)
-        text = read_text(file)
+        spec, text = read_json(file), read_text(file)
         with naming(file):
-            spec = parse_json(text)
             self.reference = tokenizers.Tokenizer.from_str(text)
             if dropout := spec["model"].get("dropout"):
                 raise ValueError(f"model.dropout is {dropout}, so the same text would get other ids each "
