@@ -263,14 +263,14 @@ def test_too_much_is_no_refusal_of_the_messages(tmp_path, monkeypatch):
     "{% for m in ms recursive %}{{ m.role if m.role else m }}{% if m.role %}{{ loop([m.content]) }}"
     "{% endif %}{% endfor %}",
     "{{ ms[1:]|length }} {{ ms[0].content[:1] }} {{ 'a' * 3 }} {{ [1] * 2 }} {{ 2**8 }} {{ 7 % 4 }}",
-    "{{ '%s-%03d' % ('x', 7) }} {{ '{:>4}|{a}'.format(1, a=2) }} {{ '%s'|format('y') }} {{ none }}{{ missing }}",
+    "{{ '%s-%03d' % ('x', 7) }}{{ '{:>4}|{a}'.format(1, a=2) }} {{ '%s'|format('y') }}{{ none }}",
     "{% macro f(x, y=2) %}<{{ x }}{{ y }}{{ caller() if caller }}>{% endmacro %}{{ f(1) }}"
     "{% call f(3) %}z{% endcall %}",
     "{% set n = namespace(l=[]) %}{% for m in ms %}{% set n.l = n.l + [m.role] %}{% endfor %}"
     "{{ n.l|join('-') }}",
     "{{ ms|map(attribute='role')|join }} {{ ms|selectattr('role', 'equalto', 'user')|list }}",
     "{{ {'b': 1, 'a': [1, 2]}|dictsort }} {{ 'a b c'.split()|reverse|list }}{{ ' x '|trim|upper|center(9) }}",
-    "{% for a, b in {'x': 1}.items() %}{{ a, b }}{% else %}none{% endfor %}{{ ('a' ~ 1)|replace('a', 'bb') }}",
+    "{% for a, b in {'x': 1}.items() %}{{ a, b }}{% else %}-{% endfor %}{{ ('a' ~ 1)|replace('a', 'bb') }}",
     "{% filter upper %}a{{ 'b' }}{% endfilter %}{% set t %}x{{ 1 }}{% endset %}{{ t }}{{ range(3)|list }}"])
 def test_within_its_budget_a_template_writes_what_jinja_writes(source):
     plain = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
