@@ -51,7 +51,7 @@ from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, clai
                             is_evaluation, keep_lines, read_log, saved_date)
 from runtime.foreign import is_number, printable
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
-                             peak_reserved_mb, reset_peak)
+                             peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.report import (Progress, StopSignal, describe, describe_data, print_change, say,
                             show_answers)
@@ -62,6 +62,9 @@ from runtime.weights import DTYPES, model_fingerprint, resolve_model, save_model
 
 # What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
 MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536
+# Parameters from which the layers are compiled on a CPU. Smaller models train for a shorter time than that
+# takes.
+COMPILED_ON_CPU = 50_000_000
 
 
 @dataclass
@@ -119,7 +122,8 @@ class Config:
                        "optimizer state", free=True)
     recompute: bool = flag(False, "recompute activations in the backward pass: less memory, more time",
                            free=True)
-    compile: bool | None = flag(None, "torch.compile the decoder layers; default: on CUDA, where it works",
+    compile: bool | None = flag(None, "torch.compile the decoder layers; default: where it works, on CUDA "
+                                f"and from {COMPILED_ON_CPU // 10**6} million parameters",
                                 free=True)
     deterministic: bool = flag(False, "on CUDA: the same bits every time, at the cost of some speed (a CPU "
                                "always gives them)", free=True)
@@ -386,7 +390,7 @@ def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.
         for tokens in larger:
             packed = {"largest": tokens, "trained": tokens, "other": tokens}
             parts = memory(model_config, packed, config.compute_dtype, ranks, config.shard and ranks > 1,
-                           config.recompute, config.kl_weight > 0, True, compiles(config, True))
+                           config.recompute, config.kl_weight > 0, True, compiles(config, model_config, True))
             if chosen >= of_a_step or sum(parts.values()) > free_memory:
                 break
             chosen = tokens
@@ -408,15 +412,17 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.compute_dtype == torch.bfloat16)
 
 
-def compiles(config: Config, cuda: bool) -> bool:
-    """Whether --compile asks for compiled layers: by default on CUDA."""
-    return cuda if config.compile is None else config.compile
+def compiles(config: Config, model_config: ModelConfig, cuda: bool) -> bool:
+    """Whether --compile asks for compiled layers: by default on CUDA and for large models."""
+    if config.compile is None:
+        return cuda or parameter_count(model_config) >= COMPILED_ON_CPU
+    return config.compile
 
 
-def should_compile(config: Config, device: torch.device) -> bool:
-    """Whether to compile the layers: as --compile says, by default on CUDA, where it works. ValueError if it
-    was asked for and does not."""
-    if not compiles(config, device.type == "cuda"):
+def should_compile(config: Config, model_config: ModelConfig, device: torch.device) -> bool:
+    """Whether to compile the layers: if compiles() and it works. ValueError if it was asked for and does
+    not."""
+    if not compiles(config, model_config, device.type == "cuda"):
         return False
     fault = compile_fault(device)
     if fault and config.compile:
@@ -434,7 +440,7 @@ def prepare_model(config: Config, folder: Path, device: torch.device) -> Llama:
     model = load_model(folder, device, divide)
     model.recompute = config.recompute
     model.choose_attention(config.compute_dtype)
-    if should_compile(config, device):
+    if should_compile(config, model.config, device):
         model.compile_layers()
     return model
 
@@ -498,6 +504,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     config = parse_args(argv)
     started = time.monotonic()
     keep_freed_memory()
+    sleep_while_crowded()
     if config.deterministic:
         deterministic()
     device, out = join_ranks(config.device), Path(config.output_dir)

@@ -20,7 +20,7 @@ from eval.engine import Engine
 from runtime.files import write_text
 from runtime.flags import BELOW
 from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text, shorten
-from runtime.machine import Crowding, keep_freed_memory
+from runtime.machine import Crowding, keep_freed_memory, sleep_while_crowded
 from model import Llama, load_model
 from runtime.weights import resolve_model
 from runtime.distributed import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
@@ -199,6 +199,7 @@ def write_json(file: str | Path | None, result: dict) -> None:
 def run(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
     also return an exit status."""
+    sleep_while_crowded()
     status, crowding = 0, Crowding()
     try:
         status = main(sys.argv[1:]) or 0

@@ -92,7 +92,7 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
             heading = ("--shard" if shard else "DDP" if ranks > 1 else "plain") + " +recompute" * recompute
             memory[heading] = estimate.memory(source.model_config, packed, config.compute_dtype, ranks, shard,
                                               recompute, config.kl_weight > 0, cuda,
-                                              train.compiles(config, cuda))
+                                              train.compiles(config, source.model_config, cuda))
     return {
         "model": str(source.folder), "parameters": parameter_count(source.model_config),
         **dataset.report, "left_out": len(dataset) - len(usable), "examples": len(usable),

@@ -44,11 +44,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the repository
 
 from quickstart.world import (  # noqa: E402
-    SEED, SYSTEM, description, make_world, pretraining_document, question_record, record, record_of_length,
-    words)
+    FULL_WORDS, SEED, SYSTEM, description, make_world, pretraining_document, question_record, record,
+    record_of_length, words)
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
-WORDS = 64  # of a record's instruction and answer together, where only their ratio is given
 DOCUMENTS = 48_000  # of the pretraining text
 VOCABULARY = 1536  # enough for every word of this small language to become one token
 POSITIONS = 1024
@@ -128,7 +127,7 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
         records = make_records(random.Random(f"{name} {args.seed}"), named, described, count, lengths)
         made[name] = [{"id": f"{name}-{index:04d}", **each} for index, each in enumerate(records)]
         for what, got, asked in zip(("instruction", "answer"), mean_words(records), lengths or (0, 0)):
-            if asked and abs(got - asked) > max(1, 0.1 * asked):
+            if asked and abs(got - asked) > 1 + 0.1 * asked:
                 raise ValueError(f"--{what}-words {asked:g}: with the other arguments {name}.jsonl would "
                                  f"have {got:.1f}; give about as many, or change the others")
     folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +144,8 @@ def wanted_lengths(args: argparse.Namespace) -> tuple[float, float] | None:
     if ratio and instruction and answer:
         raise ValueError("--ratio with --instruction-words and --answer-words: give two of the three")
     if ratio:
-        answer = answer or (instruction / ratio if instruction else WORDS / (ratio + 1))
+        # One kind of answer whatever the ratio, so that nothing but the instruction's length changes.
+        answer = answer or (instruction / ratio if instruction else FULL_WORDS)
         instruction = instruction or ratio * answer
     if bool(instruction) != bool(answer):
         raise ValueError("--instruction-words and --answer-words: give both, or one of them and --ratio")
@@ -244,8 +244,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--answer-words", type=between(float, 1, 100), metavar="N",
                         help="mean words of an answer")
     parser.add_argument("--ratio", type=between(float, 0.1, 300), metavar="R",
-                        help="words of the instruction for each of the answer; without the other two, both "
-                        f"together have {WORDS}")
+                        help="words of the instruction for each of the answer; without the other two, "
+                        f"answers are descriptions of {FULL_WORDS:g} words")
     parser.add_argument("--unseen-names", type=between(float, 0, 0.8), default=0.0, metavar="SHARE",
                         help="share of the entities that only test-unseen.jsonl names")
     parser.add_argument("--seed", type=int, default=SEED, metavar="N",

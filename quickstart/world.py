@@ -260,13 +260,14 @@ def question_record(rng: random.Random, named: list[dict]) -> dict:
 def composition(instruction_words: float, answer_words: float) -> tuple[int, int, int]:
     """How many descriptions, short descriptions and questions give an answer of about so many words, and need
     no longer an instruction."""
-    def misses(counts: tuple[int, int, int]) -> float:
+    def misses(counts: tuple[int, int, int]) -> tuple[float, int]:
         full, short, questions = counts
         answer = FULL_WORDS * full + SHORT_WORDS * short + questions
         # A sentence of a report answers two questions or more.
         least = ((3 + full if full else 0) + (3 + short if short else 0)
                  + QUESTION_WORDS * questions + 8 * math.ceil(questions / 2))
-        return abs(answer - answer_words) + max(0, least - instruction_words)
+        # Of those that fit equally well, the one of the fewest parts.
+        return abs(answer - answer_words) + max(0, least - instruction_words), sum(counts)
 
     most = int(answer_words / FULL_WORDS) + 1
     return min(filter(any, product(range(most + 1), range(3), range(7))), key=misses)
@@ -288,8 +289,8 @@ def record_of_length(rng: random.Random, named: list[dict], described: list[dict
     left = instruction_words - words(" ".join(requests)) - QUESTION_WORDS * questions
     told, pairs = [], []
     for sentence, more in events(rng, named):
-        length = words(" ".join(told))
-        if len(pairs) >= questions and left - length < words(sentence) / 2:
+        # The last sentence is kept as often as makes the mean right.
+        if len(pairs) >= questions and left - words(" ".join(told)) < rng.random() * words(sentence):
             break
         told.append(sentence)
         pairs += forward(sentence, more)

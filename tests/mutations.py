@@ -363,7 +363,7 @@ FAULTS = [
           "train::compile_changes_nothing_and_makes_one_graph_of_a_run"),
     fault("compile-falls", "--compile is ignored where it fails", "train.py",
           "if fault and config.compile:", "if False:",
-          "train::layers_are_compiled_by_default_on_cuda_only_and_only_where_it_works"),
+          "train::layers_are_compiled_by_default_on_cuda_and_from_a_size_and_only_where_it_works"),
     fault("ddp-device", "DDP moves documents' bounds to a GPU", "runtime/distributed.py",
           "(model, gradient_as_bucket_view=True)",
           "(model, device_ids=[device], gradient_as_bucket_view=True)",

@@ -82,3 +82,41 @@ def test_a_busy_machine_is_the_reason_that_is_given(monkeypatch):
     monkeypatch.setattr(machine, "seconds_without_core", lambda: 0.0)
     monkeypatch.setattr(machine, "WATCHED", 0.0)
     assert machine.Crowding().warning() == ""
+
+
+def cpu_seconds(pauses: int = 50) -> float:
+    """What pauses of 2 ms cost this process, each of them after an operation on two threads."""
+    x = torch.zeros(2 * 2**15)
+    x.add_(1)
+    before = machine.time.process_time()
+    for _ in range(pauses):
+        x.add_(1)
+        machine.time.sleep(0.002)
+    return machine.time.process_time() - before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="another OpenMP")
+def test_threads_that_wait_use_no_core_while_the_machine_is_crowded_and_spin_again_afterwards(tmp_path):
+    """In a process of its own, whose threads are its own."""
+    code = """if True:
+        import os, sys, time, torch
+        from runtime import machine
+        from tests.test_machine import cpu_seconds
+        torch.set_num_threads(os.cpu_count())
+        cores_lacked = [0.0]
+        machine.LOOK, began = 0.05, time.monotonic()
+        machine.seconds_without_core = lambda: cores_lacked[0] * (time.monotonic() - began)
+        machine.sleep_while_crowded()
+        used = []
+        for share in (0.0, 0.9, 0.0):
+            cores_lacked[0], began = share * torch.get_num_threads(), time.monotonic()
+            time.sleep(0.5)
+            used.append(cpu_seconds())
+        print(*used)
+    """
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.startswith(("OMP_", "GOMP_"))} | {"PYTHONPATH": "."}
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                             env=environment).stdout
+    quiet, crowded, again = map(float, printed.split())
+    assert crowded < 0.3 * min(quiet, again)

@@ -263,19 +263,25 @@ def test_compile_changes_nothing_and_makes_one_graph_of_a_run(folder, monkeypatc
     assert difference(traced, plain) < 1e-5 < 1e-3 < difference(start, plain)
 
 
-def test_layers_are_compiled_by_default_on_cuda_only_and_only_where_it_works(monkeypatch, capsys):
+def test_layers_are_compiled_by_default_on_cuda_and_from_a_size_and_only_where_it_works(monkeypatch, capsys):
     cpu, cuda, fault = torch.device("cpu"), torch.device("cuda"), [""]
+    small, large = (ModelConfig.from_dict(dict(
+        model_type="llama", vocab_size=vocabulary, hidden_size=512, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, rms_norm_eps=1e-5, tie_word_embeddings=True))
+        for vocabulary in (90_000, 110_000))    # 47 and 57 million parameters
     monkeypatch.setattr(train, "compile_fault", lambda device: fault[0])
-    for compile, device, expected in ((None, cpu, False), (None, cuda, True), (True, cpu, True),
-                                      (True, cuda, True), (False, cpu, False), (False, cuda, False)):
-        assert train.should_compile(train.Config(compile=compile), device) == expected
+    for compile, model, device, expected in (
+            (None, small, cpu, False), (None, large, cpu, True), (None, small, cuda, True),
+            (True, small, cpu, True), (True, small, cuda, True), (False, large, cpu, False),
+            (False, large, cuda, False)):
+        assert train.should_compile(train.Config(compile=compile), model, device) == expected
     assert not capsys.readouterr().out
     fault[0] = "TritonMissing: no triton"
-    assert not train.should_compile(train.Config(), cuda)
+    assert not train.should_compile(train.Config(), small, cuda)
     [line] = capsys.readouterr().out.splitlines()
     assert line.startswith("warning: the layers are not compiled") and "TritonMissing: no triton" in line
     with pytest.raises(ValueError, match="--compile: .*TritonMissing: no triton; give --no-compile"):
-        train.should_compile(train.Config(compile=True), cuda)
+        train.should_compile(train.Config(compile=True), small, cuda)
 
 
 def test_micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_every_rank(folder, monkeypatch):
