@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
+from runtime.foreign import printable
 from runtime.machine import Crowding
 
 
@@ -133,7 +134,7 @@ def print_change(before: dict, after: dict) -> None:
             value = result["nll_token_mean"]
             old = by_content.get(after["contents"][name], {}).get(kind, {}).get("nll_token_mean")
             shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
-            say(f"{name[-12:]:<13}{kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}{change:>9}")
+            say(f"{printable(name)[-12:]:<13}{kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}{change:>9}")
     if "exact_match" in after:
         comparable = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
         say(f"\nexact match on {after['answers']} held-out answers: "
@@ -145,7 +146,7 @@ def show_answers(answers: list[dict]) -> None:
     """The first two answers with their prompts, right or wrong."""
     for answer in answers[:2]:
         for name in ("prompt", "expected", "output"):
-            text = answer[name]
+            text = printable(answer[name])
             if len(text) >= 600:
                 text = f"{text[:300]} [...] {text[-300:]}"
             say(textwrap.fill(f"{name + ':':<10}{text}", 79, subsequent_indent=" " * 10,
