@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
+from runtime.foreign import printable
 from runtime.machine import Crowding
 
 WIDTH = 79      # columns of what is printed; a terminal has at least 80
@@ -68,7 +69,7 @@ def describe_data(config: object, dataset: object, usable: Sized, held_out: Size
              f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
              f"  {left_out:,} left out{held}"]
     if steps.draws:
-        sizes = np.bincount(dataset.origins[usable, 0])
+        sizes = np.bincount(dataset.names_of(usable))
         lines += [f"  an epoch has {counted(draw, 'example')} of {file}, which has {size:,}"
                   for file, draw, size in zip(config.train_data, steps.draws, sizes)]
     if incomplete and config.require_completion:
@@ -173,7 +174,7 @@ def show_answers(answers: list[dict]) -> None:
     """The first two answers with their prompts, right or wrong."""
     for answer in answers[:2]:
         for name in ("prompt", "expected", "output"):
-            text = answer[name]
+            text = printable(answer[name])
             if len(text) >= 600:
                 text = f"{text[:300]} [...] {text[-300:]}"
             say(textwrap.fill(f"{name + ':':<10}{text}", WIDTH, subsequent_indent=" " * 10,
