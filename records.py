@@ -27,7 +27,7 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
-from runtime.foreign import MAX_LINE, TOO_DEEP, check_depth, check_file, parse_json
+from runtime.foreign import MAX_LINE, TOO_DEEP, check_depth, check_file, parse_json, shorten
 from runtime.start import world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
@@ -348,6 +348,9 @@ def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, 
                 header = row
                 if twice := sorted({name for name in row if row.count(name) > 1}):
                     raise ValueError(f"the header has {', '.join(map(repr, twice))} more than once")
+                if len(row) == 1 and any(other in row[0] for other in ";\t|"):
+                    raise ValueError(f"the header is one cell, {shorten(repr(row[0]), 200)}: separate "
+                                     "cells with commas, or with tabs in a file named .tsv")
             elif row:
                 if len(row) != len(header):
                     raise ValueError(f"has {len(row)} cells, and the header has {len(header)}")
@@ -427,7 +430,9 @@ class _JsonStream:
                     end = len(self.text)
                     break
                 if not cut or not self.read_on():
-                    self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {error.msg}")
+                    # Its "... at" stands before a position.
+                    reason = error.msg.removesuffix(" at").removesuffix(" starting")
+                    self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {reason}")
             except RecursionError:
                 self.fail(self.at, TOO_DEEP)
             except ValueError as error:     # a number with thousands of digits

@@ -110,7 +110,21 @@ class Parser(argparse.ArgumentParser):
                 answers.append(answer(name, value if equals else following, known))
         if answers:
             raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
-        return super().parse_args(argv)
+        self._refuse_repeated_lists(argv)
+        args, others = self.parse_known_args(argv)
+        if others and "--config" in known and Path(others[0]).suffix in (".json", ".toml", ".yaml", ".yml"):
+            raise ValueError(f"{shorten(others[0], 200)}: a file of flags is given as --config FILE")
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return args
+
+    def _refuse_repeated_lists(self, argv: list[str]) -> None:
+        """ValueError for a flag that takes several values and is given more than once: argparse would keep
+        the last values only, and a run would silently train on the last file."""
+        given = [word.partition("=")[0] for word in argv]
+        for name, action in self._option_string_actions.items():
+            if action.nargs == "+" and given.count(name) > 1:
+                raise ValueError(f"{name} is given more than once; write all its values behind one {name}")
 
 
 def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:

@@ -30,6 +30,9 @@ HABITS: dict[str, str | tuple[str, str]] = {
     "dataset": _FILES,
     "datasets": _FILES,
     "train-file": _FILES,
+    "dataset-text-field": "here records have prompts and completions; --columns reads other names",
+    "dataset-split": "here it is --train-data owner/name:SPLIT",
+    "dataset-train-split": "here it is --train-data owner/name:SPLIT",
     "data-path": _FILES,
     "validation-file": "here it is --eval-data {}",
     "eval-dataset": "here it is --eval-data {}",
@@ -125,6 +128,7 @@ HABITS: dict[str, str | tuple[str, str]] = {
     "overwrite-output-dir": "here it is --overwrite",
     "push-to-hub": "not done; hf upload OWNER/NAME OUTPUT/final does it",
     "hub-*": "not done; hf upload OWNER/NAME OUTPUT/final does it",
+    "stage": "not needed; train.py does instruction tuning (sft) alone",
     "do-train": "not needed; train.py trains, and evaluates with --eval-data",
     "do-eval": "not needed; train.py trains, and evaluates with --eval-data",
 }
@@ -136,7 +140,8 @@ def answer(name: str, value: str | None, flags: Collection[str]) -> str:
     plain = name.lstrip("-").lower().replace("_", "-")
     sentence = _sentence(plain, value, flags)
     if not sentence:
-        near = difflib.get_close_matches(f"--{plain}", flags, 1, 0.75)
+        begun = [flag for flag in flags if len(plain) > 1 and flag.startswith(f"--{plain}")]
+        near = begun or difflib.get_close_matches(f"--{plain}", flags, 1, 0.75)
         sentence = f"unrecognized; is {near[0]} meant?" if near else "unrecognized"
     given = name if value is None else f"{name} {value}"
     # The first line will stand behind "error: ".

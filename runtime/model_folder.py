@@ -17,6 +17,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
              "chat_template.json", "adapter_config.json"]
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_model(model: str | Path) -> Path | None:
@@ -32,7 +33,8 @@ def check_model(model: str | Path) -> Path | None:
         return folder
     if folder.exists():
         raise ValueError(f"--model {model}: {_about_file(folder)}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(model)):
+    # The hub's names do not begin with a dot: ./model and ../model are folders.
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", str(model)):
         name = folder.name
         hint = "" if "/" in str(model) else (
             f"\nhf download OWNER/{name} --local-dir {name}")
@@ -93,7 +95,7 @@ def _what_is_wrong(folder: Path, name: str) -> str:
 
     weights = has(SINGLE, INDEX)
     if weights and has("config.json") and has("tokenizer.json"):
-        return ""
+        return _about_pointers(folder)
     if has("adapter_config.json") and not weights:
         return _about_adapter(folder, name)
     if has("optimizer.safetensors") and has("state.json"):
@@ -125,6 +127,17 @@ def _what_is_wrong(folder: Path, name: str) -> str:
                                           ("tokenizer.json", has("tokenizer.json"))) if not present]
     return (f"lacks {', '.join(missing)}.\nA model folder needs config.json, "
             "tokenizer.json and *.safetensors, as\nhf download OWNER/NAME --local-dir DIR gets them")
+
+
+def _about_pointers(folder: Path) -> str:
+    """What to do about files that `git clone` without Git LFS left as pointers to what they should hold."""
+    for file in [folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))]:
+        if file.is_file():
+            with open(file, "rb") as opened:
+                if opened.read(len(_POINTER)) == _POINTER:
+                    return (f"holds a Git LFS pointer,\nnot the file itself, in {file.name}. To get it:\n"
+                            f"git -C {folder} lfs pull")
+    return ""
 
 
 def _about_file(file: Path) -> str:

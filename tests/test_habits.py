@@ -41,7 +41,9 @@ def refusal(argv: list[str]) -> str:
     ("--neftune-noise-alpha 5", "here it is --neftune-alpha 5"),
     ("--warmup-steps 10", "here it is --warmup-ratio"), ("--adam_beta2 0.99", "here it is --beta2 0.99"),
     ("--batch_size 4", "here it is --batch-size 4"), ("--no_compile", "here it is --no-compile"),
-    ("--bach-size 4", "unrecognized; is --batch-size meant?"), ("--frobnicate", "unrecognized\n")])
+    ("--stage sft", "not needed; train.py does"), ("--dataset_split train", "here it is --train-data owner"),
+    ("--bach-size 4", "unrecognized; is --batch-size meant?"), ("--frobnicate", "unrecognized\n"),
+    ("--ep 4", "unrecognized; is --epochs meant?"), ("--e 4", "unrecognized\n")])
 def test_a_flag_of_another_trainer_is_answered_with_the_one_that_does_it_here(argv, says):
     message = refusal(argv.split())
     assert message.startswith(f"{argv.replace('=', ' ')}: {says}"), message
@@ -59,6 +61,20 @@ def test_all_wrong_flags_are_answered_at_once_before_a_missing_one():
     # It has no --lr.
     with pytest.raises(ValueError, match="--learning-rate 1: unrecognized\n"):
         parser.parse_args(["--model", "m", "--learning-rate", "1"])
+
+
+@pytest.mark.parametrize("argv", [["--train-data", "a.jsonl", "--train-data", "b.jsonl"],
+                                  ["--train-data=a.jsonl", "--lr", "1", "--train-data", "b.jsonl"]])
+def test_a_flag_of_several_values_is_given_once(argv):
+    assert refusal(argv) == ("--train-data is given more than once; write all its values behind one "
+                             "--train-data")
+    # Of other flags the last one counts, so that a script may add its caller's.
+    assert train.parse_args(["--lr", "1", "--lr", "2"]).lr == 2
+
+
+def test_a_file_of_flags_without_its_flag_is_answered_with_it():
+    assert refusal(["run.yaml", "--lr", "1"]) == "run.yaml: a file of flags is given as --config FILE"
+    assert refusal(["run.txt"]) == "unrecognized arguments: run.txt (train.py --help lists the flags)"
 
 
 @pytest.mark.parametrize("ending, write", [

@@ -180,9 +180,19 @@ def test_files_and_other_folders_are_answered_with_what_is_missing(model, tmp_pa
         file.unlink()
     assert "lacks tokenizer.json.\nA model folder needs config.json" in says(bare)
     assert says("/models/nowhere").endswith("no such folder, nor a hub id (owner/name)")
+    for path in ("./nowhere", "../nowhere", ".hidden/model"):
+        assert says(path).endswith("no such folder, nor a hub id (owner/name)")
     assert says("gpt2").endswith("(owner/name)\nhf download OWNER/gpt2 --local-dir gpt2")
     assert says("~nosuchuser/model/x").endswith("no such folder, nor a hub id (owner/name)")
     assert check_model("owner/name@main") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_is_answered_with_how_to_get_the_file(name, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "cloned")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    message = says(folder)
+    assert f"not the file itself, in {name}." in message and message.endswith(f"\ngit -C {folder} lfs pull")
 
 
 def test_a_hub_repository_with_other_weights_is_converted_by_its_name(hub):
