@@ -19,7 +19,7 @@ from runtime.start import answer_flags
 LOOKUP = 3      # the most tokens that are guessed for a document in a step of generation
 # Numbers that cost memory or time as such, and what they may be at most. Other numbers end at flags.BELOW.
 MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_workers": 10**4, "k": 10**4,
-        "max_new_tokens": 10**6, "megabytes": 10**6, "samples": 10**4, "seconds": 10**6, "workers": 10**4}
+        "max_new_tokens": 10**6, "samples": 10**4}
 
 
 def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespace]) -> None:
