@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runtime.files import distinct_endings
-from train import Config
+from config import Config
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}
