@@ -7,8 +7,8 @@ What differs from the usual way: spans are made by construction. A chat template
 and split at them, so no marker is ever searched for in token ids and no prompt is assumed to be a token
 prefix.
 """
-import contextlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,13 +20,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.jinja import render_jinja
-from runtime.tokenizer import Tokenizer, check_rows
+from runtime.foreign import read_text
+from runtime.jinja import TooMuch, render_jinja
+from runtime.tokenizer import Tokenizer, check_rows, naming_file
 
 KINDS = ("template", "system", "instruction", "completion", "context")
 TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT = range(len(KINDS))
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION,
          "function": INSTRUCTION, "ipython": INSTRUCTION, "assistant": COMPLETION}
+# Of a record. The template is rendered once for each answer, so time grows with the square of their number.
+MAX_MESSAGES = 1000
 
 
 # ---------------------------------------------------------------- messages -> pieces
@@ -111,13 +114,13 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
             # This tokenizer does not add BOS to plain text, so its model was not trained with one. It is left
             # out of the exported source, too.
             source = re.sub(r"{{-? bos_token }}", "", source)
-    elif name.endswith(".jinja") and Path(name).is_file():
-        source = Path(name).read_text(encoding="utf-8")
+    elif name.endswith(".jinja") and os.path.lexists(name):
+        source = read_text(name)
     else:
         raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
                          "nor a .jinja file")
     try:
-        date = Date.fromisoformat(date).isoformat() if date else Date.today().isoformat()
+        date = Date.fromisoformat(str(date)).isoformat() if date else Date.today().isoformat()
     except ValueError:
         raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
@@ -133,9 +136,13 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
     template = replace(template, end_of_turn=answer[-1].text, lead=lead)
     warnings = []
     for before in ([], [{"role": "system", "content": "s"}], PROBE):
-        # The template may refuse such a conversation.
-        with contextlib.suppress(ValueError):
+        try:
             warnings.append(_compare_prompts([*before, *PROBE], template))
+        except TooMuch:
+            raise
+        except ValueError:
+            # The template may refuse such a conversation.
+            continue
     return replace(template, warning=next(filter(None, warnings), ""))
 
 
@@ -163,6 +170,8 @@ def _generation_prompt(messages: list[dict], template: Template) -> str | None:
     """What serving puts before the answer to these messages; None if the template refuses them."""
     try:
         return template(messages, add_generation_prompt=True)
+    except TooMuch:
+        raise
     except ValueError:
         return None
 
@@ -186,9 +195,12 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     Tool calls and thoughts are COMPLETION, too. The definitions of a record's tools are SYSTEM: all text that
     the template does not write without them.
 
-    ValueError if the template refuses the messages, or if its text cannot be taken apart into them because it
-    drops, repeats or rewrites a message: better no example than a wrong mask.
+    ValueError for more than MAX_MESSAGES, if the template refuses the messages, or if its text cannot be
+    taken apart into them because it drops, repeats or rewrites a message: better no example than a wrong
+    mask.
     """
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"has {len(messages):,} messages, more than {MAX_MESSAGES:,}: split the record")
     special = _special_pattern(template.special)
     text = template(messages, add_generation_prompt)
     messages = _without_dropped_thoughts(messages, template, text, add_generation_prompt)
@@ -197,6 +209,8 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     _refuse_special_tokens(messages, template, composed)
     try:
         parts = _take_apart(text, messages, template, add_generation_prompt, composed)
+    except TooMuch:
+        raise
     except ValueError:
         # A template such as Qwen3's looks for the thoughts in a content.
         thinking = {i for i, m in enumerate(messages) if m["role"] == "assistant" and
@@ -466,6 +480,8 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
             shown[0] = {**shown[0], "tools": []}
         try:
             remaining = template(shown, add_generation_prompt)
+        except TooMuch:
+            raise
         except ValueError as refusal:
             problems.append(str(refusal))
             return None
@@ -563,11 +579,8 @@ def tokenize_batch(examples: list[list[Piece]], tokenizer: Tokenizer) -> list[tu
     for encoder, is_at_start in ((tokenizer.at_start, True), (tokenizer.after_special, False)):
         keys = [(e, i) for e, runs in enumerate(layout) for i, run in enumerate(runs)
                 if not run.special and (i == 0) == is_at_start]
-        try:
+        with naming_file(f"{tokenizer.folder}/tokenizer.json"):
             results = encoder.encode_batch([layout[e][i].text for e, i in keys], add_special_tokens=False)
-        except Exception as error:
-            # The library raises nothing more specific.
-            raise ValueError(f"{tokenizer.folder}/tokenizer.json: {error}") from None
         encoded.update(zip(keys, results))
 
     out = []
@@ -634,7 +647,8 @@ def matches_serving(pieces: list[Piece], ids: list[int], tokenizer: Tokenizer) -
     token, or something that the normalizer makes one of. ValueError if the ids differ, or BOS is written
     twice."""
     def served(text: str) -> list[int]:
-        return tokenizer.reference.encode(text, add_special_tokens=False).ids
+        with naming_file(f"{tokenizer.folder}/tokenizer.json"):
+            return tokenizer.reference.encode(text, add_special_tokens=False).ids
 
     text = "".join(piece.text for piece in pieces)
     spelled = {piece.kind for piece in pieces if not piece.special and

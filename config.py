@@ -17,7 +17,7 @@ import numpy as np
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES
 from records import RECORDS_FILE, parse_columns
-from runtime.flags import flag, flag_name, given_flags
+from runtime.flags import BELOW, flag, flag_name, given_flags
 from runtime.model_folder import check_model
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Config:
                                 "own", metavar="FILE", free=True)
     eval_fraction: float = flag(0.0, "hold out this share of the training records and report it as held-out; "
                                 "records with the same first user message stay together", least=0, below=1)
-    split_seed: int = flag(0, "seed of what is held out, so that runs with several --seed share it", least=0)
+    split_seed: int = flag(0, "seed of what is held out, so that runs with several --seed share it", least=0,
+                           below=2**32)
     columns: list[str] = flag(list, "fields of the records under other names, such as prompt=query "
                               "completion=reply", metavar="KNOWN=NAME")
     template: str = flag("auto",
@@ -110,7 +111,7 @@ class Config:
     micro_batch_tokens: int = flag(0, "tokens of one forward and backward pass; changes memory and speed "
                                    f"only; 0: {MICRO_BATCH_TOKENS[0]} on a CPU, up to "
                                    f"{MICRO_BATCH_TOKENS[-1]} on CUDA, as memory allows", least=0, free=True)
-    lr: float = flag(2e-5, "peak learning rate", above=0)
+    lr: float = flag(2e-5, "peak learning rate", above=0, below=100)
     schedule: str = flag("linear", "learning rate after warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.03, "fraction of the steps with rising learning rate", least=0, below=1)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
@@ -118,7 +119,7 @@ class Config:
     beta2: float = flag(0.98, "AdamW's", least=0, below=1)
     adam_eps: float = flag(1e-6, "AdamW's", above=0)
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
-    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0)
+    seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0, below=2**32)
     # machine
     dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: no autocast",
                       choices=("bf16", "fp32"))
@@ -216,9 +217,10 @@ def parse_mix(words: list[str]) -> tuple[list[str], list[float]]:
             number = float(share)
         except ValueError:
             number = math.nan
-        if not file or not 0 < number < math.inf:
-            raise ValueError(f"--mix {word}: must be FILE=SHARE with a finite share above 0, such as "
-                             "a.jsonl=0.7; leave out a file that is not to be trained on")
+        if not file or not 0 < number < BELOW[float]:
+            raise ValueError(f"--mix {word}: must be FILE=SHARE with a share above 0 and below "
+                             f"{BELOW[float]:,.0f}, such as a.jsonl=0.7; leave out a file that is not to be "
+                             "trained on")
         files.append(file)
         shares.append(number)
     if len({Path(file).resolve() for file in files}) < len(files):

@@ -32,15 +32,20 @@ from tqdm import tqdm
 
 import chat
 import records
+import runtime.foreign
 import runtime.jinja
 import runtime.tokenizer
 from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
 from records import data_files, naming, read_records
 from runtime.files import checksum, commit, delete_left, writing
+from runtime.foreign import check_file, parse_json, printable
 from runtime.machine import to_device
 from runtime.report import shorten
 from runtime.tokenizer import Tokenizer, check_rows
+
+# The tokenizer gets so many records or characters at once.
+BATCH, BATCH_CHARACTERS = 512, 2**22
 
 
 # ---------------------------------------------------------------- tokens -> cache on disk
@@ -101,13 +106,15 @@ class Dataset:
         return np.flatnonzero(usable)
 
 
-# A cache's files, and how they are mapped.
+# A cache's files, and how they are mapped; first the columns of a Dataset, in its order.
 CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "offsets.bin": (np.int64, (-1,)),
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "groups.bin": (np.uint64, (-1,)), "report.json": (np.uint8, (-1,))}
+# What report.json counts.
+NO_RECORDS = {"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0}
 # The code that turns records into tokens.
-CODE = tuple(map(Path, (chat.__file__, records.__file__, runtime.jinja.__file__, runtime.tokenizer.__file__,
-                        __file__)))
+CODE = tuple(map(Path, (chat.__file__, records.__file__, runtime.foreign.__file__, runtime.jinja.__file__,
+                        runtime.tokenizer.__file__, __file__)))
 
 
 def cache_parts(names: list[str], tokenizer: Tokenizer, template: Template, max_length: int, overlong: str,
@@ -143,7 +150,7 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
     files = [file for found in files_of_names for file in found]
     parts = cache_parts(files, tokenizer, template, max_length, overlong, columns)
     key = _hash(json.dumps(parts, sort_keys=True))[:32]
-    folder = Path(cache_dir).expanduser() / key
+    folder = Path(os.path.expanduser(cache_dir)) / key
     unfinished = folder.with_name(f"{key}.{socket.gethostname()}.{os.getpid()}.part")
     opened = None
     if os.path.lexists(folder):
@@ -151,7 +158,7 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
             opened = _open_cache(folder)
         except ValueError as error:
             _move_away(folder, unfinished.with_suffix(".old.part"), str(error))
-            print(f"warning: {error}; tokenizing again", file=sys.stderr)
+            print(f"warning: {printable(str(error))}; tokenizing again", file=sys.stderr)
     if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
         try:
@@ -172,30 +179,44 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         opened = _open_cache(folder)
-    arrays, content = opened
-    fields = (arrays[f"{name}.bin"] for name in ("ids", "kinds", "offsets", "origins", "counts", "groups"))
-    return Dataset(files, *fields, json.loads(arrays["report.json"].tobytes()), key, content,
+    arrays, report, content = opened
+    return Dataset(files, *arrays.values(), report, key, content,
                    np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names))))
 
 
-def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], str]:
-    """The files of a token cache, memory-mapped, and a hash of their contents. Each is opened once, checked
-    and mapped, so that no other file can take its place in between. ValueError names a file that has changed
-    since it was written or cannot be read."""
+def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict, str]:
+    """The columns of a token cache, memory-mapped; its report; and a hash of its contents. Each file is
+    opened once, checked and mapped, so that no other file can take its place in between. ValueError names a
+    file that has changed since it was written or cannot be read."""
     arrays, file = {}, folder / "crc32.json"
     try:
-        sums = json.loads(file.read_text())
+        sums = parse_json(file.read_text())
         for name, (dtype, shape) in CACHE_FILES.items():
             file = folder / name
+            # Not to wait for a pipe.
+            if file.exists():
+                check_file(file)
             with open(file, "rb") as opened:
                 if checksum(opened) != sums[name]:
                     raise ValueError
                 arrays[name] = np.memmap(opened, np.uint8, "r").view(dtype).reshape(shape)
+        report = parse_json(arrays.pop("report.json").tobytes().decode())
+        file = folder
+        if not _consistent(*arrays.values()) or not report.keys() >= NO_RECORDS.keys():
+            raise ValueError
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise ValueError(f"{file}: is damaged") from None
-    return arrays, _hash(json.dumps(sums))[:32]
+    return arrays, report, _hash(json.dumps(sums))[:32]
+
+
+def _consistent(ids: np.ndarray, kinds: np.ndarray, offsets: np.ndarray, origins: np.ndarray,
+                counts: np.ndarray, groups: np.ndarray) -> bool:
+    """Whether these columns of a Dataset belong together."""
+    return (len(ids) == len(kinds) == offsets[-1] and offsets[0] == 0 and bool((np.diff(offsets) > 1).all())
+            and len(origins) == len(counts) == len(groups) == len(offsets) - 1
+            and int(kinds.max()) < len(KINDS) and int(ids.min()) >= 0)
 
 
 def _move_away(folder: Path, old: Path, fault: str) -> None:
@@ -217,6 +238,7 @@ def _hash(text: str) -> str:
 
 
 def _file_hash(path: str | Path) -> str:
+    check_file(path)
     try:
         state = os.stat(path)
         return _hash_once(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
@@ -235,7 +257,7 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
                  overlong: str, progress: bool, columns: Iterable[str]) -> None:
     """Tokenize files into the cache's files; as load_dataset()."""
     offsets, origins, counts, groups = [0], [], [], []
-    report = Counter({"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0})
+    report = Counter(NO_RECORDS)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
         for ids, kinds, file, line, group in _tokenized(files, tokenizer, template, progress, columns):
             report["records"] += 1
@@ -274,7 +296,7 @@ def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progr
     """Yields each record's ids and kinds, the number of its file, its line, and its instruction_hash()."""
     rendered, checked = _rendered(files, template, progress, columns), 0
     # The tokenizer uses all cores on a batch.
-    while batch := list(itertools.islice(rendered, 512)):
+    while batch := _batch(rendered):
         try:
             examples = tokenize_batch([pieces for pieces, *_ in batch], tokenizer)
         except ValueError:
@@ -289,6 +311,17 @@ def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progr
                 with naming(f"{files[file]}:{line}"):
                     checked += matches_serving(pieces, ids, tokenizer)
             yield ids, kinds, file, line, group
+
+
+def _batch(rendered: Iterator[tuple[list[Piece], int, int, int]]) -> list[tuple[list[Piece], int, int, int]]:
+    """The next BATCH records, or fewer with BATCH_CHARACTERS, so that memory is bounded."""
+    batch, characters = [], 0
+    for record in itertools.islice(rendered, BATCH):
+        batch.append(record)
+        characters += sum(len(piece.text) for piece in record[0])
+        if characters > BATCH_CHARACTERS:
+            break
+    return batch
 
 
 def _rendered(files: list[str], template: Template, progress: bool, columns: Iterable[str]

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
+from runtime.foreign import MAX_LINE, TOO_DEEP, check_depth, check_file, parse_json
 from runtime.start import world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
@@ -88,8 +89,6 @@ READ = "JSON, JSON Lines, .csv and .parquet files, plain or as .gz or .zst"
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
 OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
-# Characters of one record, at most: what is not a file of records must not fill the memory.
-LONGEST = 2**26
 CHUNK = 2**20
 
 
@@ -128,9 +127,9 @@ def _files_of(name: str) -> list[str]:
         return [name]
     if os.path.isdir(name):
         return _files_in(name)
-    if os.path.exists(name):
-        raise ValueError(f"{name}: is not a regular file, and records are read more than once; pipe them in "
-                         "and give -")
+    if os.path.lexists(name):
+        # Raises: it is neither.
+        check_file(name)
     if glob.has_magic(name):
         found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if not found:
@@ -295,8 +294,7 @@ def _renamed(record: object, names: dict[str, str]) -> object:
 def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
     """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
     What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such file")
+    check_file(path)
     with open(path, "rb") as raw:
         start = raw.read(4)
         raw.seek(0)
@@ -339,10 +337,10 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
 
 
 def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(MAX_LINE)
     text = io.TextIOWrapper(raw, "utf-8-sig", newline="")
     # Never more of a line at once than a cell may have.
-    rows = csv.reader(iter(partial(text.readline, LONGEST), ""), delimiter=delimiter, strict=True)
+    rows = csv.reader(iter(partial(text.readline, MAX_LINE), ""), delimiter=delimiter, strict=True)
     header, line = None, 1
     try:
         while (row := next(rows, None)) is not None:
@@ -419,19 +417,23 @@ class _JsonStream:
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
+                check_depth(value)
                 break
             except json.JSONDecodeError as error:
                 # What was read may end within a value, or within a word like "false".
                 cut = error.pos > len(self.text) - 8 or error.msg.startswith("Unterminated string")
                 length, offset = len(self.text) - self.at, error.pos - self.at
-                if cut and length > LONGEST:
-                    self.fail(self.at, f"a record has more than {LONGEST:,} characters")
+                if cut and length > MAX_LINE:
+                    end = len(self.text)
+                    break
                 if not cut or not self.read_on():
                     self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {error.msg}")
             except RecursionError:
-                self.fail(self.at, "is nested too deeply")
+                self.fail(self.at, TOO_DEEP)
             except ValueError as error:     # a number with thousands of digits
                 self.fail(self.at, str(error))
+        if end - self.at > MAX_LINE:
+            self.fail(self.at, f"a record has more than {MAX_LINE:,} characters: split it, or leave it out")
         self.line += self.text.count("\n", self.at, end)
         self.at = end
         return value
@@ -561,9 +563,11 @@ def _side(record: dict, field: str, role: str) -> list:
 
 def _from_text(text: str) -> object:
     """A list that a table holds as text: JSON, or as Python writes it. None if it is neither."""
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(text)
+            value = parse(text)
+            check_depth(value)
+            return value
     return None
 
 

@@ -21,7 +21,6 @@ from config import COMPILED_ON_CPU, MICRO_BATCH_TOKENS, Config, check_inputs, pa
 answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
 
 import dataclasses
-import json
 import math
 import signal
 import sys
@@ -51,8 +50,9 @@ from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, 
                                  join_ranks, leave, rank, release, report_error, shard, shows_progress,
                                  sync_gradients, unwrap, whole, world_size)
 from runtime.files import distinct_endings
-from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run, keep_lines,
-                            saved_date)
+from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run,
+                            is_evaluation, keep_lines, read_log, saved_date)
+from runtime.foreign import is_number, printable
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
@@ -106,6 +106,8 @@ def why_not_extendable(config: Config, per_epoch: int, identity: dict, steps: in
     """Why a run with another --epochs, --max-steps or --warmup-ratio cannot be continued as this one after
     `steps` steps: it has trained too many, or with other learning rates. "" if it can. identity: the other
     run's."""
+    if not all(is_number(identity.get(name)) for name in LENGTH):
+        return "its state.json does not say how long the run was to be"
     other = dataclasses.replace(config, **{name: identity[name] for name in LENGTH})
     total, other_total = count_steps(config, per_epoch), count_steps(other, per_epoch)
     if steps > total:
@@ -191,7 +193,7 @@ def open_source(config: Config) -> Source:
     day = from_main(config.date or saved or date.today().isoformat())
     template = load_template(config.template, tokenizer, day)
     if template.warning:
-        say(fit(f"warning: {template.warning}"))
+        say(fit(f"warning: {printable(template.warning)}"))
     check_vocabulary(model_config.vocab_size, tokenizer, template)
     return Source(folder, model_config, tokenizer, template)
 
@@ -467,7 +469,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     tracker = Tracker(config.track if is_main() else "none", out, settings, first_step, evaluates_first)
     if evaluates_first:
         if is_main():   # an evaluation of this step that was interrupted may have left its line
-            keep_lines(out / "eval.jsonl", first_step - 1)
+            keep_lines(out / "eval.jsonl", first_step - 1, is_evaluation)
         after, answers = evaluate(raw_model, eval_sets, config, source, first_step, total_steps, record_sums)
         tracker.add("eval", after)
 
@@ -534,8 +536,10 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
         # The end: what training has changed, and the folder to use.
         before, after = {}, after if eval_sets else {}
         if eval_sets and is_main():
-            before = json.loads((out / "eval.jsonl").read_text().splitlines()[0])
-            print_change(before, after)
+            evaluations, _ = read_log(out / "eval.jsonl", is_evaluation)
+            if evaluations:
+                before = evaluations[0]
+                print_change(before, after)
             show_answers(answers)
         export(raw_model, config, source,
                model_card(config, train_set, usable, KINDS, step, before, after) if is_main() else "")

@@ -21,11 +21,13 @@ from eval.common import gather, write_json
 from records import data_files
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import read_json, write_text
+from runtime.foreign import check_file, parse_line
 from runtime.model_folder import resolve_model
 from runtime.weights import model_fingerprint
 
 
 def hash_file(file: str | Path) -> str:
+    check_file(file)
     with open(file, "rb") as raw:
         return file_digest(raw, "sha256").hexdigest()[:32]
 
@@ -96,7 +98,7 @@ class Answers:
         settings_file = Path(f"{self.file}.settings.json")
         old = read_json(settings_file)
         try:
-            lines = [json.loads(line) for text in whole.values() for line in text.splitlines()]
+            lines = [parse_line(line) for text in whole.values() for line in text.splitlines()]
             lines = list({self.key(line): line for line in lines}.values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"--output {self.file}: is not an output of this command, it holds lines that "

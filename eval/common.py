@@ -4,7 +4,8 @@ import gzip
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from chat import Template, check_vocabulary, load_template
 from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
+from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
 from runtime.machine import Crowding, keep_freed_memory, sleep_while_crowded
 from model import Llama, load_model
 from runtime.model_folder import resolve_model
@@ -71,22 +73,24 @@ def read_objects(file: str, fields: dict[str, type], what: str, limit: int | Non
     """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
     line (in a list the number) of one that is not `what`, because one of `fields` is missing or not of its
     type, or says it is empty."""
-    if not Path(file).is_file():
-        raise ValueError(f"{file}: no such file")
+    check_file(file)
+    whole = read_text(file, "utf-8-sig") if file.endswith(".json") else ""
     objects: list[dict] = []
     number = 0
     try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8-sig") as text:
-            lines = map(json.dumps, json.load(text)) if file.endswith(".json") else text
-            for number, line in enumerate(lines, 1):
-                if line.strip() and len(objects) != limit:
-                    objects.append(json.loads(line))
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
+            values = parse_json(whole) if whole else lines_of(lines)
+            if not isinstance(values, list | Iterator):
+                raise ValueError("it is not a list")
+            for number, value in enumerate(values, 1):
+                if (whole or value.strip()) and len(objects) != limit:
+                    objects.append(value if whole else parse_line(value))
                     if not isinstance(objects[-1], dict):
                         raise ValueError("it is not a JSON object")
                     for name, kind in fields.items():
                         if not isinstance(objects[-1].get(name), kind):
                             raise ValueError(f"{name} must be of type {kind.__name__}")
-    except (ValueError, TypeError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         having = f" with {', '.join(fields)}" if fields else ""
         raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None
     if not objects:

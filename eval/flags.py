@@ -12,10 +12,14 @@ from pathlib import Path
 from chat import TEMPLATES
 from config import CACHE_DIR
 from runtime import flags
+from runtime.foreign import shorten
 from runtime.model_folder import check_model
 from runtime.start import answer_flags
 
 LOOKUP = 3      # the most tokens that are guessed for a document in a step of generation
+# Numbers that cost memory or time as such, and what they may be at most. Other numbers end at flags.BELOW.
+MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_workers": 10**4, "k": 10**4,
+        "max_new_tokens": 10**6, "megabytes": 10**6, "samples": 10**4, "seconds": 10**6, "workers": 10**4}
 
 
 def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespace]) -> None:
@@ -35,6 +39,19 @@ class Parser(flags.Parser):
     def __init__(self, module: str, doc: str) -> None:
         super().__init__(prog=f"python -m eval.{module}", description=doc.split("\n\n")[0],
                          allow_abbrev=False)
+
+    def parse_args(self, argv: list[str]) -> argparse.Namespace:
+        """ValueError for a number that no flag may have; check_values() has each flag's own limits."""
+        args = super().parse_args(argv)
+        for name, value in vars(args).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float):
+                    most = MOST.get(name, flags.BELOW.get(type(number), 1))
+                    # Written so that NaN fails.
+                    if not abs(number) <= most:
+                        raise ValueError(f"{flags.flag_name(name)} {shorten(str(number), 100)}: must be a "
+                                         f"number up to {most:,.15g}")
+        return args
 
     def add_model_flags(self, several: bool = False) -> None:
         self.add_argument("--model", required=True, nargs="+" if several else None, metavar="DIR",

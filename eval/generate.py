@@ -68,6 +68,7 @@ from eval.engine import Engine, Sampling
 from model import Llama
 from records import naming, read_all, to_messages
 from runtime.distributed import is_main
+from runtime.foreign import printable
 
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
@@ -134,7 +135,7 @@ def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) 
 
     def show(token: int | None) -> None:
         parts.append(text.add(token))
-        print(parts[-1], end="", flush=True)
+        print(printable(parts[-1]), end="", flush=True)
 
     try:
         for _ in loaded.engine.answers([prompt], loaded.stop_ids, args.max_new_tokens, 1, sampling(args),
@@ -171,7 +172,7 @@ def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
                                      "content": reply(loaded, asked, args, len(messages))}]
             # From the template, or for text that is not UTF-8.
             except ValueError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- a file of records
@@ -218,7 +219,7 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
     new = answers.merge()
     seconds = time.monotonic() - started
     if is_main() and not args.output:
-        print("".join(map(as_line, new)), end="")
+        print(printable("".join(map(as_line, new))), end="")
     tokens = sum(answer["tokens"] + answer["finished"] for answer in new)       # with each one's stop
     return {"model": args.model, "answers": len(asked) * args.samples, "new_answers": len(new),
             "finished": sum(answer["finished"] for answer in new), "new_tokens": tokens, "seconds": seconds,

@@ -17,6 +17,7 @@ from pathlib import Path
 from eval.answers import Answers
 from eval.chat_model import ChatModel, Failed
 from eval.common import gather, mean_and_error, progress, read_objects
+from runtime.foreign import printable
 
 PROMPTS = Path(__file__).with_name("judge_prompts.jsonl")      # our own, in FastChat's format
 # FastChat's placeholders: a name alone is the first turn's text, _1 and _2 are that of either turn.
@@ -173,6 +174,6 @@ def print_summary(result: dict, name: str, title: str) -> None:
     print(f"\n{title}")
     rows = {**result[f"{name}_by_category"], **result[f"{name}_by_turn"], "all": result[name]}
     for label, mean in rows.items():
-        print(f"  {label:<22}{mean:>10.2f}")
+        print(f"  {printable(label):<22}{mean:>10.2f}")
     print(f"standard error of the mean {result[f'{name}_standard_error']:.2f}, "
           f"{result[f'{name}_count']:,} judged")

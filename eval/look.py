@@ -24,7 +24,8 @@ from runtime.start import answer_flags
 @dataclass
 class LookConfig(Config):
     """The flags of a run, and these."""
-    ranks: int = flag(0, "how many ranks to say it for; 0: those of this launch", least=0, in_file=False)
+    ranks: int = flag(0, "how many ranks to say it for; 0: those of this launch", least=0, below=10**4,
+                      in_file=False)
     show: int = flag(0, "examples to print, coloured by span", least=0, in_file=False, metavar="N")
     json: str = flag("", "write the numbers there too", in_file=False, metavar="FILE")
     export: str = flag("", "write ids, labels and span kinds there, an example a line", in_file=False,
@@ -60,6 +61,7 @@ from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size
 from runtime.files import writing
 from runtime.folder import check_folder
+from runtime.foreign import printable
 from runtime.machine import peak_memory_mb
 from runtime.report import counted, describe_data, fit, say, shorten
 
@@ -181,7 +183,7 @@ def coloured(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool)
     for start, end in zip(edges, edges[1:]):
         # Decode up to here rather than this alone: a tokenizer may drop the first space of what it decodes.
         before, text = (tokenizer.decode(ids[:i], skip_special_tokens=False) for i in (start, end))
-        name, text = KINDS[kinds[start]], text[len(before):]
+        name, text = KINDS[kinds[start]], printable(text[len(before):])
         spans.append(f"\x1b[{COLOURS[name]}m{text}\x1b[0m" if colour else f"[{name}|{text}]")
     return "".join(spans)
 
@@ -228,7 +230,7 @@ def main(argv: list[str]) -> None:
     say(describe_data(config, dataset, usable, held_out, steps, train.count_steps(config, steps.per_epoch),
                       source.model_config.max_position_embeddings))
     print_numbers(config, numbers)
-    say(fit(sentence))
+    say(fit(printable(sentence)))
 
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     for example in usable[:config.show]:

@@ -10,12 +10,14 @@ difference from the first run, "B - A":
 A cell has an interval or an error if the file has one. A difference has an interval if eval.spans compared
 the runs example by example; otherwise it is one number minus the other.
 """
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from runtime.files import distinct_endings
 from config import Config
+from runtime.files import distinct_endings, read_json
+from runtime.folder import is_evaluation, is_step, read_log
+from runtime.foreign import is_number, parse_json, read_text
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}
@@ -45,12 +47,8 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
     if not file.is_file():
         raise ValueError(f"{name}: not an output folder of train.py, it has no run_config.json; give the "
                          "folder that has one, not the final/ in it")
-    try:
-        config = {**json.loads(file.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file}: not a JSON object of flags ({error})") from None
-    run = Run(letter, folder, config, read_lines(folder / "metrics.jsonl", notes),
-              read_lines(folder / "eval.jsonl", notes), final if final.is_dir() else None)
+    run = Run(letter, folder, read_json(file), read_lines(folder / "metrics.jsonl", is_step, notes),
+              read_lines(folder / "eval.jsonl", is_evaluation, notes), final if final.is_dir() else None)
     if not run.metrics:
         notes.append(f"{letter} has no metrics.jsonl, or an empty one: no training curves")
     if not run.evaluations:
@@ -60,14 +58,10 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
     return run
 
 
-def read_lines(file: Path, notes: list[str]) -> list[dict]:
-    """The JSON objects of a .jsonl file. The last one is cut off if the run was killed or still writes."""
-    lines, damaged = [], 0
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
-        try:
-            lines.append({**json.loads(line)})
-        except (ValueError, TypeError):
-            damaged += 1
+def read_lines(file: Path, fits: Callable[[dict], bool], notes: list[str]) -> list[dict]:
+    """The lines of a run's log (runtime.folder.read_log). The last one is cut off if the run was killed or
+    still writes."""
+    lines, damaged = read_log(file, fits)
     if damaged:
         notes.append(f"{file}: {damaged} damaged line(s) were left out")
     return lines
@@ -93,7 +87,7 @@ def run_cells(runs: list[Run]) -> Cells:
             tokens, trained, seconds = (sum(line[name] for line in run.metrics)
                                         for name in ("tokens", "trained_tokens", "seconds"))
             numbers = {"steps": last["step"], "epochs": last["epoch"], "tokens": tokens,
-                       "trained tokens": trained, "tokens/s": round(tokens / seconds),
+                       "trained tokens": trained, "tokens/s": round(tokens / max(seconds, 1e-9)),
                        "peak memory, MB": round(max(line["peak_memory_mb"] for line in run.metrics))}
             values |= {("training", label): value for label, value in numbers.items()}
             of_epoch = [line for line in run.metrics if line["epoch"] > last["epoch"] - 1]
@@ -145,7 +139,7 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> Cells:
         if file.name.endswith(".settings.json"):    # the settings of a file of answers
             continue
         try:
-            of_file = result_cells(json.loads(file.read_text(encoding="utf-8")), file.name, runs)
+            of_file = result_cells(parse_json(read_text(file)), file.name, runs)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
             notes.append(f"{file}: not a result of an evaluation command ({error!r})")
             continue
@@ -210,13 +204,13 @@ def scores(values: dict) -> dict[str, dict]:
             value = ", ".join(value)
         if isinstance(value, dict):
             cells |= {f"{name} {inner}": cell for inner, cell in scores(value).items()}
-        elif isinstance(value, str | int | float):
+        elif isinstance(value, str | float) or is_number(value):
             cell = cells[name.removesuffix(",none")] = {"value": value}
             for end in ENDS:
                 match values.get(score + end + comma + filtered):
-                    case [int() | float(), int() | float()] as interval:
+                    case [int() | float(), int() | float()] as interval if all(map(is_number, interval)):
                         cell["interval"] = interval
-                    case int() | float() as error:
+                    case int() | float() as error if is_number(error):
                         cell["error"] = error
     return cells
 

@@ -53,7 +53,7 @@ class StudyConfig(Config):
                              metavar="LOSS")
     variants: list[str] = flag(list, "more contenders: NAME='--flag value ...'", metavar="NAME=FLAGS")
     lrs: list[str] = flag(list, "learning rates to choose from (default: --lr)", metavar="LR")
-    seeds: int = flag(5, "seeds of each: --seed and those after it", least=1)
+    seeds: int = flag(5, "seeds of each: --seed and those after it", least=1, below=1000)
     validation_data: str = flag("", "records to choose learning rate and epoch by", metavar="FILE")
     validation_fraction: float = flag(0.1, "without --validation-data: this part of the training records is "
                                       "held out with --split-seed; 0: no choice, one learning rate and the "
@@ -176,6 +176,7 @@ from eval.study_statistics import verdict
 from records import data_files, read_all
 from runtime.distributed import join_ranks, world_size
 from runtime.files import lock, read_json, write_text
+from runtime.foreign import parse_json, read_text
 from runtime.folder import append_line, check_identity, launch
 from runtime.report import fit, say
 
@@ -306,6 +307,8 @@ def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]
         if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".lock"}):
             raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
         return {}
+    if not all(isinstance(old.get(name), dict) for name in ("identity", "contenders")):
+        raise ValueError(f"{out}/settings.json: is not a study's; give another --output-dir, or delete it")
     fix = "give another --output-dir, or the earlier flags"
     check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
@@ -319,10 +322,17 @@ def read_lines(file: Path) -> list[dict]:
     """The lines of runs.jsonl. One that a kill has cut off is removed: its run is measured again."""
     if not file.is_file():
         return []
-    whole = file.read_text(encoding="utf-8")
+    whole = read_text(file, limit=2**30)
     if not whole.endswith("\n"):
         write_text(file, whole[:whole.rfind("\n") + 1])
-    return list(map(json.loads, whole[:whole.rfind("\n") + 1].splitlines()))
+    lines = []
+    for number, text in enumerate(whole[:whole.rfind("\n") + 1].splitlines(), 1):
+        try:
+            lines.append({**parse_json(text)})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: not a line of a study ({error}); give another "
+                             "--output-dir") from None
+    return lines
 
 
 # ---------------------------------------------------------------- how long

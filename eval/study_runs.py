@@ -38,6 +38,7 @@ from eval.generate import answer_records
 from eval.results import scores
 from runtime.cpu import cpu_name
 from runtime.files import read_json, write_text
+from runtime.folder import is_step, read_log
 from runtime.machine import keep_freed_memory
 from runtime.distributed import join_ranks
 
@@ -178,8 +179,10 @@ def by_role(plan: Plan, of_file: dict[str, list]) -> dict:
 
 def trained_line(config: train.Config, folder: Path) -> dict:
     """What training adds to a run's line."""
-    with open(Path(config.output_dir) / "metrics.jsonl", encoding="utf-8") as file:
-        metrics = list(map(json.loads, file))
+    file = Path(config.output_dir) / "metrics.jsonl"
+    metrics, _ = read_log(file, is_step)
+    if not metrics:
+        raise ValueError(f"{file}: holds no step of a run; delete {folder} to repeat it")
     last = metrics[-1]
     per_epoch = last["step"] / last["epoch"]
     evaluations = []

@@ -96,7 +96,7 @@ The loss (`--loss {config.loss} --normalize {config.normalize}`) weighs the kind
        [[kind, f"{count:,}", f"{weight:g}"] for kind, count, weight in zip(kinds, tokens, config.span_weights)
         if count])}
 """
-    if after:
+    if before and after:
         shown = dict(zip(after["data"], bare_names([Path(name).name for name in after["data"]])))
         rows = [[shown[name], kind, f"{now['tokens']:,}", "-" if old is None else f"{old:.4f}",
                  f"{now['nll_token_mean']:.4f}"] for name, kind, now, old in changes(before, after)]

@@ -22,8 +22,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.distributed import from_all, from_main, is_main
 from runtime.files import checksum, commit, writing
+from runtime.foreign import parse_json, read_text, shorten
 from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, save_model,
                              stored_tensors, write_tensors)
+
+# The fields of state.json, apart from its own checksum.
+STATE = {"step": int, "identity": dict, "optimizer": str, "crc32": dict, "numbers": dict}
 
 
 @contextlib.contextmanager
@@ -110,9 +114,14 @@ def read_state(folder: str | Path) -> dict:
     """state.json of a checkpoint. ValueError if the folder is not one, or the file has changed since it was
     written."""
     try:
-        state = json.loads((Path(folder) / "state.json").read_text())
+        state = parse_json(read_text(Path(folder) / "state.json"))
         if state.pop("state_crc32") != _state_checksum(state):
             raise ValueError("state.json has changed since it was written")
+        if wrong := [name for name, kind in STATE.items() if type(state.get(name)) is not kind]:
+            raise ValueError(f"state.json: {wrong[0]} is missing or not of type {STATE[wrong[0]].__name__}")
+        for name in state["crc32"]:
+            if name != Path(name).name:
+                raise ValueError(f"state.json names {shorten(name, 100)}, which is not in the folder")
         return state
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder}: not a whole checkpoint of this trainer ({error})") from None
@@ -163,6 +172,10 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         raise ValueError(f"{folder}: was written with the optimizer {state['optimizer']}, this run has "
                          f"{type(optimizer).__qualname__}; resume with the code that it was started with, or "
                          "give another --output-dir")
+    def check(fits: bool, stored_name: str) -> None:
+        if not fits:
+            raise ValueError(f"{folder}: {shorten(stored_name, 100)} is not optimizer state of this model")
+
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if name not in weights or weights[name].shape != list(parameter.shape):
@@ -171,11 +184,15 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for stored_name, stored in tensors.items():
         key, _, name = stored_name.partition(".")
+        check(name in parameters and stored.dtype in DTYPE_BY_NAME, stored_name)
         value = _empty_state(parameters[name], stored)
         fill(value, stored, everywhere)
         optimizer.state[parameters[name]][key] = value
-    for stored_name, (number, dtype) in state["numbers"].items():
+    for stored_name, pair in state["numbers"].items():
         key, _, name = stored_name.partition(".")
+        check(name in parameters and isinstance(pair, list | tuple) and len(pair) == 2
+              and type(pair[0]) in (bool, int, float) and pair[1] in (None, *DTYPE_BY_NAME), stored_name)
+        number, dtype = pair
         if dtype is not None:
             # torch.optim keeps its step counts on the CPU unless it needs them on the device.
             group = groups[parameters[name]]

@@ -5,7 +5,9 @@ One process without torchrun is rank 0 of 1, for all functions here.
 import contextlib
 import errno
 import os
+import re
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -22,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.machine import share_threads
-from runtime.start import is_main, local_rank, rank, tell_torchrun, world_size
+from runtime.start import is_main, launched, local_rank, print_error, rank, world_size
 
 
 # ---------------------------------------------------------------- meeting
@@ -30,10 +32,15 @@ from runtime.start import is_main, local_rank, rank, tell_torchrun, world_size
 
 def join_ranks(device: str) -> torch.device:
     """Give this rank its share of the cores and, under torchrun, let all ranks meet. device: auto, cpu or
-    cuda. Returns this rank's device. ValueError if there is no CUDA."""
+    cuda. Returns this rank's device. ValueError if there is no CUDA, or the environment is not as torchrun
+    sets it."""
+    _check_environment()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: PyTorch finds no CUDA device; give cpu")
     cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda and local_rank() >= torch.cuda.device_count():
+        raise ValueError(f"LOCAL_RANK={local_rank()}: PyTorch finds only {torch.cuda.device_count()} CUDA "
+                         "device(s); start no more processes on this machine than it has devices")
     share_threads()
     if cuda:
         torch.cuda.set_device(local_rank())
@@ -42,8 +49,57 @@ def join_ranks(device: str) -> torch.device:
     return torch.device("cuda", local_rank()) if cuda else torch.device("cpu")
 
 
+def _check_environment() -> None:
+    """ValueError that names a variable which torchrun sets, and which is not as it would set it."""
+    fix = "torchrun sets it; to run without torchrun, unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+    for name, least in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)):
+        text = os.environ.get(name)
+        if text is not None and not (re.fullmatch(r"\d{1,6}", text) and int(text) >= least):
+            raise ValueError(f"{name}={text}: must be a whole number, {least} or more; {fix}")
+    for name, total in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        value = launched(name, 0)
+        if total in os.environ and name not in os.environ and launched(total, 1) > 1:
+            raise ValueError(f"{total}={os.environ[total]}, but {name} is not set; {fix}")
+        if value >= launched(total, 1) and (total in os.environ or name == "RANK"):
+            raise ValueError(f"{name}={value}: must be less than {total}, which is "
+                             f"{os.environ.get(total, 'not set')}; {fix}")
+    if world_size() > 1:
+        port = os.environ.get("MASTER_PORT", "")
+        if not (re.fullmatch(r"\d{1,5}", port) and 0 < int(port) < 2**16):
+            raise ValueError(f"MASTER_PORT={port}: must be rank 0's port, a number from 1 to 65535; torchrun "
+                             "sets it")
+        if not os.environ.get("MASTER_ADDR"):
+            raise ValueError("MASTER_ADDR is not set or empty: must be the name or address of rank 0's "
+                             "machine; torchrun sets it")
+
+
 def meet(backend: str, patience: timedelta = timedelta(minutes=10)) -> None:
-    """Start torch.distributed among torchrun's ranks. ValueError if some have not joined within `patience`.
+    """Start torch.distributed among torchrun's ranks, saying after some seconds what is waited for.
+    ValueError if some ranks have not joined within `patience`."""
+    with _saying_what_is_waited_for(patience):
+        _meet(backend, patience)
+
+
+@contextlib.contextmanager
+def _saying_what_is_waited_for(patience: timedelta, after: float = 10) -> Iterator[None]:
+    """Prints a line after so many seconds in here. ValueError if rank 0's address does not answer."""
+    place = f"rank 0 at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    awaited = f"all of {world_size()} ranks to reach" if is_main() else "the answer of"
+    timer = threading.Timer(after, print, [f"rank {rank()} waits for {awaited} {place}; it gives up after "
+                                           f"{patience}"], dict(file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except dist.DistError as error:
+        raise ValueError(f"rank {rank()} cannot reach {place} ({str(error).splitlines()[0][:150]}); is that "
+                         "where rank 0 runs, and may this machine connect to it?") from None
+    finally:
+        timer.cancel()
+
+
+def _meet(backend: str, patience: timedelta) -> None:
+    """meet() itself.
 
     Restarted ranks get the same store as the ranks before them, and would find the addresses of dead
     processes in it (PyTorch issue 135712; each machine counts torchrun's restarts for itself, so the count
@@ -252,8 +308,7 @@ def report_error(error: Exception) -> None:
         # Rank 0 has most likely met the same error, and torchrun ends the others when it has reported.
         time.sleep(5)
     if first and (line := message(error)):
-        print(f"error: {line}", file=sys.stderr)
-        tell_torchrun(line)
+        print_error(line)
     elif first:
         traceback.print_exc()
 

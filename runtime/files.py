@@ -4,7 +4,6 @@ What is written gets a temporary name first, is flushed to disk and then renamed
 reveal cut files and flipped bits, not forgery.
 """
 import contextlib
-import json
 import os
 import shutil
 import time
@@ -12,6 +11,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from runtime.foreign import parse_json, read_text
 
 # POSIX releases a lock when its process closes any descriptor of the file: never open these a second time.
 _held: dict[Path, TextIO] = {}
@@ -41,9 +42,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file, an empty one if the file does not exist. ValueError names a broken file."""
+    if not os.path.lexists(path):
+        return {}
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:     # of JSON and of Unicode
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a JSON {type(content).__name__}, not an object")

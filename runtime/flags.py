@@ -17,19 +17,22 @@ import math
 import tomllib
 from pathlib import Path
 
+from runtime.foreign import parse_json, read_text, shorten
 from runtime.habits import answer
 
-LARGEST = 2**20     # bytes of a --config file
+LARGEST = 2**20     # characters of a --config file
+# What a number may be at most where a flag does not say: far beyond any use, and nothing overflows.
+BELOW = {int: 2**31, float: 1e9}
 
 
 def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
-         above: float | None = None, below: float = math.inf, free: bool = False, in_file: bool = True,
+         above: float | None = None, below: float | None = None, free: bool = False, in_file: bool = True,
          **more: object) -> object:
     """A field of a dataclass of flags.
 
-    choices, least, above, below: what the value may be; free: whether it may change on resume, because it
-    decides where results go, how fast or what is shown, but not, rounding apart, the weights; in_file:
-    whether a --config file may set it; more: as for argparse's add_argument().
+    choices, least, above, below: what the value may be (by default below BELOW); free: whether it may change
+    on resume, because it decides where results go, how fast or what is shown, but not, rounding apart, the
+    weights; in_file: whether a --config file may set it; more: as for argparse's add_argument().
     """
     make = {"default_factory": default} if callable(default) else {"default": default}
     return dataclasses.field(**make, metadata={
@@ -52,7 +55,7 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     def refuse(limit: str) -> None:
         shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(
             value, default=str)
-        raise ValueError(f"{flag_name(field.name)} {shown}: must be {limit}")
+        raise ValueError(f"{flag_name(field.name)} {shorten(shown, 200)}: must be {limit}")
 
     if field.type == list[str]:
         value = [value] if isinstance(value, str) else value
@@ -73,15 +76,18 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     kind = int if field.type is int else float
     limit = "a whole number" if kind is int else "a finite number"
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
-    limit += f" and below {below:g}" if below < math.inf else ""
+    if below is not None:
+        limit += f" and below {below:,.15g}"
     try:
         # From its text, because int(True) and int(1.5) are 1.
         number = kind(str(value))
     except ValueError:
         refuse(limit)
     # Written so that NaN fails.
-    if not ((least is None or number >= least) and (above is None or number > above) and number < below):
+    if not ((least is None or number >= least) and (above is None or number > above)):
         refuse(limit)
+    if not number < (BELOW[kind] if below is None else below):
+        refuse(limit if below is not None or number == math.inf else f"{limit} and below {BELOW[kind]:,.15g}")
     return number
 
 
@@ -89,7 +95,7 @@ class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of ending the program, so that one place prints all errors."""
 
     def error(self, message: str) -> None:
-        raise ValueError(f"{message} ({self.prog} --help lists the flags)")
+        raise ValueError(f"{shorten(message)} ({self.prog} --help lists the flags)")
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         # Before argparse, which would first complain about a required flag that was given under another name.
@@ -140,7 +146,7 @@ def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, o
     try:
         saved: dict[str, object] = {}
         unknown = []
-        for given, value in _pairs_in(Path(file)):
+        for given, value in _pairs_in(file):
             name = given.removeprefix("--").replace("-", "_")
             if name in saved:
                 raise ValueError(f"{name} is given more than once")
@@ -155,28 +161,25 @@ def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, o
                 if fields[name].metadata["in_file"] and value is not None and not (
                     value == [] and fields[name].type == list[str])}
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"--config {file}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"--config {file}: {reason}") from None
 
 
-def _pairs_in(file: Path) -> list[tuple[str, object]]:
+def _pairs_in(file: str) -> list[tuple[str, object]]:
     """The names and values in a file, also of names that it has twice. The name's ending tells the format:
     all but .toml, .yaml and .yml are read as JSON. ValueError if it is not of this format."""
-    if file.is_dir():
+    if Path(file).is_dir():
         raise ValueError("is a folder; give a file, such as run_config.json in the folder of a run")
-    with open(file, "rb") as opened:
-        data = opened.read(LARGEST + 1)
-    if len(data) > LARGEST:
-        raise ValueError(f"has more than {LARGEST:,} bytes, so it is not a file of flags")
-    if not data.strip():
+    text = read_text(file, "utf-8-sig", LARGEST)
+    if not text.strip():
         raise ValueError("is empty")
-    ending = file.suffix.lower()
+    ending = Path(file).suffix.lower()
     if ending in (".yaml", ".yml"):
-        return _pairs_in_yaml(data)
+        return _pairs_in_yaml(text)
     try:
-        text = data.decode("utf-8-sig")
         if ending == ".toml":
             return list(tomllib.loads(text).items())
-        pairs = json.loads(text, object_pairs_hook=_Pairs)
+        pairs = parse_json(text, object_pairs_hook=_Pairs)
     except ValueError as error:
         format = {".toml": "TOML", ".json": "JSON"}.get(ending, "JSON (nor .toml or .yaml by its name)")
         raise ValueError(f"is not {format}, or is cut off: {error}") from None
@@ -189,7 +192,7 @@ class _Pairs(list):
     """A JSON object's names and values, so that a name that it has twice is noticed."""
 
 
-def _pairs_in_yaml(text: bytes) -> list[tuple[str, object]]:
+def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
     try:
         import yaml
     except ImportError:

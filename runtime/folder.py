@@ -8,7 +8,6 @@
 
 Only rank 0 writes here. Nothing is changed before it is known that this run may do so.
 """
-import contextlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read
 from runtime.distributed import from_all
 from runtime.files import lock, read_json, write_text, writing
 from runtime.flags import flag_name
+from runtime.foreign import check_file, is_number, lines_of, parse_line, shorten
 
 # In the order in which they are deleted: while identity.json exists, the others are known to be a run's.
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "wandb", "checkpoints", "final",
@@ -49,16 +49,48 @@ def append_line(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + "\n")
 
 
-def keep_lines(path: Path, last_step: int) -> None:
-    """Remove the lines after last_step from a .jsonl file, so that a resumed run writes each step once."""
+def read_log(path: Path, fits: Callable[[dict], bool]) -> tuple[list[dict], int]:
+    """The lines of metrics.jsonl or eval.jsonl that are so (is_step, is_evaluation), and how many are not: a
+    kill may have cut the last one short."""
+    lines, others = [], 0
+    if os.path.lexists(path):
+        check_file(path)
+        with open(path, "rb") as file:
+            for raw in lines_of(file):
+                try:
+                    line = parse_line(raw)
+                except ValueError:
+                    line = None
+                if isinstance(line, dict) and fits(line):
+                    lines.append(line)
+                else:
+                    others += 1
+    return lines, others
+
+
+def is_step(line: dict) -> bool:
+    """Whether a line is one of metrics.jsonl, with all that other programs read."""
+    numbers = [line.get(name) for name in ("epoch", "tokens", "trained_tokens", "seconds", "peak_memory_mb")]
+    numbers += [value for name, value in line.items() if name.startswith("nll_") and value is not None]
+    return type(line.get("step")) is int and all(map(is_number, numbers))
+
+
+def is_evaluation(line: dict) -> bool:
+    """Whether a line is one of eval.jsonl."""
+    data, contents = line.get("data"), line.get("contents")
+    return (type(line.get("step")) is int and isinstance(data, dict) and isinstance(contents, dict)
+            and data.keys() <= contents.keys() and all(isinstance(kinds, dict) for kinds in data.values())
+            and all(isinstance(kind, dict) and is_number(kind.get("nll_token_mean"))
+                    for kinds in data.values() for kind in kinds.values())
+            and is_number(line.get("exact_match", 0)) and ("answers" in line) == ("exact_match" in line))
+
+
+def keep_lines(path: Path, last_step: int, fits: Callable[[dict], bool]) -> None:
+    """Remove the lines after last_step, and those that are none, from metrics.jsonl or eval.jsonl, so that a
+    resumed run writes each step once."""
     if path.is_file():
-        lines = []
-        for line in path.read_text().splitlines():
-            # A kill may have cut the last line short.
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] <= last_step:
-                    lines.append(line + "\n")
-        write_text(path, "".join(lines))
+        lines, _ = read_log(path, fits)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= last_step))
 
 
 # ---------------------------------------------------------------- what must be the same
@@ -144,7 +176,15 @@ def saved_date(out: Path, from_scratch: bool) -> str:
     same text; empty if there is no run, or it starts from scratch and torchrun did not restart it."""
     if not (out / "identity.json").is_file() or (from_scratch and not restarted(out, {})):
         return ""
-    return read_json(out / "run_config.json").get("date", "")
+    return _saved_text(out, "date")
+
+
+def _saved_text(out: Path, flag: str) -> str:
+    """A flag of the run in this folder, "" if it was not given. ValueError if it is not text."""
+    value = read_json(out / "run_config.json").get(flag, "")
+    if not isinstance(value, str):
+        raise ValueError(f"{out}/run_config.json: {flag} is {shorten(repr(value), 100)}; it must be text")
+    return value
 
 
 def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> Action:
@@ -223,7 +263,7 @@ def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: di
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
     """Whether the run in OUTPUT was started with --resume CHECKPOINT and has its own checkpoints since."""
-    before = read_json(out / "run_config.json").get("resume", "")
+    before = _saved_text(out, "resume")
     return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
 
 
@@ -313,13 +353,13 @@ def _prepare(out: Path, action: Action, start: Path | None, step: int, say: Call
                 raise ValueError(f"--output-dir {out}: {path} cannot be deleted ({error.strerror}); delete "
                                  "it, or give another --output-dir") from None
     if start:
-        keep_lines(out / "metrics.jsonl", step)
-        keep_lines(out / "eval.jsonl", step)
+        keep_lines(out / "metrics.jsonl", step, is_step)
+        keep_lines(out / "eval.jsonl", step, is_evaluation)
         say(f"resuming after step {step} from {start}")
 
 
 def _length(identity: dict) -> str:
-    return " ".join(f"{flag_name(name)} {identity[name]}" for name in LENGTH)
+    return " ".join(f"{flag_name(name)} {identity.get(name)}" for name in LENGTH)
 
 
 def _write_identity(out: Path, identity: dict, finished_after: int | None = None) -> None:

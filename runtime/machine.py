@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime.cpu import cores
+from runtime.start import launched
 
 
 def keep_freed_memory(shapes: int = 256) -> None:
@@ -47,7 +48,7 @@ def _use_huge_pages(libc: ctypes.CDLL) -> None:
         ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p])
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    size //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size //= launched("LOCAL_WORLD_SIZE", 1)
     if block := libc.malloc(size):
         page = 2**21
         start, end = -(-block // page) * page, (block + size) // page * page
@@ -65,7 +66,7 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def share_threads() -> None:
     """Under torchrun, which starts each rank with one thread, use this rank's share of the cores."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks = launched("LOCAL_WORLD_SIZE", 1)
     if ranks > 1 and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, cores() // ranks))
 

@@ -4,12 +4,14 @@
     config.num_hidden_layers, config.rope["rope_theta"]
 """
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
 from runtime.files import read_json
+from runtime.foreign import shorten
 from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal, warn_once
 
 # What it means if a field is absent from config.json, where families differ (transformers' config classes).
@@ -29,9 +31,12 @@ ONLY = {
     "num_local_experts": (None, 0, 1), "auto_map": (None,), "transformers_weights": (None,),
 }
 # What a field must be, in words and as a check. In Python true is a number, and JSON may hold NaN.
-COUNT = "a whole number above 0", lambda x: type(x) is int and x > 0
-WHOLE = "a whole number, 0 or more", lambda x: type(x) is int and x >= 0
-POSITIVE = "a finite number above 0", lambda x: type(x) in (int, float) and 0 < x < math.inf
+# The limits are far beyond any model's, and low enough that nothing here takes long or overflows.
+COUNT = "a whole number above 0, up to 1,000,000,000", lambda x: type(x) is int and 0 < x <= 10**9
+SIZE = "a whole number above 0, up to 1,000,000", lambda x: type(x) is int and 0 < x <= 10**6
+LAYERS = "a whole number above 0, up to 1,000", lambda x: type(x) is int and 0 < x <= 1000
+WHOLE = "a whole number, 0 or more, up to 1,000,000,000", lambda x: type(x) is int and 0 <= x <= 10**9
+POSITIVE = "a finite number above 0, up to 1e30", lambda x: type(x) in (int, float) and 0 < x <= 1e30
 FLAG = "true or false", lambda x: type(x) is bool
 TEXT = "text", lambda x: type(x) is str
 TEXTS = "a list of text", lambda x: type(x) is list and all(type(each) is str for each in x)
@@ -52,7 +57,8 @@ class _Fields:
             return default
         words, fits = must_be
         if not fits(self.values[name]):
-            raise ValueError(f"config.json: {self.inside}{name} is {self.values[name]!r}; it must be {words}")
+            shown = shorten(repr(self.values[name]), 100)
+            raise ValueError(f"config.json: {self.inside}{name} is {shown}; it must be {words}")
         return self.values[name]
 
     def need(self, names: Sequence[str], why: str = "") -> None:
@@ -67,7 +73,8 @@ class _Fields:
             # In Python True == 1.
             if not any(value == each and isinstance(value, bool) == isinstance(each, bool)
                        for each in allowed):
-                raise ValueError(f"config.json: {self.inside}{name} = {value!r} is not implemented, "
+                shown = shorten(repr(value), 100)
+                raise ValueError(f"config.json: {self.inside}{name} = {shown} is not implemented, "
                                  f"only {allowed[0]!r}")
 
 
@@ -106,18 +113,18 @@ class ModelConfig:
         get.refuse(ONLY)
         get.need(("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                   "num_attention_heads"))
-        hidden, layers = get("hidden_size", COUNT), get("num_hidden_layers", COUNT)
-        heads, longest = get("num_attention_heads", COUNT), get("max_position_embeddings", COUNT)
+        hidden, layers = get("hidden_size", SIZE), get("num_hidden_layers", LAYERS)
+        heads, longest = get("num_attention_heads", SIZE), get("max_position_embeddings", COUNT)
         _refuse_sliding_window(get, family, layers, longest)
-        kv_heads = get("num_key_value_heads", COUNT, heads)
-        head_dim = get("head_dim", COUNT, hidden // heads)
+        kv_heads = get("num_key_value_heads", SIZE, heads)
+        head_dim = get("head_dim", SIZE, hidden // heads)
         if heads % kv_heads or head_dim % 2 or not head_dim:
             raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
                              f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
         attention_bias = get("attention_bias", FLAG, False)
         return cls(
-            vocab_size=get("vocab_size", COUNT), hidden_size=hidden,
-            intermediate_size=get("intermediate_size", COUNT), num_hidden_layers=layers,
+            vocab_size=get("vocab_size", SIZE), hidden_size=hidden,
+            intermediate_size=get("intermediate_size", SIZE), num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
             rms_norm_eps=float(get("rms_norm_eps", POSITIVE, 1e-6)),
             tie_word_embeddings=get("tie_word_embeddings", FLAG, False),
@@ -173,7 +180,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     config.json says, as in transformers. ValueError if the file is missing, broken or not implemented."""
     folder = Path(folder)
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise ValueError(f"{file}: no such file")
     raw = read_json(file)
     try:

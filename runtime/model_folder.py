@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from runtime.files import read_json
+from runtime.foreign import shorten
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is downloaded from a hub repository in addition to the weights. Its other files (weights for other
@@ -76,7 +77,8 @@ def weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in names.items():
         # A leading slash splits off an empty name.
         if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:
-            raise ValueError(f"{index}: {tensor} is in {name!r}; that must be a file in this folder")
+            raise ValueError(f"{index}: {shorten(tensor, 100)} is in {shorten(repr(name), 100)}; that must "
+                             "be a file in this folder")
     return names
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from runtime.distributed import is_main, shows_progress
+from runtime.foreign import printable
 from runtime.machine import Crowding
 
 WIDTH = 79      # columns of what is printed; a terminal has at least 80
@@ -173,7 +174,7 @@ def show_answers(answers: list[dict]) -> None:
     """The first two answers with their prompts, right or wrong."""
     for answer in answers[:2]:
         for name in ("prompt", "expected", "output"):
-            text = answer[name]
+            text = printable(answer[name])
             if len(text) >= 600:
                 text = f"{text[:300]} [...] {text[-300:]}"
             say(textwrap.fill(f"{name + ':':<10}{text}", WIDTH, subsequent_indent=" " * 10,

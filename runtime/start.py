@@ -17,9 +17,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from runtime.foreign import printable, shorten
+
+
+def launched(name: str, default: int) -> int:
+    """A number that torchrun puts into the environment; the default if it is absent or not such a number,
+    which join_ranks() refuses. No error here, because errors are reported by rank."""
+    text = os.environ.get(name, "")
+    return max(default, int(text)) if text.isdecimal() and len(text) < 7 else default
+
 
 def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return launched("RANK", 0)
 
 
 def is_main() -> bool:
@@ -27,11 +36,11 @@ def is_main() -> bool:
 
 
 def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return launched("WORLD_SIZE", 1)
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return launched("LOCAL_RANK", 0)
 
 
 # ---------------------------------------------------------------- Ctrl-C
@@ -70,16 +79,18 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
         check(sys.argv[1:])
     except ValueError as error:
         if is_main():
-            print(f"error: {error}", file=sys.stderr)
-            tell_torchrun(str(error))
+            print_error(str(error))
         else:
             # Rank 0 has the same error; torchrun ends the others when it has reported.
             time.sleep(5)
         sys.exit(1)
 
 
-def tell_torchrun(line: str) -> None:
-    """Hand torchrun, if it started this process, the error to print last, below its own traceback."""
+def print_error(line: str) -> None:
+    """Print the error that ends this process, and hand it to torchrun, if that started the process, to print
+    last, below its own traceback."""
+    line = printable(shorten(line, 4000))
+    print(f"error: {line}", file=sys.stderr)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # Whole seconds decide which rank failed first. The others fail as soon as this one is gone, often
         # within the same second.

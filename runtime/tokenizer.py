@@ -3,14 +3,17 @@
 A folder has up to five files that say which tokens are special and what they are called. Where they disagree,
 transformers decides, so that the tokens trained here are those that it serves.
 """
+import contextlib
 import json
+import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
 
 from runtime.files import read_json
+from runtime.foreign import read_text, shorten
 
 # What transformers calls special tokens.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -32,6 +35,26 @@ CLASS_DEFAULTS = {
 MODEL_CLASSES = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer"}
 
 
+@contextlib.contextmanager
+def naming_file(place: str | Path) -> Iterator[None]:
+    """Makes whatever error a file's contents cause a ValueError that names the file, `place`. The tokenizers
+    library raises plain Exceptions and, for what it has not checked, PanicException, a BaseException."""
+    try:
+        yield
+    except OSError:
+        raise
+    except ValueError as error:
+        if str(place).partition(": ")[0] in str(error):
+            raise
+        raise ValueError(f"{place}: {error}") from None
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            # The library's own Exceptions are sentences, a KeyError is not.
+            reason = str(error) if type(error) is Exception else f"does not hold what it should ({error!r})"
+            raise ValueError(f"{place}: {shorten(reason, 500)}") from None
+        raise
+
+
 class Tokenizer:
     """tokenizer.json of a checkpoint folder, with its special tokens and chat template.
 
@@ -51,22 +74,21 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
-        if not file.is_file():
+        if not os.path.lexists(file):
             raise ValueError(f"{file}: no such file")
         config = read_json(self.folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(self.folder, config)
-        spec, text = read_json(file), file.read_text(encoding="utf-8")
-        try:
+        spec, text = read_json(file), read_text(file)
+        with naming_file(file):
             self.reference = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:
-            # The library raises nothing more specific.
-            raise ValueError(f"{file}: {error}") from None
-        if dropout := spec["model"].get("dropout"):
-            raise ValueError(f"{file}: model.dropout is {dropout}, so the same text would get other ids each "
-                             "time; set it to null")
-        self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
-        self.named_tokens, self.extra_tokens = _add_special_tokens(
-            self.reference, self.folder, config, spec, self.class_defaults)
+            if dropout := spec["model"].get("dropout"):
+                raise ValueError(f"model.dropout is {dropout}, so the same text would get other ids each "
+                                 "time; set it to null")
+        with naming_file(f"{self.folder}: tokenizer.json, tokenizer_config.json, special_tokens_map.json or "
+                         "added_tokens.json"):
+            self.class_defaults = _class_defaults(self.folder, config, '"ByteLevel"' in text)
+            self.named_tokens, self.extra_tokens = _add_special_tokens(
+                self.reference, self.folder, config, spec, self.class_defaults)
         self.bos_token = self.named_tokens.get("bos_token")
         self.eos_token = self.named_tokens.get("eos_token")
         # The library's ids, not the file's: a token of the vocabulary keeps its id there, whatever
@@ -83,11 +105,13 @@ class Tokenizer:
         self.reference.no_padding()
         self.reference.no_truncation()
         bos = self.special.get(self.bos_token)
-        self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
+        with naming_file(file):
+            self.adds_bos = bos is not None and self.reference.encode("a").ids[:1] == [bos]
         # We put special tokens in ourselves and need offsets into the text as it is: no post-processor.
         self.reference.post_processor = None
         spec.update(added_tokens=self.added_tokens, post_processor=None, truncation=None, padding=None)
-        self._encode_content_with(spec)
+        with naming_file(file):
+            self._encode_content_with(spec)
 
     def _encode_content_with(self, spec: dict) -> None:
         """Make at_start and after_special from tokenizer.json's content: to them `</s>` in a text is text.
@@ -151,7 +175,8 @@ class Tokenizer:
                 "out of the tokenizer's vocabulary, or give it an unk_token of its own")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with naming_file(f"{self.folder}/tokenizer.json"):
+            return self.reference.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
 
 def check_rows(ids: Iterable[int], rows: int, where: str, folder: str | Path = "the checkpoint") -> None:
@@ -221,7 +246,8 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
         token = {"content": value} if isinstance(value, str) else value
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
             raise ValueError(f"{folder}: {name} in tokenizer_config.json or special_tokens_map.json is "
-                             f"{value!r}; a token must be text, or an object with text as its 'content'")
+                             f"{shorten(repr(value), 100)}; a token must be text, or an object with text as "
+                             "its 'content'")
         return token
 
     values = {name: value for name, value in fields.items() if value and (
@@ -248,12 +274,17 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
 
 
 def _read_chat_template(folder: Path, config: dict) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if os.path.lexists(folder / "chat_template.jinja"):
+        return read_text(folder / "chat_template.jinja")
     template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
     # There may be several with names.
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
+                 and isinstance(entry.get("name"), str)}
+        template = named.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder}: chat_template in chat_template.json or tokenizer_config.json must be "
+                         "text or a list of {\"name\", \"template\"} objects")
     return template
 
 

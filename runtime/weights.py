@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from runtime.distributed import from_all, is_main, rank
+from runtime.foreign import printable
 from runtime.model_folder import INDEX, SINGLE, weight_map
 
 PIECE = 2**26               # bytes read, sent or written at once
@@ -113,7 +114,7 @@ def row_range(x: Tensor, owner: int) -> tuple[int, int]:
 
 def _slices(x: Tensor, start: int, end: int) -> Iterator[tuple[int, int]]:
     """Rows start to end of x, cut into pieces of at most PIECE bytes or one row."""
-    step = max(1, PIECE // (x.itemsize * x.shape[1:].numel()))
+    step = max(1, PIECE // (x.itemsize * max(1, x.shape[1:].numel())))
     return ((i, min(i + step, end)) for i in range(start, end, step))
 
 
@@ -206,7 +207,7 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 def warn_once(text: str) -> None:
     """Print a warning once a run, although a folder is read several times."""
     if is_main():
-        print(f"warning: {text}", file=sys.stderr)
+        print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

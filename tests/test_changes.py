@@ -186,8 +186,8 @@ def test_a_weight_by_message(copy):
               "    weights = {0.5 if value == 0.5 else int(value == TRAINS[field]) for")
     copy.edit("records.py", '**({"weight": 0} if weights == {0} else {})}',
               '**({"weight": weights.pop()} if weights and weights != {1} else {})}')
-    copy.edit("chat.py", '        kind = CONTEXT if messages[i].get("weight") == 0 else',
-              '        kind = {0: CONTEXT, 0.5: LIGHT}.get(messages[i].get("weight")) or')
+    copy.edit("chat.py", '        kind = CONTEXT if message.get("weight") == 0 else',
+              '        kind = {0: CONTEXT, 0.5: LIGHT}.get(message.get("weight")) or')
     copy.edit("config.py", "    weights = np.zeros(len(KINDS))\n",
               "    weights = np.zeros(len(KINDS))\n    weights[LIGHT] = 0.5\n")
     copy.edit("config.py", "from chat import COMPLETION,", "from chat import LIGHT, COMPLETION,")

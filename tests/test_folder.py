@@ -417,9 +417,9 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
     now = getattr(train.parse_args(argv), field.name)
     if field.name == "mix":
         other = now
-    elif field.name in ("model", "train_data", "template"):
+    elif field.name in ("model", "train_data", "template", "columns"):
         other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
-                 "template": "tulu"}[field.name]
+                 "template": "tulu", "columns": "prompt=query"}[field.name]
     elif choices := field.metadata["choices"]:
         other = next(choice for choice in choices if choice != now)
     elif isinstance(now, bool):

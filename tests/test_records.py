@@ -1,5 +1,6 @@
 """Records of every layout and file type -> messages, the files that names stand for, and what is refused."""
 import argparse
+import contextlib
 import csv
 import gzip
 import io
@@ -193,7 +194,7 @@ def test_a_bad_row_of_a_table_is_named_with_file_and_line(text, says, tmp_path):
 
 
 def test_a_table_holds_no_cell_that_would_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST", 1000)
+    monkeypatch.setattr(records, "MAX_LINE", 1000)
     with pytest.raises(ValueError, match="x.csv:2: field larger than field limit"):
         list(read_records(write(tmp_path / "x.csv", 'prompt,completion\nHi,"' + "x" * 5000)))
 
@@ -333,7 +334,7 @@ def test_metadata_is_let_through(fields):
     ('{"prompt": "a", "completion": "b"},', "must end with its line"),
     ('{"prompt": "a", "compl', "is not JSON, or is cut short"),
     ('{"prompt": "a\tb", "completion": "b"}', "is not JSON: Invalid control character"),
-    ("[" * 100_000, "is nested too deeply"), ("1" * 5000, "Exceeds the limit"),
+    ("[" * 100_000, "nested deeper than 100 levels"), ("1" * 5000, "Exceeds the limit"),
     ('{"instruction": "a", "input": 0, "output": "b"}', "'input' must be text, not int 0"),
     ('{"conversations": [{"from": "human", "role": "assistant", "value": "x"}]}', "'from' and 'value'"),
     ('{"messages": [{"role": "user", "content": "x", "compute_loss": false}]}', "'compute_loss'"),
@@ -406,11 +407,17 @@ def test_bad_files_are_named(name, content, says, tmp_path):
 
 
 def test_a_record_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "LONGEST", 10_000)
+    monkeypatch.setattr(records, "MAX_LINE", 10_000)
     monkeypatch.setattr(records, "CHUNK", 1000)
     file = write(tmp_path / "x.jsonl", f'{json.dumps(MESSAGES)}\n{{"prompt": "{"x" * 10**6}')
-    with pytest.raises(ValueError, match="x.jsonl:2: a record has more than 10,000 characters"):
+    with pytest.raises(ValueError, match="x.jsonl:2: a record has more than 10,000 characters: split it"):
         list(read_records(file))
+    # One that was read as a whole has the same limit.
+    monkeypatch.setattr(records, "CHUNK", 10**6)
+    for length, fits in ((9_900, True), (10_100, False)):
+        write(tmp_path / "x.jsonl", json.dumps({"prompt": "x" * length, "completion": "y"}))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="x.jsonl:1: a record has"):
+            assert len(list(read_records(file))) == 1
 
 
 # ---------------------------------------------------------------- --columns
@@ -515,7 +522,7 @@ def test_names_without_records_say_why(tmp_path):
     for name, says in (("saved", "written by save_to_disk.*to_parquet"), ("gone", "no such file or folder"),
                        ("both", "holds .jsonl and .parquet"),
                        ("none", "this folder holds no .*none/[*][*]/[*].jsonl"),
-                       ("*.csv", "no file matches"), ("pipe", "is not a regular file.* give -"),
+                       ("*.csv", "no file matches"), ("pipe", "is a pipe or device.* to a file"),
                        ("x" * 300, "no such file"), ("gone/x.jsonl", "no such file or folder")):
         with pytest.raises(ValueError, match=says):
             data_files([f"{tmp_path}/{name}"])

@@ -36,8 +36,8 @@ def test_a_wrong_flag_is_answered_before_pytorch_is_imported(program):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0\n"),
-    (["--config", "nowhere"], "error: --config nowhere: No such file or directory\n"),
+    (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0 and below 100\n"),
+    (["--config", "nowhere"], "error: --config nowhere: no such file\n"),
     (["--model", "/nowhere", "--train-data", "x.jsonl"],
      "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.jsonl"],

@@ -515,6 +515,7 @@ T, S, U, A, C = TEMPLATE, SYSTEM, INSTRUCTION, COMPLETION, CONTEXT
 def test_template_whitespace_takes_no_token_away_from_content(text, kinds, wanted):
     """One token that covers `text`, in a tokenizer that has no other."""
     class Whole:
+        folder = "whole"
         strips_left = strips_right = special = ()
 
         class at_start:
