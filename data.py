@@ -38,11 +38,11 @@ import runtime.tokenizer
 from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
 from records import data_files, naming, read_records
-from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.foreign import check_file, parse_json, printable
 from runtime.machine import to_device
 from runtime.report import shorten
+from runtime.tokenizer import Tokenizer, check_rows
 
 # The tokenizer gets so many records or characters at once.
 BATCH, BATCH_CHARACTERS = 512, 2**22

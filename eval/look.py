@@ -15,7 +15,7 @@ Shapes: E examples, K kinds of span.
 from dataclasses import dataclass
 
 from eval.flags import check_values
-from config import Config, check_inputs
+from config import PRESETS, Config, check_inputs, span_weights
 from config import parse_args as parse_flags
 from runtime.flags import flag
 from runtime.start import answer_flags
@@ -56,7 +56,6 @@ from data import Dataset, Steps
 from eval import estimate
 from eval.advice import advice
 from eval.common import run, write_json
-from config import PRESETS, span_weights
 from model import parameter_count
 from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size

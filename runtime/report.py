@@ -55,7 +55,7 @@ def counted(number: int, noun: str) -> str:
 def describe_data(config: object, dataset: object, usable: Sized, held_out: Sized | None, steps: object,
                   total_steps: int, positions: int | None) -> str:
     """What will be trained on; and where that is not what the flags suggest: examples without a completion,
-    files given twice, examples longer than the model was trained for. config: train.Config; dataset:
+    files given twice, examples longer than the model was trained for. config: config.Config; dataset:
     data.Dataset; usable: the examples to train on; held_out: the data.Dataset of --eval-fraction, if any;
     steps: data.Steps; positions: config.json's max_position_embeddings."""
     report, lengths, incomplete = dataset.report, dataset.lengths, dataset.without_completion
@@ -79,9 +79,9 @@ def describe_data(config: object, dataset: object, usable: Sized, held_out: Size
         lines += [f"warning: {counted(incomplete, 'example')} without a completion; --loss im and lm train",
                   "  on these, it does not: with --no-require-completion, losses have different",
                   "  examples and steps"]
-    if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
-        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count once for",
-                  "  each mention"]
+    if twice := len(dataset.files) - len({Path(file).resolve() for file in dataset.files}):
+        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count",
+                  "  once for each mention"]
     if positions and (longer := int((lengths[usable] > positions).sum())):
         lines += [f"warning: {counted(longer, 'example')} longer than the model's max_position_embeddings, "
                   f"{positions};", f"  --max-length {positions} would cut them"]
