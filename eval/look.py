@@ -63,7 +63,7 @@ from runtime.files import writing
 from runtime.folder import check_folder
 from runtime.foreign import printable
 from runtime.machine import peak_memory_mb
-from runtime.report import counted, describe_data, fit, say, shorten
+from runtime.report import counted, describe_data, fit, say, ending
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
@@ -129,7 +129,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
     packed, capacity = numbers["packing"], config.micro_batch_tokens
     say(f"  the longest has {numbers['longest']:,} tokens")
     for name, held_out in numbers["held_out"].items():
-        say(f"held out: {shorten(name, 32)}: {held_out['examples']:,} examples, "
+        say(f"held out: {ending(name, 32)}: {held_out['examples']:,} examples, "
             f"{held_out['tokens']:,} tokens")
     say(f"\n{'targets':<12}{'weight':>8}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}"
         f"{'max':>8}")

@@ -30,8 +30,8 @@ def fit(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def shorten(text: str, width: int) -> str:
-    """One printable line. A long one loses its beginning, since paths differ at the end."""
+def ending(text: str, width: int) -> str:
+    """One printable line; of a long one its end, since that is where paths differ."""
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= width else "..." + text[3 - width:]
 
@@ -161,7 +161,7 @@ def print_change(before: dict, after: dict) -> None:
     for name, kind, result, old in changes(before, after):
         value = result["nll_token_mean"]
         shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
-        say(f"{shorten(name, width):<{width}} {kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}"
+        say(f"{ending(name, width):<{width}} {kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}"
             f"{change:>9}")
     if "exact_match" in after:
         comparable = before["contents"] == after["contents"] and before.get("answers") == after["answers"]
