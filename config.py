@@ -5,6 +5,7 @@
 
 Nothing here needs PyTorch, so --help and the answer to a wrong flag come at once.
 """
+import glob
 import importlib.util
 import math
 import os
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES
-from records import parse_columns
+from records import RECORDS_FILE, parse_columns
 from runtime.flags import BELOW, flag, flag_name, given_flags
 from runtime.model_folder import check_model
 
@@ -256,6 +257,6 @@ def check_inputs(config: Config) -> None:
     for name in ("train_data", "eval_data"):
         for file in getattr(config, name):
             # Other names may stand for more than one file, or for none on this disk.
-            one_file = file.endswith((".jsonl", ".json", ".jsonl.gz")) and not {*file} & {*"*?[:"}
+            one_file = RECORDS_FILE.fullmatch(file) and not glob.has_magic(file)
             if one_file and not Path(file).exists():
                 raise ValueError(f"{flag_name(name)} {file}: no such file")

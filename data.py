@@ -38,11 +38,11 @@ import runtime.tokenizer
 from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
 from records import data_files, naming, read_records
-from runtime.tokenizer import Tokenizer, check_rows
 from runtime.files import checksum, commit, delete_left, writing
 from runtime.foreign import check_file, parse_json, printable
 from runtime.machine import to_device
-from runtime.report import shorten
+from runtime.report import ending
+from runtime.tokenizer import Tokenizer, check_rows
 
 # The tokenizer gets so many records or characters at once.
 BATCH, BATCH_CHARACTERS = 512, 2**22
@@ -328,7 +328,7 @@ def _rendered(files: list[str], template: Template, progress: bool, columns: Ite
               ) -> Iterator[tuple[list[Piece], int, int, int]]:
     """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
     for number, file in enumerate(files):
-        bar = tqdm(read_records(file, columns), f"tokenizing {shorten(str(file), 24)}", unit=" records",
+        bar = tqdm(read_records(file, columns), f"tokenizing {ending(str(file), 24)}", unit=" records",
                    leave=False, dynamic_ncols=True, disable=not progress)
         for messages, line in bar:
             with naming(f"{file}:{line}"):

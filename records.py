@@ -609,7 +609,7 @@ def _text_of_part(part: dict, number: int) -> str:
 def _with_system_prompt(messages: list, record: dict) -> list:
     """The messages with the record's system prompt first. ValueError if they have another one."""
     for field in ("system", "system_prompt"):
-        given = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "system"]
+        given = [m["content"] for m in messages if m["role"] == "system"]
         if record.get(field) and not given:
             messages = [{"role": "system", "content": record[field]}, *messages]
         elif record.get(field, "") not in ("", *given):
@@ -664,8 +664,6 @@ def _refuse(fields: dict, owner: str) -> None:
 def _message(message: dict, number: int) -> dict:
     """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
     wrong with it."""
-    if not isinstance(message, dict):
-        raise ValueError(f"message {number} must be an object with 'role' and 'content'")
     fields = _present(message)
     role, content = fields.pop("role", None), fields.pop("content", None)
     if not isinstance(role, str) or role not in ROLES:
@@ -684,7 +682,7 @@ def _message(message: dict, number: int) -> dict:
     if content is None and rendered.get("tool_calls"):
         content = ""
     if not isinstance(content, str):
-        raise ValueError(f"message {number} ({role}) has no text: 'content' is {type(content).__name__}")
+        raise ValueError(f"message {number} ({role}) has no text: 'content' is {_kind(content)}")
     try:
         (content + json.dumps(fields, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError:
@@ -711,7 +709,7 @@ def _rendered_fields(fields: dict, role: str, number: int) -> dict:
     if thoughts := fields.pop("reasoning_content", None):
         if not isinstance(thoughts, str):
             raise ValueError(f"message {number}'s 'reasoning_content' must be text, "
-                             f"not {type(thoughts).__name__}")
+                             f"not {_kind(thoughts)}")
         rendered["reasoning_content"] = thoughts
     return rendered
 

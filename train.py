@@ -57,7 +57,7 @@ from runtime.machine import (compile_fault, deterministic, keep_freed_memory, pe
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
-from runtime.report import (Progress, StopSignal, describe, describe_data, fit, print_change, say, shorten,
+from runtime.report import (Progress, StopSignal, describe, describe_data, fit, print_change, say, ending,
                             show_answers)
 from runtime.start import raise_interrupts
 from runtime.tokenizer import Tokenizer, write_tokenizer
@@ -382,7 +382,7 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
         append_line(Path(config.output_dir) / "eval.jsonl", result)
     for name, kinds in result["data"].items():
         values = ", ".join(f"{kind} {value['nll_token_mean']:.4f}" for kind, value in kinds.items())
-        say(fit(f"step {step}: {shorten(name, 40)}: {values}"))
+        say(fit(f"step {step}: {ending(name, 40)}: {values}"))
     return result, answers
 
 

@@ -17,7 +17,7 @@ def commands() -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     if argv and argv[0] in commands():
-        print(f"error: it is python -m eval.{argv[0]}, with a point", file=sys.stderr)
+        print(f"error: it is python -m eval.{argv[0]}, with a dot", file=sys.stderr)
         return 1
     print("python -m eval.COMMAND --help lists a command's flags. The commands:\n")
     for name, purpose in commands().items():

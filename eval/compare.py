@@ -67,7 +67,7 @@ from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import write_text
-from runtime.report import shorten
+from runtime.report import ending
 
 WIDTH = 80      # columns of the terminal
 POINTS = 100    # of a curve: more cannot be told apart
@@ -135,9 +135,9 @@ def print_table(title: str, rows: dict[str, dict], letters: list[str]) -> None:
     lines = [["", *columns]]
     for label, row in rows.items():
         texts = [" ".join(cell_texts(row.get(column, {"value": ""}), column)).strip() for column in columns]
-        lines.append([shorten(label, WIDTH - 1), *(shorten(text, WIDTH - 11) for text in texts)])
+        lines.append([ending(label, WIDTH - 1), *(ending(text, WIDTH - 11) for text in texts)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\n{shorten(title, WIDTH)}")
+    print(f"\n{ending(title, WIDTH)}")
     if sum(widths) + 2 * len(columns) < WIDTH:
         for label, *texts in lines:
             aligned = "".join(f"  {text:>{width}}" for text, width in zip(texts, widths[1:]))
@@ -219,12 +219,12 @@ def main(argv: list[str]) -> None:
     output = args.output or runs[0].folder / "page.html"
     write_text(output, page)
     for one in runs:
-        print(f"{one.letter}  {shorten(str(one.folder), WIDTH - 4)}")
+        print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
     for title, rows in tables.items():
         print_table(title, rows, letters)
     print()
     for note in notes:
-        print(f"note: {shorten(note, len(note))}")
+        print(f"note: {ending(note, len(note))}")
     print(f"{output} is the page")
     result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
     write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))

@@ -19,7 +19,7 @@ from runtime.start import answer_flags
 LOOKUP = 3      # the most tokens that are guessed for a document in a step of generation
 # Numbers that cost memory or time as such, and what they may be at most. Other numbers end at flags.BELOW.
 MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_workers": 10**4, "k": 10**4,
-        "max_new_tokens": 10**6, "megabytes": 10**6, "samples": 10**4, "seconds": 10**6, "workers": 10**4}
+        "max_new_tokens": 10**6, "samples": 10**4}
 
 
 def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespace]) -> None:
@@ -83,17 +83,17 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
         # Written so that NaN fails.
         if value is not None and not least <= value <= most:
             bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
-            raise ValueError(f"--{name.replace('_', '-')} {value}: must be {bounds}")
+            raise ValueError(f"{flags.flag_name(name)} {value}: must be {bounds}")
     # Now, not when all has been computed.
     for name in files:
         file = getattr(args, name)
         if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"--{name.replace('_', '-')} {file}: give a file in a folder that exists")
+            raise ValueError(f"{flags.flag_name(name)} {file}: give a file in a folder that exists")
         for other, value in vars(args).items() if file else ():
             named = value if isinstance(value, list) else [value]
             if other != name and os.path.realpath(file) in (
                     os.path.realpath(each) for each in named if isinstance(each, str) and each):
-                raise ValueError(f"--{name.replace('_', '-')} {file}: --{other.replace('_', '-')} names this "
+                raise ValueError(f"{flags.flag_name(name)} {file}: {flags.flag_name(other)} names this "
                                  "file, too; give another")
 
 
@@ -116,7 +116,7 @@ def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
-    """check_values() for these flags too."""
+    """check_values(), also for the flags of add_bootstrap_flags()."""
     check_values(args, files, bootstrap=0, seed=0, **least)
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")

@@ -66,7 +66,7 @@ from eval.common import (Loaded, load, progress, run, start_ranks,
                          write_json)
 from eval.engine import Engine, Sampling
 from model import Llama
-from records import read_all, to_messages
+from records import naming, read_all, to_messages
 from runtime.distributed import is_main
 from runtime.foreign import printable
 
@@ -189,13 +189,11 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
     for messages, file, line in islice(read_all([args.data], args.columns), args.limit):
         answered = messages[-1]["role"] == "assistant"
         question = messages[:-1] if answered else messages
-        try:
+        with naming(f"{file}:{line}"):
             if not question:
                 raise ValueError("an assistant's message alone: there is nothing to answer")
             pieces.append(render(question, template, add_generation_prompt=True))
             asked.append((question, template.expected(messages) if answered else None))
-        except ValueError as error:
-            raise ValueError(f"{file}:{line}: {error}") from None
     return asked, pieces
 
 

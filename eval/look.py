@@ -15,7 +15,7 @@ Shapes: E examples, K kinds of span.
 from dataclasses import dataclass
 
 from eval.flags import check_values
-from config import Config, check_inputs
+from config import PRESETS, Config, check_inputs, span_weights
 from config import parse_args as parse_flags
 from runtime.flags import flag
 from runtime.start import answer_flags
@@ -56,7 +56,6 @@ from data import Dataset, Steps
 from eval import estimate
 from eval.advice import advice
 from eval.common import run, write_json
-from config import PRESETS, span_weights
 from model import parameter_count
 from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size
@@ -64,7 +63,7 @@ from runtime.files import writing
 from runtime.folder import check_folder
 from runtime.foreign import printable
 from runtime.machine import peak_memory_mb
-from runtime.report import counted, describe_data, fit, say, shorten
+from runtime.report import counted, describe_data, fit, say, ending
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 # What check_folder() finds, in words.
@@ -130,7 +129,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
     packed, capacity = numbers["packing"], config.micro_batch_tokens
     say(f"  the longest has {numbers['longest']:,} tokens")
     for name, held_out in numbers["held_out"].items():
-        say(f"held out: {shorten(name, 32)}: {held_out['examples']:,} examples, "
+        say(f"held out: {ending(name, 32)}: {held_out['examples']:,} examples, "
             f"{held_out['tokens']:,} tokens")
     say(f"\n{'targets':<12}{'weight':>8}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}"
         f"{'max':>8}")

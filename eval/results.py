@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from config import Config
 from runtime.files import distinct_endings, read_json
 from runtime.folder import is_evaluation, is_step, read_log
 from runtime.foreign import is_number, parse_json, read_text
-from train import Config
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}

@@ -49,7 +49,7 @@ from kernels.head import nll
 from model import Llama
 from runtime.model_folder import resolve_model
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
-from runtime.report import shorten
+from runtime.report import ending
 
 MEANS = ("nll_token_mean", "nll_example_mean")
 
@@ -83,7 +83,7 @@ def sums_by_file(model: Llama, datasets: dict[str, Dataset], micro_batch_tokens:
     progress bar. All ranks call."""
     device, sums = model.head_weight.device, {}
     for name, dataset in datasets.items():
-        rows = partial(tqdm, desc=shorten(f"{bar} on {name}", 32), leave=False, unit=" rows",
+        rows = partial(tqdm, desc=ending(f"{bar} on {name}", 32), leave=False, unit=" rows",
                        dynamic_ncols=True, disable=not shows_progress())
         capacity = max(micro_batch_tokens, int(dataset.lengths.max()))
         sums[name] = example_sums(model, dataset, capacity, device, rank(), world_size(), rows)

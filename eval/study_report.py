@@ -6,7 +6,7 @@ import numpy as np
 
 from eval.compare import COLOURS, DASHES, GREY
 from eval.study_statistics import MEANS
-from runtime.report import WIDTH, shorten
+from runtime.report import WIDTH, ending
 
 # As a table names what was measured.
 MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL, mean over examples",
@@ -20,30 +20,30 @@ def report_text(result: dict) -> str:
     lines = [f"chosen on validation data, by the mean over {seeds} seed(s):" if any(
         choice["curve"] for choice in result["choices"].values()) else "no choice was made:"]
     for name, choice in result["choices"].items():
-        lines.append(f"  {shorten(name, 24):<24} lr {choice['lr']:g}, epoch {choice['epoch']:g} (step "
+        lines.append(f"  {ending(name, 24):<24} lr {choice['lr']:g}, epoch {choice['epoch']:g} (step "
                      f"{choice['step']:,})")
         for lr, curve in choice["curve"].items():
             values = " ".join(f"{point['mean']:.4f}" + "*" * (
                 lr == f"{choice['lr']:g}" and point["step"] == choice["step"]) for point in curve)
             lines.append(textwrap.fill(values, WIDTH, initial_indent=f"    {lr:>8}: ",
                                        subsequent_indent=" " * 14))
-    lines += ["", f"minus {shorten(baseline, 24)}, paired by seed and example, with "
+    lines += ["", f"minus {ending(baseline, 24)}, paired by seed and example, with "
               f"{100 * result['confidence']:g} % intervals",
               "over seeds and examples; agree: seeds whose own difference has the same sign;",
               "equal: no seed differs"]
     titles = dict.fromkeys((row["file"], row["measure"]) for row in result["differences"])
     for file, measure in titles:
         rows = [row for row in result["differences"] if (row["file"], row["measure"]) == (file, measure)]
-        ends = f": {MEASURES[measure]}; {shorten(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
+        ends = f": {MEASURES[measure]}; {ending(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
         if rows[0]["start_value"] is not None:
             ends += f", the start {rows[0]['start_value']:.4f}"
-        lines += ["", shorten(file, WIDTH - len(ends)) + ends]
+        lines += ["", ending(file, WIDTH - len(ends)) + ends]
         for row in rows:
             low, high = row["interval"] or (np.nan, np.nan)
             interval = f"[{low:+.4f}, {high:+.4f}]" if row["interval"] else "no interval"
             # Where every seed has the same value under both, there is no sign to agree on.
             agree = f"{row['seeds_agree']} of {row['seeds']} agree" if any(row["per_seed"]) else "equal"
-            lines.append(f"  {shorten(row['contender'], 24):<24}{row['value']:>+10.4f} {interval:>22}"
+            lines.append(f"  {ending(row['contender'], 24):<24}{row['value']:>+10.4f} {interval:>22}"
                          f"     {agree}")
     lines.append("")
     for text in [*result["sentences"], *(f"note: {note}" for note in result["notes"])]:
@@ -95,7 +95,7 @@ def draw_curves(result: dict) -> object:
         if max(map(len, of_file.values())) > 2:
             room = 0.08 * (max(later) - min(later)) or 0.1
             axes.set_ylim(min(*later, start) - room, max(later) + room)
-        axes.set_title(shorten(file, 34))
+        axes.set_title(ending(file, 34))
         axes.set_xlabel("epoch")
     figure.supylabel("NLL of completions, nats a token")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -123,7 +123,7 @@ def draw_differences(result: dict) -> object:
             axes.plot(row["value"], place, "o", color=colour, markersize=5)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_yticks(range(len(ordered)), [
-            f"{row['contender']}   {shorten(row['file'], 24)}: {MEASURES[row['measure']]}"
+            f"{row['contender']}   {ending(row['file'], 24)}: {MEASURES[row['measure']]}"
             for row in ordered])
         axes.set_ylim(len(ordered) - 0.4, -0.6)
         in_nats = rows[0]["measure"] in MEANS

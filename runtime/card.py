@@ -4,6 +4,7 @@ It names files, never their folders, and nothing of the machine or the user, so 
 as it is. It holds no times either: the same run writes the same bytes, interrupted or not.
 """
 import dataclasses
+import glob
 import json
 import os
 import shlex
@@ -21,14 +22,18 @@ PATHS, TOLD = ("model", "train_data", "mix", "eval_data", "template"), ("eval_da
 
 
 def bare_name(path: str) -> str:
-    """A path without its folders: /home/a/smollm2 -> smollm2, runs/im/final -> im. What is no path, a hub id,
-    stays as it is. Characters that would be markup are replaced."""
-    path, equals, share = path.partition("=")       # of --mix: FILE=SHARE
+    """A path without its folders: /home/a/smollm2 -> smollm2, runs/im/final -> im, data/*.jsonl -> *.jsonl. A
+    hub id stays as it is. Characters that would be markup are replaced."""
     full = Path(path).expanduser()
-    if full.exists() or full.is_absolute():
+    if full.exists() or full.is_absolute() or glob.has_magic(path):
         path = [part for part in Path(os.path.abspath(full)).parts if part != "final"][-1]
-    name = path + equals + share
-    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in name)
+    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in path)
+
+
+def bare_share(word: str) -> str:
+    """A FILE=SHARE of --mix, with the file's bare name."""
+    file, equals, share = word.rpartition("=")
+    return bare_name(file) + equals + share
 
 
 def bare_names(paths: list[str]) -> list[str]:
@@ -39,7 +44,7 @@ def bare_names(paths: list[str]) -> list[str]:
 
 
 def command(config: object) -> str:
-    """The command that repeats the run, with bare names. config: train.Config."""
+    """The command that repeats the run, with bare names. config: config.Config."""
     words = ["python", "train.py"]
     for field in dataclasses.fields(config):
         value, default = getattr(config, field.name), field.default
@@ -50,7 +55,9 @@ def command(config: object) -> str:
             words.append(flag_name(field.name) if value else flag_name(f"no_{field.name}"))
             continue
         values = map(str, value if isinstance(value, list) else [value])
-        words += [flag_name(field.name), *(map(bare_name, values) if field.name in PATHS else values)]
+        if field.name in PATHS:
+            values = map(bare_share if field.name == "mix" else bare_name, values)
+        words += [flag_name(field.name), *values]
     return shlex.join(words)
 
 
@@ -61,9 +68,9 @@ def table(head: list[str], rows: list[list[object]]) -> str:
 
 def model_card(config: object, dataset: object, usable: Sized, kinds: tuple[str, ...], steps: int,
                before: dict, after: dict) -> str:
-    """The card as Markdown. config: train.Config; dataset: data.Dataset; usable: (examples,) those that were
-    trained on; kinds: names of the columns of dataset.counts; steps: of the run; before, after: the first and
-    the last line of eval.jsonl, or {}."""
+    """The card as Markdown. config: config.Config; dataset: data.Dataset; usable: (examples,) those that
+    were trained on; kinds: names of the columns of dataset.counts; steps: of the run; before, after: the
+    first and the last line of eval.jsonl, or {}."""
     base = bare_name(config.model)
     of_file = Counter(dataset.origins[usable, 0].tolist())
     names = bare_names(dataset.files)

@@ -79,8 +79,8 @@ def weight_map(folder: Path) -> dict[str, str]:
     for tensor, name in names.items():
         # A leading slash splits off an empty name.
         if not isinstance(name, str) or {"..", ""} & {*name.split("/")}:
-            raise ValueError(f"{index}: {shorten(tensor, 100)} is in {shorten(repr(name), 100)}; it must be "
-                             "a file in this folder")
+            raise ValueError(f"{index}: {shorten(tensor, 100)} is in {shorten(repr(name), 100)}; that must "
+                             "be a file in this folder")
     return names
 
 

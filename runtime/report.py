@@ -30,8 +30,8 @@ def fit(text: str) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def shorten(text: str, width: int) -> str:
-    """One printable line. A long one loses its beginning, since paths differ at the end."""
+def ending(text: str, width: int) -> str:
+    """One printable line; of a long one its end, since that is where paths differ."""
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if len(text) <= width else "..." + text[3 - width:]
 
@@ -55,7 +55,7 @@ def counted(number: int, noun: str) -> str:
 def describe_data(config: object, dataset: object, usable: Sized, held_out: Sized | None, steps: object,
                   total_steps: int, positions: int | None) -> str:
     """What will be trained on; and where that is not what the flags suggest: examples without a completion,
-    files given twice, examples longer than the model was trained for. config: train.Config; dataset:
+    files given twice, examples longer than the model was trained for. config: config.Config; dataset:
     data.Dataset; usable: the examples to train on; held_out: the data.Dataset of --eval-fraction, if any;
     steps: data.Steps; positions: config.json's max_position_embeddings."""
     report, lengths, incomplete = dataset.report, dataset.lengths, dataset.without_completion
@@ -79,9 +79,9 @@ def describe_data(config: object, dataset: object, usable: Sized, held_out: Size
         lines += [f"warning: {counted(incomplete, 'example')} without a completion; --loss im and lm train",
                   "  on these, it does not: with --no-require-completion, losses have different",
                   "  examples and steps"]
-    if twice := len(config.train_data) - len({Path(file).resolve() for file in config.train_data}):
-        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count once for",
-                  "  each mention"]
+    if twice := len(dataset.files) - len({Path(file).resolve() for file in dataset.files}):
+        lines += [f"warning: --train-data names {twice} file(s) more than once; their records count",
+                  "  once for each mention"]
     if positions and (longer := int((lengths[usable] > positions).sum())):
         lines += [f"warning: {counted(longer, 'example')} longer than the model's max_position_embeddings, "
                   f"{positions};", f"  --max-length {positions} would cut them"]
@@ -161,7 +161,7 @@ def print_change(before: dict, after: dict) -> None:
     for name, kind, result, old in changes(before, after):
         value = result["nll_token_mean"]
         shown, change = ("-", "-") if old is None else (f"{old:.4f}", f"{value - old:+.4f}")
-        say(f"{shorten(name, width):<{width}} {kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}"
+        say(f"{ending(name, width):<{width}} {kind:<12}{result['tokens']:>9,}{shown:>12}{value:>9.4f}"
             f"{change:>9}")
     if "exact_match" in after:
         comparable = before["contents"] == after["contents"] and before.get("answers") == after["answers"]

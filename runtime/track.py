@@ -1,9 +1,9 @@
 """--track: the numbers of metrics.jsonl and eval.jsonl in TensorBoard or Weights & Biases, too.
 
-    tracker = Tracker("tensorboard", out, vars(config), first_step=0)
+    tracker = Tracker("tensorboard", out, settings, first_step=0, evaluates_first=True)
     tracker.add("metrics", {"step": 1, "loss": 2.5, ...})       # a line, as it is written
 
-A number is called what it is called in the file; one inside an object is called after the way there, such as
+A number has the same name as in the file. One inside an object has the path to it as its name, such as
 data/test/completion/nll_token_mean. Both packages are optional, and only rank 0 makes a Tracker that does
 anything. A resumed run adds to what is there, and has each step once, as its files do.
 """
@@ -46,9 +46,9 @@ class Tracker:
             self.run.finish()
 
 
-def _numbers(record: dict, way: str = "") -> Iterator[tuple[str, float]]:
+def _numbers(record: dict, path: str = "") -> Iterator[tuple[str, float]]:
     for name, value in record.items():
         if isinstance(value, dict):
-            yield from _numbers(value, f"{way}{name}/")
+            yield from _numbers(value, f"{path}{name}/")
         elif isinstance(value, int | float):
-            yield f"{way}{name}", value
+            yield f"{path}{name}", value

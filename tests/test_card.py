@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import train
-from runtime.card import bare_name, bare_names
+from runtime.card import bare_name, bare_names, bare_share
 from tiny import ROOT, arguments, make_records, run_here, setup, stop_after
 
 KINDS = ("template", "system", "instruction", "completion", "context")
@@ -126,5 +126,8 @@ def test_names_have_no_folders_and_no_markup(tmp_path):
     assert bare_name("owner/name@main") == "owner/name@main"        # a hub id
     assert bare_name("/gone/since/x.jsonl") == "x.jsonl"
     assert bare_name(str(tmp_path / "a|`<b>.jsonl")) == "a???b?.jsonl"
-    assert bare_name(str(tmp_path / "a.jsonl") + "=0.5") == "a.jsonl=0.5"      # of --mix
+    assert bare_name("private/*.jsonl") == "*.jsonl"
+    (tmp_path / "lr=1").mkdir()
+    assert bare_name(str(tmp_path / "lr=1" / "x.jsonl")) == "x.jsonl"
+    assert bare_share(str(tmp_path / "lr=1" / "x.jsonl") + "=0.5") == "x.jsonl=0.5"     # of --mix
     assert bare_names(["/x/a", "/y/a", "/b", "/z/a"]) == ["a", "a (2)", "b", "a (3)"]

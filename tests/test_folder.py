@@ -518,6 +518,11 @@ def test_the_table_at_the_end_compares_the_same_records_only(folder, whole, monk
 def test_a_file_given_twice_to_train_on_is_said(folder, capsys):
     run_here(arguments(folder, "twice", train_data=[folder / "train.jsonl"] * 2, max_steps=1))
     assert "--train-data names 1 file(s) more than once" in capsys.readouterr().out
+    (folder / "records").mkdir()
+    shutil.copy(folder / "train.jsonl", folder / "records")
+    run_here(arguments(folder, "in-folder", max_steps=1,
+                       train_data=[folder / "records", folder / "records" / "train.jsonl"]))
+    assert "--train-data names 1 file(s) more than once" in capsys.readouterr().out
 
 
 def test_an_interrupted_quick_start_is_resumed_and_a_finished_one_repeated(tmp_path, monkeypatch, capsys):

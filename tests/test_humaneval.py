@@ -85,10 +85,10 @@ def test_a_problem_that_no_program_could_solve_is_named(tmp_path, changes):
 
 
 @pytest.mark.parametrize("flag, value, says", [
-    ("seconds", "nan", "nan: must be from 1 to 86,400"), ("seconds", "inf", "inf: must be from 1 to 86,400"),
-    ("seconds", "-1", "-1.0: must be from 1"), ("seconds", "1e300", r"1e\+300: must be from 1"),
+    ("seconds", "nan", "nan: must be a number"), ("seconds", "inf", "inf: must be a number"),
+    ("seconds", "-1", "-1.0: must be from 1"), ("seconds", "1e300", r"1e\+300: must be a number"),
     ("megabytes", "0", "0: must be from 64 to 1,048,576"), ("megabytes", str(2**64), f"{2**64}: must be"),
-    ("top-p", "0", "0.0: must be from 1e-06 to 1"), ("temperature", "nan", "nan: must be from 0 to 100"),
+    ("top-p", "0", "0.0: must be from 1e-06 to 1"), ("temperature", "nan", "nan: must be a number"),
     ("seed", "-1", "-1: must be 0 or more"),
     ("workers", "0", "0: must be from 1 to 1,024"), ("workers", "99999", "99999: must be from 1 to 1,024"),
 ])

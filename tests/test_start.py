@@ -36,12 +36,14 @@ def test_a_wrong_flag_is_answered_before_pytorch_is_imported(program):
 
 
 @pytest.mark.parametrize("argv, says", [
-    (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0\n"),
-    (["--config", "nowhere"], "error: --config nowhere: No such file or directory\n"),
+    (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0 and below 100\n"),
+    (["--config", "nowhere"], "error: --config nowhere: no such file\n"),
     (["--model", "/nowhere", "--train-data", "x.jsonl"],
      "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.jsonl"],
      "error: --train-data nowhere.jsonl: no such file\n"),
+    (["--model", "quickstart/model", "--train-data", "nowhere.csv.gz"],
+     "error: --train-data nowhere.csv.gz: no such file\n"),
     (["--completion-weight", "0", "--loss", "it"],
      "error: all span weights are 0, so there is nothing to train; raise --completion-weight\n")])
 def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, says):
@@ -103,7 +105,7 @@ def test_python_m_eval_lists_every_command_in_a_line_of_80_columns():
         doc = ast.get_docstring(ast.parse(Path(ROOT, "eval", f"{name}.py").read_text()))
         assert doc.startswith(line.split(maxsplit=1)[1].removesuffix("...").rstrip())
     done = start(["-m", "eval", "look", "--show", "1"])
-    assert (done.returncode, done.stderr) == (1, "error: it is python -m eval.look, with a point\n")
+    assert (done.returncode, done.stderr) == (1, "error: it is python -m eval.look, with a dot\n")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

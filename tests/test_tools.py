@@ -303,7 +303,7 @@ def test_empty_is_absent(nothing):
     ([], calls(call("f", "x=1")), "message 2's arguments of 'f' must be an object"),
     ([], calls(call("f", "[1]")), "must be an object, or JSON text of one, not '[1]'"),
     ([], calls(call("f", '{"x": ' + "[" * 100_000)), "message 2's arguments of 'f' must be an"),
-    ([], {**SAID, "reasoning_content": ["hm"]}, "message 2's 'reasoning_content' must be text, not list"),
+    ([], {**SAID, "reasoning_content": ["hm"]}, "message 2's 'reasoning_content' must be text, not a list"),
     ([], {**ANSWERED, "tool_calls": [WEATHER]}, "message 2 has 'tool_calls'"),
     ([], {**SAID, "tools": TOOLS}, "message 2 has 'tools'"),
     ([], {"role": "assistant", "content": None}, "message 2 (assistant) has no text"),

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -509,6 +510,20 @@ def test_the_first_examples_are_those_of_a_file_cut_there(folder, repeated):
                            eval_fraction=0.25))
         held_out.append(evaluations(folder / f"first-{number}")[0])
     assert held_out[0] == held_out[1]
+
+
+def test_a_folder_in_a_mix_is_said_with_the_examples_of_all_its_files(folder, repeated, capsys):
+    (folder / "shards").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / "shards" / name).write_text((folder / "train.jsonl").read_text())
+    sizes = []
+    for name in ("train.jsonl", "shards"):
+        run_here(arguments(folder, f"mix-{name}", train_data=None, max_steps=1,
+                           mix=[f"{folder / name}=1", f"{repeated}=1"]))
+        printed = capsys.readouterr().out
+        sizes.append([int(number) for number in re.findall(r"an epoch has .*, which has (\d+)", printed)])
+    (of_file, of_other), of_folder = sizes
+    assert of_folder == [2 * of_file, of_other]
 
 
 def test_a_mix_trains_on_its_shares_and_resumes_bit_for_bit(folder, repeated, monkeypatch, capsys):
