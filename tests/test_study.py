@@ -383,12 +383,18 @@ def fits_the_terminal(printed: str, folder: Path) -> None:
     assert max(len(text) for text in printed.splitlines() if str(folder) not in text) <= 80
 
 
-def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys):
-    """With a learning rate that makes the loss infinite."""
-    argv = arguments(folder, "failed", memorization=0, generate=0, epochs=1, lrs=["0.01", "1e30"], seeds=1)
+def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monkeypatch):
+    """With an infinite loss in the second step of one learning rate's runs."""
+    check_finite = train.check_finite
+
+    def of_a_run(step, totals, grad_norm, nll_by_batch, dataset, lr):
+        loss = {"loss": math.inf} if (step, lr) == (2, 9.0) else {}
+        check_finite(step, totals | loss, grad_norm, nll_by_batch, dataset, lr)
+    monkeypatch.setattr(train, "check_finite", of_a_run)
+    argv = arguments(folder, "failed", memorization=0, generate=0, epochs=1, lrs=["0.01", "9"], seeds=1)
     assert study.main(argv) == 1
     errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error")]
-    assert len(errors) == 2 and errors[0].startswith("error: it lr 1e+30 seed 0: step 2: loss ")
+    assert len(errors) == 2 and errors[0].startswith("error: it lr 9 seed 0: step 2: loss ")
     assert [line["lr"] for line in results(folder, "failed")] == [0.01, 0.01]
     assert json.loads((folder / "failed" / "study.json").read_text())["choices"]["im"]["lr"] == 0.01
 
