@@ -14,6 +14,7 @@ import dataclasses
 import datetime
 import json
 import math
+import re
 import tomllib
 from pathlib import Path
 
@@ -79,8 +80,8 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     if below is not None:
         limit += f" and below {below:,.15g}"
     try:
-        # From its text, because int(True) and int(1.5) are 1.
-        number = kind(str(value))
+        # From its text, because int(True) and int(1.5) are 1. Other trainers write 3.0 for 3.
+        number = kind(re.sub(r"\.0*$", "", str(value)) if kind is int else str(value))
     except ValueError:
         refuse(limit)
     # Written so that NaN fails.

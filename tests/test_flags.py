@@ -213,3 +213,10 @@ def test_the_share_that_is_held_out_is_something_to_evaluate_on():
         with pytest.raises(ValueError, match=f"--eval-fraction {value}: must be a finite number, 0 or more "
                                              "and below 1"):
             train.parse_args(flags(**base, eval_fraction=value))
+
+
+def test_a_whole_number_may_be_written_with_a_point():
+    assert train.parse_args(["--epochs", "3.0"]).epochs == 3
+    for text in ("3.5", "3.0.0", ".0", "true"):
+        with pytest.raises(ValueError, match=f"--epochs {text}: must be a whole number"):
+            train.parse_args(["--epochs", text])
