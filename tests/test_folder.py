@@ -415,11 +415,9 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
     more = dict(train_data=None, mix=[f"{folder / 'train.jsonl'}=1"]) if field.name == "mix" else {}
     argv = arguments(folder, stopped_run, **more)
     now = getattr(train.parse_args(argv), field.name)
-    if field.name == "mix":
-        other = now
-    elif field.name in ("model", "train_data", "template", "columns"):
+    if field.name in ("model", "train_data", "template", "columns", "mix"):
         other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
-                 "template": "tulu", "columns": "prompt=query"}[field.name]
+                 "template": "tulu", "columns": "prompt=query", "mix": None}[field.name]
     elif choices := field.metadata["choices"]:
         other = next(choice for choice in choices if choice != now)
     elif isinstance(now, bool):
@@ -428,9 +426,12 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
         other = now + 1 if isinstance(now, int) else (now or 1) / 2
     before = {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
     name = flag_name(field.name)
-    more = flags(**{field.name: other}) if other is not False else [name.replace("--", "--no-")]
+    if field.name == "train_data":
+        argv = arguments(folder, stopped_run, train_data=other)
+    elif field.name != "mix":
+        argv += flags(**{field.name: other}) if other is not False else [name.replace("--", "--no-")]
     with pytest.raises(ValueError, match=rf"was started differently \((.*; )?{name}[: ]"):
-        run_here([*argv, *more])
+        run_here(argv)
     assert before == {path: path.stat().st_mtime_ns for path in stopped_run.rglob("*")}
 
 
