@@ -79,9 +79,10 @@ def is_evaluation(line: dict) -> bool:
     """Whether a line is one of eval.jsonl."""
     data, contents = line.get("data"), line.get("contents")
     return (type(line.get("step")) is int and isinstance(data, dict) and isinstance(contents, dict)
-            and data.keys() <= contents.keys() and all(isinstance(kinds, dict) for kinds in data.values())
+            and data.keys() <= contents.keys() and all(isinstance(key, str) for key in contents.values())
+            and all(isinstance(kinds, dict) for kinds in data.values())
             and all(isinstance(kind, dict) and is_number(kind.get("nll_token_mean"))
-                    for kinds in data.values() for kind in kinds.values())
+                    and is_number(kind.get("tokens", 0)) for kinds in data.values() for kind in kinds.values())
             and is_number(line.get("exact_match", 0)) and ("answers" in line) == ("exact_match" in line))
 
 
