@@ -82,7 +82,8 @@ def is_evaluation(line: dict) -> bool:
             and data.keys() <= contents.keys() and all(isinstance(key, str) for key in contents.values())
             and all(isinstance(kinds, dict) for kinds in data.values())
             and all(isinstance(kind, dict) and is_number(kind.get("nll_token_mean"))
-                    and is_number(kind.get("tokens", 0)) for kinds in data.values() for kind in kinds.values())
+                    and is_number(kind.get("tokens", 0))
+                    for kinds in data.values() for kind in kinds.values())
             and is_number(line.get("exact_match", 0)) and ("answers" in line) == ("exact_match" in line))
 
 

@@ -375,7 +375,8 @@ def test_lines_of_other_programs_in_a_runs_logs_are_left_out(tmp_path):
         assert not folder.is_step({**STEP, **change})
     good = {"step": 1, "data": {"a": {"completion": {"nll_token_mean": 1.0}}}, "contents": {"a": "x"}}
     assert folder.is_evaluation(good)
-    for change in ({"data": 5}, {"contents": {}}, {"contents": {"a": []}}, {"contents": {"a": {}}}, {"data": {"a": 5}}, {"exact_match": "x"}, {"data": {"a":
+    for change in ({"data": 5}, {"contents": {}}, {"contents": {"a": []}}, {"contents": {"a": {}}},
+                   {"data": {"a": 5}}, {"exact_match": "x"}, {"data": {"a":
         {"completion": {"nll_token_mean": float("nan")}}}}):
         assert not folder.is_evaluation({**good, **change})
 
