@@ -22,7 +22,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import runtime.tokenizer
 from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
 from records import data_files, naming, read_records
-from runtime.files import checksum, commit, delete_left, writing
+from runtime.files import checksum, commit, delete_left, hash_file, writing
 from runtime.foreign import check_file, parse_json, printable
 from runtime.machine import to_device
 from runtime.report import ending
@@ -124,15 +123,15 @@ def cache_parts(names: list[str], tokenizer: Tokenizer, template: Template, max_
     load_dataset(). Reads and hashes files, nothing more. ValueError for a file that cannot be read."""
     marks = [template.tokens, sorted(template.special), tokenizer.named_tokens, tokenizer.added_tokens]
     return {
-        "data": [_file_hash(file) for file in data_files(names)],
+        "data": [hash_file(file) for file in data_files(names)],
         "columns": sorted(columns),
-        "tokenizer": _file_hash(tokenizer.folder / "tokenizer.json"),
+        "tokenizer": hash_file(tokenizer.folder / "tokenizer.json"),
         "special_tokens": _hash(json.dumps(marks, sort_keys=True)),
         "template": _hash(template.source),
         "date": template.date if template.uses_date else None,
         "max_length": max_length,
         "overlong": overlong,
-        "code": _hash("".join(_file_hash(file) for file in CODE)),
+        "code": _hash("".join(hash_file(file) for file in CODE)),
         "libraries": " ".join(f"{name} {version(name)}" for name in ("tokenizers", "jinja2")),
     }
 
@@ -169,7 +168,7 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
         try:
             with writing(unfinished):
                 _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress, columns)
-                if [_file_hash(file) for file in files] != parts["data"]:
+                if [hash_file(file) for file in files] != parts["data"]:
                     raise ValueError(f"{', '.join(files)}: changed while being read; start again")
                 commit(unfinished, folder)
         except OSError:
@@ -235,22 +234,6 @@ def _move_away(folder: Path, old: Path, fault: str) -> None:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _file_hash(path: str | Path) -> str:
-    check_file(path)
-    try:
-        state = os.stat(path)
-        return _hash_once(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-
-
-# A run asks before and after it reads a file. Keyed by inode, size and time, a changed file is hashed again.
-@cache
-def _hash_once(path: str, *state: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,

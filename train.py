@@ -57,7 +57,7 @@ from runtime.machine import (compile_fault, deterministic, keep_freed_memory, pe
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
-from runtime.report import (Progress, StopSignal, describe, describe_data, fit, print_change, say, ending,
+from runtime.report import (Progress, StopSignal, describe, describe_data, ending, fit, print_change, say,
                             show_answers)
 from runtime.start import raise_interrupts
 from runtime.tokenizer import Tokenizer, write_tokenizer
@@ -216,7 +216,7 @@ def names_of(files: list[str]) -> list[str]:
     """What to call each file in results: a/near.jsonl -> near; if two names are the same, as much of the end
     of the path as tells them apart: a/test.jsonl and b/test.jsonl."""
     names = [Path(file).name.split(".")[0] for file in files]
-    return [ending if names.count(name) > 1 else name for name, ending in zip(names, distinct_endings(files))]
+    return [path if names.count(name) > 1 else name for name, path in zip(names, distinct_endings(files))]
 
 
 # What --eval-fraction holds out is called in results.

@@ -13,28 +13,22 @@ import json
 import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from hashlib import file_digest, sha256
+from hashlib import sha256
 from pathlib import Path
 
 from chat import Template
 from eval.common import gather, write_json
 from records import data_files
 from runtime.distributed import is_main, rank, world_size
-from runtime.files import read_json, write_text
-from runtime.foreign import check_file, parse_line
+from runtime.files import hash_file, read_json, write_text
+from runtime.foreign import parse_line
 from runtime.model_folder import resolve_model
 from runtime.weights import model_fingerprint
 
 
-def hash_file(file: str | Path) -> str:
-    check_file(file)
-    with open(file, "rb") as raw:
-        return file_digest(raw, "sha256").hexdigest()[:32]
-
-
 def hash_data(name: str) -> str:
     """The contents of the files that the name of a file or of records stands for (records.data_files())."""
-    return " ".join(map(hash_file, data_files([name])))
+    return " ".join(hash_file(file)[:32] for file in data_files([name]))
 
 
 def made_with(args: Namespace, flags: Iterable[str], template: Template, data: str) -> dict:
@@ -42,7 +36,7 @@ def made_with(args: Namespace, flags: Iterable[str], template: Template, data: s
     contents of what they name."""
     folder = resolve_model(args.model)
     return {**{name: getattr(args, name) for name in flags},
-            "weights": model_fingerprint(folder), "tokenizer": hash_file(folder / "tokenizer.json"),
+            "weights": model_fingerprint(folder), "tokenizer": hash_file(folder / "tokenizer.json")[:32],
             "template": sha256(template.source.encode()).hexdigest()[:32],
             "date": template.date if template.uses_date else "", "contents of the data": hash_data(data)}
 

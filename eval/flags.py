@@ -4,18 +4,20 @@
     answer_command(__name__, parse_args)    # and only then the imports that need PyTorch
 """
 import argparse
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from chat import TEMPLATES
-from config import CACHE_DIR
+from config import CACHE_DIR, Config
 from runtime import flags
 from runtime.foreign import shorten
 from runtime.model_folder import check_model
 from runtime.start import answer_flags
 
+# Of the flags of a run, some of which the commands have too.
+HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
 LOOKUP = 3      # the most tokens that are guessed for a document in a step of generation
 # Numbers that cost memory or time as such, and what they may be at most. Other numbers end at flags.BELOW.
 MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_workers": 10**4, "k": 10**4,
@@ -59,14 +61,10 @@ class Parser(flags.Parser):
         self.add_common_flags()
 
     def add_columns_flag(self) -> None:
-        self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME",
-                          help="fields of the records under other names, such as prompt=query "
-                               "completion=reply")
+        self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME", help=HELP["columns"])
 
     def add_common_flags(self) -> None:
-        self.add_argument("--template", default="auto",
-                          help="chat template: auto (the checkpoint's own), "
-                               f"{', '.join(TEMPLATES)} or FILE.jinja")
+        self.add_argument("--template", default="auto", help=HELP["template"])
         self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
         self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -105,7 +103,7 @@ def add_data_flags(parser: Parser) -> None:
                         help="what to do with longer ones")
     parser.add_argument("--micro-batch-tokens", type=int, default=4096,
                         help="tokens of one forward pass; changes memory and speed only")
-    parser.add_argument("--cache-dir", default=CACHE_DIR, help="where tokenized data is kept between runs")
+    parser.add_argument("--cache-dir", default=CACHE_DIR, help=HELP["cache_dir"])
     add_bootstrap_flags(parser)
 
 

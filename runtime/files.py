@@ -4,15 +4,17 @@ What is written gets a temporary name first, is flushed to disk and then renamed
 reveal cut files and flipped bits, not forgery.
 """
 import contextlib
+import hashlib
 import os
 import shutil
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from runtime.foreign import parse_json, read_text
+from runtime.foreign import check_file, parse_json, read_text
 
 # POSIX releases a lock when its process closes any descriptor of the file: never open these a second time.
 _held: dict[Path, TextIO] = {}
@@ -84,6 +86,23 @@ def commit(part: Path, folder: Path) -> None:
     sync(part)
     os.rename(part, folder)
     sync(folder.parent)
+
+
+def hash_file(path: str | Path) -> str:
+    """SHA-256 of a file's contents, in hex. ValueError for a file that cannot be read."""
+    check_file(path)
+    try:
+        state = os.stat(path)
+        return _hash_once(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+
+
+# A run asks before and after it reads a file. Keyed by inode, size and time, a changed file is hashed again.
+@cache
+def _hash_once(path: str, *state: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum(file: str | Path | BinaryIO) -> int:

@@ -114,10 +114,10 @@ def sleep_while_crowded() -> None:
     take their cores. On two cores next to one busy process a step then takes half the time; on a quiet
     machine spinning is some 5 % faster."""
     def shares() -> Iterator[float]:
+        crowding = Crowding()
         while True:
-            began, waited = time.monotonic(), seconds_without_core()
             time.sleep(LOOK)
-            yield (seconds_without_core() - waited) / (time.monotonic() - began) / torch.get_num_threads()
+            yield crowding.share()
 
     def watch(shares: Iterator[float]) -> None:
         while True:
@@ -134,14 +134,19 @@ class Crowding:
     def __init__(self):
         self.began, self.waited = time.monotonic(), seconds_without_core()
 
+    def share(self) -> float:
+        """Of the threads' time since the last call, that in which they lacked a core."""
+        began, waited = self.began, self.waited
+        self.began, self.waited = time.monotonic(), seconds_without_core()
+        return (self.waited - waited) / (self.began - began) / torch.get_num_threads()
+
     def warning(self) -> str:
         """A sentence if the threads lacked a core for a fifth of the time or more since the last call that
         judged, else "". A call less than WATCHED seconds after that one judges nothing."""
         seconds = time.monotonic() - self.began
         if seconds < WATCHED:
             return ""
-        before, self.began, self.waited = self.waited, self.began + seconds, seconds_without_core()
-        share = (self.waited - before) / seconds / torch.get_num_threads()
+        share = self.share()
         return "" if share < 0.2 else (
             f"warning: slowed down by other processes: in {seconds:.0f} s this one's threads\n"
             f"  waited {share:.0%} of the time for a core")

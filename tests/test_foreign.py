@@ -104,7 +104,7 @@ def test_what_is_no_file_is_not_waited_for_nor_read_forever(tmp_path):
             with within(10), pytest.raises(ValueError) as error:
                 if ".jsonl" in name or name == "x.json":
                     with pytest.raises(ValueError, match="x.json"):
-                        data._file_hash(file)
+                        data.hash_file(file)
                     list(records.read_records(file))
                 elif name == "x.jinja":
                     chat.load_template(str(file), Tokenizer(MODEL))

@@ -614,12 +614,12 @@ def test_a_local_path_comes_before_the_hub(hub, tmp_path, monkeypatch):
 def test_standard_input_can_be_read_again_and_leaves_no_file(tmp_path):
     program = """
 import os, sys, tempfile
-from data import _file_hash
+from data import hash_file
 from records import data_files, read_records
 [file] = data_files(["-"])
 assert data_files(["-"]) == [file]
 first, second = list(read_records(file)), list(read_records(file))
-assert first == second and len(_file_hash(file)) == 64
+assert first == second and len(hash_file(file)) == 64
 print(first, os.listdir(tempfile.gettempdir()))
 """
     data = gzip.compress(json.dumps(MESSAGES).encode())

@@ -12,7 +12,6 @@ import random
 import re
 import time
 import unicodedata
-from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +23,12 @@ from chat import (COMPLETION, CONTEXT, INSTRUCTION, KINDS, Piece, SYSTEM, TEMPLA
                   load_template, render, tokenize, tokenize_batch)
 from runtime.tokenizer import Tokenizer
 from tiny import arguments, run_here, setup
+from tokenizers_for_tests import DATE
 
 FIXTURES = Path(__file__).parent / "templates"
 ROLES = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
 KIND = {"system": SYSTEM, "user": INSTRUCTION, "tool": INSTRUCTION, "assistant": COMPLETION}
-DATE = "2026-01-05"  # a Monday
+pytestmark = pytest.mark.usefixtures("today")
 
 
 # ---------------------------------------------------------------- what is expected
@@ -284,16 +284,6 @@ def world(tmp_path_factory):
         world.ours[name] = Tokenizer(folder)
         world.theirs[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return world
-
-
-@pytest.fixture(autouse=True)
-def today(monkeypatch):
-    class Frozen(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls.fromisoformat(DATE)
-
-    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Frozen)
 
 
 def check(world, template: str, tokenizer: str, shape: str, contents: list[str], unweighted=(),

@@ -4,7 +4,6 @@ The templates in templates/ are written in the way of Qwen 2.5, Qwen 3, Llama 3.
 with {% generation %} what the model emits, as transformers wants it.
 """
 import json
-from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +19,10 @@ from eval.memorization import read_targets
 from eval.study import read_as_lines
 from records import read_records, to_messages
 from runtime.tokenizer import Tokenizer
+from tokenizers_for_tests import DATE
 
 FIXTURES = Path(__file__).parent / "templates"
-DATE = "2026-01-05"
+pytestmark = pytest.mark.usefixtures("today")
 
 TOOLS = [
     {"type": "function", "function": {
@@ -109,16 +109,6 @@ def world(tmp_path_factory):
         world.ours[name] = Tokenizer(folder)
         world.theirs[name] = transformers.AutoTokenizer.from_pretrained(folder)
     return world
-
-
-@pytest.fixture(autouse=True)
-def today(monkeypatch):
-    class Frozen(datetime):
-        @classmethod
-        def now(cls, tz=None):
-            return cls.fromisoformat(DATE)
-
-    monkeypatch.setattr(transformers.utils.chat_template_utils, "datetime", Frozen)
 
 
 def spans(pieces) -> list[tuple[int, str]]:

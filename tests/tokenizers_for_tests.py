@@ -16,6 +16,8 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer, WordLevelTrainer, WordPieceTrainer
 
+DATE = "2026-01-05"     # a Monday, on which templates that print the date are rendered
+
 # Merges must cross what is easily taken for a boundary: a full stop and the newlines behind it, a space and
 # the word behind it, a bracket and the word before it.
 TEXT = """Name a colour. Red is a colour.
