@@ -1,7 +1,7 @@
 """Causal attention within the documents of a packed row, fast on a CPU and on CUDA.
 
     attention_reference     the definition
-    attention               the same by plain matrix products, on any device
+    attention               the same on any device, in tiles of plain matrix products backward
     varlen_attention        the same by PyTorch's flash attention, bf16 on CUDA
 
 Shapes: N packed tokens, H query heads, G key/value heads, D head size.
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -121,27 +122,27 @@ def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-# Attention within documents by plain matrix products: a tile of queries at a time with the keys up to its
-# end, documents of similar length together.
+# Attention within documents, documents of similar length together. Forward it is PyTorch's fused kernel. Its
+# backward pass is slow on a CPU; ours is plain matrix products, a tile of queries at a time with the keys up
+# to its end, and recomputes the weights.
 #
 # Padding follows a document's end, where no causal query of the document looks, so it needs no mask; what the
-# padding itself attends to is thrown away, and its gradient is zero. The weights are recomputed in the
-# backward pass. Shapes: B documents of a bucket, L the longest, T queries of a tile, R = H / G query heads
-# for each key head. On a CPU this takes a half to a fifth of the time of PyTorch's fused kernel, document by
-# document (bench.attention).
+# padding itself attends to is thrown away, and its gradient is zero. Shapes: B documents of a bucket, L the
+# longest, T queries of a tile, R = H / G query heads for each key head. bench.attention measures it.
 #
 # torch.compile cannot trace what lengths decide, so these are operators, which it calls as they are.
 
 @torch.library.custom_op("spantune::tiled_attention", mutates_args=())
 def _tiled_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     out = _like(q)
-    for queries, keys, values, tiles, query_indices, _ in _bucket_tensors(q, k, v, _lengths(cu_seqlens)):
-        results = torch.empty_like(queries)
-        for start, end in tiles:
-            tile = queries[:, :, start:end]
-            weights = _causal_weights(tile, keys[:, :end], start)
-            results[:, :, start:end] = torch.bmm(weights, values[:, :end]).view_as(tile)
-        query_indices.scatter(results, out)
+    for queries, *keys_and_values, _, indices, _ in _bucket_tensors(q, k, v, _lengths(cu_seqlens)):
+        queries, *keys_and_values = (x.unflatten(0, (-1, k.shape[1])) for x in (queries, *keys_and_values))
+        if q.device.type == "cuda":
+            # There the kernel for fp32 wants as many key heads as query heads.
+            keys_and_values = [x.repeat_interleave(queries.shape[2], dim=1) for x in keys_and_values]
+        results = scaled_dot_product_attention(queries.flatten(1, 2), *keys_and_values, is_causal=True,
+                                               scale=1.0, enable_gqa=True)      # (B, H, L, D)
+        indices.scatter(results, out)
     return out
 
 
