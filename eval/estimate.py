@@ -75,10 +75,10 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     of_trained, of_other = logits(packed["trained"]), logits(packed["other"])
     # On CUDA nothing as large as the logits is in fp32, and the head's gradient is added to in place.
     on_cpu = 0 if cuda else 1
-    exact = 4 * min(of_trained, CACHED_LOGITS) if cast else 0
+    exact, exact_other = (on_cpu * 4 * min(n, CACHED_LOGITS) for n in (of_trained, of_other))
     loss = max(
-        size * (of_trained + on_cpu * min(HEAD_ROWS, vocabulary) * width) + on_cpu * exact,
-        (size + on_cpu * 2 * 4) * of_other,                         # the NLL of other spans
+        size * (of_trained + on_cpu * min(HEAD_ROWS, vocabulary) * width) + (exact if cast else 0),
+        size * of_other + 2 * exact_other,                          # the NLL of other spans
         # log p, log q, p, ... for KL
         reference * ((2 * size + 8 * 4) * logits(packed["trained"], large=False) + 4 * head))
 

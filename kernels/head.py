@@ -7,7 +7,7 @@
 Shapes: R rows (targets), C width, V vocabulary.
 """
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -72,12 +72,15 @@ def _nll_and_gradient(logits: Tensor, at_target: Tensor, targets: Tensor, scale:
     return log_total.squeeze(1) - at_target
 
 
+def _blocks(logits: Tensor, *more: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of rows: what is made of one in fp32 is small, and stays in a CPU's cache."""
+    rows = (CACHED_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS) // logits.shape[1]
+    return zip(*(x.split(max(1, rows)) for x in (logits, *more)))
+
+
 def _nll_and_gradient_in_blocks(logits: Tensor, targets: Tensor, scales: Tensor, out: Tensor) -> None:
-    """_nll_and_gradient() where it is not compiled; writes the NLL to out. A block of rows at a time, so
-    that what is in fp32 is small and stays in a CPU's cache."""
-    block_rows = max(1, (CACHED_LOGITS if logits.device.type == "cpu" else CHUNK_LOGITS) // logits.shape[1])
-    blocks = (y.split(block_rows) for y in (logits, targets, scales, out))
-    for block, target, scale, nll_of_block in zip(*blocks):
+    """_nll_and_gradient() where it is not compiled; writes the NLL to out."""
+    for block, target, scale, nll_of_block in _blocks(logits, targets, scales, out):
         target, scale = target[:, None], scale[:, None]
         logits32 = block.float()
         highest, at_target = logits32.amax(1, keepdim=True), logits32.gather(1, target)
@@ -177,9 +180,7 @@ def nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, compiled: bool = T
         if fused is not None:
             out[chunk] = fused
             continue
-        block_rows = max(1, CHUNK_LOGITS // len(head_weight))
-        blocks = (y.split(block_rows) for y in (logits, target, out[chunk]))
-        for block, wanted, nll_of_block in zip(*blocks):
+        for block, wanted, nll_of_block in _blocks(logits, target, out[chunk]):
             nll_of_block.copy_(torch.nn.functional.cross_entropy(block.float(), wanted, reduction="none"))
     return out
 
