@@ -30,7 +30,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import REPOSITORY, cores, hardware
+from bench.common import REPOSITORY, cores, hardware, make_parser
+from runtime.program import run_program
 
 # Seconds that are left for the table when everything else has to end.
 RESERVE = 8
@@ -326,7 +327,7 @@ def summary(results: dict) -> dict:
 
 def main(argv: list[str]) -> int:
     names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = make_parser("gpu", __doc__)
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", default=names,
                         help=f"run only these: {', '.join(names)}")
@@ -370,4 +371,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)
