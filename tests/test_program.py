@@ -80,6 +80,31 @@ def test_help_and_a_wrong_flag_are_answered_before_pytorch_is_imported(program, 
     assert "Traceback" not in wrong.stderr and "torch is imported" not in wrong.stderr
 
 
+STUDY = ["eval.study", "--model", "quickstart/model", "--train-data", "quickstart/train.jsonl", "--eval-data",
+         "quickstart/test.jsonl"]
+RUN = ["--model", "quickstart/model"]
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([*STUDY, "--validation-data", "nowhere.csv"], "--validation-data nowhere.csv: no such file or folder"),
+    ([*STUDY, "--validation-data", "nowhere/*.jsonl"], "--validation-data nowhere/*.jsonl: no file matches"),
+    ([*STUDY, "--template", "nowhere.jinja"], "--template nowhere.jinja: no such file"),
+    ([*STUDY, "--output-dir", "README.md"], "--output-dir README.md: is a file; give a folder"),
+    ([*STUDY, "--output-dir", "docs"],
+     "--output-dir docs: is not empty and is not a study's folder; give another"),
+    (["eval.study", "--from", "nowhere.jsonl"], "--from nowhere.jsonl: no such file"),
+    (["eval.spans", *RUN, "--data", "quickstart/test.jsonl", "nowhere/x/"],
+     "--data nowhere/x/: no such file or folder"),
+    (["eval.memorization", *RUN, "--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    (["eval.open_ended", "mt-bench", *RUN, "--questions", "nowhere", "--output", "x.jsonl"],
+     "--questions nowhere: no such file"),
+    (["eval.compare", "runs/a", "--prompts", "nowhere.csv"], "--prompts nowhere.csv: no such file or folder"),
+    (["eval.compare", "runs/a", "--results", "nowhere.json"], "--results nowhere.json: no such file")])
+def test_files_that_do_not_exist_are_named_before_pytorch_is_imported(argv, says, start):
+    done = start(["-m", *argv])
+    assert (done.returncode, done.stderr) == (1, f"error: {says}\n")
+
+
 @pytest.mark.parametrize("moment", ["import", "call"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_ctrl_c_is_one_line(program, moment, start):

@@ -240,6 +240,18 @@ def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_pat
     assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
 
 
+@pytest.mark.parametrize("validation", [[], ["near.jsonl"]])
+def test_a_study_reads_every_file_once(folder, monkeypatch, validation):
+    names, read_all = [], study.read_all
+    monkeypatch.setattr(study, "read_all", lambda files, columns: (names.extend(files),
+                                                                   read_all(files, columns))[1])
+    files = [str(folder / name) for name in ("train.jsonl", "far.jsonl", *validation)]
+    study.prepare_data(study.StudyConfig(
+        train_data=files[:1], eval_data=files[1:2], validation_data="".join(files[2:]),
+        validation_fraction=0.2, output_dir=str(folder / "once")))
+    assert sorted(names) == sorted(files)
+
+
 def test_the_split_keeps_every_record_as_it_is(folder):
     """In another layout, and with a message that is not trained: the same tokens of the same kinds."""
     (folder / "layouts.jsonl").write_text(
