@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPOSITORY, cores, hardware, make_parser
-from runtime.program import run_program
+from runtime.program import WIDTH, run_program
 
 # Seconds that are left for the table when everything else has to end.
 RESERVE = 8
@@ -246,7 +246,7 @@ def quantity(row: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """The rows of a results file in 80 columns, by section. The note of a failed row follows it."""
+    """The rows of a results file in 79 columns, by section. The note of a failed row follows it."""
     lines = []
     for section in [*sorted(number for number in TITLES if number), 0]:
         rows = [row for row in results["rows"] if row["section"] == section]
@@ -255,15 +255,15 @@ def table(results: dict) -> str:
         for row in rows:
             mark = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
             value = quantity(row)[:40]
-            room, name = 60 - len(value), row["name"]
+            room, name = WIDTH - 20 - len(value), row["name"]
             if len(name) > room:
                 # The value follows on a line of its own.
-                lines.append(f"   {name[:77]}")
+                lines.append(f"   {name[:WIDTH - 3]}")
                 name = ""
             lines.append(f"   {name:<{room}} {value} {row['limit']:>10} {mark:>4}")
             if row["note"] and row["passed"] is not True:
-                lines += [f"      {line}" for line in textwrap.wrap(row["note"], 74)[:3]]
-    lines += [line[:80] for line in machine(results)] + [judgement(results)]
+                lines += [f"      {line}" for line in textwrap.wrap(row["note"], WIDTH - 6)[:3]]
+    lines += [line[:WIDTH] for line in machine(results)] + [judgement(results)]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -306,7 +306,7 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
     files = [hash_data(config.validation_data)] if config.validation_data else []
     return json.loads(json.dumps({
         **measures, **identity, "eval_every": config.eval_every, "validation_data": files,
-        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_data, config.eval_data)))}))
+        "eval_data": dict(zip(train.result_names(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
 def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:

@@ -1,4 +1,4 @@
-"""A study's verdict (study_statistics.verdict()) as text of 80 columns and as two pictures."""
+"""A study's verdict (study_statistics.verdict()) as text of 79 columns and as two pictures."""
 import textwrap
 from pathlib import Path
 

@@ -1,6 +1,6 @@
 """The start and the end of the programs in bench/, studies/ and quickstart/: one line at Ctrl-C, and one for
-what a user can fix. Nothing here imports PyTorch. train.run() and eval.common.run() end the other programs,
-whose ranks have to end together.
+what a user can fix. And how wide the lines of all programs are. Nothing here imports PyTorch. train.run() and
+eval.common.run() end the other programs, whose ranks have to end together.
 
     answer_interrupts_of_modules()      # in the package's __init__.py
     if __name__ == "__main__":          # in each module
@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 
 from runtime.start import answer_interrupts, is_main, print_error, raise_interrupts
+
+WIDTH = 79      # columns of what programs print; a terminal has at least 80
 
 
 def answer_interrupts_of_modules() -> None:
