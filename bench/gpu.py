@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import REPOSITORY, cores, hardware, make_parser
+from runtime.files import write_text
 from runtime.program import WIDTH, run_program
 
 # Seconds that are left for the table when everything else has to end.
@@ -218,10 +219,7 @@ class Run:
                   for name, outcome in self.outcomes.items()}
         results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
                    "seconds": round(self.age, 1), "stages": stages, "rows": rows}
-        # Renamed into place: whoever reads the file meanwhile finds a whole one.
-        aside = self.output.with_name(self.output.name + ".new")
-        aside.write_text(json.dumps(results, indent=1))
-        aside.replace(self.output)
+        write_text(self.output, json.dumps(results, indent=1))
         return results
 
 

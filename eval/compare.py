@@ -16,11 +16,10 @@ result belongs to the run whose folder, or final/ in it, is its "model". Files o
 table. The page says what is missing.
 """
 import argparse
-import importlib.util
 from pathlib import Path
 from string import ascii_uppercase
 
-from eval.flags import Parser, add_data_flags, answer_command, check_flags
+from eval.flags import Parser, add_data_flags, answer_command, check_flags, need
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -44,9 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"{len(args.runs)} runs: give at most {len(ascii_uppercase)}")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
         raise ValueError(f"{' '.join(args.runs)}: a run is given twice; give each run once")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed, and the page's pictures need it: "
-                         "pip install -r requirements-eval.txt")
+    need("matplotlib", "the page")
     return args
 
 

@@ -5,6 +5,7 @@
 """
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -56,6 +57,13 @@ def check_files(args: object) -> None:
                     check(each)
                 except ValueError as error:
                     raise ValueError(f"{flags.flag_name(name)} {error}") from None
+
+
+def need(package: str, user: str) -> None:
+    """ValueError if a package of requirements-eval.txt is not installed. user: what needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed, and {user} needs it: "
+                         "pip install -r requirements-eval.txt")
 
 
 class Parser(flags.Parser):

@@ -28,7 +28,6 @@ They are not corrected for many comparisons: of twenty without any effect, one e
     STUDY/runs/          the runs (study_runs.py)
 """
 import dataclasses
-import importlib.util
 import re
 import shlex
 from argparse import Namespace
@@ -37,7 +36,7 @@ from pathlib import Path
 
 from config import NORMALIZE, PRESETS, Config, validate
 from config import parse_args as parse_flags
-from eval.flags import Parser, check_files
+from eval.flags import Parser, check_files, need
 from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags
 from runtime.start import answer_flags, world_size
@@ -171,11 +170,10 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
                          "by; give one rate or a fraction such as 0.1")
     if config.tasks_flags and not config.tasks:
         raise ValueError(f"--tasks-flags {config.tasks_flags}: needs --tasks; give that too")
-    for package, used, user in (("matplotlib", True, "the pictures need it"),
-                                ("lm_eval", config.tasks, "--tasks needs it"),
-                                ("sacrebleu", config.memorization, "--memorization above 0 needs it")):
-        if used and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{package} is not installed, and {user}: pip install -r requirements-eval.txt")
+    if config.tasks:
+        need("lm_eval", "--tasks")
+    if config.memorization:
+        need("sacrebleu", "--memorization above 0")
     read_settings(config)
 
 
@@ -196,6 +194,8 @@ def read_settings(config: StudyConfig) -> dict:
 def check_early(argv: list[str]) -> None:
     """What can be said about the flags without PyTorch."""
     args = parse_args(argv)
+    need("matplotlib", "a study")
+    need("scipy", "a study")
     if isinstance(args, StudyConfig):
         parse_contenders(args)
         check(args, parse_lrs(args))

@@ -48,6 +48,7 @@ def watch(frame, event, _):
         press()
 
 sys.meta_path.insert(0, Finder)
+sys.modules |= dict.fromkeys(filter(None, [os.environ.get("MISSING")]))
 if os.environ.get("MOMENT") == "call":
     sys.setprofile(watch)
 """
@@ -58,10 +59,11 @@ def start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     (folder / "sitecustomize.py").write_text(SITE)
 
-    def start(argv: list[str], moment: str = "") -> subprocess.CompletedProcess:
+    def start(argv: list[str], moment: str = "", missing: str = "") -> subprocess.CompletedProcess:
         """As from a terminal: a test in the background ignores Ctrl-C, and its children would too."""
         return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60,
-                              env={**os.environ, "PYTHONPATH": str(folder), "MOMENT": moment},
+                              env={**os.environ, "PYTHONPATH": str(folder), "MOMENT": moment,
+                                   "MISSING": missing},
                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return start
 
@@ -137,3 +139,14 @@ def test_the_end_of_a_program(error, status, line, capsys, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             run_program(main)
         assert ended.value.code == status and capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("argv, package", [
+    (["eval.compare", "runs/a"], "matplotlib"), (["eval.harness", *RUN, "--tasks", "mmlu"], "lm_eval"),
+    (["eval.memorization", *RUN, "--data", "quickstart/test.jsonl"], "sacrebleu"), (STUDY, "scipy"),
+    ([*STUDY, "--tasks", "mmlu"], "lm_eval"),
+    (["eval.study", "--from", "quickstart/test.jsonl"], "matplotlib")])
+def test_a_missing_package_is_named_before_pytorch_is_imported(argv, package, start):
+    done = start(["-m", *argv], missing=package)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {package} is not installed, and ")
+    assert done.stderr.endswith("needs it: pip install -r requirements-eval.txt\n")

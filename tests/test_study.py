@@ -23,14 +23,6 @@ from tiny import make_records, run_apart, run_module, setup, stop_after, weights
 # ---------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize("confidence, df, expected", [      # scipy.stats.t.ppf((1 + confidence) / 2, df)
-    (0.95, 1, 12.706204736174694), (0.95, 2, 4.302652729749462), (0.95, 4, 2.7764451051977934),
-    (0.99, 9.5, 3.2070156284394886), (0.95, 199, 1.9719565442517533), (0.95, 1e6, 1.959966356814107),
-    (0.5, 3, 0.7648923284043444)])
-def test_t_quantiles_are_scipys(confidence, df, expected):
-    assert statistics.t_quantile(confidence, df) == pytest.approx(expected, rel=1e-7)
-
-
 @pytest.mark.parametrize("per_seed, agree", [([0, 0, 0], 0), ([1, 2, -1], 2), ([1, -1], 0), ([0, -3], 1)])
 def test_seeds_without_a_difference_agree_with_nobody(per_seed, agree):
     row = statistics.difference(np.array(per_seed, float))
