@@ -71,6 +71,9 @@ POINTS = 100    # of a curve: more cannot be told apart
 COLOURS = ("#2a78c0", "#c75b12", "#178a5e", "#b5479c", "#8a7410", "#6b7785")
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 GREY = "#808080"
+# matplotlib's settings for all pictures of eval/.
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.3, "legend.frameon": False, "axes.edgecolor": GREY}
 FULL = 3        # nats of difference at which a token has its full colour
 
 
@@ -151,10 +154,8 @@ def picture(points: dict[str, list[tuple[int, float]]]) -> Markup:
     The page's style sheet sets the colour of the text. Only numbers of the runs and letters are drawn."""
     import matplotlib
     from matplotlib.figure import Figure
-    style = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
-             **{f"{part}.color": GREY for part in ("xtick", "ytick", "grid")}, "axes.edgecolor": GREY}
-    with matplotlib.rc_context(style):
+    colours = {f"{part}.color": GREY for part in ("xtick", "ytick", "grid")}
+    with matplotlib.rc_context({"svg.fonttype": "none", **STYLE, **colours}):
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
         for letter, of_run in points.items():
