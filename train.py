@@ -212,7 +212,7 @@ def run_identity(config: Config, source: Source) -> dict[str, object]:
                        "template": parts["template"], "date": parts["date"]}
 
 
-def names_of(files: list[str]) -> list[str]:
+def result_names(files: list[str]) -> list[str]:
     """What to call each file in results: a/near.jsonl -> near; if two names are the same, as much of the end
     of the path as tells them apart: a/test.jsonl and b/test.jsonl."""
     names = [Path(file).name.split(".")[0] for file in files]
@@ -233,7 +233,7 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         check_embedding(dataset, source.model_config.vocab_size, source.tokenizer)
         return dataset
 
-    names = names_of([*config.eval_data, *([HELD_OUT] if config.eval_fraction else [])])
+    names = result_names([*config.eval_data, *([HELD_OUT] if config.eval_fraction else [])])
     with first_of_machine():
         train_set = load(config.train_data)
         eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}

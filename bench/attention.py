@@ -7,7 +7,27 @@ on a CPU, in turn, the shortest of --repeats; and how far each is from attention
 largest relative error, in the Euclidean norm, of output and gradients. `records`: documents as long as
 records are, drawn from a log-normal distribution with a mean near 200.
 """
-import argparse
+from argparse import Namespace
+
+from bench.common import cores, hardware, make_parser, print_machine, print_table
+from runtime.program import run_program
+from runtime.start import answer_flags
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    parser = make_parser("attention", __doc__)
+    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--key-heads", type=int, default=3)
+    parser.add_argument("--head-dim", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=cores())
+    return parser.parse_args(argv)
+
+
+answer_flags(__name__, parse_args)
+
 import json
 import time
 
@@ -16,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import cores, hardware, print_machine, print_table
 from kernels.attention import attention, attention_reference
 from runtime.machine import keep_freed_memory
 
@@ -29,16 +48,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
     return torch.cat(outs)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
-    parser.add_argument("--heads", type=int, default=9)
-    parser.add_argument("--key-heads", type=int, default=3)
-    parser.add_argument("--head-dim", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=cores())
-    args = parser.parse_args()
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     machine = hardware()
@@ -78,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of the machine, child processes, tables.
+"""What the benchmarks share: flags, a description of the machine, child processes, tables.
 
 It imports no torch. Linux counts the memory of the process that starts a child into the child's peak
 (ru_maxrss), so a benchmark that starts others has to stay small itself.
@@ -16,8 +16,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from runtime.cpu import cores, cpu_field, cpu_name
+from runtime.flags import Parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Other trainers (bench/peers.py).
+PEERS = ("trl", "trl-liger", "trl-liger-padded", "trainer", "transformers")
+
+
+def make_parser(module: str, doc: str, usage: str = "") -> Parser:
+    """Of `python -m bench.MODULE`. doc: the module's docstring; usage: what follows, if not only flags."""
+    return Parser(prog=f"python -m bench.{module}", description=doc.split("\n\n")[0], allow_abbrev=False,
+                  usage=f"%(prog)s {usage}" if usage else None)
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The flags of a benchmark, and those behind `--`, which are train.py's."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    return argv[:split], argv[split + 1:]
 
 
 def hardware(*packages: str) -> dict:

@@ -20,7 +20,6 @@ once; otherwise, what differs. lost: not finished after --attempts commands. hun
 --timeout seconds. faults: how often the cause struck; 0 if training ended before. restarts: torchrun's own.
 The last two lines printed are a summary and one JSON object. Linux only.
 """
-import argparse
 import contextlib
 import hashlib
 import json
@@ -31,11 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.common import REPOSITORY, hardware, print_machine, print_table
+from bench.common import REPOSITORY, hardware, make_parser, print_machine, print_table
+from runtime.program import run_program
 
 CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "flip cache", "disk full")
 QUICKSTART = REPOSITORY / "quickstart"
@@ -45,7 +46,7 @@ DISK = 80 * 2**20       # bytes of the small disk: three checkpoints of 14 MB, f
 class Job:
     """A command of torchrun on train.py that writes to HOME and appends what it prints to HOME.log."""
 
-    def __init__(self, args: argparse.Namespace, home: Path, mode: str, ranks: int) -> None:
+    def __init__(self, args: Namespace, home: Path, mode: str, ranks: int) -> None:
         self.home, self.log = home, Path(f"{home}.log")
         command = f"""-m torch.distributed.run --standalone --max-restarts 3 --nproc-per-node {ranks} train.py
             --max-length 256 --batch-size 8 --micro-batch-tokens 512 --max-steps {args.steps} --save-every 2
@@ -152,7 +153,7 @@ def damage(file: Path, cause: str, rng: random.Random) -> None:
     file.write_bytes(data)
 
 
-def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float = 0) -> dict:
+def train(args: Namespace, name: str, cause: str, mode: str, ranks: int, seed: float = 0) -> dict:
     """Train until finished, disturbed by the cause: {"faults": how often, "seconds", "commands", "restarts",
     "weights": a hash, "log": what the .jsonl files say of steps}, the last two None if lost."""
     home, began, faults = args.folder / name, time.monotonic(), 0
@@ -178,7 +179,7 @@ def train(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int
     return result
 
 
-def disturbed(args: argparse.Namespace, name: str, cause: str, mode: str, ranks: int, seed: float,
+def disturbed(args: Namespace, name: str, cause: str, mode: str, ranks: int, seed: float,
               undisturbed: dict) -> dict | None:
     """train(), with the key "ends": how it ended. None if the cause is not possible on this machine."""
     home = args.folder / name
@@ -199,7 +200,7 @@ def disturbed(args: argparse.Namespace, name: str, cause: str, mode: str, ranks:
     return {"cause": cause, "mode": mode, "ranks": ranks, **run}
 
 
-def soak(args: argparse.Namespace) -> None:
+def soak(args: Namespace) -> None:
     for name, count in (("train", 60), ("test", 12)):
         lines = (QUICKSTART / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (args.folder / f"{name}.jsonl").write_text("".join(lines[:count]))
@@ -228,8 +229,8 @@ def soak(args: argparse.Namespace) -> None:
     print(json.dumps({"hardware": machine, "seed": args.seed, "steps": args.steps, "runs": runs}))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = make_parser("faults", __doc__)
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
@@ -238,7 +239,7 @@ def main() -> None:
     parser.add_argument("--attempts", type=int, default=5, help="commands until a run counts as lost")
     parser.add_argument("--timeout", type=float, default=180, help="seconds until a command counts as hung")
     parser.add_argument("--folder", type=Path, help="an empty one, to keep the runs in")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     # Stopped from outside, it still unmounts and ends what it started.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
@@ -248,4 +249,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

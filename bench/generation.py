@@ -18,7 +18,9 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from bench.common import cores, hardware, in_turn, json_child, print_machine, print_table
+from bench.common import (cores, hardware, in_turn, json_child, make_parser, print_machine,
+                          print_table)
+from runtime.program import run_program
 
 
 def run_one(args: argparse.Namespace) -> dict:
@@ -72,8 +74,8 @@ def run_one(args: argparse.Namespace) -> dict:
             "prompt_tokens": sum(map(len, prompts))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = make_parser("generation", __doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="records whose last assistant turn is answered")
     parser.add_argument("--template", default="auto")
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("ours", "no guesses", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.run:
         Path(args.result).write_text(json.dumps(run_one(args)))
         return
@@ -129,4 +131,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

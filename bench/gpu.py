@@ -30,7 +30,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import REPOSITORY, cores, hardware
+from bench.common import REPOSITORY, cores, hardware, make_parser
+from runtime.files import write_text
+from runtime.program import WIDTH, run_program
 
 # Seconds that are left for the table when everything else has to end.
 RESERVE = 8
@@ -217,10 +219,7 @@ class Run:
                   for name, outcome in self.outcomes.items()}
         results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
                    "seconds": round(self.age, 1), "stages": stages, "rows": rows}
-        # Renamed into place: whoever reads the file meanwhile finds a whole one.
-        aside = self.output.with_name(self.output.name + ".new")
-        aside.write_text(json.dumps(results, indent=1))
-        aside.replace(self.output)
+        write_text(self.output, json.dumps(results, indent=1))
         return results
 
 
@@ -245,7 +244,7 @@ def quantity(row: dict) -> str:
 
 
 def table(results: dict) -> str:
-    """The rows of a results file in 80 columns, by section. The note of a failed row follows it."""
+    """The rows of a results file in 79 columns, by section. The note of a failed row follows it."""
     lines = []
     for section in [*sorted(number for number in TITLES if number), 0]:
         rows = [row for row in results["rows"] if row["section"] == section]
@@ -254,15 +253,15 @@ def table(results: dict) -> str:
         for row in rows:
             mark = {True: "pass", False: "FAIL", None: ""}[row["passed"]]
             value = quantity(row)[:40]
-            room, name = 60 - len(value), row["name"]
+            room, name = WIDTH - 20 - len(value), row["name"]
             if len(name) > room:
                 # The value follows on a line of its own.
-                lines.append(f"   {name[:77]}")
+                lines.append(f"   {name[:WIDTH - 3]}")
                 name = ""
             lines.append(f"   {name:<{room}} {value} {row['limit']:>10} {mark:>4}")
             if row["note"] and row["passed"] is not True:
-                lines += [f"      {line}" for line in textwrap.wrap(row["note"], 74)[:3]]
-    lines += [line[:80] for line in machine(results)] + [judgement(results)]
+                lines += [f"      {line}" for line in textwrap.wrap(row["note"], WIDTH - 6)[:3]]
+    lines += [line[:WIDTH] for line in machine(results)] + [judgement(results)]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -326,7 +325,7 @@ def summary(results: dict) -> dict:
 
 def main(argv: list[str]) -> int:
     names = [stage.name for stage in STAGES]
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = make_parser("gpu", __doc__)
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", default=names,
                         help=f"run only these: {', '.join(names)}")
@@ -370,4 +369,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

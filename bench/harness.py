@@ -20,7 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.common import cores, hardware, in_turn, json_child, print_machine, print_table
+from bench.common import (cores, hardware, in_turn, json_child, make_parser, print_machine,
+                          print_table)
+from runtime.program import run_program
 
 TASK = """task: long_choice
 dataset_path: json
@@ -98,8 +100,8 @@ def run_one(args: argparse.Namespace) -> dict:
                        for ((value, _),) in sample["resps"]]}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = make_parser("harness", __doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="records with long instructions and short answers")
     parser.add_argument("--questions", type=int, default=24)
@@ -112,7 +114,7 @@ def main() -> None:
     parser.add_argument("--run", choices=("ours", "hf"), help=argparse.SUPPRESS)
     parser.add_argument("--task", help=argparse.SUPPRESS)
     parser.add_argument("--result", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.run:
         Path(args.result).write_text(json.dumps(run_one(args)))
         return
@@ -150,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -5,9 +5,31 @@
 Packs the first examples into one row. Its logits and its IT and IM losses are compared with what transformers
 computes for each example by itself. Needs transformers.
 """
-import argparse
+from bench.common import make_parser
+from config import Config, check_inputs
+from config import parse_args as parse_flags
+from runtime.program import run_program
+from runtime.start import answer_flags
+
+
+def parse_args(argv: list[str]) -> tuple[int, dict[str, Config]]:
+    """The number of examples, and a run's flags by loss."""
+    parser = make_parser("parity", __doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE")
+    parser.add_argument("--template", default="auto")
+    parser.add_argument("--examples", type=int, default=16)
+    args = parser.parse_args(argv)
+    flags = ["--model", args.model, "--train-data", *args.train_data, "--template", args.template,
+             "--dtype", "fp32", "--device", "cpu"]
+    configs = {loss: parse_flags([*flags, "--loss", loss]) for loss in ("it", "im")}
+    check_inputs(configs["it"])
+    return args.examples, configs
+
+
+answer_flags(__name__, parse_args)
+
 import json
-import sys
 
 import numpy as np
 import torch
@@ -18,27 +40,18 @@ from data import collate
 from loss import coefficients
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE")
-    parser.add_argument("--template", default="auto")
-    parser.add_argument("--examples", type=int, default=16)
-    args = parser.parse_args()
-
+def main(argv: list[str]) -> None:
     from transformers import AutoModelForCausalLM
-    flags = ["--model", args.model, "--train-data", *args.train_data, "--template", args.template,
-             "--dtype", "fp32", "--device", "cpu"]
-    config = train.parse_args(flags)
+    count, configs = parse_args(argv)
+    config = configs["it"]
     source, device = train.open_source(config), torch.device("cpu")
     dataset, _, _ = train.load_data(config, source)
-    examples = np.arange(min(args.examples, len(dataset)))
+    examples = np.arange(min(count, len(dataset)))
     model = train.prepare_model(config, source.folder, device)
     reference = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32)
     result = {"examples": len(examples), "tokens": int(dataset.lengths[examples].sum())}
     with torch.no_grad():
-        for loss in ("it", "im"):
-            config = train.parse_args([*flags, "--loss", loss])
+        for loss, config in configs.items():
             table = coefficients(dataset.counts[examples], config.span_weights, config.normalize)
             batch = collate(dataset, examples, table)
             if loss == "it":    # the logits are the same for every loss
@@ -55,7 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -18,9 +18,34 @@ records, with its optimizer settings and precision, and as near to --batch-size 
 micro-batches allow. The result has, for each step, seconds (loading its data included), real tokens and
 trained tokens; and the peak memory.
 """
-import argparse
+from argparse import Namespace
+
+from bench.common import PEERS, make_parser, split_flags
+from config import Config
+from config import parse_args as parse_flags
+from runtime.program import run_program
+from runtime.start import answer_flags
+
+
+def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
+    """Its own flags, and train.py's."""
+    parser = make_parser("peers", __doc__, "PEER [flags] -- flags of train.py")
+    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
+    parser.add_argument("--document", type=int, default=0, help="targets of each synthetic record")
+    parser.add_argument("--config", metavar="JSON", help="config.json of a model with random weights")
+    parser.add_argument("--result", required=True, metavar="FILE")
+    own, passed = split_flags(argv)
+    args, config = parser.parse_args(own), parse_flags(passed)
+    if bool(args.document) != bool(args.config):
+        raise ValueError("--document and --config belong together: give both or neither")
+    return args, config
+
+
+answer_flags(__name__, parse_args)
+
 import json
-import sys
 import tempfile
 import time
 from functools import partial
@@ -40,7 +65,7 @@ from runtime.machine import peak_memory_mb
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def read_records(config: train.Config, args: argparse.Namespace) -> list[dict]:
+def read_records(config: train.Config, args: Namespace) -> list[dict]:
     """{"input_ids", "labels"} of each example. Labels are not shifted; -100 is not trained on."""
     if args.document:
         config.max_length = args.document + 1
@@ -103,7 +128,7 @@ def padded(records: list[dict], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
-def load_model(config: train.Config, args: argparse.Namespace) -> tuple[torch.nn.Module, int]:
+def load_model(config: train.Config, args: Namespace) -> tuple[torch.nn.Module, int]:
     """The model in fp32, with its id for padding."""
     how = dict(dtype=torch.float32, attn_implementation="sdpa")
     if args.config:
@@ -113,7 +138,7 @@ def load_model(config: train.Config, args: argparse.Namespace) -> tuple[torch.nn
     return AutoModelForCausalLM.from_pretrained(config.model, **how), pad_id
 
 
-def load_tokenizer(config: train.Config, args: argparse.Namespace) -> PreTrainedTokenizerFast:
+def load_tokenizer(config: train.Config, args: Namespace) -> PreTrainedTokenizerFast:
     """TRL asks for one, although the records have ids already. Without a model's folder it knows one word."""
     if args.config:
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"pad": 0}, "pad")),
@@ -121,7 +146,7 @@ def load_tokenizer(config: train.Config, args: argparse.Namespace) -> PreTrained
     return AutoTokenizer.from_pretrained(config.model)
 
 
-def run_trainer(config: train.Config, args: argparse.Namespace, trl: bool, packed: bool, liger: bool = False
+def run_trainer(config: train.Config, args: Namespace, trl: bool, packed: bool, liger: bool = False
                 ) -> dict:
     """TRL's SFTTrainer, which is a Trainer of transformers, or that Trainer itself."""
     from datasets import Dataset
@@ -178,7 +203,7 @@ def run_trainer(config: train.Config, args: argparse.Namespace, trl: bool, packe
                         + (f"rows of {config.max_length} tokens" if packed else "padded records"))
 
 
-def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
+def run_transformers(config: train.Config, args: Namespace) -> dict:
     records = sorted(read_records(config, args), key=lambda record: len(record["input_ids"]))
     starts = torch.randperm(len(records) // config.batch_size or 1,
                             generator=torch.Generator().manual_seed(config.seed)).tolist()
@@ -214,28 +239,17 @@ def run_transformers(config: train.Config, args: argparse.Namespace) -> dict:
     return meter.result(f"padded micro-batches of at most {config.micro_batch_tokens} tokens")
 
 
-PEERS = {"trl": partial(run_trainer, trl=True, packed=True),
-         "trl-liger": partial(run_trainer, trl=True, packed=True, liger=True),
-         "trl-liger-padded": partial(run_trainer, trl=True, packed=False, liger=True),
-         "trainer": partial(run_trainer, trl=False, packed=False), "transformers": run_transformers}
+RUNS = {"trl": partial(run_trainer, trl=True, packed=True),
+        "trl-liger": partial(run_trainer, trl=True, packed=True, liger=True),
+        "trl-liger-padded": partial(run_trainer, trl=True, packed=False, liger=True),
+        "trainer": partial(run_trainer, trl=False, packed=False), "transformers": run_transformers}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     usage="python -m bench.peers PEER [flags] -- flags of train.py")
-    parser.add_argument("peer", choices=tuple(PEERS))
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
-    parser.add_argument("--document", type=int, default=0, help="targets of each synthetic record")
-    parser.add_argument("--config", metavar="JSON", help="config.json of a model with random weights")
-    parser.add_argument("--result", required=True, metavar="FILE")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args, config = parser.parse_args(argv[:split]), train.parse_args(argv[split + 1:])
-    if bool(args.document) != bool(args.config):
-        parser.error("--document and --config belong together: give both or neither")
+    args, config = parse_args(argv)
     with tempfile.TemporaryDirectory() as args.folder:
-        Path(args.result).write_text(json.dumps(PEERS[args.peer](config, args)))
+        Path(args.result).write_text(json.dumps(RUNS[args.peer](config, args)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

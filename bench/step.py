@@ -14,11 +14,36 @@ step under torch.profiler. The time of each operation, on CUDA of the kernels th
 innermost part around it. Forward, parts are ranges around modules and functions; backward, they follow from
 the name of the autograd node. So the parts add up to the step, or to the device's time.
 """
-import argparse
+from argparse import Namespace
+
+from bench.common import make_parser, split_flags
+from config import Config
+from config import parse_args as parse_flags
+from runtime.program import run_program
+from runtime.start import answer_flags
+
+
+def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
+    """Its own flags, and train.py's."""
+    parser = make_parser("step", __doc__, "WHAT [flags] -- flags of train.py")
+    parser.add_argument("what", choices=("speed", "limit", "profile"))
+    parser.add_argument("--document", type=int, default=0, help="tokens of synthetic documents")
+    parser.add_argument("--tokens", type=int, default=4096, help="limit: of the micro-batch")
+    parser.add_argument("--trained", type=int, default=2600, help="limit: trained targets of the micro-batch")
+    parser.add_argument("--repeats", type=int, default=4, help="steps measured")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--result", metavar="FILE", help="write the JSON object there instead of printing it")
+    own, passed = split_flags(argv)
+    args = parser.parse_args(own)
+    synthetic = ["--train-data", "synthetic"] if args.document or args.what == "limit" else []
+    return args, parse_flags([*passed, *synthetic])
+
+
+answer_flags(__name__, parse_args)
+
 import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -105,7 +130,7 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
     return raw_model, one_step
 
 
-def speed(config: train.Config, args: argparse.Namespace) -> dict:
+def speed(config: train.Config, args: Namespace) -> dict:
     model, one_step = training(config, args.document)
     steps = [one_step(step) for step in range(args.warmup + args.repeats)]
     later = steps[args.warmup:]
@@ -117,7 +142,7 @@ def speed(config: train.Config, args: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- limit
 
 
-def limit(config: train.Config, args: argparse.Namespace) -> dict:
+def limit(config: train.Config, args: Namespace) -> dict:
     """Outputs are allocated as the real step allocates them."""
     keep_freed_memory()
     device, shape = join_ranks(config.device), read_config(resolve_model(config.model))
@@ -281,7 +306,7 @@ def part_of(call: Call, around: tuple[str, str], shape: ModelConfig) -> tuple[st
     return around
 
 
-def profile_step(config: train.Config, args: argparse.Namespace) -> dict:
+def profile_step(config: train.Config, args: Namespace) -> dict:
     model, one_step = training(config, args.document)
     # Compiled layers have no parts.
     model.compiled = None
@@ -310,20 +335,7 @@ def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     usage="python -m bench.step WHAT [flags] -- flags of train.py")
-    parser.add_argument("what", choices=("speed", "limit", "profile"))
-    parser.add_argument("--document", type=int, default=0, help="tokens of synthetic documents")
-    parser.add_argument("--tokens", type=int, default=4096, help="limit: of the micro-batch")
-    parser.add_argument("--trained", type=int, default=2600, help="limit: trained targets of the micro-batch")
-    parser.add_argument("--repeats", type=int, default=4, help="steps measured")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--result", metavar="FILE", help="write the JSON object there instead of printing it")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args, passed = parser.parse_args(argv[:split]), argv[split + 1:]
-    if args.document or args.what == "limit":
-        passed += ["--train-data", "synthetic"]
-    config = train.parse_args(passed)
+    args, config = parse_args(argv)
     result = json.dumps({"speed": speed, "limit": limit, "profile": profile_step}[args.what](config, args))
     if is_main():
         Path(args.result).write_text(result) if args.result else print(result)
@@ -331,7 +343,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

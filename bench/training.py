@@ -16,7 +16,6 @@ step's time over the median of the measured ones. peak: memory of rank 0. limit:
 its matrix products alone take. Of several rounds medians are shown, with ranges in brackets. The last line
 printed is one JSON object with all of it.
 """
-import argparse
 import itertools
 import json
 import math
@@ -24,18 +23,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.common import (REPOSITORY, child, cores, hardware, in_turn, json_child, print_machine, print_table,
-                          spread)
+from bench.common import (PEERS, REPOSITORY, child, cores, hardware, in_turn, json_child, make_parser,
+                          print_machine, print_table, split_flags, spread)
+from runtime.program import run_program
 
 THIS = "train.py"
-PEERS = ("trl", "trl-liger", "trainer", "transformers")
 
 
-def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks: int, folder: Path) -> dict:
+def run_train(checkout: Path, flags: list[str], args: Namespace, ranks: int, folder: Path) -> dict:
     """Run a checkout's train.py and read its metrics.jsonl."""
     # The first and the last step also compute the NLL of spans that are not trained. So there is one step
     # more than is measured, and the last is left out.
@@ -49,14 +49,14 @@ def run_train(checkout: Path, flags: list[str], args: argparse.Namespace, ranks:
     return summary(*columns, max(line["peak_memory_mb"] for line in lines) / 1024, args.warmup)
 
 
-def run_peer(name: str, flags: list[str], args: argparse.Namespace) -> dict:
+def run_peer(name: str, flags: list[str], args: Namespace) -> dict:
     run = json_child(["-m", "bench.peers", name, "--steps", str(args.warmup + args.steps), "--padded-rows",
                       str(args.padded_rows)], args.threads, flags)
     columns = (run[key] for key in ("seconds", "tokens", "trained", "peak_memory_gb"))
     return {**summary(*columns, args.warmup), "note": run["note"]}
 
 
-def add_limit(run: dict, flags: list[str], args: argparse.Namespace) -> None:
+def add_limit(run: dict, flags: list[str], args: Namespace) -> None:
     """Time the matrix products of a step like that of `run`, and add their share of its time to it."""
     micro_batches = math.ceil(run["tokens_per_step"] / args.micro_batch_tokens)
     tokens, trained = (round(run[key] / micro_batches) for key in ("tokens_per_step", "trained_per_step"))
@@ -128,8 +128,7 @@ def print_profile(result: dict) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
-                                     usage="python -m bench.training [flags] [-- flags of train.py]")
+    parser = make_parser("training", __doc__, "[flags] [-- flags of train.py]")
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--train-data", nargs="+", required=True, metavar="FILE")
     parser.add_argument("--loss", choices=("it", "im", "lm"), default="im")
@@ -149,8 +148,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
     parser.add_argument("--limit", action="store_true", help="time the matrix products of a step alone")
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    split = argv.index("--") if "--" in argv else len(argv)
-    args, passed = parser.parse_args(argv[:split]), argv[split + 1:]
+    own, passed = split_flags(argv)
+    args = parser.parse_args(own)
     if min(args.steps, args.warmup, args.rounds, *args.ranks, *args.batch_size) < 1:
         parser.error("--steps, --warmup, --rounds, --ranks and --batch-size must be 1 or more")
     for checkout in args.compare:
@@ -200,4 +199,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

@@ -1,9 +1,4 @@
 """The evaluation commands: `python -m eval` lists them."""
-import sys
+from runtime.program import answer_interrupts_of_modules
 
-from runtime.start import answer_interrupts
-
-# Python imports this package on its way to the module of `python -m eval.NAME`, and until it has found the
-# module, the program's name is "-m".
-if sys.argv[0] == "-m":
-    answer_interrupts()
+answer_interrupts_of_modules()

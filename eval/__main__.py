@@ -1,8 +1,9 @@
 """python -m eval: the evaluation commands, one line each."""
 import ast
-import sys
 import textwrap
 from pathlib import Path
+
+from runtime.program import run_program
 
 
 def commands() -> dict[str, str]:
@@ -15,15 +16,15 @@ def commands() -> dict[str, str]:
     return found
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     if argv and argv[0] in commands():
-        print(f"error: it is python -m eval.{argv[0]}, with a dot", file=sys.stderr)
-        return 1
+        raise ValueError(f"it is python -m eval.{argv[0]}, with a dot")
+    if argv and argv != ["--help"]:
+        raise ValueError(f"{argv[0]}: no such command; python -m eval lists them")
     print("python -m eval.COMMAND --help lists a command's flags. The commands:\n")
     for name, purpose in commands().items():
         print(f"{name:<14}{textwrap.shorten(purpose, 65, placeholder=' ...')}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

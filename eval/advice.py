@@ -10,6 +10,8 @@ import shlex
 import textwrap
 from pathlib import Path
 
+from runtime.program import WIDTH
+
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
 # About prompt weights, which evidence.json does not have: PLW is arXiv 2401.13586, WIT arXiv 2507.07817.
 WEIGHTS = ("Smaller weights on instructions (--instruction-weight): PLW found about 0.24 best for short "
@@ -32,7 +34,7 @@ def advice(ratio: float, examples: int, model: str, train_data: list[str], eval_
     """The lines, in 79 columns. ratio: tokens of instructions over those of completions, above 0; examples:
     to train on; the others: the flags of the run."""
     def fill(text: str, indent: str = "  ") -> str:
-        return textwrap.fill(text, 79, subsequent_indent=indent, break_on_hyphens=False)
+        return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
     lines = [fill(f"which loss? The settings measured so far that are nearest to {examples:,} examples and "
                   f"{ratio:.3g} tokens of instruction for each of completion, IT -> IM or the difference:")]

@@ -57,13 +57,13 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     instead of by autocast over fp32 weights, as in training. ValueError for what is wrong with the folder."""
     folder = resolve_model(name)
     tokenizer = Tokenizer(folder)
+    template = load_template(args.template, tokenizer, args.date) if args.template else None
     model = load_model(folder, device).requires_grad_(False).eval()
     bf16 = args.dtype == "bf16"
     if cast and bf16:
         model.to(torch.bfloat16)
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
-    template = load_template(args.template, tokenizer, args.date) if args.template else None
     if template:
         check_vocabulary(model.config.vocab_size, tokenizer, template)
     return Loaded(name, model, tokenizer, template, device, autocast)

@@ -16,11 +16,10 @@ result belongs to the run whose folder, or final/ in it, is its "model". Files o
 table. The page says what is missing.
 """
 import argparse
-import importlib.util
 from pathlib import Path
 from string import ascii_uppercase
 
-from eval.flags import Parser, add_data_flags, answer_command, check_flags
+from eval.flags import Parser, add_data_flags, answer_command, check_flags, need
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -44,9 +43,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         raise ValueError(f"{len(args.runs)} runs: give at most {len(ascii_uppercase)}")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
         raise ValueError(f"{' '.join(args.runs)}: a run is given twice; give each run once")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed, and the page's pictures need it: "
-                         "pip install -r requirements-eval.txt")
+    need("matplotlib", "the page")
     return args
 
 
@@ -67,14 +64,16 @@ from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import write_text
-from runtime.report import ending
+from runtime.report import WIDTH, ending
 
-WIDTH = 80      # columns of the terminal
 POINTS = 100    # of a curve: more cannot be told apart
 # Of the runs' letters and curves, legible on white and on black. Dashes help those who see no colours.
 COLOURS = ("#2a78c0", "#c75b12", "#178a5e", "#b5479c", "#8a7410", "#6b7785")
 DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)))
 GREY = "#808080"
+# matplotlib's settings for all pictures of eval/.
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+         "grid.alpha": 0.3, "legend.frameon": False, "axes.edgecolor": GREY}
 FULL = 3        # nats of difference at which a token has its full colour
 
 
@@ -155,10 +154,8 @@ def picture(points: dict[str, list[tuple[int, float]]]) -> Markup:
     The page's style sheet sets the colour of the text. Only numbers of the runs and letters are drawn."""
     import matplotlib
     from matplotlib.figure import Figure
-    style = {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-             "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
-             **{f"{part}.color": GREY for part in ("xtick", "ytick", "grid")}, "axes.edgecolor": GREY}
-    with matplotlib.rc_context(style):
+    colours = {f"{part}.color": GREY for part in ("xtick", "ytick", "grid")}
+    with matplotlib.rc_context({"svg.fonttype": "none", **STYLE, **colours}):
         figure = Figure(figsize=(3.6, 2.3), layout="constrained")
         axes = figure.subplots()
         for letter, of_run in points.items():

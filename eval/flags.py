@@ -5,14 +5,16 @@
 """
 import argparse
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from config import CACHE_DIR, Config
+from records import HUB_NAME, RECORDS_FILE, data_files
 from runtime import flags
-from runtime.foreign import shorten
+from runtime.foreign import check_file, shorten
 from runtime.model_folder import check_model
 from runtime.start import answer_flags
 
@@ -26,13 +28,42 @@ MOST = {"answers": 10**4, "batch_size": 10**5, "bootstrap": 10**6, "judge_worker
 
 def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespace]) -> None:
     """In the command itself (name is its __name__), end with one line if parse_args() raises ValueError for
-    the flags, or if a --model cannot be used."""
-    def check(argv: list[str]) -> None:
-        models = getattr(parse_args(argv), "model", [])
-        for model in [models] if isinstance(models, str) else models:
-            check_model(model)
+    the flags, or check_files()."""
+    answer_flags(name, lambda argv: check_files(parse_args(argv)))
 
-    answer_flags(name, check)
+
+def check_files(args: object) -> None:
+    """ValueError for a --model that cannot be used and for files and folders that do not exist, as far as
+    that is known without the network. args: flags; those that a command does not have are not checked."""
+    def check_records(name: str) -> None:
+        if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
+            data_files([name])
+
+    def check_template(name: str) -> None:
+        if name.endswith(".jinja"):
+            check_file(name)
+
+    models = getattr(args, "model", [])
+    for model in [models] if isinstance(models, str) else models:
+        check_model(model)
+    checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
+              check_file: ("questions", "judge_prompts", "reference", "results", "from"),
+              check_template: ("template",)}
+    for check, names in checks.items():
+        for name in names:
+            value = getattr(args, name, None) or []
+            for each in [value] if isinstance(value, str) else value:
+                try:
+                    check(each)
+                except ValueError as error:
+                    raise ValueError(f"{flags.flag_name(name)} {error}") from None
+
+
+def need(package: str, user: str) -> None:
+    """ValueError if a package of requirements-eval.txt is not installed. user: what needs it."""
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{package} is not installed, and {user} needs it: "
+                         "pip install -r requirements-eval.txt")
 
 
 class Parser(flags.Parser):

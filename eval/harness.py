@@ -15,7 +15,7 @@ for this checkpoint only, and the same command resumes from them.
 import json
 from argparse import Namespace
 
-from eval.flags import Parser, answer_command
+from eval.flags import Parser, answer_command, need
 from runtime.start import world_size
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -66,6 +66,7 @@ def parse_args(argv: list[str]) -> Namespace:
     if "paper" in args.tasks and args.num_fewshot is not None:
         raise ValueError(f"--num_fewshot {args.num_fewshot}: the tasks of --tasks paper have their own; "
                          "leave it out")
+    need("lm_eval", "eval.harness")
     return args
 
 
@@ -148,16 +149,11 @@ def local_fields(task: str, files: dict[str, str], config: dict, shots: int | No
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import lm_eval.tasks
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.utils import (handle_non_serializable, make_table, setup_logging,
-                                   simple_parse_args_string)
+    import lm_eval.tasks
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import handle_non_serializable, make_table, setup_logging, simple_parse_args_string
 
-        from eval.harness_model import HarnessModel
-    except ImportError as error:
-        raise ValueError("needs lm-evaluation-harness: pip install -r requirements-eval.txt "
-                         f"({error})") from None
+    from eval.harness_model import HarnessModel
     setup_logging(logging.WARNING if is_main() else logging.ERROR)
     model_args = {"pretrained": args.model, "dtype": args.dtype, "date": args.date,
                   "template": (args.template or "auto") if args.apply_chat_template else None,

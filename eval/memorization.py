@@ -22,7 +22,7 @@ and the interval of BLEU says little.
 """
 import argparse
 
-from eval.flags import Parser, add_bootstrap_flags, answer_command, check_flags
+from eval.flags import Parser, add_bootstrap_flags, answer_command, check_flags, need
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -39,6 +39,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add_bootstrap_flags(parser)
     args = parser.parse_args(argv)
     check_flags(args, ("json", "output"), limit=0, max_length=2, max_new_tokens=0, batch_size=1)
+    need("sacrebleu", "BLEU")
     return args
 
 
@@ -62,15 +63,6 @@ from runtime.report import fit
 from runtime.weights import model_fingerprint
 
 METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}
-
-
-def import_bleu() -> type:
-    try:
-        from sacrebleu.metrics import BLEU
-    except ImportError:
-        raise ValueError("sacrebleu is not installed, and BLEU needs it: "
-                         "pip install -r requirements-eval.txt") from None
-    return BLEU
 
 
 def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Template
@@ -130,7 +122,7 @@ def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dic
     """METRICS of the rows in percent, each with X_interval, [low, high] or None, and sacrebleu's signature.
 
     BLEU is a function of sums over records, so a resample needs no second look at the texts."""
-    BLEU = import_bleu()
+    from sacrebleu.metrics import BLEU
     sentence, statistics = BLEU(effective_order=True), []
     for row in rows:
         bleu = sentence.sentence_score(row["output"], [row["target"]])
@@ -166,7 +158,6 @@ def print_result(result: dict, confidence: float) -> None:
 
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
-    import_bleu()
     device = start_ranks(args)
     settings = {name: getattr(args, name) for name in ("limit", "max_new_tokens", "max_length", "template",
                                                        "dtype")}

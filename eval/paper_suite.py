@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from eval.common import gather
+from runtime.program import WIDTH
 
 
 class Entry(NamedTuple):
@@ -114,7 +115,7 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def table(found: dict) -> str:
-    """A summary() in lines of at most 80 columns, in percent."""
+    """A summary() in lines of at most 79 columns, in percent."""
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.2f}"
 
@@ -130,5 +131,5 @@ def table(found: dict) -> str:
     if found["not_run"]:
         lines += ["", "not in these means:"]
         for task, why in found["not_run"].items():
-            lines += textwrap.wrap(f"{task}: {why}", 80, initial_indent="  ", subsequent_indent="    ")
+            lines += textwrap.wrap(f"{task}: {why}", WIDTH, initial_indent="  ", subsequent_indent="    ")
     return "\n".join(lines)

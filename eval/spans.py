@@ -49,6 +49,7 @@ from kernels.head import nll
 from model import Llama
 from runtime.model_folder import resolve_model
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
+from runtime.files import write_text
 from runtime.report import ending
 
 MEANS = ("nll_token_mean", "nll_example_mean")
@@ -212,17 +213,16 @@ def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]])
 def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
                    args: argparse.Namespace) -> None:
     """Write a line for each checkpoint, file and example: its place, NLL sums (nats) and targets by kind."""
-    part = Path(f"{file}.part")
-    with open(part, "w", encoding="utf-8") as out:
-        for m, name in enumerate(args.model):
-            for path, dataset, of_file in zip(args.data, data[m], sums[m]):
-                for (_, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
-                                                   dataset.counts.tolist()):
-                    kinds = [k for k in range(len(KINDS)) if counts[k]]
-                    out.write(json.dumps({"model": name, "data": path, "line": line,
-                                          "nll": {KINDS[k]: nats[k] for k in kinds},
-                                          "tokens": {KINDS[k]: counts[k] for k in kinds}}) + "\n")
-    part.replace(file)
+    lines = []
+    for m, name in enumerate(args.model):
+        for path, dataset, of_file in zip(args.data, data[m], sums[m]):
+            for (_, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
+                                               dataset.counts.tolist()):
+                kinds = [k for k in range(len(KINDS)) if counts[k]]
+                lines.append(json.dumps({"model": name, "data": path, "line": line,
+                                         "nll": {KINDS[k]: nats[k] for k in kinds},
+                                         "tokens": {KINDS[k]: counts[k] for k in kinds}}) + "\n")
+    write_text(file, "".join(lines))
 
 
 def main(argv: list[str]) -> None:

@@ -32,12 +32,14 @@ import re
 import shlex
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
-from eval.flags import Parser
-from config import NORMALIZE, PRESETS, Config, check_inputs, validate
+from config import NORMALIZE, PRESETS, Config, validate
 from config import parse_args as parse_flags
+from eval.flags import Parser, check_files, need
+from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags
-from runtime.start import answer_flags
+from runtime.start import answer_flags, world_size
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
 CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
@@ -130,7 +132,7 @@ def parse_args(argv: list[str]) -> StudyConfig | Namespace:
     """The flags of a study, or those that go with --from."""
     if any(word.partition("=")[0] == "--from" for word in argv):
         parser = Parser("study", __doc__)
-        parser.add_argument("--from", dest="lines", required=True, metavar="RUNS.jsonl",
+        parser.add_argument("--from", required=True, metavar="RUNS.jsonl",
                             help="a study's runs.jsonl")
         parser.add_argument("--baseline", metavar="NAME", help="contender to compare the others with; "
                             "default: it or, where there is none, that of the first line")
@@ -140,54 +142,8 @@ def parse_args(argv: list[str]) -> StudyConfig | Namespace:
     return parse_flags(argv, StudyConfig, "python -m eval.study", purpose)
 
 
-def check_early(argv: list[str]) -> None:
-    """What can be said about the flags without PyTorch."""
-    config = parse_args(argv)
-    if isinstance(config, StudyConfig):
-        parse_contenders(config)
-        parse_lrs(config)
-        check_inputs(config)
-
-
-answer_flags(__name__, check_early)
-
-import importlib.util
-import json
-import sys
-import time
-from collections.abc import Iterable
-from dataclasses import asdict
-from datetime import timedelta
-from itertools import product
-from pathlib import Path
-
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import train
-from data import hold_out, instruction_hash
-from eval import harness, memorization
-from eval.answers import hash_data
-from eval.common import read_objects, run, write_json
-from eval.study_report import pictures, report_text
-from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
-from eval.study_statistics import verdict
-from records import data_files, read_all
-from runtime.distributed import join_ranks, world_size
-from runtime.files import lock, read_json, write_text
-from runtime.foreign import parse_json, read_text
-from runtime.folder import append_line, check_identity, launch
-from runtime.report import fit, say
-
-FEW = 5     # validation records; fewer are too few to choose by
-
-
-# ---------------------------------------------------------------- flags
-
-
 def check(config: StudyConfig, lrs: list[float]) -> None:
-    """ValueError for flags that do not go together, and for what is missing, before anything is run."""
+    """ValueError for flags that do not go together, and for what is missing."""
     if world_size() > 1:
         raise ValueError(f"a study runs on one rank, not {world_size()}: start it without torchrun; --jobs N "
                          "has N processes")
@@ -199,14 +155,12 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
         if wrong:
             raise ValueError(f"{flag_name(name)}: a study decides this itself; leave the flag out"
                              + (f", or delete {config.output_dir} yourself" if name == "overwrite" else ""))
-    names = [*config.train_data, *config.eval_data, config.validation_data]
-    if "-" in names:
+    if "-" in (*config.train_data, *config.eval_data, config.validation_data):
         raise ValueError("-: a study that is resumed reads the records again; write standard input to a file")
     if config.mix and config.validation_fraction and not config.validation_data:
         raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
                          "give --validation-data, or --validation-fraction 0")
-    # Raises for those that do not exist.
-    data_files(filter(None, names))
+    check_files(config)
     if config.validation_data and Path(config.validation_data).resolve() in {
             Path(file).resolve() for file in config.eval_data}:
         raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
@@ -214,22 +168,71 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
     if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
         raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
                          "by; give one rate or a fraction such as 0.1")
-    if config.seeds == 1:
-        say("warning: --seeds 1: intervals will be over examples, not over seeds")
-    if config.memorization:
-        try:
-            memorization.import_bleu()
-        except ValueError as error:
-            raise ValueError(f"--memorization {config.memorization}: {error}; or give 0") from None
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("matplotlib is not installed, and the pictures need it: "
-                         "pip install -r requirements-eval.txt")
-    if config.tasks:
-        harness.parse_args(["--model", "x", *task_flags(config)])
-        if importlib.util.find_spec("lm_eval") is None:
-            raise ValueError("--tasks: needs lm-evaluation-harness: pip install -r requirements-eval.txt")
-    elif config.tasks_flags:
+    if config.tasks_flags and not config.tasks:
         raise ValueError(f"--tasks-flags {config.tasks_flags}: needs --tasks; give that too")
+    if config.tasks:
+        need("lm_eval", "--tasks")
+    if config.memorization:
+        need("sacrebleu", "--memorization above 0")
+    read_settings(config)
+
+
+def read_settings(config: StudyConfig) -> dict:
+    """What settings.json says in the study's folder, {} if that is new. ValueError if the folder holds
+    something else."""
+    out = Path(config.output_dir)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--output-dir {out}: is a file; give a folder")
+    settings = read_json(out / "settings.json")
+    if not settings and out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
+        raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
+    if settings and not all(isinstance(settings.get(name), dict) for name in ("identity", "contenders")):
+        raise ValueError(f"{out}/settings.json: is not a study's; give another --output-dir, or delete it")
+    return settings
+
+
+def check_early(argv: list[str]) -> None:
+    """What can be said about the flags without PyTorch."""
+    args = parse_args(argv)
+    need("matplotlib", "a study")
+    need("scipy", "a study")
+    if isinstance(args, StudyConfig):
+        parse_contenders(args)
+        check(args, parse_lrs(args))
+    else:
+        check_files(args)
+
+
+answer_flags(__name__, check_early)
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from datetime import timedelta
+from itertools import product
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import train
+from data import hold_out, instruction_hash
+from eval import harness
+from eval.answers import hash_data
+from eval.common import read_objects, run, write_json
+from eval.study_report import pictures, report_text
+from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
+from eval.study_statistics import verdict
+from records import read_all
+from runtime.distributed import join_ranks
+from runtime.files import lock, write_text
+from runtime.foreign import parse_json, read_text
+from runtime.folder import append_line, check_identity, launch
+from runtime.report import fit, say
+
+FEW = 5     # validation records; fewer are too few to choose by
 
 
 def task_flags(config: StudyConfig) -> list[str]:
@@ -240,23 +243,28 @@ def task_flags(config: StudyConfig) -> list[str]:
 # ---------------------------------------------------------------- data
 
 
+def as_line(messages: list[dict]) -> str:
+    """A record's messages as a line of JSON, the same for equal messages in whatever layout."""
+    return json.dumps({"messages": messages}, ensure_ascii=False)
+
+
 def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:
-    """Each record's messages as a line of JSON, the same for equal messages in whatever layout. names,
-    columns: as for records.read_all()."""
-    return [json.dumps({"messages": messages}, ensure_ascii=False)
-            for messages, _, _ in read_all(names, columns)]
+    """as_line() of each record. names, columns: as for records.read_all()."""
+    return [as_line(messages) for messages, _, _ in read_all(names, columns)]
 
 
 def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
     """The files to train on, of validation and of the sample of training records, and the contents of those
     that do not exist yet: they are written after everything has been checked. ValueError if too few
     records are left."""
-    records, folder = read_as_lines(config.train_data, config.columns), Path(config.output_dir) / "data"
+    folder, records, groups = Path(config.output_dir) / "data", [], []
+    for messages, _, _ in read_all(config.train_data, config.columns):
+        records.append(as_line(messages))
+        groups.append(instruction_hash(messages))
     train_files, validation, new = config.train_data, config.validation_data, {}
     if validation:
         held_out = read_as_lines([validation], config.columns)
     elif config.validation_fraction:
-        groups = [instruction_hash(json.loads(record)["messages"]) for record in records]
         chosen = hold_out(np.array(groups, np.uint64), config.validation_fraction, config.split_seed)
         records, held_out = ([r for r, is_held_out in zip(records, chosen) if is_held_out == side]
                              for side in (False, True))
@@ -272,8 +280,11 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
     if not records:
         raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
                          "give less")
-    for file in (*config.eval_data, *([config.validation_data] if config.validation_data else ())):
-        if both := len({*read_as_lines([file], config.columns)} & {*records}):
+    others = {file: read_as_lines([file], config.columns) for file in config.eval_data}
+    if config.validation_data:
+        others[config.validation_data] = held_out
+    for file, lines in others.items():
+        if both := len({*lines} & {*records}):
             say(fit(f"warning: {both} record(s) of {file} are training records, too"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
@@ -295,20 +306,15 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
     files = [hash_data(config.validation_data)] if config.validation_data else []
     return json.loads(json.dumps({
         **measures, **identity, "eval_every": config.eval_every, "validation_data": files,
-        "eval_data": dict(zip(train.names_of(config.eval_data), map(hash_data, config.eval_data)))}))
+        "eval_data": dict(zip(train.result_names(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
 def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:
     """The contenders that the study in the folder already has. ValueError if the folder holds something else,
     or a study with other settings."""
-    out = Path(config.output_dir)
-    old = read_json(out / "settings.json")
+    out, old = Path(config.output_dir), read_settings(config)
     if not old:
-        if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {".lock"}):
-            raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
         return {}
-    if not all(isinstance(old.get(name), dict) for name in ("identity", "contenders")):
-        raise ValueError(f"{out}/settings.json: is not a study's; give another --output-dir, or delete it")
     fix = "give another --output-dir, or the earlier flags"
     check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
@@ -397,7 +403,7 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
     out = Path(config.output_dir)
     # A study that is resumed tomorrow trains on the same text.
-    config.date = config.date or read_json(out / "settings.json").get("date", "")
+    config.date = config.date or read_settings(config).get("date", "")
     source = train.open_source(dataclasses.replace(config, output_dir=str(out / "none")))
     config.date = source.template.date
     # The same for all contenders: the least, since some need more memory than others.
@@ -433,6 +439,10 @@ def conduct(config: StudyConfig) -> int:
     started = time.monotonic()
     contenders, lrs = parse_contenders(config), parse_lrs(config)
     check(config, lrs)
+    if config.tasks:
+        harness.parse_args(["--model", "x", *task_flags(config)])
+    if config.seeds == 1:
+        say("warning: --seeds 1: intervals will be over examples, not over seeds")
     plan, source, dataset, steps, evaluated = prepare(config, contenders)
     out = plan.folder
 
@@ -521,8 +531,9 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
 
 def again(args: Namespace) -> int:
     """--from: the verdict of an existing runs.jsonl."""
-    lines = read_objects(args.lines, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
-    out = Path(args.output_dir or Path(args.lines).parent)
+    file = vars(args)["from"]       # a keyword of Python
+    lines = read_objects(file, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
+    out = Path(args.output_dir or Path(file).parent)
     out.mkdir(parents=True, exist_ok=True)
     # Lines are in the order in which runs ended, where several ran at once or the study is not finished.
     baseline = args.baseline or ("it" if any(line.get("contender") == "it" for line in lines) else "")

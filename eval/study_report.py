@@ -1,10 +1,10 @@
-"""A study's verdict (study_statistics.verdict()) as text of 80 columns and as two pictures."""
+"""A study's verdict (study_statistics.verdict()) as text of 79 columns and as two pictures."""
 import textwrap
 from pathlib import Path
 
 import numpy as np
 
-from eval.compare import COLOURS, DASHES, GREY
+from eval.compare import COLOURS, DASHES, GREY, STYLE
 from eval.study_statistics import MEANS
 from runtime.report import WIDTH, ending
 
@@ -54,9 +54,7 @@ def report_text(result: dict) -> str:
 def pictures(result: dict, folder: Path) -> None:
     """Write FOLDER/curves.png and FOLDER/differences.png."""
     import matplotlib
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-             "grid.alpha": 0.3, "legend.frameon": False, "axes.edgecolor": GREY}
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         draw_curves(result).savefig(folder / "curves.png", dpi=150)
         if result["differences"]:
             draw_differences(result).savefig(folder / "differences.png", dpi=150)

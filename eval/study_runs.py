@@ -172,7 +172,7 @@ def record_evaluation(plan: Plan, folder: Path, step: int, eval_sets: dict[str, 
 def by_role(plan: Plan, of_file: dict[str, list]) -> dict:
     """{name: values}, in the order of --eval-data -> {"test": {name: values}, "validation": values, "train":
     values}; without validation data, [] for it."""
-    values, tests = list(of_file.values()), train.names_of(plan.tests)
+    values, tests = list(of_file.values()), train.result_names(plan.tests)
     return {"test": dict(zip(tests, values)), "validation": values[len(tests)] if plan.validation else [],
             "train": values[-1]}
 
@@ -215,7 +215,7 @@ def measure(plan: Plan, model: str, folder: Path) -> dict:
             "bleu": round(result["bleu"], 5)}
     if plan.generate:
         end["generate"] = {}
-        for name, file in zip(train.names_of(plan.tests), plan.tests):
+        for name, file in zip(train.result_names(plan.tests), plan.tests):
             answers = answer_records(loaded.model, loaded.tokenizer, loaded.template, [file], plan.generate,
                                      columns=base.columns)
             end["generate"][name] = [int(answer["correct"]) for answer in answers]

@@ -21,26 +21,9 @@ Curves = dict[float, dict[int, list[float]]]
 
 
 def t_quantile(confidence: float, df: float) -> float:
-    """The t for which a Student-t variable with df degrees of freedom lies in [-t, t] with this probability.
-
-    With x = sqrt(df) tan(angle), its density is that of the angle, c cos(angle)^(df - 1), which is smooth up
-    to the edge. So 64 Gauss-Legendre nodes integrate it, and bisection inverts the integral."""
-    nodes, weights = np.polynomial.legendre.leggauss(64)
-    log_c = math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - math.log(math.pi) / 2
-
-    def probability(t: float) -> float:
-        """of [-t, t]"""
-        end = math.atan(t / math.sqrt(df))
-        angles = end * (nodes + 1) / 2
-        return float(end * weights @ np.exp(log_c + (df - 1) * np.log(np.cos(angles))))
-
-    low, high = 0.0, 1.0
-    while probability(high) < confidence:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if probability(middle) < confidence else (low, middle)
-    return (low + high) / 2
+    """The t for which a Student-t variable with df degrees of freedom is in [-t, t] with this probability."""
+    from scipy import stats
+    return float(stats.t.ppf((1 + confidence) / 2, df))
 
 
 def half_width(d: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:

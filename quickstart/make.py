@@ -26,26 +26,34 @@ same only on one kind of CPU with one number of threads, as sums round different
 come from them.
 """
 
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # the repository
+
+from runtime.start import answer_interrupts
+
+if __name__ == "__main__":
+    answer_interrupts()
+
 import argparse
 import json
 import random
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from itertools import cycle, islice
-from pathlib import Path
 from statistics import mean
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))  # the repository
-
-from quickstart.world import (  # noqa: E402
+from quickstart.world import (
     FULL_WORDS, SEED, SYSTEM, description, make_world, pretraining_document, question_record, record,
     record_of_length, words)
+from runtime.flags import Parser
+from runtime.program import run_program
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
 DOCUMENTS = 48_000  # of the pretraining text
@@ -233,8 +241,8 @@ def between(kind: type, least: float, most: float) -> Callable[[str], float]:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python quickstart/make.py", description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=HERE, metavar="DIR",
                         help="where to write (default: this script's folder)")
     parser.add_argument("--records-only", action="store_true", help="no model: a second")
@@ -257,10 +265,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=SEED, metavar="N",
                         help="of the records (default %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        write_records(args, args.output_dir)
-    except ValueError as error:
-        parser.error(str(error))
+    write_records(args, args.output_dir)
     if args.records_only:
         return
 
@@ -272,4 +277,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_program(main)

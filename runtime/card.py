@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sized
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from runtime.flags import flag_name, is_boolean
+from runtime.foreign import printable
 from runtime.report import changes
 
 # Flags that hold paths, and those that may change on resume but say something about the result.
@@ -27,7 +29,7 @@ def bare_name(path: str) -> str:
     full = Path(path).expanduser()
     if full.exists() or full.is_absolute() or glob.has_magic(path):
         path = [part for part in Path(os.path.abspath(full)).parts if part != "final"][-1]
-    return "".join(char if char.isprintable() and char not in "|`<>" else "?" for char in path)
+    return re.sub("[|`<>\n\t]", "?", printable(path))
 
 
 def bare_share(word: str) -> str:

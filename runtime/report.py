@@ -14,8 +14,7 @@ from tqdm import tqdm
 from runtime.distributed import is_main, shows_progress
 from runtime.foreign import printable
 from runtime.machine import Crowding
-
-WIDTH = 79      # columns of what is printed; a terminal has at least 80
+from runtime.program import WIDTH
 
 
 def say(text: str = "") -> None:
@@ -32,7 +31,7 @@ def fit(text: str) -> str:
 
 def ending(text: str, width: int) -> str:
     """One printable line; of a long one its end, since that is where paths differ."""
-    text = "".join(char if char.isprintable() else "?" for char in text)
+    text = printable(text).replace("\n", " ").replace("\t", " ")
     return text if len(text) <= width else "..." + text[3 - width:]
 
 

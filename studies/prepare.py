@@ -15,13 +15,14 @@ repository.
 
 The split depends on the files alone. No record is in two files of one set.
 """
-import argparse
 import gzip
 import json
 import random
-import sys
 from collections import Counter
 from pathlib import Path
+
+from runtime.flags import Parser
+from runtime.program import run_program
 
 TRAIN, VALIDATION, NEAR, FAR, OTHER = 480, 96, 160, 100, 80     # records of a file
 
@@ -79,12 +80,14 @@ def prepare(data: Path, folder: Path) -> None:
     write(folder, {"humaneval": OTHER}, humaneval)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="python -m studies.prepare", description=__doc__.split("\n\n")[0],
+                    allow_abbrev=False)
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the published sets")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="RECORDS")
-    arguments = parser.parse_args()
-    try:
-        prepare(arguments.data, arguments.output_dir)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    args = parser.parse_args(argv)
+    prepare(args.data, args.output_dir)
+
+
+if __name__ == "__main__":
+    run_program(main)

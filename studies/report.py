@@ -12,11 +12,24 @@ runs are missing says so. The kinds of analysis:
     epochs          IM minus IT after every epoch; how much more IT changes between two of them
     frontier        NLL far from the training data at the same NLL near it, whatever rate and epoch that takes
 """
+from argparse import Namespace
+
+from runtime.flags import Parser
+from runtime.program import run_program
+from runtime.start import answer_flags
+
+
+def parse_args(argv: list[str]) -> Namespace:
+    """There are no flags but --help."""
+    return Parser(prog="python -m studies.report", description=__doc__.split("\n\n")[0]).parse_args(argv)
+
+
+answer_flags(__name__, parse_args)
+
 import gzip
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -414,7 +427,8 @@ def evidence(settings: list[dict], folder: Path) -> list[dict]:
     return settings
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
+    parse_args(argv)
     analyses = json.loads((HERE / "analyses.json").read_text())
     FINDINGS.mkdir(exist_ok=True)
     PAGE.write_text(report(analyses, PAGE.read_text(), FINDINGS))
@@ -423,7 +437,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -10,15 +10,19 @@ What is finished is not repeated, and what was stopped is resumed. A grid of the
 that each adds contenders to the ones before. --publish DIR copies every study's runs, as they are then, to
 DIR/STUDY.jsonl.gz, from which studies.report makes the findings.
 """
-import argparse
 import fnmatch
 import gzip
 import json
 import math
+import signal
 import subprocess
 import sys
 import time
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+
+from runtime.flags import Parser
+from runtime.program import run_program
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
@@ -69,9 +73,22 @@ def publish(out: Path, target: Path) -> None:
             (target / f"{study}.jsonl.gz").write_bytes(gzip.compress(runs.read_bytes(), mtime=0))
 
 
+def wait_for(command: list[str]) -> int:
+    """Run a command. Returns its exit status. Ctrl-C reaches it, too: it saves and reports, so it is waited
+    for."""
+    interrupted = False
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        while process.poll() is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+    return max(process.returncode, 128 + signal.SIGINT) if interrupted else process.returncode
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m studies.run", description=__doc__, allow_abbrev=False,
+                    formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("grids", nargs="*", metavar="GRID", help="names or patterns (default: all)")
     parser.add_argument("--model", type=Path, metavar="DIR", help="SmolLM2-135M-Instruct's checkpoint")
     parser.add_argument("--records", type=Path, metavar="DIR", help="what studies.prepare wrote")
@@ -85,8 +102,8 @@ def main(argv: list[str]) -> int:
     grids = [grid for grid in load_grids()
              if not args.grids or any(fnmatch.fnmatch(grid["grid"], pattern) for pattern in args.grids)]
     if not grids:
-        parser.error(f"{' '.join(args.grids)}: no such grid; grids.json has "
-                     + ", ".join(grid["grid"] for grid in load_grids()))
+        raise ValueError(f"{' '.join(args.grids)}: no such grid; grids.json has "
+                         + ", ".join(grid["grid"] for grid in load_grids()))
     started, status = time.monotonic(), 0
     for grid in grids:
         left = args.deadline - (time.monotonic() - started)
@@ -94,16 +111,11 @@ def main(argv: list[str]) -> int:
             break
         config = args.output_dir / f"{grid['grid']}.json"
         config.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            flags = study_flags(grid, args.model, args.records, args.output_dir.resolve())
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+        flags = study_flags(grid, args.model, args.records, args.output_dir.resolve())
         flags |= {"jobs": args.jobs, "device": args.device, "deadline": 0 if math.isinf(left) else left}
         config.write_text(json.dumps(flags, indent=2))
         print(f"== {grid['grid']}", flush=True)
-        code = subprocess.run([sys.executable, "-m", "eval.study", "--config", str(config)],
-                              cwd=REPOSITORY).returncode
+        code = wait_for([sys.executable, "-m", "eval.study", "--config", str(config)])
         # Below 0: minus the number of the signal that killed it.
         status = max(status, 128 - code if code < 0 else code)
     if args.publish:
@@ -112,4 +124,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_program(main)

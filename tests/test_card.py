@@ -126,6 +126,7 @@ def test_names_have_no_folders_and_no_markup(tmp_path):
     assert bare_name("owner/name@main") == "owner/name@main"        # a hub id
     assert bare_name("/gone/since/x.jsonl") == "x.jsonl"
     assert bare_name(str(tmp_path / "a|`<b>.jsonl")) == "a???b?.jsonl"
+    assert bare_name(str(tmp_path / "a\x1b[2J\n\u202eb")) == r"a\u001b[2J?\u202eb"
     assert bare_name("private/*.jsonl") == "*.jsonl"
     (tmp_path / "lr=1").mkdir()
     assert bare_name(str(tmp_path / "lr=1" / "x.jsonl")) == "x.jsonl"

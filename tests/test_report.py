@@ -1,4 +1,5 @@
 """What a run says: nothing is wider than a terminal of 79 columns, and no number is cut off."""
+import ast
 import fcntl
 import os
 import re
@@ -10,8 +11,9 @@ import termios
 import pytest
 
 from runtime import report
+from runtime.foreign import printable
 from runtime.report import Progress, print_change
-from tiny import arguments, make_records, run_here, setup
+from tiny import ROOT, arguments, make_records, run_here, setup
 
 
 def record(step: int, value: float) -> dict:
@@ -78,3 +80,20 @@ def test_no_line_of_a_run_is_wider_than_a_terminal(tmp_path, capsys):
     assert len(lines) > 20
     assert [line for line in lines if len(line) > 79] == []
     assert any(line.startswith("step 3: ...") for line in lines)
+
+
+def test_what_commands_a_terminal_is_shown_in_one_way():
+    """A file's name in a table as in any text, but in one line."""
+    name = "a\x1b[2J\u202e\x9b.jsonl"
+    assert report.ending(name, 99) == printable(name)
+    assert report.ending("a\nb\tc", 99) == "a b c" and report.ending("x" * 9 + "\x07", 9) == "...\\u0007"
+    assert report.ending("a\xa0b 日本", 99) == "a\xa0b 日本"
+
+
+@pytest.mark.parametrize("folder", ["bench", "eval", "quickstart", "studies"])
+def test_how_wide_lines_are_stands_in_one_place(folder):
+    for file in sorted((ROOT / folder).glob("*.py")):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)
+                 and ast.unparse(node.func) in ("textwrap.fill", "textwrap.wrap")]
+        assert not [call for call in calls if ast.unparse(call.args[1]).isdecimal()]
+        assert "\nWIDTH = " not in file.read_text()

@@ -13,7 +13,7 @@ import transformers
 from chat import KINDS, load_template
 from runtime.tokenizer import Tokenizer
 from data import load_dataset
-from eval import bootstrap, spans
+from eval import bootstrap, common, spans
 from model import Llama
 from runtime.model_config import read_config
 from tiny import copies_of_meta_tensors, flags, make_model, make_records, run_module
@@ -276,3 +276,11 @@ def test_an_error_on_two_ranks_is_one_line(folder, more, says):
     done = run_module("eval.spans", arguments(folder, **more), ranks=2, check=False)
     assert done.returncode != 0 and done.stderr.count("error: ") == 1
     assert says in done.stderr and "Connection closed" not in done.stderr
+
+
+def test_a_template_is_refused_before_the_weights_are_read(folder, monkeypatch):
+    monkeypatch.setattr(common, "load_model", None)
+    model = next(path.parent for path in folder.rglob("config.json"))
+    with pytest.raises(ValueError, match="--template alpaca-7: neither auto, nor one of"):
+        common.load(str(model), spans.parse_args(flags(model=model, data="x.jsonl", template="alpaca-7")),
+                    torch.device("cpu"))

@@ -27,14 +27,6 @@ def imported(stderr: str) -> set[str]:
     return set(re.findall(r"^import time:.*\| +(\S+)$", stderr, re.M))
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_a_wrong_flag_is_answered_before_pytorch_is_imported(program):
-    done = start(["-X", "importtime", *PROGRAMS[program], "--frobnicate", "1"])
-    assert done.returncode == 1 and "\nerror: --frobnicate 1: unrecognized\n" in done.stderr
-    assert "json" in imported(done.stderr) and "torch" not in imported(done.stderr)
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("argv, says", [
     (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0 and below 100\n"),
     (["--config", "nowhere"], "error: --config nowhere: no such file\n"),

@@ -1,7 +1,10 @@
 """studies/: the paper's analyses, from the published sets to the page of findings."""
 import gzip
 import json
+import os
+import signal
 import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -225,8 +228,22 @@ def test_the_advice_of_eval_look_gets_the_results_of_studies_that_were_run(tmp_p
 
 def test_a_grid_that_is_killed_ends_the_others(tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(run.subprocess, "run", lambda command, cwd: (
-        started.append(command), subprocess.CompletedProcess(command, -9))[1])
+    monkeypatch.setattr(run, "wait_for", lambda command: started.append(command) or -9)
     records = ["--model", str(tmp_path), "--records", str(tmp_path)]
     assert run.main([*records, "--output-dir", str(tmp_path / "runs"), "t0-*", "dolly-*"]) == 128 + 9
     assert len(started) == 1
+
+
+def test_ctrl_c_waits_for_the_study_that_saves():
+    """As a terminal presses it: the study gets it, too."""
+    study = ("import signal, sys, time\n"
+             "signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), print('saved'), sys.exit(130)))\n"
+             "print('running', flush=True)\ntime.sleep(60)")
+    program = ("import sys; from studies.run import wait_for; "
+               f"print('status', wait_for([sys.executable, '-c', {study!r}]))")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=run.REPOSITORY, text=True,
+                               stdout=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    assert process.stdout.readline() == "running\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30)[0] == "saved\nstatus 130\n"

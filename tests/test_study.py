@@ -23,14 +23,6 @@ from tiny import make_records, run_apart, run_module, setup, stop_after, weights
 # ---------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize("confidence, df, expected", [      # scipy.stats.t.ppf((1 + confidence) / 2, df)
-    (0.95, 1, 12.706204736174694), (0.95, 2, 4.302652729749462), (0.95, 4, 2.7764451051977934),
-    (0.99, 9.5, 3.2070156284394886), (0.95, 199, 1.9719565442517533), (0.95, 1e6, 1.959966356814107),
-    (0.5, 3, 0.7648923284043444)])
-def test_t_quantiles_are_scipys(confidence, df, expected):
-    assert statistics.t_quantile(confidence, df) == pytest.approx(expected, rel=1e-7)
-
-
 @pytest.mark.parametrize("per_seed, agree", [([0, 0, 0], 0), ([1, 2, -1], 2), ([1, -1], 0), ([0, -3], 1)])
 def test_seeds_without_a_difference_agree_with_nobody(per_seed, agree):
     row = statistics.difference(np.array(per_seed, float))
@@ -238,6 +230,18 @@ def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_pat
     # With --max-examples the sample is drawn from what is trained on, the first of the file.
     (training,), _, sample, files = study.prepare_data(dataclasses.replace(config, max_examples=7))
     assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
+
+
+@pytest.mark.parametrize("validation", [[], ["near.jsonl"]])
+def test_a_study_reads_every_file_once(folder, monkeypatch, validation):
+    names, read_all = [], study.read_all
+    monkeypatch.setattr(study, "read_all", lambda files, columns: (names.extend(files),
+                                                                   read_all(files, columns))[1])
+    files = [str(folder / name) for name in ("train.jsonl", "far.jsonl", *validation)]
+    study.prepare_data(study.StudyConfig(
+        train_data=files[:1], eval_data=files[1:2], validation_data="".join(files[2:]),
+        validation_fraction=0.2, output_dir=str(folder / "once")))
+    assert sorted(names) == sorted(files)
 
 
 def test_the_split_keeps_every_record_as_it_is(folder):

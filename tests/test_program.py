@@ -1,0 +1,152 @@
+"""Every program of the repository in its first seconds, as a user sees them: --help and wrong flags are
+answered before PyTorch is imported, and Ctrl-C is one line at any moment."""
+import ast
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from runtime.program import run_program
+from tiny import ROOT
+
+# Without those that only tests start.
+FILES = [file.relative_to(ROOT) for file in sorted(ROOT.rglob("*.py"))
+         if "tests" not in file.relative_to(ROOT).parts
+         and any(line.startswith('if __name__ == "__main__":') for line in file.read_text().splitlines())]
+
+
+def argv_of(file) -> list[str]:
+    """Modules of packages are started as such."""
+    module = ".".join(file.with_suffix("").parts).removesuffix(".__main__")
+    return ["-m", module] if (ROOT / file).with_name("__init__.py").exists() else [str(file)]
+
+
+PROGRAMS = {" ".join(argv_of(file)): argv_of(file) for file in FILES}
+
+# Python imports this before the program. Importing torch fails. MOMENT says when Ctrl-C is pressed: at the
+# first "import" after the program has begun to answer it, or at the first "call" of a function of its own.
+SITE = """
+import os, signal, sys
+
+def press():
+    sys.meta_path.remove(Finder), sys.setprofile(None)
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "torch":
+            raise RuntimeError("torch is imported")
+        started = signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        if started and os.environ.get("MOMENT") == "import":
+            press()
+
+def watch(frame, event, _):
+    of_program = frame.f_globals.get("__name__") == "__main__"
+    if event == "call" and of_program and frame.f_code.co_name != "<module>":
+        press()
+
+sys.meta_path.insert(0, Finder)
+sys.modules |= dict.fromkeys(filter(None, [os.environ.get("MISSING")]))
+if os.environ.get("MOMENT") == "call":
+    sys.setprofile(watch)
+"""
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(SITE)
+
+    def start(argv: list[str], moment: str = "", missing: str = "") -> subprocess.CompletedProcess:
+        """As from a terminal: a test in the background ignores Ctrl-C, and its children would too."""
+        return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                              env={**os.environ, "PYTHONPATH": str(folder), "MOMENT": moment,
+                                   "MISSING": missing},
+                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    return start
+
+
+def test_programs_of_every_folder_are_found():
+    assert {"train.py", "-m eval", "-m eval.spans", "-m bench.step", "-m studies.report",
+            "quickstart/make.py"} <= PROGRAMS.keys()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_and_a_wrong_flag_are_answered_before_pytorch_is_imported(program, start):
+    helped = start([*PROGRAMS[program], "--help"])
+    assert (helped.returncode, helped.stderr) == (0, "") and "--help" in helped.stdout
+    wrong = start([*PROGRAMS[program], "--frobnicate", "1"])
+    assert wrong.returncode == 1 and wrong.stderr.startswith("error: --frobnicate")
+    assert "Traceback" not in wrong.stderr and "torch is imported" not in wrong.stderr
+
+
+STUDY = ["eval.study", "--model", "quickstart/model", "--train-data", "quickstart/train.jsonl", "--eval-data",
+         "quickstart/test.jsonl"]
+RUN = ["--model", "quickstart/model"]
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([*STUDY, "--validation-data", "nowhere.csv"], "--validation-data nowhere.csv: no such file or folder"),
+    ([*STUDY, "--validation-data", "nowhere/*.jsonl"], "--validation-data nowhere/*.jsonl: no file matches"),
+    ([*STUDY, "--template", "nowhere.jinja"], "--template nowhere.jinja: no such file"),
+    ([*STUDY, "--output-dir", "README.md"], "--output-dir README.md: is a file; give a folder"),
+    ([*STUDY, "--output-dir", "docs"],
+     "--output-dir docs: is not empty and is not a study's folder; give another"),
+    (["eval.study", "--from", "nowhere.jsonl"], "--from nowhere.jsonl: no such file"),
+    (["eval.spans", *RUN, "--data", "quickstart/test.jsonl", "nowhere/x/"],
+     "--data nowhere/x/: no such file or folder"),
+    (["eval.memorization", *RUN, "--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
+    (["eval.open_ended", "mt-bench", *RUN, "--questions", "nowhere", "--output", "x.jsonl"],
+     "--questions nowhere: no such file"),
+    (["eval.compare", "runs/a", "--prompts", "nowhere.csv"], "--prompts nowhere.csv: no such file or folder"),
+    (["eval.compare", "runs/a", "--results", "nowhere.json"], "--results nowhere.json: no such file")])
+def test_files_that_do_not_exist_are_named_before_pytorch_is_imported(argv, says, start):
+    done = start(["-m", *argv])
+    assert (done.returncode, done.stderr) == (1, f"error: {says}\n")
+
+
+@pytest.mark.parametrize("moment", ["import", "call"])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_ctrl_c_is_one_line(program, moment, start):
+    done = start(PROGRAMS[program], moment)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_ends_in_what_answers_ctrl_c_and_errors(program):
+    """Later moments: the last statement of each file runs main() in one of the functions that do so."""
+    file = FILES[list(PROGRAMS).index(program)]
+    last = ast.unparse(ast.parse((ROOT / file).read_text()).body[-1])
+    assert last in ("if __name__ == '__main__':\n    run(main)",
+                    "if __name__ == '__main__':\n    run_program(main)",
+                    "if __name__ == '__main__':\n    sys.exit(run(sys.argv[1:]))")
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    (ValueError("--lr x: must be a number"), 1, "error: --lr x: must be a number\n"), (None, 3, "")])
+def test_the_end_of_a_program(error, status, line, capsys, monkeypatch):
+    def main(argv: list[str]) -> int:
+        if error:
+            raise error
+        return 3
+
+    for rank, shown in (("0", line), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            run_program(main)
+        assert ended.value.code == status and capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("argv, package", [
+    (["eval.compare", "runs/a"], "matplotlib"), (["eval.harness", *RUN, "--tasks", "mmlu"], "lm_eval"),
+    (["eval.memorization", *RUN, "--data", "quickstart/test.jsonl"], "sacrebleu"), (STUDY, "scipy"),
+    ([*STUDY, "--tasks", "mmlu"], "lm_eval"),
+    (["eval.study", "--from", "quickstart/test.jsonl"], "matplotlib")])
+def test_a_missing_package_is_named_before_pytorch_is_imported(argv, package, start):
+    done = start(["-m", *argv], missing=package)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {package} is not installed, and ")
+    assert done.stderr.endswith("needs it: pip install -r requirements-eval.txt\n")
