@@ -250,9 +250,9 @@ def switched_off(name: str, report: Report, model: Llama, usual: train.Config, d
     """The speed without one change after the other, in percent of `speed`, and profiles."""
     def compare(what: str, changed: Llama, around: contextlib.AbstractContextManager) -> None:
         with report.trying(11, f"{name}: {what}"), around:
-            slower = measure(changed, usual, device, tiny, 1, 2)["tokens_per_second"]
-            report.row(11, f"{name}: {what}", 100 * slower / speed, "% of the speed",
-                       data={"tokens_per_second": slower})
+            found = measure(changed, usual, device, tiny, 1, 2)
+            report.row(11, f"{name}: {what}", 100 * found["tokens_per_second"] / speed, "% of the speed",
+                       data=found)
 
     if device == "cuda":
         with report.trying(12, f"{name}: kernels"):
@@ -271,6 +271,12 @@ def switched_off(name: str, report: Report, model: Llama, usual: train.Config, d
     compare("weight gradients rounded to bf16", model, rounded_products())
     model.varlen = False
     compare("tiled attention", model, contextlib.nullcontext())
+    if device == "cuda":
+        # What compile_layers() chooses on a CPU. The graphs of all models are made again.
+        torch.compiler.reset()
+        model.choose_attention(usual.compute_dtype)
+        compare("norms and SwiGLU recomputed", model,
+                torch._functorch.config.patch(ban_recompute_materialized_backward=False))
 
 
 @contextlib.contextmanager

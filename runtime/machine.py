@@ -135,10 +135,11 @@ class Crowding:
         self.began, self.waited = time.monotonic(), seconds_without_core()
 
     def share(self) -> float:
-        """Of the threads' time since the last call, that in which they lacked a core."""
+        """Of the threads' time since the last call, that in which they lacked a core, 0 to 1. More threads
+        than PyTorch's may have waited at once."""
         began, waited = self.began, self.waited
         self.began, self.waited = time.monotonic(), seconds_without_core()
-        return (self.waited - waited) / (self.began - began) / torch.get_num_threads()
+        return min(1.0, (self.waited - waited) / (self.began - began) / torch.get_num_threads())
 
     def warning(self) -> str:
         """A sentence if the threads lacked a core for a fifth of the time or more since the last call that
