@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -38,9 +37,10 @@ from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matche
                   tokenize_batch)
 from records import data_files, naming, read_records
 from runtime.files import checksum, commit, delete_left, hash_file, writing
-from runtime.foreign import check_file, parse_json, printable
+from runtime.foreign import check_file, parse_json
 from runtime.machine import to_device
 from runtime.report import ending
+from runtime.start import print_message
 from runtime.tokenizer import Tokenizer, check_rows
 
 # The tokenizer gets so many records or characters at once.
@@ -157,7 +157,7 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
             opened = _open_cache(folder)
         except ValueError as error:
             _move_away(folder, unfinished.with_suffix(".old.part"), str(error))
-            print(f"warning: {printable(str(error))}; tokenizing again", file=sys.stderr)
+            print_message(f"warning: {error}; tokenizing again")
     if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
         try:

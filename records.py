@@ -27,7 +27,8 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
-from runtime.foreign import MAX_LINE, TOO_DEEP, check_depth, check_file, parse_json, shorten
+from runtime.foreign import MAX_LINE, TOO_DEEP, about_pointer, check_depth, check_file, parse_json, shorten
+from runtime.model_folder import download
 from runtime.start import world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
@@ -182,21 +183,12 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
     """The files of owner/name:split@revision. The split's name must be a word in their paths, as in
     data/train-00000-of-00002.parquet; :folder/split asks for a folder, too. Without a split in the name and
     in the paths, all files are train."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{name}: no such file or folder; as a dataset on the Hugging Face Hub it needs "
-                         "huggingface_hub: pip install huggingface_hub") from None
     repository, split, revision = HUB_NAME.fullmatch(name).groups()
 
-    def download(pattern: str) -> dict[str, str]:
+    def files_like(pattern: str) -> dict[str, str]:
         """The files of records that were downloaded, by their paths within the repository."""
         patterns = [f"{pattern}.{kind}{end}" for kind in KINDS_OF_FILE for end in ("", ".gz", ".zst")]
-        try:
-            folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision,
-                                            allow_patterns=patterns))
-        except Exception as error:  # the hub's many errors all mean that the download failed
-            raise ValueError(f"{name}: no such file or folder, and the download failed: {error}") from None
+        folder = download(name, repository, revision, patterns, repo_type="dataset")
         return {path.relative_to(folder).as_posix(): str(path) for path in sorted(folder.rglob("*"))
                 if path.is_file() and RECORDS_FILE.fullmatch(path.name)}
 
@@ -204,10 +196,10 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
         return re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z]|_[a-z])", path, re.IGNORECASE) is not None
 
     words = (split or "train").split("/")
-    found = download(f"*{words[-1]}*")
+    found = files_like(f"*{words[-1]}*")
     files = [path for path in found if all(has(path, word) for word in words)]
     if not files and not split:
-        found = download("*")
+        found = files_like("*")
         files = [path for path in found if not any(has(path, other) for other in OTHER_SPLITS)]
     if not files:
         raise ValueError(f"{name}: holds no {'/'.join(words)} split in {READ}"
@@ -295,6 +287,8 @@ def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
     """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
     What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
     check_file(path)
+    if problem := about_pointer(path):
+        raise ValueError(problem)
     with open(path, "rb") as raw:
         start = raw.read(4)
         raw.seek(0)

@@ -11,8 +11,10 @@ with one line at Ctrl-C, and answers --help and wrong flags.
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -86,15 +88,35 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
         sys.exit(1)
 
 
-def print_error(line: str) -> None:
+def print_error(message: str) -> None:
     """Print the error that ends this process, and hand it to torchrun, if that started the process, to print
     last, below its own traceback."""
-    line = printable(shorten(line, 4000))
-    print(f"error: {line}", file=sys.stderr)
+    message = print_message(f"error: {message}")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # Whole seconds decide which rank failed first. The others fail as soon as this one is gone, often
         # within the same second.
         began = str(int(time.time()) - 1)
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": {
-                "message": f"error: {line}", "extraInfo": {"timestamp": began}}}))
+                "message": message, "extraInfo": {"timestamp": began}}}))
+
+
+def print_message(message: str) -> str:
+    """Print an error or a warning, and return what was printed. On a terminal it fits 80 columns. Elsewhere
+    it is one line, so that grep finds the whole message and no program has to join its lines."""
+    message = printable(shorten(message, 4000))
+    print(fit(message) if sys.stderr.isatty() else message, file=sys.stderr)
+    return message
+
+
+def fit(message: str) -> str:
+    """A message in lines of at most 79 columns, which break between words, so that a path stays whole. That
+    is its first line and the items of a list, which two spaces indent; other lines are to be copied, and stay
+    as they are."""
+    wrapper = textwrap.TextWrapper(79, break_long_words=False, break_on_hyphens=False)
+    lines = message.split("\n")
+    for i, line in enumerate(lines):
+        if i == 0 or re.match("  (?! )", line):
+            wrapper.subsequent_indent = "  " if i == 0 else "    "
+            lines[i] = wrapper.fill(line)
+    return "\n".join(lines)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.start import answer_interrupts, raise_interrupts
+from runtime.start import answer_interrupts, print_error, raise_interrupts
 from tiny import ROOT, command
 
 COMMANDS = sorted(file.stem for file in (ROOT / "eval").glob("*.py") if "    run(main)" in file.read_text())
@@ -83,6 +83,24 @@ def test_who_ignores_ctrl_c_goes_on_ignoring_it_and_cleaning_up_needs_the_except
         assert (signal.getsignal(signal.SIGINT) is before) == (before is signal.SIG_IGN)
         raise_interrupts()
         assert signal.getsignal(signal.SIGINT) is after
+
+
+def test_on_a_terminal_an_error_breaks_between_words_and_elsewhere_it_is_one_line(capsys, monkeypatch):
+    path = "/a/very/long/path" * 6 + "/with-hyphens/and-more"
+    message = (f"--config {path}: " + "some words " * 12 + f"{path} \x1b[2J\n"
+               "  an item of a list " + "with words " * 9 + "\n"
+               "hf download OWNER/NAME --local-dir " + "x" * 70 + "\n    indented code " + "y" * 80)
+    shown = message.replace("\x1b", "\\u001b")
+    print_error(message)
+    assert capsys.readouterr().err == f"error: {shown}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    print_error(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(line.strip() for line in lines).split() == f"error: {shown}".split(), "nothing is lost"
+    assert f"  {path}" in lines and lines[-2:] == shown.splitlines()[-2:], "paths and commands stay whole"
+    assert all(len(line) <= 80 for line in lines[:-2] if path not in line)
+    item = next(i for i, line in enumerate(lines) if line.startswith("  an item"))
+    assert lines[item + 1].startswith("    w") and not lines[1].startswith("   ")
 
 
 def test_torchrun_ends_with_the_error_of_the_rank():
