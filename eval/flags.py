@@ -8,13 +8,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from config import CACHE_DIR, Config
 from runtime import flags
+from runtime.files import check_writable
 from runtime.foreign import shorten
 from runtime.model_folder import check_model
-from runtime.start import answer_flags
+from runtime.start import answer_flags, is_main
 
 # Of the flags of a run, some of which the commands have too.
 HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
@@ -28,9 +28,13 @@ def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespa
     """In the command itself (name is its __name__), end with one line if parse_args() raises ValueError for
     the flags, or if a --model cannot be used."""
     def check(argv: list[str]) -> None:
-        models = getattr(parse_args(argv), "model", [])
+        args = parse_args(argv)
+        models = getattr(args, "model", [])
         for model in [models] if isinstance(models, str) else models:
             check_model(model)
+        # The harness's own name for its folder of results.
+        if getattr(args, "output_path", None) and is_main():
+            check_writable("--output_path", args.output_path, folder=True)
 
     answer_flags(name, check)
 
@@ -85,8 +89,8 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
     # Now, not when all has been computed.
     for name in files:
         file = getattr(args, name)
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"{flags.flag_name(name)} {file}: give a file in a folder that exists")
+        if file and is_main():
+            check_writable(flags.flag_name(name), file)
         for other, value in vars(args).items() if file else ():
             named = value if isinstance(value, list) else [value]
             if other != name and os.path.realpath(file) in (

@@ -38,7 +38,7 @@ def parse_args(argv: list[str]) -> LookConfig:
     return config
 
 
-answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
+answer_flags(__name__, lambda argv: check_inputs(parse_args(argv), writes=False))
 
 import json
 import os

@@ -12,13 +12,12 @@ are answered with what does the same here (runtime/habits.py).
 import argparse
 import dataclasses
 import datetime
-import json
 import math
 import re
 import tomllib
 from pathlib import Path
 
-from runtime.foreign import parse_json, read_text, shorten
+from runtime.foreign import parse_json, read_text, shorten, shown
 from runtime.habits import answer
 
 LARGEST = 2**20     # characters of a --config file
@@ -54,9 +53,9 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
     the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
-        shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(
-            value, default=str)
-        raise ValueError(f"{flag_name(field.name)} {shorten(shown, 200)}: must be {limit}")
+        plain = isinstance(value, str) and value and not is_boolean(field)
+        raise ValueError(f"{flag_name(field.name)} {shorten(value, 200) if plain else shown(value)}: must be "
+                         f"{limit}")
 
     if field.type == list[str]:
         value = [value] if isinstance(value, str) else value
@@ -199,8 +198,8 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
             # A date, which JSON writes as text.
             saved[name] = value.isoformat() if isinstance(value, datetime.date) else value
             if name not in fields:
-                shown = str(value) if isinstance(value, str | int | float) else None
-                unknown.append(answer(given, shown, parser.flags, parser.limit))
+                text = str(value) if isinstance(value, str | int | float) else None
+                unknown.append(answer(given, text, parser.flags, parser.limit))
         if unknown:
             raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
         return {name: check_flag(fields[name], value) for name, value in saved.items()
@@ -248,6 +247,8 @@ def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("must be one mapping, flag: value")
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError("must be one mapping, flag: value, in which every flag is text")
         return [(str(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
     except yaml.YAMLError as error:
         raise ValueError("is not YAML: " + " ".join(str(error).split())) from None

@@ -116,6 +116,17 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+def shown(value: object, limit: int = 200) -> str:
+    """A value of a JSON or YAML file for a message, as JSON writes it, without what is beyond the limit. It
+    may be far larger than the file: in YAML a list can hold another one many times."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=str).iterencode(value):
+        text += part
+        if len(text) > limit:
+            return f"{text[:limit]} [...]"
+    return text
+
+
 def shorten(text: str, limit: int = 2000) -> str:
     """A long text without its middle."""
     return text if len(text) <= limit else f"{text[:limit // 2]} [...] {text[-limit // 2:]}"

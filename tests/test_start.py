@@ -44,6 +44,10 @@ def test_a_wrong_flag_is_answered_before_pytorch_is_imported(program):
      "error: --train-data nowhere.jsonl: no such file\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.csv.gz"],
      "error: --train-data nowhere.csv.gz: no such file\n"),
+    *((["--output-dir", name], f"error: --output-dir {name}: {place} is not a writable folder ({why}); give "
+       "another\n") for name, place, why in (
+           ("README.md/x", f"{ROOT}/README.md", "Not a directory"),
+           ("/proc/x", "/proc", "No such file or directory"), ("n" * 300, ROOT, "File name too long"))),
     (["--completion-weight", "0", "--loss", "it"],
      "error: all span weights are 0, so there is nothing to train; raise --completion-weight\n")])
 def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, says):
@@ -53,9 +57,13 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
     assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
 
 
-def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_come_before_pytorch():
+def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_or_output_come_before_pytorch():
     for argv, says in ((["study", "--losses", "rl", "--eval-data", "x.jsonl"], "--losses rl: must be one of"),
-                       (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder")):
+                       (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder"),
+                       (["harness", "--model", "quickstart/model", "--tasks", "x", "--output_path",
+                         "/proc/x"], "--output_path /proc/x: /proc is not a writable folder"),
+                       (["spans", "--model", "quickstart/model", "--data", "x", "--json", "/proc/x"],
+                        "--json /proc/x: /proc is not a writable folder")):
         done = start(["-X", "importtime", "-m", f"eval.{argv[0]}", *argv[1:]])
         assert f"\nerror: {says}" in done.stderr and "torch" not in imported(done.stderr)
 
