@@ -57,7 +57,7 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
     assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
 
 
-def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_or_output_come_before_pytorch():
+def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_come_before_pytorch():
     for argv, says in ((["study", "--losses", "rl", "--eval-data", "x.jsonl"], "--losses rl: must be one of"),
                        (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder"),
                        (["harness", "--model", "quickstart/model", "--tasks", "x", "--output_path",
