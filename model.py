@@ -160,6 +160,10 @@ class Llama(nn.Module):
         passes without gradients. Generation does not use them."""
         # Otherwise sizes that happen to be equal in the first row are assumed to be equal in all rows.
         torch.fx.experimental._config.use_duck_shape = False
+        # On a CPU it takes less time to recompute the outputs of norms and SwiGLU, and the copies of weights
+        # in bf16, than to keep them.
+        if self.head_weight.device.type == "cpu":
+            torch._functorch.config.ban_recompute_materialized_backward = False
         self.compiled = torch.compile(Layer.compute, fullgraph=True, dynamic=True)
 
     def attention_over(self, cu_seqlens: Tensor, device: torch.device) -> AttendInLayer:

@@ -40,8 +40,10 @@ def activation_bytes(config: ModelConfig, tokens: int, dtype: torch.dtype, recom
     # and in fp32 each row's scale of both norms, and flash attention's log of the sum for each head
     layer = 2 * 4 + 4 * heads * flash
     if compiled:
-        # The layer's input in fp32; what attention adds to that, the output of both norms, and SwiGLU's.
-        layer += stream + dtype.itemsize * (numbers + 3 * config.hidden_size + config.intermediate_size)
+        # The layer's input in fp32 and what attention adds to that; on CUDA the output of both norms, and
+        # SwiGLU's, too.
+        layer += stream + dtype.itemsize * (numbers + config.hidden_size)
+        layer += cuda * dtype.itemsize * (2 * config.hidden_size + config.intermediate_size)
     else:
         # The input of both norms in fp32. linears() recomputes the outputs.
         layer += 2 * stream + dtype.itemsize * numbers
@@ -86,7 +88,9 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
         weights, at_work = 4 * outer * (1 + reference), layer * (3 * size + 2 * 4)
         down, gate_and_up = 0, 0
     else:
-        weights, at_work = (0, cast * layer) if recompute else (cast * layer * layers, 0)
+        weights, at_work = (cast * layer * layers, 0)
+        if recompute or compiled and not cuda:
+            weights, at_work = 0, cast * layer
         # The gradients of down_proj, and of gate_proj and up_proj, before they are added up.
         down, gate_and_up = (4 + cast) * gate, (2 * 4 + cast) * gate
     forward = activation_bytes(config, tokens, dtype, recompute, cuda, compiled)

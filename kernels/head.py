@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.layers import compute_dtype, multiplies_to_fp32
 
 CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
-CACHED_LOGITS = 2**20   # of these, in fp32 at once on a CPU: 4 MB stay in its cache
+CACHED_LOGITS = 2**19   # of these, in fp32 at once on a CPU: 2 MB stay in its cache
 HEAD_ROWS = 2**13       # rows of the head's gradient that are added to at once, for the same reason
 
 # CUDA's matrix products want thousands of rows, in whole tiles. There a chunk has a multiple of TILE rows, at
