@@ -82,7 +82,8 @@ def download(name: str, repository: str, revision: str | None, patterns: list[st
         kinds = {kind.__name__ for kind in type(error).__mro__}
         reason, fix = next((answer for kind, answer in _DOWNLOAD_ERRORS.items() if kind in kinds),
                            (shorten(" ".join(str(error).split()), 200) or type(error).__name__, _ELSEWHERE))
-        option = "".join(f" --{key.replace('_', '-')} {value}" for key, value in more.items())
+        options = more | ({"revision": revision} if revision else {})
+        option = "".join(f" --{key.replace('_', '-')} {value}" for key, value in options.items())
         fix = fix.format(f"hf download {repository}{option} --local-dir {repository.rpartition('/')[2]}")
         raise ValueError(f"{name}: no such file or folder, and the download of {repository}"
                          + f" at revision {revision}" * bool(revision)

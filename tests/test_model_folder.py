@@ -98,7 +98,7 @@ def test_a_failed_download_is_one_line_with_what_to_do(kind, raised, says, monke
     message = str(caught.value)
     assert message.startswith("o/n:train@v1: no such" if kind else "--model o/n@v1: no such")
     assert f"the download of o/n at revision v1 from the hub {says}" in message and "\n" not in message
-    assert "network" not in says or f"hf download o/n{kind} --local-dir n" in message
+    assert "network" not in says or f"hf download o/n{kind} --revision v1 --local-dir n" in message
 
 
 # ---------------------------------------------------------------- what people have instead
