@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from runtime.foreign import read_text
-from runtime.jinja import TooMuch, render_jinja
+from runtime.jinja import Refused, render_jinja
 from runtime.tokenizer import Tokenizer, check_rows, naming_file
 
 KINDS = ("template", "system", "instruction", "completion", "context")
@@ -78,7 +78,7 @@ class Template:
 
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Render as transformers' apply_chat_template does. The first message may hold the record's "tools".
-        ValueError with the template's own words if it refuses."""
+        Refused, a ValueError, with the template's own words if it does not take them."""
         shown = [{field: m[field] for field in m if field not in ("weight", "tools")} for m in messages]
         return render_jinja(
             self.source, self.name, self.date, messages=shown, tools=_tools(messages) or None, documents=None,
@@ -138,9 +138,7 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
     for before in ([], [{"role": "system", "content": "s"}], PROBE):
         try:
             warnings.append(_compare_prompts([*before, *PROBE], template))
-        except TooMuch:
-            raise
-        except ValueError:
+        except Refused:
             # The template may refuse such a conversation.
             continue
     return replace(template, warning=next(filter(None, warnings), ""))
@@ -170,9 +168,7 @@ def _generation_prompt(messages: list[dict], template: Template) -> str | None:
     """What serving puts before the answer to these messages; None if the template refuses them."""
     try:
         return template(messages, add_generation_prompt=True)
-    except TooMuch:
-        raise
-    except ValueError:
+    except Refused:
         return None
 
 
@@ -209,9 +205,7 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     _refuse_special_tokens(messages, template, composed)
     try:
         parts = _take_apart(text, messages, template, add_generation_prompt, composed)
-    except TooMuch:
-        raise
-    except ValueError:
+    except Refused:
         # A template such as Qwen3's looks for the thoughts in a content.
         thinking = {i for i, m in enumerate(messages) if m["role"] == "assistant" and
                     THOUGHTS.fullmatch(m["content"]) and not special.search("\n".join(_thoughts(m)))}
@@ -480,9 +474,7 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
             shown[0] = {**shown[0], "tools": []}
         try:
             remaining = template(shown, add_generation_prompt)
-        except TooMuch:
-            raise
-        except ValueError as refusal:
+        except Refused as refusal:
             problems.append(str(refusal))
             return None
         literals = []
@@ -525,8 +517,7 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
                            for i, (x, c) in enumerate(zip(written, contents))]
                 return literals, written, without_tools
     problem = problems[0] if problems else f"template {template.name} rewrites or repeats a message's text"
-    raise ValueError(f"{problem}: its spans cannot be told apart, change the record or use another "
-                     "--template")
+    raise Refused(f"{problem}: its spans cannot be told apart, change the record or use another --template")
 
 
 def _match(text: str, literals: list[str], variants: list[list[str]]) -> tuple[list[str], list[str]] | None:

@@ -17,8 +17,10 @@ import numpy as np
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES
 from records import RECORDS_FILE, parse_columns
+from runtime.files import check_writable
 from runtime.flags import BELOW, flag, flag_name, given_flags
 from runtime.model_folder import check_model
+from runtime.start import is_main
 
 if TYPE_CHECKING:
     import torch
@@ -250,9 +252,12 @@ def validate(config: Config) -> None:
     _ = config.span_weights
 
 
-def check_inputs(config: Config) -> None:
-    """ValueError for a --model that cannot be trained and for files of records that do not exist, as far as
-    that is known without the network."""
+def check_inputs(config: Config, writes: bool = True) -> None:
+    """ValueError for a --model that cannot be trained, for files of records that do not exist, as far as that
+    is known without the network, and for an --output-dir that cannot be written to; writes: whether the
+    program does."""
+    if writes and is_main():
+        check_writable("--output-dir", config.output_dir, folder=True)
     check_model(config.model)
     for name in ("train_data", "eval_data"):
         for file in getattr(config, name):

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import socket
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -37,10 +36,11 @@ import runtime.tokenizer
 from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
                   tokenize_batch)
 from records import data_files, naming, read_records
-from runtime.files import checksum, commit, delete_left, hash_file, writing
-from runtime.foreign import check_file, parse_json, printable
+from runtime.files import check_writable, checksum, commit, delete_left, hash_file, writing
+from runtime.foreign import check_file, parse_json
 from runtime.machine import to_device
 from runtime.report import ending
+from runtime.start import print_message
 from runtime.tokenizer import Tokenizer, check_rows
 
 # The tokenizer gets so many records or characters at once.
@@ -154,17 +154,14 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
     opened = None
     if os.path.lexists(folder):
         try:
-            opened = _open_cache(folder)
+            opened = _open_cache(folder, len(files))
         except ValueError as error:
             _move_away(folder, unfinished.with_suffix(".old.part"), str(error))
-            print(f"warning: {printable(str(error))}; tokenizing again", file=sys.stderr)
+            print_message(f"warning: {error}; tokenizing again")
     if opened is None:
         delete_left(folder.parent.glob(f"{key}.*.part"))
-        try:
-            unfinished.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; give another --cache-dir",
-                          str(folder.parent)) from None
+        check_writable("--cache-dir", folder.parent, folder=True)
+        unfinished.mkdir(parents=True, exist_ok=True)
         try:
             with writing(unfinished):
                 _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress, columns)
@@ -177,16 +174,16 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
                 raise
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        opened = _open_cache(folder)
+        opened = _open_cache(folder, len(files))
     arrays, report, content = opened
     return Dataset(files, *arrays.values(), report, key, content,
                    np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names))))
 
 
-def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict, str]:
-    """The columns of a token cache, memory-mapped; its report; and a hash of its contents. Each file is
-    opened once, checked and mapped, so that no other file can take its place in between. ValueError names a
-    file that has changed since it was written or cannot be read."""
+def _open_cache(folder: Path, files: int) -> tuple[dict[str, np.ndarray], dict, str]:
+    """The columns of a token cache of so many files, memory-mapped; its report; and a hash of its contents.
+    Each file is opened once, checked and mapped, so that no other file can take its place in between.
+    ValueError names a file that has changed since it was written or cannot be read."""
     arrays, file = {}, folder / "crc32.json"
     try:
         sums = parse_json(file.read_text())
@@ -201,7 +198,7 @@ def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict, str]:
                 arrays[name] = np.memmap(opened, np.uint8, "r").view(dtype).reshape(shape)
         report = parse_json(arrays.pop("report.json").tobytes().decode())
         file = folder
-        if not _consistent(*arrays.values()) or not report.keys() >= NO_RECORDS.keys():
+        if not _consistent(files, *arrays.values()) or not report.keys() >= NO_RECORDS.keys():
             raise ValueError
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
@@ -210,12 +207,13 @@ def _open_cache(folder: Path) -> tuple[dict[str, np.ndarray], dict, str]:
     return arrays, report, _hash(json.dumps(sums))[:32]
 
 
-def _consistent(ids: np.ndarray, kinds: np.ndarray, offsets: np.ndarray, origins: np.ndarray,
+def _consistent(files: int, ids: np.ndarray, kinds: np.ndarray, offsets: np.ndarray, origins: np.ndarray,
                 counts: np.ndarray, groups: np.ndarray) -> bool:
-    """Whether these columns of a Dataset belong together."""
+    """Whether these columns of a Dataset belong together, and to records of so many files."""
     return (len(ids) == len(kinds) == offsets[-1] and offsets[0] == 0 and bool((np.diff(offsets) > 1).all())
             and len(origins) == len(counts) == len(groups) == len(offsets) - 1
-            and int(kinds.max()) < len(KINDS) and int(ids.min()) >= 0)
+            and int(kinds.max()) < len(KINDS) and int(ids.min()) >= 0
+            and 0 <= int(origins[:, 0].min()) and int(origins[:, 0].max()) < files)
 
 
 def _move_away(folder: Path, old: Path, fault: str) -> None:

@@ -27,7 +27,9 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
-from runtime.foreign import MAX_LINE, TOO_DEEP, check_depth, check_file, parse_json, shorten
+from runtime.foreign import (MAX_LINE, TOO_DEEP, about_pointer, check_depth, check_file, parse_json, shorten,
+                             shown)
+from runtime.model_folder import download
 from runtime.start import world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
@@ -82,6 +84,9 @@ REFUSED = {
          "\"weight\": 0, leave out records that are not, and remove the field",
 }
 
+# Fields of a pair of preferences.
+PREFERENCE = re.compile(r"(chosen|rejected)(_\w+)?")
+
 KINDS_OF_FILE = "jsonl", "ndjson", "json", "csv", "tsv", "parquet"
 RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.IGNORECASE)
 READ = "JSON, JSON Lines, .csv and .parquet files, plain or as .gz or .zst"
@@ -90,6 +95,7 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
 OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20
+BATCH_BYTES = 2**24     # of a Parquet file's rows
 
 
 @contextlib.contextmanager
@@ -182,21 +188,12 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
     """The files of owner/name:split@revision. The split's name must be a word in their paths, as in
     data/train-00000-of-00002.parquet; :folder/split asks for a folder, too. Without a split in the name and
     in the paths, all files are train."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ValueError(f"{name}: no such file or folder; as a dataset on the Hugging Face Hub it needs "
-                         "huggingface_hub: pip install huggingface_hub") from None
     repository, split, revision = HUB_NAME.fullmatch(name).groups()
 
-    def download(pattern: str) -> dict[str, str]:
+    def files_like(pattern: str) -> dict[str, str]:
         """The files of records that were downloaded, by their paths within the repository."""
         patterns = [f"{pattern}.{kind}{end}" for kind in KINDS_OF_FILE for end in ("", ".gz", ".zst")]
-        try:
-            folder = Path(snapshot_download(repository, repo_type="dataset", revision=revision,
-                                            allow_patterns=patterns))
-        except Exception as error:  # the hub's many errors all mean that the download failed
-            raise ValueError(f"{name}: no such file or folder, and the download failed: {error}") from None
+        folder = download(name, repository, revision, patterns, repo_type="dataset")
         return {path.relative_to(folder).as_posix(): str(path) for path in sorted(folder.rglob("*"))
                 if path.is_file() and RECORDS_FILE.fullmatch(path.name)}
 
@@ -204,10 +201,10 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
         return re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z]|_[a-z])", path, re.IGNORECASE) is not None
 
     words = (split or "train").split("/")
-    found = download(f"*{words[-1]}*")
+    found = files_like(f"*{words[-1]}*")
     files = [path for path in found if all(has(path, word) for word in words)]
     if not files and not split:
-        found = download("*")
+        found = files_like("*")
         files = [path for path in found if not any(has(path, other) for other in OTHER_SPLITS)]
     if not files:
         raise ValueError(f"{name}: holds no {'/'.join(words)} split in {READ}"
@@ -288,13 +285,19 @@ def _renamed(record: object, names: dict[str, str]) -> object:
     if not isinstance(record, dict) or not names:
         return record
     given = {known: record[name] for known, name in names.items() if name in record}
-    return {field: value for field, value in record.items() if field not in names.values()} | given
+    others = {field: value for field, value in record.items() if field not in names.values()}
+    if "chosen" in names.values():
+        # Of a pair of preferences the other answer, and what is said about both.
+        others = {field: value for field, value in others.items() if not PREFERENCE.fullmatch(field)}
+    return others | given
 
 
 def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
     """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
     What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
     check_file(path)
+    if problem := about_pointer(path):
+        raise ValueError(problem)
     with open(path, "rb") as raw:
         start = raw.read(4)
         raw.seek(0)
@@ -328,10 +331,14 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
     pyarrow, number = _pyarrow(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield record, number, f": record {number}"
+            for group in range(file.num_row_groups):
+                # So many rows of average size are decoded at once.
+                size = file.metadata.row_group(group)
+                rows = BATCH_BYTES * size.num_rows // max(1, size.total_byte_size)
+                for batch in file.iter_batches(min(max(rows, 1), 256), row_groups=[group]):
+                    for record in batch.to_pylist():
+                        number += 1
+                        yield record, number, f": record {number}"
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: is damaged, after record {number}: {error}") from None
 
@@ -368,9 +375,19 @@ def _not_text(error: UnicodeDecodeError) -> str:
             f"read from {READ}")
 
 
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. ValueError if it has a field twice, of which json.loads would take the last."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has {shorten(repr(twice), 100)} more than once: keep one of them")
+    return fields
+
+
 class _JsonStream:
     """Decodes the JSON values of a file one after the other, of which it holds one and a chunk."""
-    decode = json.JSONDecoder().raw_decode
+    decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
 
     def __init__(self, path: str, raw: BinaryIO) -> None:
         self.path, self.raw, self.to_text = path, raw, codecs.getincrementaldecoder("utf-8-sig")()
@@ -491,6 +508,9 @@ def to_messages(record: dict | list) -> list[dict]:
     nulls = [field for field in record if _is_null(record[field])]
     record = _present(record)
     tools = record.pop("tools", None)
+    if "chosen" in record:
+        raise ValueError(f"holds a pair of preferences, 'chosen' and 'rejected', and pairs are not trained; "
+                         f"{_chosen_alone(record)}")
     _refuse(record, "the record")
     *question, answer = _layout(record, nulls)
     if question:
@@ -520,6 +540,10 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
     if len(fits) > 1:
         # A table that two kinds of records were joined in may have "" for null.
         fits = [layout for layout in fits if any(record[field] not in EMPTY for field in layout)] or fits
+    if not fits and [*record] == ["text"]:
+        raise ValueError("has only a 'text', in which question and answer cannot be told apart; plain text "
+                         "(pretraining) is not trained. Write {\"prompt\": ..., \"completion\": ...} or "
+                         "{\"messages\": [...]}")
     if not fits:
         known = ", ".join(" + ".join(map(repr, layout)).replace("?'", "' (optional)") for layout in LAYOUTS)
         raise ValueError(f"has none of the known layouts; its fields are "
@@ -530,6 +554,20 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
         one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
         raise ValueError(f"has two layouts, {one} and {other}: keep one of them")
     return fits[0]
+
+
+def _chosen_alone(record: dict) -> str:
+    """How to train on the preferred answers of such records alone."""
+    chosen = record["chosen"]
+    if isinstance(chosen, list) and chosen and _is_message(chosen[0]) and (
+            _turn(chosen[0], 1)["role"] != "assistant"):
+        known = "messages"
+    else:
+        known = next((answer for *question, answer in LAYOUTS if question and all(
+            field in record or field.endswith("?") for field in question)), "")
+    if not known:
+        return "write the chosen one as {\"messages\": [...]}"
+    return f"--columns {known}=chosen trains on the chosen answers alone"
 
 
 def _question(record: dict, fields: list[str]) -> list[dict]:
@@ -601,8 +639,9 @@ def _turn(turn: object, number: int) -> dict:
 
 def _text_of_part(part: dict, number: int) -> str:
     if part.get("type") != "text" or not isinstance(part.get("text"), str):
-        raise ValueError(f"message {number} has in its content a part of type {part.get('type')!r} with "
-                         f"{', '.join(map(repr, part))}; only {{\"type\": \"text\", \"text\": ...}} is read")
+        raise ValueError(f"message {number} has in its content the part {shown(part, 80)}, and only "
+                         "{\"type\": \"text\", \"text\": \"...\"} is read: write it as text, or leave the "
+                         "record out")
     return part["text"]
 
 

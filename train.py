@@ -57,9 +57,9 @@ from runtime.machine import (compile_fault, deterministic, keep_freed_memory, pe
                              peak_reserved_mb, reset_peak, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
-from runtime.report import (Progress, StopSignal, describe, describe_data, ending, fit, print_change, say,
+from runtime.report import (Progress, StopSignal, describe, describe_data, ending, print_change, say,
                             show_answers)
-from runtime.start import raise_interrupts
+from runtime.start import fit, raise_interrupts
 from runtime.tokenizer import Tokenizer, write_tokenizer
 from runtime.track import Tracker
 from runtime.weights import DTYPES, model_fingerprint, save_model

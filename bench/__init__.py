@@ -1,4 +1,4 @@
 """The benchmarks: python -m bench.NAME."""
-from runtime.program import answer_interrupts_of_modules
+from runtime.start import answer_interrupts_of_modules
 
 answer_interrupts_of_modules()

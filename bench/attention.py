@@ -10,8 +10,7 @@ records are, drawn from a log-normal distribution with a mean near 200.
 from argparse import Namespace
 
 from bench.common import cores, hardware, make_parser, print_machine, print_table
-from runtime.program import run_program
-from runtime.start import answer_flags
+from runtime.start import answer_flags, run_program
 
 
 def parse_args(argv: list[str]) -> Namespace:

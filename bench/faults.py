@@ -36,7 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.common import REPOSITORY, hardware, make_parser, print_machine, print_table
-from runtime.program import run_program
+from runtime.start import run_program
 
 CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "flip cache", "disk full")
 QUICKSTART = REPOSITORY / "quickstart"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from bench.common import (cores, hardware, in_turn, json_child, make_parser, print_machine,
                           print_table)
-from runtime.program import run_program
+from runtime.start import run_program
 
 
 def run_one(args: argparse.Namespace) -> dict:

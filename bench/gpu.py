@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bench.common import REPOSITORY, cores, hardware, make_parser
 from runtime.files import write_text
-from runtime.program import WIDTH, run_program
+from runtime.start import WIDTH, run_program
 
 # Seconds that are left for the table when everything else has to end.
 RESERVE = 8

@@ -8,8 +8,7 @@ computes for each example by itself. Needs transformers.
 from bench.common import make_parser
 from config import Config, check_inputs
 from config import parse_args as parse_flags
-from runtime.program import run_program
-from runtime.start import answer_flags
+from runtime.start import answer_flags, run_program
 
 
 def parse_args(argv: list[str]) -> tuple[int, dict[str, Config]]:

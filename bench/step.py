@@ -19,8 +19,7 @@ from argparse import Namespace
 from bench.common import make_parser, split_flags
 from config import Config
 from config import parse_args as parse_flags
-from runtime.program import run_program
-from runtime.start import answer_flags
+from runtime.start import answer_flags, run_program
 
 
 def parse_args(argv: list[str]) -> tuple[Namespace, Config]:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from bench.common import (PEERS, REPOSITORY, child, cores, hardware, in_turn, json_child, make_parser,
                           print_machine, print_table, split_flags, spread)
-from runtime.program import run_program
+from runtime.start import run_program
 
 THIS = "train.py"
 

@@ -1,4 +1,4 @@
 """The evaluation commands: `python -m eval` lists them."""
-from runtime.program import answer_interrupts_of_modules
+from runtime.start import answer_interrupts_of_modules
 
 answer_interrupts_of_modules()

@@ -3,7 +3,7 @@ import ast
 import textwrap
 from pathlib import Path
 
-from runtime.program import run_program
+from runtime.start import run_program
 
 
 def commands() -> dict[str, str]:

@@ -10,7 +10,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from runtime.program import WIDTH
+from runtime.start import WIDTH
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
 # About prompt weights, which evidence.json does not have: PLW is arXiv 2401.13586, WIT arXiv 2507.07817.

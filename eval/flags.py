@@ -9,14 +9,14 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 from config import CACHE_DIR, Config
 from records import HUB_NAME, RECORDS_FILE, data_files
 from runtime import flags
+from runtime.files import check_writable
 from runtime.foreign import check_file, shorten
 from runtime.model_folder import check_model
-from runtime.start import answer_flags
+from runtime.start import answer_flags, is_main
 
 # Of the flags of a run, some of which the commands have too.
 HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(Config)}
@@ -33,8 +33,9 @@ def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespa
 
 
 def check_files(args: object) -> None:
-    """ValueError for a --model that cannot be used and for files and folders that do not exist, as far as
-    that is known without the network. args: flags; those that a command does not have are not checked."""
+    """ValueError for a --model that cannot be used, for files and folders that do not exist, as far as that
+    is known without the network, and for an --output_path that cannot be written. args: flags; those that a
+    command does not have are not checked."""
     def check_records(name: str) -> None:
         if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
             data_files([name])
@@ -57,6 +58,9 @@ def check_files(args: object) -> None:
                     check(each)
                 except ValueError as error:
                     raise ValueError(f"{flags.flag_name(name)} {error}") from None
+    # The harness's own name for its folder of results.
+    if getattr(args, "output_path", None) and is_main():
+        check_writable("--output_path", args.output_path, folder=True)
 
 
 def need(package: str, user: str) -> None:
@@ -116,8 +120,8 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
     # Now, not when all has been computed.
     for name in files:
         file = getattr(args, name)
-        if file and (Path(file).is_dir() or not Path(file).absolute().parent.is_dir()):
-            raise ValueError(f"{flags.flag_name(name)} {file}: give a file in a folder that exists")
+        if file and is_main():
+            check_writable(flags.flag_name(name), file)
         for other, value in vars(args).items() if file else ():
             named = value if isinstance(value, list) else [value]
             if other != name and os.path.realpath(file) in (

@@ -69,7 +69,7 @@ from eval.common import (Loaded, load, mean_and_error, progress, read_objects, r
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main
-from runtime.report import fit
+from runtime.start import fit
 
 FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"

@@ -18,7 +18,7 @@ from eval.flags import check_values
 from config import PRESETS, Config, check_inputs, span_weights
 from config import parse_args as parse_flags
 from runtime.flags import flag
-from runtime.start import answer_flags
+from runtime.start import answer_flags, fit
 
 
 @dataclass
@@ -38,10 +38,12 @@ def parse_args(argv: list[str]) -> LookConfig:
     return config
 
 
-answer_flags(__name__, lambda argv: check_inputs(parse_args(argv)))
+answer_flags(__name__, lambda argv: check_inputs(parse_args(argv), writes=False))
 
 import json
 import os
+import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -63,9 +65,10 @@ from runtime.files import writing
 from runtime.folder import check_folder
 from runtime.foreign import printable
 from runtime.machine import peak_memory_mb
-from runtime.report import counted, describe_data, fit, say, ending
+from runtime.report import counted, describe_data, say, ending
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
+COLOUR = re.compile(r"\x1b\[\d+m")
 # What check_folder() finds, in words.
 FOLDER = {"start": "the run would start", "resume": "the run would resume",
           "delete": "the run that is there would be deleted, and the new one start",
@@ -188,6 +191,23 @@ def coloured(dataset: Dataset, example: int, tokenizer: Tokenizer, colour: bool)
     return "".join(spans)
 
 
+def wrapped(text: str, width: int) -> str:
+    """The text in lines of at most so many columns, which break between words; a longer word stays whole.
+    Colours take no columns, and nothing is left out."""
+    lines = []
+    for line in text.split("\n"):
+        lines.append("")
+        column = 0
+        for word in re.findall(r"\S+\s*|\s+", line):
+            shown = COLOUR.sub("", word)
+            if column and column + len(shown.rstrip()) > width:
+                lines.append("")
+                column = 0
+            lines[-1] += word
+            column += len(shown)
+    return "\n".join(lines)
+
+
 def export(dataset: Dataset, usable: np.ndarray, weights: np.ndarray, file: str | Path) -> None:
     """Write one JSON object an example, {"input_ids", "labels", "span_kinds"}; labels are unshifted, as
     transformers wants them, -100 where the target's weight is zero. usable: (examples,) which ones;
@@ -232,11 +252,14 @@ def main(argv: list[str]) -> None:
     print_numbers(config, numbers)
     say(fit(printable(sentence)))
 
-    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    terminal = sys.stdout.isatty()
+    colour = terminal and not os.environ.get("NO_COLOR")
     for example in usable[:config.show]:
         legend = "".join(f" \x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items()) if colour else ""
         say(f"\n--- {dataset.where(example)}{legend}")
-        say(coloured(dataset, example, source.tokenizer, colour))
+        text = coloured(dataset, example, source.tokenizer, colour)
+        # In a file, a line break must be one of the record.
+        say(wrapped(text, shutil.get_terminal_size().columns) if terminal else text)
     if config.export and is_main():
         export(dataset, usable, config.span_weights, config.export)
         say(f"{len(usable):,} examples written to {config.export}")

@@ -59,7 +59,7 @@ from eval.likelihood import shared_prefix
 from records import naming, read_all
 from runtime.distributed import is_main
 from runtime.model_folder import resolve_model
-from runtime.report import fit
+from runtime.start import fit
 from runtime.weights import model_fingerprint
 
 METRICS = {"bleu": "BLEU-4", "exact_match": "exact match, %", "shared_prefix": "shared prefix, %"}

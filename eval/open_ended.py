@@ -72,7 +72,7 @@ from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, s
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.model_folder import resolve_model
-from runtime.report import fit
+from runtime.start import fit
 
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
 TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from eval.common import gather
-from runtime.program import WIDTH
+from runtime.start import WIDTH
 
 
 class Entry(NamedTuple):

@@ -34,12 +34,14 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+# First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
+from eval.flags import Parser, check_files, need
+
 from config import NORMALIZE, PRESETS, Config, validate
 from config import parse_args as parse_flags
-from eval.flags import Parser, check_files, need
 from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags
-from runtime.start import answer_flags, world_size
+from runtime.start import answer_flags, fit, world_size
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
 CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
@@ -230,7 +232,7 @@ from runtime.distributed import join_ranks
 from runtime.files import lock, write_text
 from runtime.foreign import parse_json, read_text
 from runtime.folder import append_line, check_identity, launch
-from runtime.report import fit, say
+from runtime.report import say
 
 FEW = 5     # validation records; fewer are too few to choose by
 

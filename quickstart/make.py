@@ -53,7 +53,7 @@ from quickstart.world import (
     FULL_WORDS, SEED, SYSTEM, description, make_world, pretraining_document, question_record, record,
     record_of_length, words)
 from runtime.flags import Parser
-from runtime.program import run_program
+from runtime.start import run_program
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
 DOCUMENTS = 48_000  # of the pretraining text

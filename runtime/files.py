@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,26 @@ def writing(path: str | Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def check_writable(flag: str, path: str | Path, folder: bool = False) -> None:
+    """ValueError that names the flag unless a file can be written at this path; folder: unless a folder can
+    be made there, or written to. By writing a file without a name, which leaves nothing behind: permissions
+    alone do not tell, since root may do everything and nobody can write to a full or read-only disk."""
+    path = Path(path)
+    if not folder and (path.exists() and not path.is_file() or not path.absolute().parent.is_dir()):
+        raise ValueError(f"{flag} {path}: give a file in a folder that exists")
+    whole, above = path.absolute(), path.absolute().parents
+    place = next(each for each in (whole, *above) if os.path.lexists(each)) if folder else above[0]
+    try:
+        # A name may be too long.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {place} is not a writable folder ({error.strerror}); give "
+                         "another") from None
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,13 +12,12 @@ are answered with what does the same here (runtime/habits.py).
 import argparse
 import dataclasses
 import datetime
-import json
 import math
 import re
 import tomllib
 from pathlib import Path
 
-from runtime.foreign import parse_json, read_text, shorten
+from runtime.foreign import parse_json, read_text, shorten, shown
 from runtime.habits import answer
 
 LARGEST = 2**20     # characters of a --config file
@@ -54,9 +53,9 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
     the flag, the value and what it may be."""
     def refuse(limit: str) -> None:
-        shown = value if isinstance(value, str) and value and not is_boolean(field) else json.dumps(
-            value, default=str)
-        raise ValueError(f"{flag_name(field.name)} {shorten(shown, 200)}: must be {limit}")
+        plain = isinstance(value, str) and value and not is_boolean(field)
+        raise ValueError(f"{flag_name(field.name)} {shorten(value, 200) if plain else shown(value)}: must be "
+                         f"{limit}")
 
     if field.type == list[str]:
         value = [value] if isinstance(value, str) else value
@@ -93,14 +92,21 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError instead of ending the program, so that one place prints all errors."""
+    """Raises ValueError instead of ending the program, so that one place prints all errors. fields: of those
+    flags that check_flag() checks, by their names."""
+    fields: dict[str, dataclasses.Field] = {}
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """Every flag of the program, --no-NAME too."""
+        return self._option_string_actions
 
     def error(self, message: str) -> None:
         raise ValueError(f"{shorten(message)} ({self.prog} --help lists the flags)")
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
         # Before argparse, which would first complain about a required flag that was given under another name.
-        known = self._option_string_actions.keys()
+        known = self.flags
         answers = []
         for word, after in zip(argv, [*argv[1:], "--"]):
             name, equals, value = word.partition("=")
@@ -108,22 +114,45 @@ class Parser(argparse.ArgumentParser):
                 break
             if name.startswith("--") and " " not in name and name not in known:
                 following = None if after.startswith("--") else after
-                answers.append(answer(name, value if equals else following, known))
+                answers.append(answer(name, value if equals else following, known, self.limit))
         if answers:
             raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
         self._refuse_repeated_lists(argv)
         args, others = self.parse_known_args(argv)
         if others and "--config" in known and Path(others[0]).suffix in (".json", ".toml", ".yaml", ".yml"):
             raise ValueError(f"{shorten(others[0], 200)}: a file of flags is given as --config FILE")
+        for other in others:
+            # What stands behind a flag that is only named, such as "--recompute true".
+            before = argv[argv.index(other) - 1]
+            if before in known and known[before].nargs == 0:
+                raise ValueError(f"{before} {shorten(other, 100)}: must be {self.limit(before, other)}")
         if others:
             self.error(f"unrecognized arguments: {' '.join(others)}")
         return args
+
+    def limit(self, name: str, value: str) -> str:
+        """What a flag of this program must be, if it cannot have this value; "" if it can, as far as that is
+        known here."""
+        action = self.flags[name]
+        if action.nargs == 0:
+            off = f"--no-{name[2:]}"
+            return f"given without a value: {name}" + f" or {off}" * (off in self.flags)
+        try:
+            if action.dest in self.fields:
+                check_flag(self.fields[action.dest], value)
+            elif action.choices and value not in action.choices:
+                return f"one of {', '.join(action.choices)}"
+            elif action.type:
+                action.type(value)
+        except ValueError as error:
+            return str(error).rpartition(": must be ")[2] if action.dest in self.fields else "a number"
+        return ""
 
     def _refuse_repeated_lists(self, argv: list[str]) -> None:
         """ValueError for a flag that takes several values and is given more than once: argparse would keep
         the last values only, and a run would silently train on the last file."""
         given = [word.partition("=")[0] for word in argv]
-        for name, action in self._option_string_actions.items():
+        for name, action in self.flags.items():
             if action.nargs == "+" and given.count(name) > 1:
                 raise ValueError(f"{name} is given more than once; write all its values behind one {name}")
 
@@ -136,7 +165,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
     parser.add_argument("--config", metavar="FILE",
                         help="flags in a .json, .toml or .yaml file, such as a run's run_config.json, which "
                         "repeats it; flags on the command line override it")
-    fields = {field.name: field for field in dataclasses.fields(flags)}
+    parser.fields = fields = {field.name: field for field in dataclasses.fields(flags)}
     for field in fields.values():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"]
@@ -151,13 +180,14 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
             more["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
         parser.add_argument(flag_name(field.name), help=help.replace("%", "%%"), **more)
     given = vars(parser.parse_args(argv))
-    saved = _saved_flags(given.pop("config"), fields) if "config" in given else {}
+    saved = _saved_flags(given.pop("config"), parser) if "config" in given else {}
     return saved | {name: check_flag(fields[name], value) for name, value in given.items()}
 
 
-def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, object]:
+def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
     """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
     give (to delete a run, say) are ignored."""
+    fields = parser.fields
     try:
         saved: dict[str, object] = {}
         unknown = []
@@ -168,8 +198,8 @@ def _saved_flags(file: str, fields: dict[str, dataclasses.Field]) -> dict[str, o
             # A date, which JSON writes as text.
             saved[name] = value.isoformat() if isinstance(value, datetime.date) else value
             if name not in fields:
-                shown = str(value) if isinstance(value, str | int | float) else None
-                unknown.append(answer(given, shown, [flag_name(field) for field in fields]))
+                text = str(value) if isinstance(value, str | int | float) else None
+                unknown.append(answer(given, text, parser.flags, parser.limit))
         if unknown:
             raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
         return {name: check_flag(fields[name], value) for name, value in saved.items()
@@ -217,6 +247,8 @@ def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise ValueError("must be one mapping, flag: value")
+        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+            raise ValueError("must be one mapping, flag: value, in which every flag is text")
         return [(str(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
     except yaml.YAMLError as error:
         raise ValueError("is not YAML: " + " ".join(str(error).split())) from None

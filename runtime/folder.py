@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
 from runtime.distributed import from_all
-from runtime.files import lock, read_json, write_text, writing
+from runtime.files import check_writable, lock, read_json, write_text, writing
 from runtime.flags import flag_name
 from runtime.foreign import check_file, is_number, lines_of, parse_line, shorten
 
@@ -231,9 +231,7 @@ def _check_writable(out: Path, model_folder: Path) -> None:
     """ValueError if OUTPUT cannot be written to, or holds the model that the run starts from."""
     if model_folder.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    existing = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise ValueError(f"--output-dir {out}: {existing} is not a writable folder; give another")
+    check_writable("--output-dir", out, folder=True)
 
 
 def _check_ownership(out: Path, old: dict) -> None:

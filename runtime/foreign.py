@@ -21,6 +21,7 @@ MAX_TEXT = 2**27    # characters of a file that is read whole; the largest token
 MAX_LINE = 2**24    # bytes of a line, characters of a record: some four million tokens
 MAX_DEPTH = 100     # lists and objects inside each other in JSON
 TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels"
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 # Controls but for tab and line feed, what turns the direction of writing, and half surrogate pairs.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
@@ -42,10 +43,21 @@ def check_file(path: str | Path) -> None:
                          f"{path}: is a pipe or device, not a file; write what it gives to a file")
 
 
+def about_pointer(path: str | Path) -> str:
+    """What is wrong with a file that `git clone` without Git LFS left as a pointer; "" if it is none."""
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) != _POINTER:
+            return ""
+    return (f"{path}: is a Git LFS pointer, not the file itself; to get it, run git -C "
+            f"{Path(path).absolute().parent} lfs pull")
+
+
 def read_text(path: str | Path, encoding: str = "utf-8", limit: int = MAX_TEXT) -> str:
     """The text of a file. ValueError names the file if it is not a regular one, not UTF-8, or has more than
     `limit` characters."""
     check_file(path)
+    if problem := about_pointer(path):
+        raise ValueError(problem)
     try:
         with open(path, encoding=encoding) as file:
             text = file.read(limit + 1)
@@ -102,6 +114,17 @@ def printable(text: str) -> str:
     """Text without a terminal's commands: control characters but for tab and line feed, and those that turn
     the direction of writing, are written as JSON writes them, \\u001b."""
     return _COMMANDS.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def shown(value: object, limit: int = 200) -> str:
+    """A value of a JSON or YAML file for a message, as JSON writes it, without what is beyond the limit. It
+    may be far larger than the file: in YAML a list can hold another one many times."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=str).iterencode(value):
+        text += part
+        if len(text) > limit:
+            return f"{text[:limit]} [...]"
+    return text
 
 
 def shorten(text: str, limit: int = 2000) -> str:

@@ -38,14 +38,19 @@ _METHODS = _GROWING | _SPLITTING
 _MISSING = ("batch", "pprint", "random", "slice", "striptags", "sum", "urlize", "wordwrap", "xmlattr")
 
 
-class TooMuch(ValueError):
+class Refused(ValueError):
+    """A template does not take these messages; it may take others."""
+
+
+class _TooMuch(Exception):
     """A template asks for more time or memory than a conversation can need."""
 
 
 def render_jinja(source: str, name: str, date: str, **variables: object) -> str:
     """The text of a template with these variables. name: for messages; date: YYYY-MM-DD, printed by
-    strftime_now. ValueError with the template's own words if it refuses them; TooMuch if its rendering takes
-    longer than SECONDS or makes more than CHARACTERS."""
+    strftime_now. Refused with the template's own words if it refuses them; ValueError if it is not a
+    template, is nested too deeply, or if its rendering takes longer than SECONDS or makes more than
+    CHARACTERS."""
     if len(source) > SOURCE:
         raise ValueError(f"template {name} has {len(source):,} characters, more than {SOURCE:,}")
     now = datetime.fromisoformat(date)
@@ -56,12 +61,15 @@ def render_jinja(source: str, name: str, date: str, **variables: object) -> str:
             return _compile(source).render(strftime_now=now.strftime, **variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"template {name}, line {error.lineno}: {error.message}") from None
-    except TooMuch as error:
-        raise TooMuch(f"template {name} {error}; give another --template") from None
+    except _TooMuch as error:
+        raise ValueError(f"template {name} {error}; give another --template") from None
+    except RecursionError:
+        raise ValueError(f"template {name} is nested too deeply, or calls itself without an end; give "
+                         "another --template") from None
     except Exception as error:
         # It is code, and may raise anything.
         reason = shorten(str(error), 500) or type(error).__name__
-        raise ValueError(f"template {name} refuses the messages: {reason}") from None
+        raise Refused(f"template {name} refuses the messages: {reason}") from None
 
 
 # ---------------------------------------------------------------- what a rendering may spend
@@ -78,10 +86,10 @@ class _Budget:
         self.left -= amount
         self.charges += 1
         if self.left < 0:
-            raise TooMuch(f"makes more than {CHARACTERS:,} characters")
+            raise _TooMuch(f"makes more than {CHARACTERS:,} characters")
         # Asking for the time takes longer than the rest.
         if not self.charges & 63 and time.thread_time() > self.end:
-            raise TooMuch(f"takes longer than {SECONDS} seconds")
+            raise _TooMuch(f"takes longer than {SECONDS} seconds")
 
 
 _budget, _lock = _Budget(), threading.Lock()
@@ -106,7 +114,7 @@ def _size(value: object, written: bool = True) -> int:
 
 
 def _check(name: str, subject: object, arguments: Iterable[object]) -> None:
-    """TooMuch if the filter or method `name` of a text or list could make too long a text."""
+    """_TooMuch if the filter or method `name` of a text or list could make too long a text."""
     arguments = list(arguments)
     size = _size(subject)
     if name == "replace" and [type(x) for x in (subject, *arguments[:2])] == [str, str, str]:
@@ -120,10 +128,10 @@ def _check(name: str, subject: object, arguments: Iterable[object]) -> None:
             # Widths: "%9d", "{:9}"; "{:{}}" takes them from the arguments.
             size += sum(int(digits[:12]) for digits in re.findall(r"\d+", subject))
             if re.search(r"{[^{}]*{", subject):
-                raise TooMuch("takes a width in format() from an argument")
+                raise _TooMuch("takes a width in format() from an argument")
         size *= 1 + sum(abs(x) if isinstance(x, int) else _size(x) for x in arguments)
     if size > CHARACTERS:
-        raise TooMuch(f"makes more than {CHARACTERS:,} characters")
+        raise _TooMuch(f"makes more than {CHARACTERS:,} characters")
 
 
 def _made(value: object) -> object:

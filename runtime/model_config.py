@@ -64,7 +64,9 @@ class _Fields:
     def need(self, names: Sequence[str], why: str = "") -> None:
         """ValueError that lists which of these fields are absent."""
         if missing := [name for name in names if name not in self.values]:
-            raise ValueError(f"config.json: {why}{', '.join(self.inside + name for name in missing)} missing")
+            names = ", ".join(self.inside + name for name in missing)
+            raise ValueError(f"config.json: {why}{names} missing; copy config.json from where the weights "
+                             "came from")
 
     def refuse(self, only: dict[str, tuple]) -> None:
         """ValueError for a field with a value that is not implemented."""
@@ -121,6 +123,7 @@ class ModelConfig:
         if heads % kv_heads or head_dim % 2 or not head_dim:
             raise ValueError(f"config.json: num_attention_heads {heads} must be a multiple of "
                              f"num_key_value_heads {kv_heads}, and head_dim {head_dim} even")
+        _check_stops("config.json", raw, get("vocab_size", SIZE))
         attention_bias = get("attention_bias", FLAG, False)
         return cls(
             vocab_size=get("vocab_size", SIZE), hidden_size=hidden,
@@ -133,6 +136,17 @@ class ModelConfig:
             mlp_bias=get("mlp_bias", FLAG, False) and family == "llama", qk_norm=family == "qwen3",
             rope=_rope(get), max_position_embeddings=longest,
             initializer_range=float(get("initializer_range", POSITIVE, 0.02)), raw=raw)
+
+
+def _check_stops(file: str, content: dict, vocab_size: int) -> None:
+    """ValueError unless eos_token_id, one token or a list of them, is in the vocabulary: a server would never
+    stop. (A padding token may be outside; it is never looked up.)"""
+    stops = content.get("eos_token_id")
+    for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+        if type(stop) is not int or not 0 <= stop < vocab_size:
+            raise ValueError(f"{file}: eos_token_id is {shorten(repr(stops), 100)}; it must be below "
+                             f"vocab_size, {vocab_size:,}: the id of the token that ends an answer, or a "
+                             "list of ids")
 
 
 def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int | None) -> None:
@@ -185,6 +199,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     raw = read_json(file)
     try:
         config = ModelConfig.from_dict(raw)
+        _check_stops("generation_config.json", read_json(folder / "generation_config.json"),
+                     config.vocab_size)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     if config.tie_word_embeddings:

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from runtime.files import read_json
-from runtime.foreign import shorten
+from runtime.foreign import about_pointer, shorten
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What is downloaded from a hub repository in addition to the weights. Its other files (weights for other
@@ -17,7 +17,17 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
              "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
              "chat_template.json", "adapter_config.json"]
-_POINTER = b"version https://git-lfs.github.com/spec/"
+_ELSEWHERE = "download it where there is a network ({}), and give the folder"
+# The hub's errors, by the names of their classes: what is wrong, and what to do.
+_DOWNLOAD_ERRORS = {
+    "GatedRepoError": ("its owner grants access on request",
+                       "accept the terms on its page, then log in with hf auth login"),
+    "RepositoryNotFoundError": ("there is none of this name, or it is private",
+                                "check the name, or log in with hf auth login"),
+    "RevisionNotFoundError": ("the repository has no such revision", "check what stands behind the @"),
+    "LocalEntryNotFoundError": ("the hub cannot be reached, or HF_HUB_OFFLINE is set", _ELSEWHERE),
+    "OfflineModeIsEnabled": ("HF_HUB_OFFLINE is set", _ELSEWHERE),
+}
 
 
 def check_model(model: str | Path) -> Path | None:
@@ -47,26 +57,37 @@ def resolve_model(model: str | Path) -> Path:
     unless it was before: tokenizer, config, template and weights. ValueError for what cannot be used."""
     if folder := check_model(model):
         return folder
-    from huggingface_hub import snapshot_download
     repository, _, revision = str(model).partition("@")
-
-    def download(patterns: list[str], revision: str | None) -> Path:
-        try:
-            return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
-        except Exception as error:  # the hub's many errors all mean that the download failed
-            name = repository.rpartition("/")[2]
-            raise ValueError(
-                f"--model {model}: no such folder, and the download failed: {error}\n"
-                "Download it where there is a network, and give its folder:\n"
-                f"hf download {repository} --local-dir {name}") from None
-
-    folder = download([*HUB_FILES, SINGLE, INDEX], revision or None)
+    folder = download(f"--model {model}", repository, revision or None, [*HUB_FILES, SINGLE, INDEX])
     if not (folder / SINGLE).is_file() and (folder / INDEX).is_file():
         # The folder is named after the commit; the branch may have moved since.
-        download(sorted(set(weight_map(folder).values())), folder.name)
+        download(f"--model {model}", repository, folder.name, sorted(set(weight_map(folder).values())))
     if problem := _what_is_wrong(folder, repository):
         raise ValueError(f"--model {model}: {problem}")
     return folder
+
+
+def download(name: str, repository: str, revision: str | None, patterns: list[str], **more: str) -> Path:
+    """The folder to which the files of a hub repository were downloaded that match the patterns. name: what
+    the user gave, for messages; more: as for snapshot_download(). ValueError if that is not possible."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ValueError(f"{name}: no such file or folder; to download it from the Hugging Face Hub: "
+                         "pip install huggingface_hub") from None
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, **more))
+    except Exception as error:
+        # The hub's many errors all mean that the download failed. Most have several lines.
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        reason, fix = next((answer for kind, answer in _DOWNLOAD_ERRORS.items() if kind in kinds),
+                           (shorten(" ".join(str(error).split()), 200) or type(error).__name__, _ELSEWHERE))
+        options = more | ({"revision": revision} if revision else {})
+        option = "".join(f" --{key.replace('_', '-')} {value}" for key, value in options.items())
+        fix = fix.format(f"hf download {repository}{option} --local-dir {repository.rpartition('/')[2]}")
+        raise ValueError(f"{name}: no such file or folder, and the download of {repository}"
+                         + f" at revision {revision}" * bool(revision)
+                         + f" from the hub failed: {reason}; {fix}") from None
 
 
 def weight_map(folder: Path) -> dict[str, str]:
@@ -99,17 +120,17 @@ def _what_is_wrong(folder: Path, name: str) -> str:
     if has("adapter_config.json") and not weights:
         return _about_adapter(folder, name)
     if has("optimizer.safetensors") and has("state.json"):
-        return ("is a checkpoint of a run:\n--resume takes it, --model does not. To use its weights, copy "
-                "the tokenizer of\nthe model that the run started from:\n"
+        return ("is a checkpoint of a run: --resume takes it, --model does not. To use its weights, copy "
+                "the tokenizer of the model that the run started from:\n"
                 f"cp MODEL/*token* MODEL/*.jinja {name}")
     if not has("config.json"):
         inside = [file.parent for pattern in ("final", "*", "snapshots/*")
                   for file in sorted(folder.glob(f"{pattern}/config.json"))]
         if inside:
-            return f"the model is in a folder inside:\n--model {inside[0]}"
+            return f"the model is in a folder inside: --model {inside[0]}"
         if has("identity.json"):
-            return ("is a run that has not finished.\nThe command that started it resumes it, "
-                    f"and writes its model to\n{folder / 'final'}")
+            return ("is a run that has not finished. The command that started it resumes it, "
+                    f"and writes its model to {folder / 'final'}")
     packed = sorted(folder.glob("*.gguf"))
     if packed and not weights:
         return f"has no *.safetensors. {_about_file(packed[0])}"
@@ -117,33 +138,27 @@ def _what_is_wrong(folder: Path, name: str) -> str:
     other_weights = has("pytorch_model.bin", "pytorch_model.bin.index.json") or not Path(name).is_dir()
     if has("config.json") and not weights and other_weights:
         new = name if Path(name).is_dir() else name.rpartition("/")[2]
-        return ("has no *.safetensors. Convert its weights,\n"
-                f"and give --model {new}:\n" + _convert(name, new))
+        return f"has no *.safetensors. Convert its weights, and give --model {new}:\n" + _convert(name, new)
     if weights and has("config.json") and has("tokenizer.model", "vocab.json", "tokenizer_config.json"):
-        return ("has no tokenizer.json.\nMake it of the tokenizer's other files:\n"
+        return ("has no tokenizer.json. Make it of the tokenizer's other files:\n"
                 + _python("from transformers import AutoTokenizer", f"folder = {name!r}",
                           "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"))
     missing = [what for what, present in (("config.json", has("config.json")), ("*.safetensors", weights),
                                           ("tokenizer.json", has("tokenizer.json"))) if not present]
-    return (f"lacks {', '.join(missing)}.\nA model folder needs config.json, "
-            "tokenizer.json and *.safetensors, as\nhf download OWNER/NAME --local-dir DIR gets them")
+    return (f"lacks {', '.join(missing)}. A model folder needs config.json, tokenizer.json and "
+            "*.safetensors, as hf download OWNER/NAME --local-dir DIR gets them")
 
 
 def _about_pointers(folder: Path) -> str:
-    """What to do about files that `git clone` without Git LFS left as pointers to what they should hold."""
-    for file in [folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))]:
-        if file.is_file():
-            with open(file, "rb") as opened:
-                if opened.read(len(_POINTER)) == _POINTER:
-                    return (f"holds a Git LFS pointer,\nnot the file itself, in {file.name}. To get it:\n"
-                            f"git -C {folder} lfs pull")
-    return ""
+    """What to do about files that are pointers of Git LFS; "" if there are none."""
+    files = [folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))]
+    return next(filter(None, (about_pointer(file) for file in files if file.is_file())), "")
 
 
 def _about_file(file: Path) -> str:
     if file.suffix != ".gguf":
         return f"is a file; give its folder: --model {file.parent}"
-    return (f"{file.name} is for serving.\nTrain the model that it was made from, or unpack it "
+    return (f"{file.name} is for serving. Train the model that it was made from, or unpack it "
             "(pip install gguf):\n"
             + _convert(str(file.parent), str(file.with_suffix("")), f", gguf_file={file.name!r}"))
 
@@ -154,7 +169,7 @@ def _about_adapter(folder: Path, name: str) -> str:
     tokenizer = name
     if not (folder / "tokenizer_config.json").is_file():
         tokenizer = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", "BASE"))
-    return ("holds an adapter. Merge it into its base model\n(pip install peft):\n"
+    return ("holds an adapter. Merge it into its base model (pip install peft):\n"
             + _python("import peft, transformers", f"old, new = {name!r}, {new!r}",
                       "model = peft.AutoPeftModelForCausalLM.from_pretrained(old)",
                       "model.merge_and_unload().save_pretrained(new)",

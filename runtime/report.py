@@ -14,7 +14,7 @@ from tqdm import tqdm
 from runtime.distributed import is_main, shows_progress
 from runtime.foreign import printable
 from runtime.machine import Crowding
-from runtime.program import WIDTH
+from runtime.start import WIDTH
 
 
 def say(text: str = "") -> None:
@@ -22,11 +22,6 @@ def say(text: str = "") -> None:
     if is_main():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-
-
-def fit(text: str) -> str:
-    """One paragraph in lines of at most 79 columns; the following ones are indented. A path stays whole."""
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def ending(text: str, width: int) -> str:

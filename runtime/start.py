@@ -1,5 +1,5 @@
 """What a program does before it imports PyTorch, which takes seconds: it finds out which rank it is, ends
-with one line at Ctrl-C, and answers --help and wrong flags.
+with one line at Ctrl-C, and answers --help and wrong flags. And how programs print errors and end.
 
     from runtime.start import answer_flags, answer_interrupts
     if __name__ == "__main__":
@@ -7,17 +7,23 @@ with one line at Ctrl-C, and answers --help and wrong flags.
     from config import parse_args           # only what the flags need
     answer_flags(__name__, parse_args)
     import torch                            # and everything else
+    if __name__ == "__main__":
+        run_program(main)
 """
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from runtime.foreign import printable, shorten
+
+WIDTH = 79      # columns of what programs print; a terminal has at least 80
 
 
 def launched(name: str, default: int) -> int:
@@ -67,6 +73,13 @@ def raise_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def answer_interrupts_of_modules() -> None:
+    """answer_interrupts() if Python imports a package on the way to the module of `python -m`: until then the
+    program is called "-m"."""
+    if sys.argv[0] == "-m":
+        answer_interrupts()
+
+
 # ---------------------------------------------------------------- wrong flags
 
 
@@ -86,15 +99,54 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
         sys.exit(1)
 
 
-def print_error(line: str) -> None:
+# ---------------------------------------------------------------- errors and the end
+
+
+def print_error(message: str) -> None:
     """Print the error that ends this process, and hand it to torchrun, if that started the process, to print
     last, below its own traceback."""
-    line = printable(shorten(line, 4000))
-    print(f"error: {line}", file=sys.stderr)
+    message = print_message(f"error: {message}")
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # Whole seconds decide which rank failed first. The others fail as soon as this one is gone, often
         # within the same second.
         began = str(int(time.time()) - 1)
         with contextlib.suppress(OSError):
             Path(file).write_text(json.dumps({"message": {
-                "message": f"error: {line}", "extraInfo": {"timestamp": began}}}))
+                "message": message, "extraInfo": {"timestamp": began}}}))
+
+
+def print_message(message: str) -> str:
+    """Print an error or a warning, and return what was printed. On a terminal it fits 80 columns. Elsewhere
+    it is one line, so that grep finds the whole message and no program has to join its lines."""
+    message = printable(shorten(message, 4000))
+    print(fit(message) if sys.stderr.isatty() else message, file=sys.stderr)
+    return message
+
+
+def fit(message: str) -> str:
+    """A message in lines of at most 79 columns, which break between words, so that a path stays whole. That
+    is its first line and the items of a list, which two spaces indent; other lines are to be copied, and stay
+    as they are."""
+    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
+    lines = message.split("\n")
+    for i, line in enumerate(lines):
+        if i == 0 or re.match("  (?! )", line):
+            wrapper.subsequent_indent = "  " if i == 0 else "    "
+            lines[i] = wrapper.fill(line)
+    return "\n".join(lines)
+
+
+def run_program(main: Callable[[list[str]], int | None]) -> None:
+    """main(argv) as a program, which exits with the status that it returns: one line and status 1 for a
+    ValueError, one line and status 130 at Ctrl-C. Of several ranks, rank 0 prints."""
+    raise_interrupts()
+    line, status = "", 0
+    try:
+        status = main(sys.argv[1:])
+    except KeyboardInterrupt:
+        line, status = "interrupted", 128 + signal.SIGINT
+    except ValueError as error:
+        line, status = str(error), 1
+    if line and is_main():
+        print_error(line)
+    sys.exit(status)

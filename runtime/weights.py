@@ -9,7 +9,6 @@ read and written by rows, and memory stays near what the parameters need.
 """
 import hashlib
 import json
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from runtime.distributed import from_all, is_main, rank
-from runtime.foreign import printable
 from runtime.model_folder import INDEX, SINGLE, weight_map
+from runtime.start import print_message
 
 PIECE = 2**26               # bytes read, sent or written at once
 MAX_FILE_BYTES = 5 * 10**9  # of a weight file
@@ -207,7 +206,7 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 def warn_once(text: str) -> None:
     """Print a warning once a run, although a folder is read several times."""
     if is_main():
-        print(f"warning: {printable(text)}", file=sys.stderr)
+        print_message(f"warning: {text}")
 
 
 def weight_files(folder: str | Path) -> list[Path]:

@@ -1,4 +1,4 @@
 """The studies of the paper's claims: python -m studies.NAME."""
-from runtime.program import answer_interrupts_of_modules
+from runtime.start import answer_interrupts_of_modules
 
 answer_interrupts_of_modules()

@@ -22,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from runtime.flags import Parser
-from runtime.program import run_program
+from runtime.start import run_program
 
 TRAIN, VALIDATION, NEAR, FAR, OTHER = 480, 96, 160, 100, 80     # records of a file
 

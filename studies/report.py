@@ -15,8 +15,7 @@ runs are missing says so. The kinds of analysis:
 from argparse import Namespace
 
 from runtime.flags import Parser
-from runtime.program import run_program
-from runtime.start import answer_flags
+from runtime.start import answer_flags, run_program
 
 
 def parse_args(argv: list[str]) -> Namespace:

@@ -22,7 +22,7 @@ from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
 from runtime.flags import Parser
-from runtime.program import run_program
+from runtime.start import run_program
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent

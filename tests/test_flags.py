@@ -83,6 +83,11 @@ def test_toml_and_yaml_say_what_json_says(tmp_path, name, text):
         "rate": 1e-4, "share": 0.0, "count": 7, "files": ["one"], "fast": True, "name": "2026-01-05"}
 
 
+# Eight lists, each of which holds the one before ten times: 10^7 items.
+BOMB = b"[&a [x], " + b", ".join(
+    b"&%c [%s]" % (b + 1, b", ".join([b"*%c" % b] * 10)) for b in b"abcdefg") + b"]"
+
+
 @pytest.mark.parametrize("name, content, says", [
     ("README.md", b"# A title\n", "is not JSON .nor .toml or .yaml by its name., or is cut off: Expecting"),
     ("c.json", b'{"rate": 1,', "is not JSON, or is cut off: Expecting"), ("c.json", b" \n", "is empty"),
@@ -97,6 +102,8 @@ def test_toml_and_yaml_say_what_json_says(tmp_path, name, text):
     ("c.yaml", b"- rate\n", "must be one mapping"),
     ("c.yaml", b"rate: !!python/name:os.system\n", "is not YAML"),
     ("c.yaml", b"count: 2026-01-05 10:00:00\n", "--count 2026-01-05T10:00:00: must be a whole number"),
+    ("c.yaml", b"count: " + BOMB, r"--count \[\[\"x\"\], .{180,220}: must be a whole number"),
+    ("c.yaml", b"? " + BOMB + b"\n: 1\n", "in which every flag is text"),
     ("folder", None, "is a folder; give a file"), ("nowhere", "", "no such file")])
 def test_a_config_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
     file = tmp_path / name

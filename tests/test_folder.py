@@ -318,8 +318,7 @@ def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenized(folder, 
     refused(folder, "file is not a writable folder", "file/below")
     refused(folder, "--resume .*step-99: not a whole checkpoint .*; name one like RUN", "new",
             resume=folder / "step-99")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)     # root may write anywhere
-    refused(folder, "is not a writable folder", "new")
+    refused(folder, "--output-dir /proc/x: /proc is not a writable folder", "/proc/x")  # not even for root
 
 
 # ---------------------------------------------------------------- what differs, by name

@@ -22,7 +22,7 @@ from eval import generate, look, results, spans
 from eval.common import read_objects
 from runtime import checkpoint, distributed, folder, foreign
 from runtime.flags import check_flag
-from runtime.jinja import TooMuch, render_jinja
+from runtime.jinja import Refused, render_jinja
 from runtime.model_config import ModelConfig
 from runtime.model_folder import resolve_model
 from runtime.start import launched
@@ -222,11 +222,12 @@ BOMBS = {"'x' * 10**12": "makes more", "9**(9**9)": "makes more", "10**(10**9)":
          "makes more", "1|round(-10**9)": "makes more", "('x ' * 10**8).split()": "makes more",
          "(5).to_bytes(10**10, 'big')": "makes more", "('x' * 9).translate({120: 'x' * 10**8})": "makes more",
          "range(10**9)": "Range too big", "[1]|slice(10**9)": "No filter named 'slice'", "lipsum(n=10**9)":
-         "undefined", "''.__class__.__mro__": "unsafe", "1 + " * 20_000 + "1": "recursion", "(" * 50_000 + "1"
-         + ")" * 50_000: "recursion"}
+         "undefined", "''.__class__.__mro__": "unsafe", "1 + " * 20_000 + "1": "is nested too deeply",
+         "(" * 50_000 + "1" + ")" * 50_000: "is nested too deeply"}
 LOOPS = "{% for a in range(9999) %}" * 3 + "{% endfor %}" * 3
 PROGRAMS = {LOOPS:
-            "takes longer", "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}": "recursion",
+            "takes longer", "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}":
+            "is nested too deeply",
             "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(90) }}":
             "takes longer", "{% filter upper %}{% for a in range(9999) %}{% for b in range(9999) %}" + "x" *
             99 + "{% endfor %}{% endfor %}" "{% endfilter %}": "takes longer|makes more",
@@ -249,7 +250,8 @@ def test_a_template_that_asks_for_too_much_is_refused(source, says, monkeypatch)
     monkeypatch.setattr("runtime.jinja.SECONDS", 0.3)
     with within(10), pytest.raises(ValueError, match=f"template bomb.*({says})") as error:
         render_jinja(source, "bomb", "2026-01-05", messages=TURNS)
-    assert isinstance(error.value, TooMuch) == says.startswith(("makes", "takes"))
+    # The program must not take this for a template that only does not take these messages.
+    assert not (isinstance(error.value, Refused) and says.startswith(("makes", "takes", "is nested")))
 
 
 def test_too_much_is_no_refusal_of_the_messages(tmp_path, monkeypatch):
@@ -260,7 +262,7 @@ def test_too_much_is_no_refusal_of_the_messages(tmp_path, monkeypatch):
     source = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
     source += "{% if add_generation_prompt %}" + LOOPS + "{% endif %}"
     (tmp_path / "x.jinja").write_text(source)
-    with pytest.raises(TooMuch, match="template .*x.jinja takes longer than"):
+    with pytest.raises(ValueError, match="template .*x.jinja takes longer than"):
         chat.load_template(str(tmp_path / "x.jinja"), tokenizer)
 
 

@@ -4,15 +4,17 @@ import json
 import re
 
 import pytest
+import transformers
 
 import train
 from eval.flags import Parser
-from runtime.flags import flag_name
-from runtime.habits import HABITS, answer
+from runtime.flags import flag_name, is_boolean
+from runtime.habits import HABITS
 from tiny import flags
 
-OWN = {name for field in dataclasses.fields(train.Config)
-       for name in (flag_name(field.name), flag_name(f"no-{field.name}"))}
+FIELDS = dataclasses.fields(train.Config)
+OWN = {flag_name(field.name) for field in FIELDS} | {
+    flag_name(f"no-{field.name}") for field in FIELDS if is_boolean(field)}
 
 
 def refusal(argv: list[str]) -> str:
@@ -23,8 +25,8 @@ def refusal(argv: list[str]) -> str:
 
 @pytest.mark.parametrize("argv, says", [
     ("--learning-rate 2e-5", "here it is --lr 2e-5"), ("--learning_rate=2e-5", "here it is --lr 2e-5"),
-    ("--per-device-train-batch-size 4", "here --batch-size is the examples of a\n"),
-    ("--gradient-accumulation-steps 8", "not needed; a step has --batch-size\n"),
+    ("--per-device-train-batch-size 4", "here --batch-size is the examples of a whole step"),
+    ("--gradient-accumulation-steps 8", "not needed; a step has --batch-size examples"),
     ("--num-train-epochs 3", "here it is --epochs 3"),
     ("--max-seq-length 512", "here it is --max-length 512"),
     ("--cutoff_len 512", "here it is --max-length 512"), ("--packing", "always so"),
@@ -90,12 +92,46 @@ def test_the_same_names_in_a_config_file_are_answered_alike(tmp_path, ending, wr
         assert f"\n  {line}" in message
 
 
-@pytest.mark.parametrize("name", HABITS)
-def test_every_answer_fits_80_columns_and_names_flags_that_exist(name):
+VALUES = None, "true", "False", "0.1", "500", "-1", "all", "none"
+
+
+@pytest.mark.parametrize("name", [*HABITS, *sorted(
+    name[2:].replace("-", "_") for name in OWN if "-" in name[2:])])
+def test_whatever_an_answer_offers_the_next_call_accepts(name, monkeypatch):
+    """Also to a flag of this program that is written with underscores."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: True)
     given = name.replace("*", "x")
     assert f"--{given}" not in OWN, "an own flag needs no answer"
-    for value in (None, "true", "false", "0.00002"):
-        text = answer(f"--{given}", value, OWN)
+    for value in VALUES:
+        first, *others = refusal([f"--{given}", *([] if value is None else [value])]).split("\n")
+        text = first.removeprefix(f"--{given}" + ("" if value is None else f" {value}") + ": ")
+        assert others == ["(train.py --help lists the flags)"]
         assert "unrecognized" not in text and "{" not in text
-        assert max(map(len, f"error: {text}".splitlines())) <= 80
-        assert {*re.findall(r"--[a-z][a-z0-9-]*", text.split(":", 1)[1])} <= OWN
+        assert {*re.findall(r"--[a-z][a-z0-9-]*", text)} <= OWN
+        offer = re.match(r"here it is (--[a-z0-9-]+)(?: ([^ ,(]+)|$)", text)
+        if offer and (offer[2] or f"--no-{offer[1][2:]}" in OWN or offer[1].startswith("--no-")):
+            base = dict(model="m", train_data="t.jsonl", eval_data="e.jsonl")
+            base.pop(offer[1][2:].replace("-", "_"), None)
+            train.parse_args([*flags(**base), *filter(None, offer.groups())])
+
+
+@pytest.mark.parametrize("argv, says", [
+    ("--eval_steps 0.1", "here it is --eval-every, which must be a whole number, 0 or more"),
+    ("--lr_scheduler_type cosine_with_restarts", "here it is --schedule, which must be one of linear"),
+    ("--report_to all", "here it is --track, which must be one of none, tensorboard, wandb"),
+    ("--val-size 500", "here it is --eval-fraction, which must be a finite number, 0 or more and below 1"),
+    ("--require_completion False", "here it is --no-require-completion"),
+    ("--no_compile yes", "here it is --no-compile, which must be given without a value"),
+    ("--recompute True", "must be given without a value: --recompute or --no-recompute"),
+    ("--warmup_steps 10", "here it is --warmup-ratio, which must be"), ("--warmup_steps 0.1", "here it is "
+     "--warmup-ratio 0.1"), ("--tf32 True", "not done"), ("--eos_token x", "not needed; the template ends")])
+def test_a_value_that_the_flag_here_may_not_have_is_not_offered(argv, says):
+    assert refusal(argv.split()).startswith(f"{argv}: {says}")
+
+
+def test_every_flag_of_transformers_trainer_is_known():
+    names = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
+    assert len(names) > 50
+    for name in names:
+        if flag_name(name) not in OWN:
+            assert "unrecognized" not in refusal([f"--{name}"]), name

@@ -254,6 +254,34 @@ def test_ranks_of_a_launch_speak_once(folder):
     assert json.loads((folder / "ranks.json").read_text())["ranks"] == 2
 
 
+def test_a_mix_of_so_many_examples_is_described_as_the_run_describes_it(folder, capsys):
+    (folder / "half.jsonl").write_text("".join(open(folder / "train.jsonl").readlines()[:5]))
+    argv = arguments(folder, "mixed", train_data=None, max_examples=8, epochs=1,
+                     mix=[f"{folder}/train.jsonl=3", f"{folder}/half.jsonl=1"])
+
+    def described() -> list[str]:
+        lines = capsys.readouterr().out.splitlines()
+        start = next(i for i, line in enumerate(lines) if line.startswith("data: "))
+        return lines[start:start + 6]
+
+    look.main(argv)
+    said = described()
+    assert any("an epoch has 6 examples of" in line for line in said)
+    run_here(argv)
+    assert described()[:5] == said[:5] and said[4].startswith("  an epoch has 2 examples of")
+
+
+def test_on_a_terminal_an_example_breaks_between_words_and_its_colours_stay_whole():
+    text = ("\x1b[36m" + "word " * 40 + "x" * 100 + "\x1b[0m\x1b[32man answer\x1b[0m\n\n  two  spaces "
+            + "y " * 90)
+    shown = look.wrapped(text, 60)
+    assert shown.replace("\n", "") == text.replace("\n", ""), "nothing is lost"
+    lines = [re.sub(r"\x1b\[\d+m", "", line) for line in shown.split("\n")]
+    assert not any("\x1b" in line for line in lines)
+    assert max(len(line.rstrip()) for line in lines if "xx" not in line) in range(50, 61)
+    assert "" in lines and len(lines) > 7 and look.wrapped("a b", 3) == "a b"
+
+
 def test_examples_are_shown_in_colour_on_a_terminal_and_in_marks_elsewhere(folder, capsys, monkeypatch):
     first = json.loads(open(folder / "train.jsonl").readline())["messages"]
     argv = arguments(folder, "shown", show=2)
@@ -265,6 +293,7 @@ def test_examples_are_shown_in_colour_on_a_terminal_and_in_marks_elsewhere(folde
     monkeypatch.delenv("NO_COLOR", raising=False)
     marked = shown()
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "10000")
     in_colour = shown()
     monkeypatch.setenv("NO_COLOR", "1")
     assert shown() == marked

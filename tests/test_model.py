@@ -215,13 +215,24 @@ def test_recompute_changes_no_gradient(tmp_path):
     (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     (dict(num_key_value_heads=3), "num_key_value_heads"),
-    (dict(vocab_size=None, hidden_size=None), "hidden_size"),
+    (dict(vocab_size=None, hidden_size=None), "vocab_size, hidden_size missing; copy config.json from where"),
+    *((dict(eos_token_id=stop), "config.json: eos_token_id is .* must be below vocab_size")
+      for stop in (10**9, SIZES["vocab_size"], -1, "</s>", [1, 10**9], True)),
 ])
 def test_what_is_not_implemented_is_refused_by_name(change, name, tmp_path):
     raw = {"model_type": "llama", **SIZES, **change}
     raw = {key: value for key, value in raw.items() if value is not None}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=name):
+        read_config(tmp_path)
+
+
+def test_generation_config_json_may_not_stop_at_a_token_that_does_not_exist(tmp_path):
+    raw = {"model_type": "llama", **SIZES, "eos_token_id": [1, 2]}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert read_config(tmp_path).vocab_size == SIZES["vocab_size"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 10**9}))
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id is 1000000000"):
         read_config(tmp_path)
 
 

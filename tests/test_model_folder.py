@@ -4,15 +4,19 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from model import load_model
+from records import data_files
 from references import make_reference
 from runtime.model_folder import check_model, resolve_model
+from runtime.start import fit
 from runtime.tokenizer import Tokenizer
 from tiny import make_model
 
@@ -63,19 +67,38 @@ def test_of_a_hub_repository_only_what_is_read_is_downloaded(shards, hub):
     assert resolve_model(folder) == folder
 
 
-def test_a_hub_id_without_revision_and_a_failed_download(hub, tmp_path, monkeypatch):
+def test_a_hub_id_without_revision_and_a_folder_that_does_not_exist(hub, tmp_path):
     make_model(hub.repository)
     resolve_model("owner/name")
     assert hub.revisions == [None]
     with pytest.raises(ValueError, match="no such folder"):
         resolve_model(tmp_path / "nowhere" / "at" / "all")
 
+
+
+@pytest.mark.parametrize("raised, says", [
+    (OSError, "failed: Entry A request id. Try B; download it where there is a network (hf download o/n"),
+    ("GatedRepoError", "failed: its owner grants access on request; accept the terms"),
+    ("RepositoryNotFoundError", "failed: there is none of this name, or it is private; check the name"),
+    ("RevisionNotFoundError", "failed: the repository has no such revision; check what stands behind the @"),
+    ("LocalEntryNotFoundError", "failed: the hub cannot be reached, or HF_HUB_OFFLINE is set; download")])
+@pytest.mark.parametrize("kind", ["", " --repo-type dataset"])
+def test_a_failed_download_is_one_line_with_what_to_do(kind, raised, says, monkeypatch):
+    """Errors of the hub's own classes, whose texts have many lines."""
+    kinds = huggingface_hub.errors
+    error = raised if raised is OSError else getattr(kinds, raised)
+
     def fail(*a: object, **k: object) -> None:
-        raise OSError("404")
+        text = "Entry\n\nA request id.\nTry B"
+        raise error.__new__(error, text) if not issubclass(error, kinds.HfHubHTTPError) else error(
+            text, response=SimpleNamespace(headers={}, request=None))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(ValueError, match="--model owner/name: no such folder, and the download failed: 404\n"
-                                         ".*\nhf download owner/name --local-dir name$"):
-        resolve_model("owner/name")
+    with pytest.raises(ValueError) as caught:
+        data_files(["o/n:train@v1"]) if kind else resolve_model("o/n@v1")
+    message = str(caught.value)
+    assert message.startswith("o/n:train@v1: no such" if kind else "--model o/n@v1: no such")
+    assert f"the download of o/n at revision v1 from the hub {says}" in message and "\n" not in message
+    assert "network" not in says or f"hf download o/n{kind} --revision v1 --local-dir n" in message
 
 
 # ---------------------------------------------------------------- what people have instead
@@ -93,7 +116,7 @@ def says(name: object) -> str:
     message = str(caught.value)
     assert message.startswith(f"--model {name}: ")
     short = message.replace(str(Path(name).parent), "/models")
-    assert max(map(len, f"error: {short}".splitlines())) <= 80, short
+    assert max(map(len, fit(f"error: {short}").splitlines())) <= 80, short
     return message
 
 
@@ -155,7 +178,7 @@ def test_a_run_is_not_its_model_but_names_it(model, tmp_path):
     run = files(tmp_path / "run", "identity.json", "run_config.json")
     assert "is a run that has not finished" in says(run)
     shutil.copytree(model, run / "final")
-    assert says(run).endswith(f"the model is in a folder inside:\n--model {run}/final")
+    assert says(run).endswith(f"the model is in a folder inside: --model {run}/final")
     checkpoint = files(tmp_path / "step-00000002", "config.json", "model.safetensors",
                        "optimizer.safetensors", "state.json")
     message = says(checkpoint)
@@ -178,7 +201,7 @@ def test_files_and_other_folders_are_answered_with_what_is_missing(model, tmp_pa
     bare = shutil.copytree(model, tmp_path / "bare")
     for file in (bare / "tokenizer.json", bare / "tokenizer_config.json"):
         file.unlink()
-    assert "lacks tokenizer.json.\nA model folder needs config.json" in says(bare)
+    assert "lacks tokenizer.json. A model folder needs config.json" in says(bare)
     assert says("/models/nowhere").endswith("no such folder, nor a hub id (owner/name)")
     for path in ("./nowhere", "../nowhere", ".hidden/model"):
         assert says(path).endswith("no such folder, nor a hub id (owner/name)")
@@ -187,12 +210,12 @@ def test_files_and_other_folders_are_answered_with_what_is_missing(model, tmp_pa
     assert check_model("owner/name@main") is None
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_a_pointer_of_git_lfs_is_answered_with_how_to_get_the_file(name, model, tmp_path):
     folder = shutil.copytree(model, tmp_path / "cloned")
     (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    message = says(folder)
-    assert f"not the file itself, in {name}." in message and message.endswith(f"\ngit -C {folder} lfs pull")
+    assert says(folder).endswith(f"{folder / name}: is a Git LFS pointer, not the file itself; to get it, "
+                                 f"run git -C {folder} lfs pull")
 
 
 def test_a_hub_repository_with_other_weights_is_converted_by_its_name(hub):

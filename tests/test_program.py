@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from runtime.program import run_program
+from runtime.start import run_program
 from tiny import ROOT
 
 # Without those that only tests start.

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -257,7 +258,7 @@ RECORD_FIELDS = {
     "thinking": False, "reasoning": "on", "reasoning_effort": "high", "chat_template": "{{ x }}",
     "add_generation_prompt": True, "continue_final_message": True, "prefill": "Sure", "train": False,
     "loss": 0, "mask": [1], "weight": 0.5, "sample_weight": 2, "label": False, "labels": [1],
-    "rejected": "x", "rejected_response": "x", "chosen": "x"}
+    "rejected": "x", "rejected_response": "x"}
 
 
 @pytest.mark.parametrize("field", MESSAGE_FIELDS)
@@ -288,10 +289,47 @@ def test_metadata_is_let_through(fields):
         {**m, **{k: v for k, v in fields.items() if v is not None}} for m in MESSAGES]
 
 
+U, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize("record", [
+    {"prompt": "q", "chosen": "a", "rejected": "b", "chosen_rating": 5, "rejected_rating": 1},
+    {"question": "q", "chosen": "a", "rejected": "b"}, {"instruction": "q", "chosen": "a", "rejected": "b"},
+    {"prompt": [U], "chosen": [A], "rejected": [{**A, "content": "b"}]},
+    {"prompt": "q", "chosen": [U, A], "rejected": [U, {**A, "content": "b"}]},
+    {"chosen": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "rejected": [U, A]}])
+def test_a_pair_of_preferences_is_refused_with_the_flag_that_trains_on_the_chosen_answer(record, tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="pairs.jsonl:1: holds a pair of preferences") as caught:
+        list(read_records(file))
+    columns = re.search(r"--columns (\S+)", str(caught.value))[1]
+    assert list(read_records(file, [columns])) == [([U, A], 1)]
+
+
+def test_of_large_records_in_parquet_few_are_in_memory_at_once(tmp_path):
+    table = pyarrow.table({"prompt": [f"{i} " + os.urandom(2**17).hex() for i in range(256)],
+                      "completion": ["a"] * 256})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet", compression="none", write_batch_size=4)
+    del table
+    before, largest, count = pyarrow.total_allocated_bytes(), 0, 0
+    for _ in read_records(tmp_path / "x.parquet"):
+        largest, count = max(largest, pyarrow.total_allocated_bytes() - before), count + 1
+    assert count == 256 and largest < 2**25, "of 2**26 bytes"
+
+
+def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
+    file = tmp_path / "x.parquet"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=f"{file}: is a Git LFS pointer, .* run git -C {tmp_path} lfs pull"):
+        list(read_records(file))
+
+
 @pytest.mark.parametrize("line, says", [
     ("{not json", "Expecting property name"), ("[]", "no messages"), ("{}", "known layouts"),
     ("7", "not int 7"), ("null", "not null"), ('"Hi"', "not a text"),
-    ('{"text": "x"}', "'text'"), ('{"messages": []}', "no messages"),
+    ('{"text": "x"}', "has only a 'text', in which question and answer cannot be told apart"),
+    ('{"messages": []}', "no messages"),
     ('{"messages": "x"}', "not 'x'; to_json"),
     ('{"messages": "7"}', "not '7'"), ('{"messages": 7}', "'messages' must be a list of messages, not int 7"),
     ('{"messages": ["x"]}', "message 1 must be an object"),
@@ -327,8 +365,11 @@ def test_metadata_is_let_through(fields):
     ('{"prompt": "a", "completion": "b", "question": "c"}', "'question' is in none of"),
     ('{"instruction": {"0": "a"}, "output": {"0": "b"}}', "not an object; pandas writes records with"),
     ('{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
-     "message 1 has in its content a part of type 'image_url'"),
-    ('{"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}', "a part of type 'text'"),
+     'message 1 has in its content the part {"type": "image_url", "image_url": {"url": "x"}}, and only'),
+    ('{"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}', 'part {"type": "text"'),
+    ('{"prompt": "x", "completion": "a", "prompt": "y"}', "an object has 'prompt' more than once: keep one"),
+    ('{"messages": [{"role": "user", "content": "x", "content": "y"}]}', "an object has 'content' more than"),
+    ('{"chosen": "Human: x", "rejected": "Human: y"}', "write the chosen one as {\"messages\": [...]}"),
     ('{"messages": [{"role": "user", "content": ["Hi"]}]}', "'content' is a list"),
     ('[{"role": "user", "content": "Hi"}, 7]', "message 2 must be an object"),
     ('{"prompt": "a", "completion": "b"} {"prompt": "a", "completion": "b"}', "must end with its line"),
@@ -592,12 +633,7 @@ def test_a_split_that_is_not_clear_is_refused(files, name, says, hub):
         data_files([name])
 
 
-def test_a_failed_download_is_one_line(monkeypatch):
-    def fail(*args, **more):
-        raise OSError("offline")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match="^owner/gone: no such file or .* the download failed: offline$"):
-        data_files(["owner/gone"])
+def test_without_huggingface_hub_a_dataset_says_that_it_needs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install huggingface_hub"):
         data_files(["owner/gone"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.start import answer_interrupts, raise_interrupts
+from runtime.start import answer_interrupts, print_error, raise_interrupts
 from tiny import ROOT, command
 
 COMMANDS = sorted(file.stem for file in (ROOT / "eval").glob("*.py") if "    run(main)" in file.read_text())
@@ -36,6 +36,10 @@ def imported(stderr: str) -> set[str]:
      "error: --train-data nowhere.jsonl: no such file\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.csv.gz"],
      "error: --train-data nowhere.csv.gz: no such file\n"),
+    *((["--output-dir", name], f"error: --output-dir {name}: {place} is not a writable folder ({why}); give "
+       "another\n") for name, place, why in (
+           ("README.md/x", f"{ROOT}/README.md", "Not a directory"),
+           ("/proc/x", "/proc", "No such file or directory"), ("n" * 300, ROOT, "File name too long"))),
     (["--completion-weight", "0", "--loss", "it"],
      "error: all span weights are 0, so there is nothing to train; raise --completion-weight\n")])
 def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, says):
@@ -47,7 +51,11 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
 
 def test_of_a_study_a_wrong_contender_and_of_any_command_a_wrong_model_come_before_pytorch():
     for argv, says in ((["study", "--losses", "rl", "--eval-data", "x.jsonl"], "--losses rl: must be one of"),
-                       (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder")):
+                       (["spans", "--model", "/nowhere", "--data", "x"], "--model /nowhere: no such folder"),
+                       (["harness", "--model", "quickstart/model", "--tasks", "x", "--output_path",
+                         "/proc/x"], "--output_path /proc/x: /proc is not a writable folder"),
+                       (["spans", "--model", "quickstart/model", "--data", "x", "--json", "/proc/x"],
+                        "--json /proc/x: /proc is not a writable folder")):
         done = start(["-X", "importtime", "-m", f"eval.{argv[0]}", *argv[1:]])
         assert f"\nerror: {says}" in done.stderr and "torch" not in imported(done.stderr)
 
@@ -75,6 +83,24 @@ def test_who_ignores_ctrl_c_goes_on_ignoring_it_and_cleaning_up_needs_the_except
         assert (signal.getsignal(signal.SIGINT) is before) == (before is signal.SIG_IGN)
         raise_interrupts()
         assert signal.getsignal(signal.SIGINT) is after
+
+
+def test_on_a_terminal_an_error_breaks_between_words_and_elsewhere_it_is_one_line(capsys, monkeypatch):
+    path = "/a/very/long/path" * 6 + "/with-hyphens/and-more"
+    message = (f"--config {path}: " + "some words " * 12 + f"{path} \x1b[2J\n"
+               "  an item of a list " + "with words " * 9 + "\n"
+               "hf download OWNER/NAME --local-dir " + "x" * 70 + "\n    indented code " + "y" * 80)
+    shown = message.replace("\x1b", "\\u001b")
+    print_error(message)
+    assert capsys.readouterr().err == f"error: {shown}\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    print_error(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(line.strip() for line in lines).split() == f"error: {shown}".split(), "nothing is lost"
+    assert f"  {path}" in lines and lines[-2:] == shown.splitlines()[-2:], "paths and commands stay whole"
+    assert all(len(line) <= 80 for line in lines[:-2] if path not in line)
+    item = next(i for i, line in enumerate(lines) if line.startswith("  an item"))
+    assert lines[item + 1].startswith("    w") and not lines[1].startswith("   ")
 
 
 def test_torchrun_ends_with_the_error_of_the_rank():
