@@ -5,7 +5,6 @@
 
 Nothing here needs PyTorch, so --help and the answer to a wrong flag come at once.
 """
-import glob
 import importlib.util
 import math
 import os
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES
-from records import RECORDS_FILE, parse_columns
+from records import HUB_NAME, RECORDS_FILE, data_files, parse_columns
 from runtime.files import check_writable
 from runtime.flags import BELOW, flag, flag_name, given_flags
+from runtime.foreign import check_file
 from runtime.model_folder import check_model
 from runtime.start import is_main
 
@@ -253,15 +253,38 @@ def validate(config: Config) -> None:
 
 
 def check_inputs(config: Config, writes: bool = True) -> None:
-    """ValueError for a --model that cannot be trained, for files of records that do not exist, as far as that
-    is known without the network, and for an --output-dir that cannot be written to; writes: whether the
-    program does."""
+    """check_files(); and if the program writes, ValueError for an --output-dir that it cannot write to."""
     if writes and is_main():
         check_writable("--output-dir", config.output_dir, folder=True)
-    check_model(config.model)
-    for name in ("train_data", "eval_data"):
-        for file in getattr(config, name):
-            # Other names may stand for more than one file, or for none on this disk.
-            one_file = RECORDS_FILE.fullmatch(file) and not glob.has_magic(file)
-            if one_file and not Path(file).exists():
-                raise ValueError(f"{flag_name(name)} {file}: no such file")
+    check_files(config)
+
+
+def check_files(args: object) -> None:
+    """ValueError for a --model that cannot be used, for files and folders that do not exist, as far as that
+    is known without the network, and for an --output_path that cannot be written. args: flags; those that a
+    command does not have are not checked."""
+    def check_records(name: str) -> None:
+        if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
+            data_files([name])
+
+    def check_template(name: str) -> None:
+        if name.endswith(".jinja"):
+            check_file(name)
+
+    models = getattr(args, "model", [])
+    for model in [models] if isinstance(models, str) else models:
+        check_model(model)
+    checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
+              check_file: ("questions", "judge_prompts", "reference", "results", "from"),
+              check_template: ("template",)}
+    for check, names in checks.items():
+        for name in names:
+            value = getattr(args, name, None) or []
+            for each in [value] if isinstance(value, str) else value:
+                try:
+                    check(each)
+                except ValueError as error:
+                    raise ValueError(f"{flag_name(name)} {error}") from None
+    # The harness's own name for its folder of results.
+    if getattr(args, "output_path", None) and is_main():
+        check_writable("--output_path", args.output_path, folder=True)

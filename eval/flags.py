@@ -10,12 +10,10 @@ import math
 import os
 from collections.abc import Callable, Iterable
 
-from config import CACHE_DIR, Config
-from records import HUB_NAME, RECORDS_FILE, data_files
+from config import CACHE_DIR, Config, check_files
 from runtime import flags
 from runtime.files import check_writable
-from runtime.foreign import check_file, shorten
-from runtime.model_folder import check_model
+from runtime.foreign import shorten
 from runtime.start import answer_flags, is_main
 
 # Of the flags of a run, some of which the commands have too.
@@ -30,37 +28,6 @@ def answer_command(name: str, parse_args: Callable[[list[str]], argparse.Namespa
     """In the command itself (name is its __name__), end with one line if parse_args() raises ValueError for
     the flags, or check_files()."""
     answer_flags(name, lambda argv: check_files(parse_args(argv)))
-
-
-def check_files(args: object) -> None:
-    """ValueError for a --model that cannot be used, for files and folders that do not exist, as far as that
-    is known without the network, and for an --output_path that cannot be written. args: flags; those that a
-    command does not have are not checked."""
-    def check_records(name: str) -> None:
-        if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
-            data_files([name])
-
-    def check_template(name: str) -> None:
-        if name.endswith(".jinja"):
-            check_file(name)
-
-    models = getattr(args, "model", [])
-    for model in [models] if isinstance(models, str) else models:
-        check_model(model)
-    checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
-              check_file: ("questions", "judge_prompts", "reference", "results", "from"),
-              check_template: ("template",)}
-    for check, names in checks.items():
-        for name in names:
-            value = getattr(args, name, None) or []
-            for each in [value] if isinstance(value, str) else value:
-                try:
-                    check(each)
-                except ValueError as error:
-                    raise ValueError(f"{flags.flag_name(name)} {error}") from None
-    # The harness's own name for its folder of results.
-    if getattr(args, "output_path", None) and is_main():
-        check_writable("--output_path", args.output_path, folder=True)
 
 
 def need(package: str, user: str) -> None:

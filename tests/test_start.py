@@ -33,9 +33,10 @@ def imported(stderr: str) -> set[str]:
     (["--model", "/nowhere", "--train-data", "x.jsonl"],
      "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.jsonl"],
-     "error: --train-data nowhere.jsonl: no such file\n"),
-    (["--model", "quickstart/model", "--train-data", "nowhere.csv.gz"],
-     "error: --train-data nowhere.csv.gz: no such file\n"),
+     "error: --train-data nowhere.jsonl: no such file or folder\n"),
+    (["--model", "quickstart/model", "--train-data", "nowhere/*.csv.gz"],
+     "error: --train-data nowhere/*.csv.gz: no file matches\n"),
+    (["--template", "nowhere.jinja"], "error: --template nowhere.jinja: no such file\n"),
     *((["--output-dir", name], f"error: --output-dir {name}: {place} is not a writable folder ({why}); give "
        "another\n") for name, place, why in (
            ("README.md/x", f"{ROOT}/README.md", "Not a directory"),
