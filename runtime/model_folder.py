@@ -22,7 +22,7 @@ _ELSEWHERE = "download it where there is a network ({}), and give the folder"
 _DOWNLOAD_ERRORS = {
     "GatedRepoError": ("its owner grants access on request",
                        "accept the terms on its page, then log in with hf auth login"),
-    "RepositoryNotFoundError": ("there is none of this name, or it is private",
+    "RepositoryNotFoundError": ("it does not exist, or is private",
                                 "check the name, or log in with hf auth login"),
     "RevisionNotFoundError": ("the repository has no such revision", "check what stands behind the @"),
     "LocalEntryNotFoundError": ("the hub cannot be reached, or HF_HUB_OFFLINE is set", _ELSEWHERE),

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import errors
 from safetensors.torch import load_file
 
 from model import load_model
@@ -75,30 +75,27 @@ def test_a_hub_id_without_revision_and_a_folder_that_does_not_exist(hub, tmp_pat
         resolve_model(tmp_path / "nowhere" / "at" / "all")
 
 
-
-@pytest.mark.parametrize("raised, says", [
+@pytest.mark.parametrize("error, says", [
     (OSError, "failed: Entry A request id. Try B; download it where there is a network (hf download o/n"),
-    ("GatedRepoError", "failed: its owner grants access on request; accept the terms"),
-    ("RepositoryNotFoundError", "failed: there is none of this name, or it is private; check the name"),
-    ("RevisionNotFoundError", "failed: the repository has no such revision; check what stands behind the @"),
-    ("LocalEntryNotFoundError", "failed: the hub cannot be reached, or HF_HUB_OFFLINE is set; download")])
-@pytest.mark.parametrize("kind", ["", " --repo-type dataset"])
-def test_a_failed_download_is_one_line_with_what_to_do(kind, raised, says, monkeypatch):
+    (errors.GatedRepoError, "failed: its owner grants access on request; accept the terms"),
+    (errors.RepositoryNotFoundError, "failed: it does not exist, or is private; check the name"),
+    (errors.RevisionNotFoundError, "failed: the repository has no such revision; check what stands behind"),
+    (errors.OfflineModeIsEnabled, "failed: HF_HUB_OFFLINE is set; download"),
+    (errors.LocalEntryNotFoundError, "failed: the hub cannot be reached, or HF_HUB_OFFLINE is set; down")])
+@pytest.mark.parametrize("option", ["", " --repo-type dataset"])
+def test_a_failed_download_is_one_line_with_what_to_do(option, error, says, monkeypatch):
     """Errors of the hub's own classes, whose texts have many lines."""
-    kinds = huggingface_hub.errors
-    error = raised if raised is OSError else getattr(kinds, raised)
-
     def fail(*a: object, **k: object) -> None:
-        text = "Entry\n\nA request id.\nTry B"
-        raise error.__new__(error, text) if not issubclass(error, kinds.HfHubHTTPError) else error(
-            text, response=SimpleNamespace(headers={}, request=None))
+        more = {"response": SimpleNamespace(headers={}, request=None)}
+        raise error("Entry\n\nA request id.\nTry B",
+                    **(more if issubclass(error, errors.HfHubHTTPError) else {}))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ValueError) as caught:
-        data_files(["o/n:train@v1"]) if kind else resolve_model("o/n@v1")
+        data_files(["o/n:train@v1"]) if option else resolve_model("o/n@v1")
     message = str(caught.value)
-    assert message.startswith("o/n:train@v1: no such" if kind else "--model o/n@v1: no such")
+    assert message.startswith("o/n:train@v1: no such" if option else "--model o/n@v1: no such")
     assert f"the download of o/n at revision v1 from the hub {says}" in message and "\n" not in message
-    assert "network" not in says or f"hf download o/n{kind} --revision v1 --local-dir n" in message
+    assert "; down" not in says or f"hf download o/n{option} --revision v1 --local-dir n" in message
 
 
 # ---------------------------------------------------------------- what people have instead
