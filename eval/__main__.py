@@ -19,7 +19,7 @@ def commands() -> dict[str, str]:
 def main(argv: list[str]) -> None:
     if argv and argv[0] in commands():
         raise ValueError(f"it is python -m eval.{argv[0]}, with a dot")
-    if argv and argv != ["--help"]:
+    if argv and argv[0] not in ("-h", "--help"):
         raise ValueError(f"{argv[0]}: no such command; python -m eval lists them")
     print("python -m eval.COMMAND --help lists a command's flags. The commands:\n")
     for name, purpose in commands().items():

@@ -17,13 +17,13 @@ FILES = [file.relative_to(ROOT) for file in sorted(ROOT.rglob("*.py"))
          and any(line.startswith('if __name__ == "__main__":') for line in file.read_text().splitlines())]
 
 
-def argv_of(file) -> list[str]:
-    """Modules of packages are started as such."""
+def words_of(file) -> str:
+    """What follows "python": modules of packages are started as such."""
     module = ".".join(file.with_suffix("").parts).removesuffix(".__main__")
-    return ["-m", module] if (ROOT / file).with_name("__init__.py").exists() else [str(file)]
+    return f"-m {module}" if (ROOT / file).with_name("__init__.py").exists() else str(file)
 
 
-PROGRAMS = {" ".join(argv_of(file)): argv_of(file) for file in FILES}
+PROGRAMS = {words_of(file): file for file in FILES}
 
 # Python imports this before the program. Importing torch fails. MOMENT says when Ctrl-C is pressed: at the
 # first "import" after the program has begun to answer it, or at the first "call" of a function of its own.
@@ -75,9 +75,9 @@ def test_programs_of_every_folder_are_found():
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_and_a_wrong_flag_are_answered_before_pytorch_is_imported(program, start):
-    helped = start([*PROGRAMS[program], "--help"])
+    helped = start([*program.split(), "--help"])
     assert (helped.returncode, helped.stderr) == (0, "") and "--help" in helped.stdout
-    wrong = start([*PROGRAMS[program], "--frobnicate", "1"])
+    wrong = start([*program.split(), "--frobnicate", "1"])
     assert wrong.returncode == 1 and wrong.stderr.startswith("error: --frobnicate")
     assert "Traceback" not in wrong.stderr and "torch is imported" not in wrong.stderr
 
@@ -85,6 +85,7 @@ def test_help_and_a_wrong_flag_are_answered_before_pytorch_is_imported(program, 
 STUDY = ["eval.study", "--model", "quickstart/model", "--train-data", "quickstart/train.jsonl", "--eval-data",
          "quickstart/test.jsonl"]
 RUN = ["--model", "quickstart/model"]
+NOT_WRITABLE = "/proc is not a writable folder (No such file or directory); give another"
 
 
 @pytest.mark.parametrize("argv, says", [
@@ -95,6 +96,13 @@ RUN = ["--model", "quickstart/model"]
     ([*STUDY, "--output-dir", "docs"],
      "--output-dir docs: is not empty and is not a study's folder; give another"),
     (["eval.study", "--from", "nowhere.jsonl"], "--from nowhere.jsonl: no such file"),
+    ([*STUDY, "--losses", "rl"],
+     "--losses rl: must be one of it, im, lm, or such a name with :token, :example, :span"),
+    (["eval.spans", "--model", "/nowhere", "--data", "x"],
+     "--model /nowhere: no such folder, nor a hub id (owner/name)"),
+    (["eval.spans", *RUN, "--data", "x", "--json", "/proc/x"], f"--json /proc/x: {NOT_WRITABLE}"),
+    (["eval.harness", *RUN, "--tasks", "x", "--output_path", "/proc/x"],
+     f"--output_path /proc/x: {NOT_WRITABLE}"),
     (["eval.spans", *RUN, "--data", "quickstart/test.jsonl", "nowhere/x/"],
      "--data nowhere/x/: no such file or folder"),
     (["eval.memorization", *RUN, "--data", "nowhere.jsonl"], "--data nowhere.jsonl: no such file or folder"),
@@ -102,7 +110,7 @@ RUN = ["--model", "quickstart/model"]
      "--questions nowhere: no such file"),
     (["eval.compare", "runs/a", "--prompts", "nowhere.csv"], "--prompts nowhere.csv: no such file or folder"),
     (["eval.compare", "runs/a", "--results", "nowhere.json"], "--results nowhere.json: no such file")])
-def test_files_that_do_not_exist_are_named_before_pytorch_is_imported(argv, says, start):
+def test_what_cannot_be_used_is_named_before_pytorch_is_imported(argv, says, start):
     done = start(["-m", *argv])
     assert (done.returncode, done.stderr) == (1, f"error: {says}\n")
 
@@ -110,7 +118,7 @@ def test_files_that_do_not_exist_are_named_before_pytorch_is_imported(argv, says
 @pytest.mark.parametrize("moment", ["import", "call"])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_ctrl_c_is_one_line(program, moment, start):
-    done = start(PROGRAMS[program], moment)
+    done = start(program.split(), moment)
     assert done.returncode == 130 and done.stdout == ""
     assert done.stderr.startswith("error: interrupted") and done.stderr.count("\n") == 1
 
@@ -118,8 +126,7 @@ def test_ctrl_c_is_one_line(program, moment, start):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_program_ends_in_what_answers_ctrl_c_and_errors(program):
     """Later moments: the last statement of each file runs main() in one of the functions that do so."""
-    file = FILES[list(PROGRAMS).index(program)]
-    last = ast.unparse(ast.parse((ROOT / file).read_text()).body[-1])
+    last = ast.unparse(ast.parse((ROOT / PROGRAMS[program]).read_text()).body[-1])
     assert last in ("if __name__ == '__main__':\n    run(main)",
                     "if __name__ == '__main__':\n    run_program(main)",
                     "if __name__ == '__main__':\n    sys.exit(run(sys.argv[1:]))")
