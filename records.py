@@ -62,6 +62,8 @@ NEUTRAL = TRAINS | {"label": 1, "prefix": 0, "add_generation_prompt": 0, "contin
                     "supervise": 1, "include": 1, "ignore": 0, "skip": 0}
 # Values that say nothing: an empty list may have become text in a table.
 EMPTY = ("", [], {}, "[]", "{}", "null")
+# Fields of a pair of preferences.
+PREFERENCE = r"(chosen|rejected)(_\w+)?"
 # Other fields that change what is trained or served elsewhere: {pattern of the name: why it is refused}.
 REFUSED = {
     r"""(reasoning|thinking|thoughts?)(_\w+)?
@@ -74,18 +76,15 @@ REFUSED = {
       | chat_template | (chat_)?template_kwargs | (enable|disable)_thinking
       | prefix | prefill | add_generation_prompt | continue_final_message
     """: "which would not be trained as it is served: write it into the messages as text, or remove it",
-    r"""(train|training|trainable|loss|masks?|masked)(_\w+)?
+    rf"""(train|training|trainable|loss|masks?|masked)(_\w+)?
       | (\w+_)?loss_(mask|scale|weight)s?
       | ((sample|example|token|turn)_)?weights?
-      | labels? | (chosen|rejected)(_\w+)?
+      | labels? | {PREFERENCE}
       | (is|do|no|to|should|compute|with)_?(train\w*|loss)
       | supervised? | include | ignored? | skip(ped)? | channel
     """: "which would change here what is trained: mark messages that are not to be trained with "
          "\"weight\": 0, leave out records that are not, and remove the field",
 }
-
-# Fields of a pair of preferences.
-PREFERENCE = re.compile(r"(chosen|rejected)(_\w+)?")
 
 KINDS_OF_FILE = "jsonl", "ndjson", "json", "csv", "tsv", "parquet"
 RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.IGNORECASE)
@@ -95,7 +94,7 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
 OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20
-BATCH_BYTES = 2**24     # of a Parquet file's rows
+BATCH_BYTES = 2**24     # of a Parquet file's rows, decoded at once
 
 
 @contextlib.contextmanager
@@ -287,8 +286,8 @@ def _renamed(record: object, names: dict[str, str]) -> object:
     given = {known: record[name] for known, name in names.items() if name in record}
     others = {field: value for field, value in record.items() if field not in names.values()}
     if "chosen" in names.values():
-        # Of a pair of preferences the other answer, and what is said about both.
-        others = {field: value for field, value in others.items() if not PREFERENCE.fullmatch(field)}
+        # The other answer of a pair of preferences, and what is said about both answers.
+        others = {field: value for field, value in others.items() if not re.fullmatch(PREFERENCE, field)}
     return others | given
 
 
@@ -332,7 +331,7 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
-                # So many rows of average size are decoded at once.
+                # As many rows as have BATCH_BYTES on average are decoded at once.
                 size = file.metadata.row_group(group)
                 rows = BATCH_BYTES * size.num_rows // max(1, size.total_byte_size)
                 for batch in file.iter_batches(min(max(rows, 1), 256), row_groups=[group]):
@@ -509,8 +508,8 @@ def to_messages(record: dict | list) -> list[dict]:
     record = _present(record)
     tools = record.pop("tools", None)
     if "chosen" in record:
-        raise ValueError(f"holds a pair of preferences, 'chosen' and 'rejected', and pairs are not trained; "
-                         f"{_chosen_alone(record)}")
+        raise ValueError("holds a pair of preferences, 'chosen' and 'rejected', and pairs are not trained; "
+                         + _chosen_alone(record))
     _refuse(record, "the record")
     *question, answer = _layout(record, nulls)
     if question:

@@ -193,7 +193,9 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     """What the run is to do in OUTPUT. Changes nothing. identity: as far as it is known yet; settings: every
     flag. ValueError where resuming or writing would be wrong."""
     resume, overwrite = settings["resume"], settings["overwrite"]
-    _check_writable(out, model_folder)
+    if model_folder.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
+    check_writable("--output-dir", out, folder=True)
     try:
         old = read_json(out / "identity.json")
     except ValueError as error:
@@ -225,13 +227,6 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
     if resume == "never":
         raise ValueError(f"--output-dir {out}: holds a run and --resume is never; {fix}")
     return "resume"
-
-
-def _check_writable(out: Path, model_folder: Path) -> None:
-    """ValueError if OUTPUT cannot be written to, or holds the model that the run starts from."""
-    if model_folder.resolve().is_relative_to(out.resolve()):
-        raise ValueError(f"--output-dir {out}: holds the --model itself, {model_folder}; give another folder")
-    check_writable("--output-dir", out, folder=True)
 
 
 def _check_ownership(out: Path, old: dict) -> None:
