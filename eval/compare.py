@@ -64,7 +64,8 @@ from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import write_text
-from runtime.report import WIDTH, ending
+from runtime.report import ending
+from runtime.start import WIDTH
 
 POINTS = 100    # of a curve: more cannot be told apart
 # Of the runs' letters and curves, legible on white and on black. Dashes help those who see no colours.

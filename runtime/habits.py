@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from runtime.foreign import shorten
 
 # (names with dashes; a sentence), in which {} is the value that was given. Two sentences: if the value is
-# true, and if it is false. A name that ends in * stands for all that begin so; an earlier name comes first.
+# true, and if it is false. A name that ends in * stands for all that begin so; the first that fits counts.
 _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
     # model and data
     ("model-name-or-path base-model checkpointer.checkpoint-dir", "here it is --model {}"),

@@ -64,7 +64,7 @@ def render_jinja(source: str, name: str, date: str, **variables: object) -> str:
     except _TooMuch as error:
         raise ValueError(f"template {name} {error}; give another --template") from None
     except RecursionError:
-        raise ValueError(f"template {name} is nested too deeply, or calls itself without an end; give "
+        raise ValueError(f"template {name} is nested too deeply, or calls itself endlessly; give "
                          "another --template") from None
     except Exception as error:
         # It is code, and may raise anything.

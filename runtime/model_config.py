@@ -64,9 +64,8 @@ class _Fields:
     def need(self, names: Sequence[str], why: str = "") -> None:
         """ValueError that lists which of these fields are absent."""
         if missing := [name for name in names if name not in self.values]:
-            names = ", ".join(self.inside + name for name in missing)
-            raise ValueError(f"config.json: {why}{names} missing; copy config.json from where the weights "
-                             "came from")
+            raise ValueError(f"config.json: {why}{', '.join(self.inside + name for name in missing)} "
+                             "missing; copy config.json from where the weights came from")
 
     def refuse(self, only: dict[str, tuple]) -> None:
         """ValueError for a field with a value that is not implemented."""

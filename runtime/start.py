@@ -1,5 +1,5 @@
 """What a program does before it imports PyTorch, which takes seconds: it finds out which rank it is, ends
-with one line at Ctrl-C, and answers --help and wrong flags. And how programs print errors and end.
+with one line at Ctrl-C, and answers --help and wrong flags. Also how programs print errors and end.
 
     from runtime.start import answer_flags, answer_interrupts
     if __name__ == "__main__":
@@ -74,8 +74,8 @@ def raise_interrupts() -> None:
 
 
 def answer_interrupts_of_modules() -> None:
-    """answer_interrupts() if Python imports a package on the way to the module of `python -m`: until then the
-    program is called "-m"."""
+    """answer_interrupts() if Python imports a package on its way to the module of `python -m`: until it has
+    found the module, the program's name is "-m"."""
     if sys.argv[0] == "-m":
         answer_interrupts()
 
@@ -124,9 +124,8 @@ def print_message(message: str) -> str:
 
 
 def fit(message: str) -> str:
-    """A message in lines of at most 79 columns, which break between words, so that a path stays whole. That
-    is its first line and the items of a list, which two spaces indent; other lines are to be copied, and stay
-    as they are."""
+    """A message in lines of at most 79 columns, broken between words, so that a path stays whole. Only the
+    first line and the items of a list, which two spaces indent, are broken: other lines are for copying."""
     wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
     lines = message.split("\n")
     for i, line in enumerate(lines):
@@ -140,7 +139,7 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program, which exits with the status that it returns: one line and status 1 for a
     ValueError, one line and status 130 at Ctrl-C. Of several ranks, rank 0 prints."""
     raise_interrupts()
-    line, status = "", 0
+    line = ""
     try:
         status = main(sys.argv[1:])
     except KeyboardInterrupt:
