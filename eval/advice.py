@@ -4,12 +4,15 @@ evidence.json lists settings in which IM was measured next to IT: by the paper (
 no intervals), and here, where studies.report fills in the results. No rule is drawn from them; the nearest
 ones are shown, and the command that finds out.
 """
+import dataclasses
 import json
 import math
 import shlex
 import textwrap
 from pathlib import Path
 
+from config import Config
+from runtime.flags import flag_name
 from runtime.start import WIDTH
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
@@ -30,9 +33,9 @@ def nearest(settings: list[dict], ratio: float, examples: int) -> list[dict]:
     return measured[:2] + reported[:2]
 
 
-def advice(ratio: float, examples: int, model: str, train_data: list[str], eval_data: list[str]) -> str:
+def advice(ratio: float, examples: int, config: Config) -> str:
     """The lines, in 79 columns. ratio: tokens of instructions over those of completions, above 0; examples:
-    to train on; the others: the flags of the run."""
+    to train on; config: the flags of the run."""
     def fill(text: str, indent: str = "  ") -> str:
         return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
@@ -42,8 +45,29 @@ def advice(ratio: float, examples: int, model: str, train_data: list[str], eval_
         lines.append(fill(f"- {setting['set']} ({setting['source']}; {setting['examples']:,} examples, "
                           f"{setting['ratio']:.3g}): {setting['result']}"))
     lines += [fill(WEIGHTS), "To find out for these data, with intervals:"]
-    flags = [["--model", model], ["--train-data", *train_data],
-             ["--eval-data", *(eval_data or ["TEST.jsonl"])], ["--losses", "it", "im", "im:span"],
-             ["--lrs", "2e-5", "1e-4"], ["--output-dir", "runs/study"]]
-    lines.append("  python -m eval.study " + " \\\n      ".join(map(shlex.join, flags)))
+    lines.append("  python -m eval.study " + " \\\n      ".join(map(shlex.join, study_flags(config))))
     return "\n".join(lines)
+
+
+# What a study decides itself, or compares.
+OF_A_STUDY = {"model", "train_data", "loss", "normalize", "lr", "eval_fraction", "require_completion",
+              *(f"{kind}_weight" for kind in ("template", "system", "instruction", "completion"))}
+
+
+def study_flags(config: Config) -> list[list[str]]:
+    """The flags of a study that compares losses for a run's records, otherwise with the run's flags."""
+    flags = [["--model", config.model], ["--train-data", *config.train_data],
+             ["--eval-data", *(config.eval_data or ["TEST.jsonl"])]]
+    if config.mix:
+        # A study cannot hold out part of a mix.
+        flags.append(["--validation-data", "VALIDATION.jsonl"])
+    rates = (f"{config.lr * factor:.2g}" for factor in (1 / 3, 1, 3))
+    flags += [["--losses", "it", "im", "im:span"], ["--lrs", *rates]]
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if value == default or field.metadata["free"] or field.name in OF_A_STUDY:
+            continue
+        words = map(str, value if isinstance(value, list) else [value])
+        flags.append([flag_name(field.name), *words])
+    return [*flags, ["--output-dir", "runs/study"]]

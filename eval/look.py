@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
         export(dataset, usable, config.span_weights, config.export)
         say(f"{len(usable):,} examples written to {config.export}")
     if ratio := numbers["instruction_completion_ratio"]:
-        say("\n" + advice(ratio, len(usable), config.model, config.train_data, config.eval_data))
+        say("\n" + advice(ratio, len(usable), config))
     write_json(config.json, numbers)
 
 

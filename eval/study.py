@@ -369,10 +369,11 @@ def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluat
     token of training takes, of which an evaluation has a third, the forward pass."""
     trained = [each for each in todo if each.contender]
     total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
-    say(f"{len(trained)} run(s) to do, {len(done)} done. Each trains {tokens:,} tokens; together they train\n"
-        f"  {tokens * len(trained):,}, about {timedelta(seconds=round(total))} at {1 / seconds:,.0f} tokens/s"
-        + (f" and --jobs {jobs}" if jobs > 1 else "") + ",\n  without what is generated. Logs:\n  "
-        f"{plan.folder}/runs/*/log.txt")
+    at_once = f", {jobs} runs at a time" if jobs > 1 else ""
+    say(fit(f"{len(trained)} run(s) to do, {len(done)} done: {tokens:,} tokens of training each, about "
+            f"{timedelta(seconds=round(total))} in all, at {1 / seconds:,.0f} tokens/s{at_once} and not "
+            "counting what is generated"))
+    say(f"logs: {plan.folder}/runs/*/log.txt")
 
 
 # ---------------------------------------------------------------- the program

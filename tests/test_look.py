@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -21,7 +22,8 @@ import train
 from chat import CONTEXT, KINDS
 from data import collate
 from runtime.tokenizer import Tokenizer
-from eval import look
+from config import parse_args as parse_flags
+from eval import look, study
 from eval.advice import advice, nearest
 from kernels.head import weighted_nll
 from tiny import ROOT, arguments, make_model, metrics, run_here, run_module, setup
@@ -385,7 +387,14 @@ def test_advice_shows_the_nearest_settings_of_both_sources_that_have_a_result():
     assert [each["set"] for each in nearest(settings, 10, 500)] == ["own", "own, few", "nearer", "near"]
 
 
-def test_advice_fits_a_terminal_and_ends_with_the_command_for_these_data():
-    lines = advice(46.0, 480, "my model", ["a.jsonl"], []).splitlines()
-    assert max(map(len, lines)) < 80
-    assert "480 examples" in lines[0] and "python -m eval.study --model 'my model'" in "\n".join(lines)
+def test_advice_fits_a_terminal_and_ends_with_a_study_of_the_same_data_with_the_same_flags():
+    run = ["--model", "my model", "--train-data", "a.jsonl", "b.jsonl", "--loss", "im", "--lr", "5e-4",
+           "--epochs", "4", "--columns", "output=reply", "--output-dir", "x", "--no-compile"]
+    lines = advice(46.0, 480, parse_flags(run)).splitlines()
+    assert max(map(len, lines)) < 80 and "480 examples" in lines[0]
+    command = shlex.split("".join(line.rstrip("\\") for line in lines).partition("python -m eval.study")[2])
+    config = study.parse_args(command)
+    assert config.lrs == ["0.00017", "0.0005", "0.0015"] and config.losses == ["it", "im", "im:span"]
+    assert vars(config).items() >= dict(
+        model="my model", train_data=["a.jsonl", "b.jsonl"], eval_data=["TEST.jsonl"], epochs=4,
+        columns=["output=reply"], output_dir="runs/study", compile=None).items()
