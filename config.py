@@ -252,9 +252,9 @@ def validate(config: Config) -> None:
     _ = config.span_weights
 
 
-def check_inputs(config: Config, writes: bool = True) -> None:
-    """check_files(); and if the program writes, ValueError for an --output-dir that it cannot write to."""
-    if writes and is_main():
+def check_inputs(config: Config) -> None:
+    """check_files(), and ValueError for an --output-dir that cannot be written to."""
+    if is_main():
         check_writable("--output-dir", config.output_dir, folder=True)
     check_files(config)
 

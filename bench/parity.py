@@ -6,7 +6,7 @@ Packs the first examples into one row. Its logits and its IT and IM losses are c
 computes for each example by itself. Needs transformers.
 """
 from bench.common import make_parser
-from config import Config, check_inputs
+from config import Config, check_files
 from config import parse_args as parse_flags
 from runtime.start import answer_flags, run_program
 
@@ -22,7 +22,7 @@ def parse_args(argv: list[str]) -> tuple[int, dict[str, Config]]:
     flags = ["--model", args.model, "--train-data", *args.train_data, "--template", args.template,
              "--dtype", "fp32", "--device", "cpu"]
     configs = {loss: parse_flags([*flags, "--loss", loss]) for loss in ("it", "im")}
-    check_inputs(configs["it"])
+    check_files(configs["it"])
     return args.examples, configs
 
 

@@ -15,7 +15,7 @@ Shapes: E examples, K kinds of span.
 from dataclasses import dataclass
 
 from eval.flags import check_values
-from config import PRESETS, Config, check_inputs, span_weights
+from config import PRESETS, Config, check_files, span_weights
 from config import parse_args as parse_flags
 from runtime.flags import flag
 from runtime.start import answer_flags, fit
@@ -38,7 +38,7 @@ def parse_args(argv: list[str]) -> LookConfig:
     return config
 
 
-answer_flags(__name__, lambda argv: check_inputs(parse_args(argv), writes=False))
+answer_flags(__name__, lambda argv: check_files(parse_args(argv)))
 
 import json
 import os

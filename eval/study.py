@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
-from eval.flags import Parser, check_files, need
+from eval.flags import Parser, need
 
-from config import NORMALIZE, PRESETS, Config, validate
+from config import NORMALIZE, PRESETS, Config, check_files, validate
 from config import parse_args as parse_flags
 from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags

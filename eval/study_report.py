@@ -6,7 +6,8 @@ import numpy as np
 
 from eval.compare import COLOURS, DASHES, GREY, STYLE
 from eval.study_statistics import MEANS
-from runtime.report import WIDTH, ending
+from runtime.report import ending
+from runtime.start import WIDTH
 
 # As a table names what was measured.
 MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL, mean over examples",
