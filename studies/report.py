@@ -196,7 +196,7 @@ def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]
         axes.set_xscale("log", base=2 if max(logs) < 4 else 10)
         axes.set_xlabel(analysis["x"])
         axes.set_ylabel(f"exact match, {im} - {it}, points")
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     return primary, {"": table}, draw
 
 
