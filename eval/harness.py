@@ -149,9 +149,14 @@ def local_fields(task: str, files: dict[str, str], config: dict, shots: int | No
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import lm_eval.tasks
-    from lm_eval.loggers import EvaluationTracker
-    from lm_eval.utils import handle_non_serializable, make_table, setup_logging, simple_parse_args_string
+    try:
+        import lm_eval.tasks
+        from lm_eval.loggers import EvaluationTracker
+        from lm_eval.utils import (handle_non_serializable, make_table, setup_logging,
+                                   simple_parse_args_string)
+    except ImportError as error:
+        # It is there, but not all that it needs.
+        raise ValueError(f"eval.harness: {error}: pip install -r requirements-eval.txt") from None
 
     from eval.harness_model import HarnessModel
     setup_logging(logging.WARNING if is_main() else logging.ERROR)
