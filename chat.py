@@ -124,7 +124,10 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
     except ValueError:
         raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
-    probe = render(PROBE, template)
+    try:
+        probe = render(PROBE, template)
+    except ValueError as error:
+        raise ValueError(f"{tokenizer.folder}: {error}" if name == "auto" else str(error)) from None
     answer = [piece for piece in probe if piece.kind == COMPLETION]
     if not answer[-1].special:
         raise ValueError(

@@ -9,6 +9,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -270,13 +271,21 @@ def check_files(args: object) -> None:
     def check_template(name: str) -> None:
         if name.endswith(".jinja"):
             check_file(name)
+        elif name not in ("auto", *TEMPLATES):
+            raise ValueError(f"{name}: neither auto, nor one of {', '.join(TEMPLATES)}, nor a .jinja file")
+
+    def check_date(text: str) -> None:
+        try:
+            date.fromisoformat(text)
+        except ValueError:
+            raise ValueError(f"{text}: write it as YYYY-MM-DD") from None
 
     models = getattr(args, "model", [])
     for model in [models] if isinstance(models, str) else models:
         check_model(model)
     checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
               check_file: ("questions", "judge_prompts", "reference", "results", "from"),
-              check_template: ("template",)}
+              check_template: ("template",), check_date: ("date",)}
     for check, names in checks.items():
         for name in names:
             value = getattr(args, name, None) or []

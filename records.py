@@ -91,6 +91,11 @@ RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.I
 READ = "JSON, JSON Lines, .csv and .parquet files, plain or as .gz or .zst"
 # owner/name:split@revision
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
+# What dataset tools write next to records.
+METADATA = "dataset_info.json", "dataset_infos.json"
+# Files that are taken for records, by their first characters, and what to do.
+OTHER_FILES = {"PK": "a zip archive: unpack it", "ARROW1": "an Arrow file: write it with to_parquet() or "
+               "to_json()", "<": "a web page or XML, not what the link promised: download it again"}
 OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20
@@ -152,7 +157,8 @@ def _files_in(folder: str) -> list[str]:
     if any(name.endswith(".arrow") for name in names) or "dataset_dict.json" in names:
         raise ValueError(f"{folder}: was written by save_to_disk(), whose files are not read here; write it "
                          "with load_from_disk(...).to_parquet(FILE) or to_json(FILE)")
-    files = [os.path.join(folder, name) for name in names if RECORDS_FILE.fullmatch(name)]
+    files = [os.path.join(folder, name) for name in names
+             if RECORDS_FILE.fullmatch(name) and name not in METADATA]
     files = _of_one_kind(list(filter(os.path.isfile, files)), folder)
     if not files:
         raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
@@ -273,6 +279,8 @@ def parse_columns(columns: Iterable[str]) -> dict[str, str]:
                              "the field has in the file")
         if known not in FIELDS:
             raise ValueError(f"--columns {text}: {known!r} must be one of {', '.join(FIELDS)}")
+        if re.search(rf",({'|'.join(FIELDS)})=", name):
+            raise ValueError(f"--columns {text}: write KNOWN=NAME KNOWN=NAME, with spaces and no commas")
         if known in names:
             raise ValueError(f"--columns {text}: {known!r} is given twice; give it once")
         names[known] = name
@@ -359,7 +367,8 @@ def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, 
                                      "cells with commas, or with tabs in a file named .tsv")
             elif row:
                 if len(row) != len(header):
-                    raise ValueError(f"has {len(row)} cells, and the header has {len(header)}")
+                    raise ValueError(f"has {len(row)} cell{'s' * (len(row) != 1)}, and the header has "
+                                     f"{len(header)}")
                 yield {name: cell for name, cell in zip(header, row) if cell}, line, f":{line}"
             # A cell may have several lines.
             line = rows.line_num + 1
@@ -397,6 +406,12 @@ class _JsonStream:
         """ValueError for what is wrong at this place of the text."""
         line = self.line + self.text.count("\n", self.at, at)
         raise ValueError(f"{self.path}:{line}: {reason}") from None
+
+    def other_file(self) -> str:
+        """What a file that does not begin with JSON may be."""
+        begins = self.text[self.at:self.at + 8]
+        return next((f"; it is {what}" for start, what in OTHER_FILES.items() if begins.startswith(start)),
+                    f"; {READ} are read, and .csv and .tsv are told by the name")
 
     def read_on(self) -> bool:
         """Read as much again as there is, and at least a chunk. False at the end of the file."""
@@ -448,11 +463,14 @@ class _JsonStream:
                 if not cut or not self.read_on():
                     # Its "... at" stands before a position.
                     reason = error.msg.removesuffix(" at").removesuffix(" starting")
+                    if self.line == 1 and not offset:
+                        reason += self.other_file()
                     self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {reason}")
             except RecursionError:
                 self.fail(self.at, TOO_DEEP)
-            except ValueError as error:     # a number with thousands of digits
-                self.fail(self.at, str(error))
+            except ValueError as error:
+                self.fail(self.at, "a number has more digits than Python reads: write it as text"
+                          if "integer string conversion" in str(error) else str(error))
         if end - self.at > MAX_LINE:
             self.fail(self.at, f"a record has more than {MAX_LINE:,} characters: split it, or leave it out")
         self.line += self.text.count("\n", self.at, end)
@@ -546,13 +564,22 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
     if not fits:
         known = ", ".join(" + ".join(map(repr, layout)).replace("?'", "' (optional)") for layout in LAYOUTS)
         raise ValueError(f"has none of the known layouts; its fields are "
-                         f"{', '.join(map(repr, record)) or 'none'}"
+                         f"{shorten(', '.join(map(repr, record)), 500) or 'none'}"
                          + (f", and null {', '.join(map(repr, nulls))}" if nulls else "")
-                         + f". Known are {known}; --columns prompt=NAME completion=NAME reads others")
+                         + f". Known are {known}; --columns {_columns_for(record)} reads others")
     if len(fits) > 1:
         one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
         raise ValueError(f"has two layouts, {one} and {other}: keep one of them")
     return fits[0]
+
+
+def _columns_for(record: dict) -> str:
+    """What --columns could be for a record of an unknown layout."""
+    capitals = [f"{field.lower()}={field}" for field in record
+                if field.lower() in FIELDS and field not in FIELDS]
+    lists = [f"messages={field}" for field, value in record.items()
+             if isinstance(value, list) and value and _is_message(value[0])]
+    return " ".join(capitals) or next(iter(lists), "prompt=NAME completion=NAME")
 
 
 def _chosen_alone(record: dict) -> str:
@@ -593,7 +620,8 @@ def _side(record: dict, field: str, role: str) -> list:
         if isinstance(listed, list) and (not role or all(map(_is_message, listed))):
             value = listed
     if role and not (isinstance(value, list) and value and all(map(_is_message, value))):
-        if not isinstance(value, list):
+        # A list may hold the parts of a content.
+        if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
             _check_text(value, field)
         value = [{"role": role, "content": value}]
     if not isinstance(value, list):

@@ -256,6 +256,10 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
                              if cut_off else "every target's span has weight 0"))
     if config.max_examples and not config.mix:
         usable = usable[:config.max_examples]
+    for name, held_out in eval_sets.items():
+        if shared := int(np.isin(held_out.groups, train_set.groups[usable]).sum()):
+            say(fit(f"warning: {shared:,} of the {len(held_out):,} examples of {ending(name, 40)} have the "
+                    "first user message of a training example"))
     return train_set, usable, eval_sets
 
 

@@ -34,8 +34,9 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
     parser.add_argument("--result", metavar="FILE", help="write the JSON object there instead of printing it")
     own, passed = split_flags(argv)
     args = parser.parse_args(own)
-    synthetic = ["--train-data", "synthetic"] if args.document or args.what == "limit" else []
-    return args, parse_flags([*passed, *synthetic])
+    if "--train-data" not in passed and (args.document or args.what == "limit"):
+        passed += ["--train-data", "synthetic"]
+    return args, parse_flags(passed)
 
 
 answer_flags(__name__, parse_args)

@@ -256,7 +256,9 @@ def main(argv: list[str]) -> None:
     colour = terminal and not os.environ.get("NO_COLOR")
     for example in usable[:config.show]:
         legend = "".join(f" \x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items()) if colour else ""
-        say(f"\n--- {dataset.where(example)}{legend}")
+        say(f"\n--- {dataset.where(example)}")
+        if legend:
+            say(f"---{legend}")
         text = coloured(dataset, example, source.tokenizer, colour)
         # In a file, a line break must be one of the record.
         say(wrapped(text, shutil.get_terminal_size().columns) if terminal else text)

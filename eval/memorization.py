@@ -92,7 +92,9 @@ def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Templ
                         "text": template.expected(answered).strip()})
     if not records:
         raise ValueError(f"{', '.join(args.data)}: no record has a target within --max-length "
-                         f"{args.max_length}: {skipped}")
+                         f"{args.max_length}: {skipped['skipped_without_target']:,} have none, and of "
+                         f"{skipped['skipped_overlong']:,} it is beyond; raise --max-length, or give records "
+                         "with answers")
     return records, skipped
 
 

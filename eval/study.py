@@ -37,7 +37,7 @@ from pathlib import Path
 # First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
 from eval.flags import Parser, need
 
-from config import NORMALIZE, PRESETS, Config, check_files, validate
+from config import EMBEDDED, NORMALIZE, PRESETS, Config, check_files, validate
 from config import parse_args as parse_flags
 from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags
@@ -444,6 +444,10 @@ def conduct(config: StudyConfig) -> int:
     check(config, lrs)
     if config.tasks:
         harness.parse_args(["--model", "x", *task_flags(config)])
+    for name, several in (("loss", "losses"), ("lr", "lrs")):
+        value = getattr(config, name)
+        if getattr(config, several) and value not in (getattr(Config, name), EMBEDDED.get(name)):
+            say(f"warning: {flag_name(name)} {value} is not used, because {flag_name(several)} is given")
     if config.seeds == 1:
         say("warning: --seeds 1: intervals will be over examples, not over seeds")
     plan, source, dataset, steps, evaluated = prepare(config, contenders)

@@ -28,6 +28,8 @@ def report_text(result: dict) -> str:
                 lr == f"{choice['lr']:g}" and point["step"] == choice["step"]) for point in curve)
             lines.append(textwrap.fill(values, WIDTH, initial_indent=f"    {lr:>8}: ",
                                        subsequent_indent=" " * 14))
+    if not result["differences"]:
+        return "\n".join([*lines, "", "one contender, so there is nothing to compare"])
     lines += ["", f"minus {ending(baseline, 24)}, paired by seed and example, with "
               f"{100 * result['confidence']:g} % intervals",
               "over seeds and examples; agree: seeds whose own difference has the same sign;",

@@ -5,6 +5,7 @@ reveal cut files and flipped bits, not forgery.
 """
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 import tempfile
@@ -70,6 +71,8 @@ def read_json(path: Path) -> dict:
     text = read_text(path)
     try:
         content = parse_json(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: is not JSON, or is cut off: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(content, dict):
@@ -158,7 +161,9 @@ def lock(path: Path, owner: str) -> bool:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        raise ValueError(f"another process is writing there ({file.read() or 'that just started'})") from None
+        # The rest of it is for programs to compare.
+        holder = file.read().partition(" of ")[0]
+        raise ValueError(f"another process is writing there ({holder or 'that just started'})") from None
     except (ImportError, OSError):
         return False
     _held[path] = file

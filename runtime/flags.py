@@ -78,9 +78,13 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
     if below is not None:
         limit += f" and below {below:,.15g}"
+    # From its text, because int(True) and int(1.5) are 1. Python also reads 1_0, and any script's digits.
+    text = str(value)
+    if not re.fullmatch(r"[-+]?([0-9.]+(e[-+]?[0-9]+)?|nan|inf|infinity)", text, re.IGNORECASE):
+        refuse(limit)
     try:
-        # From its text, because int(True) and int(1.5) are 1. Other trainers write 3.0 for 3.
-        number = kind(re.sub(r"\.0*$", "", str(value)) if kind is int else str(value))
+        # Other trainers write 3.0 for 3.
+        number = kind(re.sub(r"\.0*$", "", text) if kind is int else text)
     except ValueError:
         refuse(limit)
     # Written so that NaN fails.
@@ -197,7 +201,9 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
                 raise ValueError(f"{name} is given more than once")
             # A date, which JSON writes as text.
             saved[name] = value.isoformat() if isinstance(value, datetime.date) else value
-            if name not in fields:
+            if name == "config":
+                unknown.append(f"{given}: a file of flags cannot name another one")
+            elif name not in fields:
                 text = str(value) if isinstance(value, str | int | float) else None
                 unknown.append(answer(given, text, parser.flags, parser.limit))
         if unknown:
@@ -252,3 +258,5 @@ def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
         return [(str(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
     except yaml.YAMLError as error:
         raise ValueError("is not YAML: " + " ".join(str(error).split())) from None
+    except RecursionError:
+        raise ValueError("is nested too deep") from None

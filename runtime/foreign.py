@@ -33,7 +33,8 @@ def check_file(path: str | Path) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        problem = "is a link to what does not exist" if os.path.islink(path) else "no such file"
+        raise ValueError(f"{path}: {problem}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:     # a null byte in the name

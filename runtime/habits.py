@@ -16,7 +16,8 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
     ("tokenizer-* tokenizer.* use-fast-tokenizer", "not needed; the tokenizer is the one in the folder of "
                                                    "--model"),
     ("trust-remote-code", "not done; no code from a model's folder is run"),
-    ("model-init-kwargs model-type rope-scaling", "not needed; config.json in the folder of --model decides"),
+    ("model-init-kwargs model-type rope-scaling rope-theta",
+     "not needed; config.json in the folder of --model decides"),
     ("attn-implementation flash-att* sdp-attention xformers-attention use-liger* enable-liger* liger-* "
      "use-unsloth", "not needed; --compile and the kernels here do that"),
     ("use-cache", "not needed; training keeps no keys and values"),
@@ -24,7 +25,8 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
      "here it is --train-data {}, files of records in any usual layout"),
     ("dataset-text-field label-names remove-unused-columns",
      "here records have prompts and completions; --columns reads other names"),
-    ("dataset-split dataset-train-split", "here it is --train-data owner/name:SPLIT"),
+    ("dataset-dir", "here it is --train-data {}, which takes a folder, too"),
+    ("split dataset-split dataset-train-split", "here it is --train-data owner/name:SPLIT"),
     ("dataset-config", "here it is --train-data owner/name:FOLDER/SPLIT"),
     ("dataset-test-split", "here it is --eval-data owner/name:SPLIT"),
     ("validation-file eval-dataset test-datasets", "here it is --eval-data {}"),
@@ -35,27 +37,38 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
      "here it is --max-length {}"),
     ("truncation-mode", "here --overlong truncate keeps an example's start; drop leaves it out"),
     ("chat-template*", "here it is --template {}"),
+    ("messages-field", "here it is --columns messages=NAME"),
+    ("default-system", "not done; write a system message into the records"),
+    ("enable-thinking", "not done; the template decides"),
+    ("resize-vocab new-special-tokens added-tokens*",
+     "not done; the vocabulary is that of the folder of --model"),
     ("eos-token pad-token special-tokens", "not needed; the template ends an answer with a special token; "
                                            "--template FILE.jinja writes another"),
-    ("packing* sample-packing* eval-packing neat-packing padding-free pad-to-* group-by-length "
-     "length-column-name dataset.packed",
-     "always so: a step's examples are packed, and attend only to themselves"),
+    ("packing-strategy group-by-length length-column-name",
+     "not needed; the examples of a step are packed so that micro-batches take equally long"),
+    ("packing* sample-packing* eval-packing neat-packing padding-free pad-to-* dataset.packed",
+     ("always so: a step's examples are packed, and attend only to themselves",
+      "not done: a step's examples are always packed, but attend only to themselves")),
     ("shuffle* train-sampling-strategy",
      "always so: every epoch has its own order, which --seed decides"),
-    ("dataset-prepared-path", "here it is --cache-dir {}"),
+    ("dataset-prepared-path tokenized-path", "here it is --cache-dir {}"),
     ("preprocessing-num-workers dataset-num-proc dataset-processes overwrite-cache dataset-kwargs "
-     "dataset-streaming", "not needed; records are tokenized once and kept in --cache-dir"),
+     "dataset-streaming streaming buffer-size",
+     "not needed; records are tokenized once and kept in --cache-dir"),
     ("dataloader-*", "not needed; tokenized records are read from --cache-dir"),
     # loss
     ("completion-only-loss assistant-only-loss train-on-responses-only",
-     ("here it is --loss it", "here it is --loss im")),
+     ("here it is --loss it", "here it is --loss lm, or im for all but the template's own tokens")),
     ("train-on-inputs train-on-input train-on-prompt dataset.train-on-input",
-     ("here it is --loss im", "here it is --loss it")),
+     ("here it is --loss lm, or im for all but the template's own tokens", "here it is --loss it")),
+    ("train-on-eos", "always so: the token that ends an answer is trained"),
+    ("ignore-pad-token-for-loss", "not needed; nothing is padded"),
     ("mask-history", "here a message of a record is left out with \"weight\": 0"),
     ("roles-to-train", "here --loss it trains on assistant messages, --loss im on all messages"),
     ("neftune-noise-alpha", "here it is --neftune-alpha {}"),
     ("label-smoothing* router-aux-loss-coef", "not done; the loss is the plain cross-entropy"),
-    ("loss-type", "not done; the loss is the plain cross-entropy, of the spans that --loss names"),
+    ("loss-type", "not needed for nll: the loss is the plain cross-entropy, of the spans that --loss names; "
+                  "others are not done"),
     ("average-tokens-across-devices", "always so: --normalize says what a step's loss is a mean over, on all "
                                       "ranks"),
     # optimization
@@ -69,18 +82,20 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
      "not needed; --micro-batch-tokens is by default as large as memory allows"),
     ("per-device-eval-batch-size", "not needed; --micro-batch-tokens holds for evaluations, too"),
     ("learning-rate optimizer.lr", "here it is --lr {}"),
-    ("lr-scheduler*", "here it is --schedule {}"),
+    ("lr-scheduler-kwargs", "not needed; --schedule has no options"),
+    ("lr-scheduler*", "here it is --schedule {}, with --warmup-ratio"),
     ("warmup-steps num-warmup-steps", "here it is --warmup-ratio {} (a fraction of the steps)"),
     ("max-grad-norm", "here it is --clip-grad-norm {}"),
     ("adam-beta1", "here it is --beta1 {}"),
     ("adam-beta2", "here it is --beta2 {}"),
     ("adam-epsilon", "here it is --adam-eps {}"),
-    ("optim*", "not done; the optimizer is AdamW, made by make_optimizer() in train.py"),
+    ("optim*", "not needed for AdamW, which is the optimizer; make_optimizer() in train.py makes another"),
     ("data-seed", "here it is --seed {}"),
     # machine
     ("bf16", ("here it is --dtype bf16, the default", "here it is --dtype fp32")),
     ("fp16", ("not done; --dtype is bf16 or fp32", "not needed; it is never fp16")),
     ("tf32", ("not done; matrix products are in --dtype, bf16 or fp32", "always so")),
+    ("mixed-precision", "here it is --dtype {}"),
     ("torch-dtype", "here it is --dtype, bf16 or fp32"),
     ("bf16-full-eval fp16-full-eval", "not needed; evaluations run in --dtype, too"),
     ("gradient-checkpointing-kwargs activation-checkpointing-kwargs",
@@ -89,7 +104,8 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
      ("here it is --recompute", "here it is --no-recompute, the default")),
     ("activation-offloading enable-activation-offloading",
      "not done; --recompute saves the memory of activations"),
-    ("deepspeed fsdp*", "here it is --shard, under torchrun"),
+    ("deepspeed fsdp*", ("here it is --shard, under torchrun", "here it is --no-shard, the default")),
+    ("num-processes nproc-per-node", "not needed; torchrun starts the ranks"),
     ("ddp-* accelerator-config parallelism-config ignore-bias-buffers",
      "not needed; under torchrun the ranks share each step"),
     ("local-rank", "not needed; torchrun tells each rank its number"),
@@ -99,7 +115,8 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
     ("full-determinism", "here it is --deterministic"),
     ("use-peft peft-* lora-* use-lora use-rslora use-dora loraplus-* adapter finetuning-type freeze-* "
      "unfrozen-parameters load-in-* quantization-* bnb-* use-bnb-*",
-     "not done; all weights are trained (full fine-tuning)"),
+     ("not done; all weights are trained (full fine-tuning)",
+      "always so: all weights are trained (full fine-tuning)")),
     # output
     ("report-to", "here it is --track {}"),
     ("wandb-* project", "here it is --track wandb, which reads WANDB_PROJECT and its other variables"),
@@ -127,9 +144,11 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
      "not needed: the same command resumes; --resume DIR names another checkpoint"),
     ("ignore-data-skip restore-callback-states-from-checkpoint",
      "not needed; a resumed run continues with the next example"),
-    ("overwrite-output-dir", "here it is --overwrite"),
-    ("push-to-hub hub-*", "not done; hf upload OWNER/NAME OUTPUT/final does it"),
-    ("stage rl", "not needed; train.py does instruction tuning (sft) alone"),
+    ("overwrite-output-dir", ("here it is --overwrite", "here it is --no-overwrite, the default")),
+    ("token hf-hub-token", "not needed; HF_TOKEN in the environment is"),
+    ("push-to-hub hub-*", ("not done; hf upload OWNER/NAME OUTPUT/final does it",
+                           "always so: nothing is uploaded")),
+    ("stage rl beta", "not needed; train.py does instruction tuning (sft) alone"),
     ("do-train do-eval do-predict", "not needed; train.py trains, and evaluates with --eval-data"),
 )
 HABITS = {name: sentence for names, sentence in _ANSWERS for name in names.split()}
@@ -142,8 +161,9 @@ def answer(name: str, value: str | None, flags: Collection[str], limit: Callable
     plain = name.lstrip("-").lower().replace("_", "-")
     sentence = _sentence(plain, value, flags, limit)
     if not sentence:
-        begun = [flag for flag in flags if len(plain) > 1 and flag.startswith(f"--{plain}")]
-        near = begun or difflib.get_close_matches(f"--{plain}", flags, 1, 0.75)
+        long = [flag for flag in flags if flag.startswith("--")]
+        begun = [flag for flag in long if len(plain) > 1 and flag.startswith(f"--{plain}")]
+        near = begun or difflib.get_close_matches(f"--{plain}", long, 1, 0.75)
         sentence = f"unrecognized; is {near[0]} meant?" if near else "unrecognized"
     return f"{name if value is None else f'{name} {shorten(value, 100)}'}: {sentence}"
 
@@ -159,7 +179,7 @@ def _sentence(plain: str, value: str | None, flags: Collection[str], limit: Call
         found = [key for key in HABITS if plain == key or key[-1] == "*" and plain.startswith(key[:-1])]
         sentence = HABITS[found[0]] if found else ""
     if isinstance(sentence, tuple):
-        sentence = sentence[(value or "").lower() in ("false", "no", "0")]
+        sentence = sentence[(value or "").lower() in ("false", "no", "0", "none", "full")]
     named = [word.strip(",;:.") for word in sentence.split() if word.startswith("--")]
     if named and named[0] not in flags:
         return ""

@@ -37,6 +37,8 @@ def given(tmp_path: Path, saved: object, argv: list[str] = ()) -> dict:
     ("share", 1, "--share 1: must be a finite number, 0 or more and below 1"), ("share", -1, "--share -1"),
     ("count", 0, "--count 0: must be a whole number, 1 or more"), ("count", 1.5, "--count 1.5: must be a"),
     ("count", True, "--count true"), ("count", "1e3", "--count 1e3"),
+    ("count", "1_0", "--count 1_0: must be"),
+    ("count", "\uff11", "--count \uff11: must be a whole"), ("rate", " 1", "--rate  1: must be a finite"),
     ("mode", "c", "--mode c: must be one of a, b"), ("mode", 1, "--mode 1: must be one of a, b"),
     ("mode", "", '--mode "": must be one of'), ("mode", ["a"], r'--mode \["a"\]: must be one of'),
     ("name", "", '--name "": must be text, and not empty'), ("name", [], r"--name \[\]: must be text"),
@@ -99,11 +101,12 @@ BOMB = b"[&a [x], " + b", ".join(
     ("c.toml", b"[run]\nrate = 1\n", "unknown flags:\n  run: unrecognized"),
     ("c.yaml", b"rate: [1\n", "is not YAML"),
     ("c.yaml", b"rate: 1\nrate: 2\n", "rate is given more than once"),
-    ("c.yaml", b"- rate\n", "must be one mapping"),
+    ("c.yaml", b"- rate\n", "must be one mapping"), ("c.yaml", b"[" * 20_000, "is nested too deep"),
     ("c.yaml", b"rate: !!python/name:os.system\n", "is not YAML"),
     ("c.yaml", b"count: 2026-01-05 10:00:00\n", "--count 2026-01-05T10:00:00: must be a whole number"),
     ("c.yaml", b"count: " + BOMB, r"--count \[\[\"x\"\], .{180,220}: must be a whole number"),
     ("c.yaml", b"? " + BOMB + b"\n: 1\n", "in which every flag is text"),
+    ("c.json", b'{"config": "d.json"}', "unknown flags:\n  config: a file of flags cannot name another one"),
     ("folder", None, "is a folder; give a file"), ("nowhere", "", "no such file")])
 def test_a_config_that_cannot_be_read_is_one_line(tmp_path, name, content, says):
     file = tmp_path / name

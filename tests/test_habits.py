@@ -39,13 +39,20 @@ def refusal(argv: list[str]) -> str:
     ("--model_name_or_path m", "here it is --model m"), ("--bf16", "here it is --dtype bf16, the default"),
     ("--bf16 False", "here it is --dtype fp32"), ("--completion-only-loss True", "here it is --loss it"),
     ("--assistant-only-loss", "here it is --loss it"), ("--train_on_inputs false", "here it is --loss it"),
-    ("--train_on_inputs true", "here it is --loss im"),
+    ("--train_on_inputs true", "here it is --loss lm, or im for all but the template's own tokens"),
+    ("--deepspeed false", "here it is --no-shard, the default"),
+    ("--overwrite_output_dir false", "here it is --no-overwrite, the default"),
+    ("--finetuning_type full", "always so: all weights are trained"),
+    ("--optim adamw_torch", "not needed for AdamW"), ("--mixed_precision bf16", "here it is --dtype bf16"),
+    ("--lr_scheduler_type constant_with_warmup",
+     "here it is --schedule, which must be one of linear, cosine, constant, with --warmup-ratio"),
     ("--neftune-noise-alpha 5", "here it is --neftune-alpha 5"),
     ("--warmup-steps 10", "here it is --warmup-ratio"), ("--adam_beta2 0.99", "here it is --beta2 0.99"),
     ("--batch_size 4", "here it is --batch-size 4"), ("--no_compile", "here it is --no-compile"),
     ("--stage sft", "not needed; train.py does"), ("--dataset_split train", "here it is --train-data owner"),
     ("--bach-size 4", "unrecognized; is --batch-size meant?"), ("--frobnicate", "unrecognized\n"),
-    ("--ep 4", "unrecognized; is --epochs meant?"), ("--e 4", "unrecognized\n")])
+    ("--ep 4", "unrecognized; is --epochs meant?"), ("--e 4", "unrecognized\n"),
+    ("--h 4", "unrecognized\n")])
 def test_a_flag_of_another_trainer_is_answered_with_the_one_that_does_it_here(argv, says):
     message = refusal(argv.split())
     assert message.startswith(f"{argv.replace('=', ' ')}: {says}"), message

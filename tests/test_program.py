@@ -92,6 +92,11 @@ NOT_WRITABLE = "/proc is not a writable folder (No such file or directory); give
     ([*STUDY, "--validation-data", "nowhere.csv"], "--validation-data nowhere.csv: no such file or folder"),
     ([*STUDY, "--validation-data", "nowhere/*.jsonl"], "--validation-data nowhere/*.jsonl: no file matches"),
     ([*STUDY, "--template", "nowhere.jinja"], "--template nowhere.jinja: no such file"),
+    (["eval.look", *RUN, "--train-data", "quickstart/train.jsonl", "--template", "qwen"],
+     "--template qwen: neither auto, nor one of alpaca, chatml, llama2, llama3, plain, tulu, nor a .jinja "
+     "file"),
+    (["eval.generate", *RUN, "--prompt", "Hi", "--date", "2024-13-01"],
+     "--date 2024-13-01: write it as YYYY-MM-DD"),
     ([*STUDY, "--output-dir", "README.md"], "--output-dir README.md: is a file; give a folder"),
     ([*STUDY, "--output-dir", "docs"],
      "--output-dir docs: is not empty and is not a study's folder; give another"),

@@ -179,7 +179,7 @@ def test_csv_may_have_cells_of_several_lines_and_empty_ones(tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("prompt,completion\nHi,Hello\na,b,c\n", ":3: has 3 cells, and the header has 2"),
-    ("prompt,completion\nHi,Hello\na\n", ":3: has 1 cells"),
+    ("prompt,completion\nHi,Hello\na\n", ":3: has 1 cell, and the header has 2"),
     ("prompt,prompt\nHi,Hello\n", ":1: the header has 'prompt' more than once"),
     ("prompt,completion\nHi,\"Hello\n", ":2: unexpected end of data"),
     ("prompt;completion\nHi;Hello\n", ":1: the header is one cell, 'prompt;completion': separate cells with"),
@@ -330,6 +330,9 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ("7", "not int 7"), ("null", "not null"), ('"Hi"', "not a text"),
     ('{"text": "x"}', "has only a 'text', in which question and answer cannot be told apart"),
     ('{"messages": []}', "no messages"),
+    ('{"question": "a", "answer": ["b"]}', "'answer' must be text, not a list"),
+    ('{"Instruction": "a", "Output": "b"}', "--columns instruction=Instruction output=Output reads others"),
+    ('{"dialog": [{"role": "user", "content": "a"}]}', "--columns messages=dialog reads others"),
     ('{"messages": "x"}', "not 'x'; to_json"),
     ('{"messages": "7"}', "not '7'"), ('{"messages": 7}', "'messages' must be a list of messages, not int 7"),
     ('{"messages": ["x"]}', "message 1 must be an object"),
@@ -376,7 +379,7 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ('{"prompt": "a", "completion": "b"},', "must end with its line"),
     ('{"prompt": "a", "compl', "is not JSON, or is cut short: Invalid"),
     ('{"prompt": "a\tb", "completion": "b"}', "is not JSON: Invalid control character"),
-    ("[" * 100_000, "nested deeper than 100 levels"), ("1" * 5000, "Exceeds the limit"),
+    ("[" * 100_000, "nested deeper than 100 levels"), ("1" * 5000, "more digits than Python reads"),
     ('{"instruction": "a", "input": 0, "output": "b"}', "'input' must be text, not int 0"),
     ('{"conversations": [{"from": "human", "role": "assistant", "value": "x"}]}', "'from' and 'value'"),
     ('{"messages": [{"role": "user", "content": "x", "compute_loss": false}]}', "'compute_loss'"),
@@ -384,7 +387,7 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ('{"messages": [{"role": "user", "content": "x", "ignore": true}]}', "'ignore'"),
     ('{"conversations": ["x"]}', "message 1 must be an object"),
     ('{"instruction": 1, "output": "x"}', "'instruction'"),
-    ('{"prompt": ["x"], "completion": "y"}', "'content' is a list"),
+    ('{"prompt": ["x"], "completion": "y"}', "'prompt' must be text, not a list"),
     ('{"prompt": "\\ud800", "completion": "y"}', "surrogate"), ("\udcff", "is not text in UTF-8 (byte 0xff"),
 ])
 def test_a_bad_record_is_named_with_file_and_line(line, says, tmp_path):
@@ -441,7 +444,10 @@ def test_a_damaged_file_is_one_line_that_names_it(damage, name, tmp_path):
     ("x.png", b"\x89PNG\r\n", "x.png:1: is not text"),
     ("x.json", "\ufeffé".encode("utf-16"), "x.json:1: is not text in UTF-8 .byte 0xff"),
     ("x.parquet", b"{}", "x.parquet: is not a Parquet file"), ("x.parquet", b"PAR1", "x.parquet: is damaged"),
-    ("x.yaml", b"prompt: Hi\n", "x.yaml:1: is not JSON"),
+    ("x.yaml", b"prompt: Hi\n", "x.yaml:1: is not JSON: Expecting value; JSON, JSON Lines, .csv and"),
+    ("x.jsonl", b"PK\x03\x04", "x.jsonl:1: is not JSON.*; it is a zip archive: unpack it"),
+    ("x.jsonl", b"<!doctype html>", "it is a web page or XML, not what the link promised"),
+    ("x.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "a number has more digits than Python reads: write it as"),
 ])
 def test_bad_files_are_named(name, content, says, tmp_path):
     if content is not None:
@@ -486,6 +492,7 @@ def test_columns_have_other_names_in_the_file(tmp_path):
     (["prompt"], "--columns prompt: write KNOWN=NAME"), (["prompt="], "write KNOWN=NAME"),
     (["text=query"], "--columns text=query: 'text' must be one of messages, conversations, prompt,"),
     (["prompt=a", "prompt=b"], "--columns prompt=b: 'prompt' is given twice"),
+    (["prompt=a,completion=b"], "write KNOWN=NAME KNOWN=NAME, with spaces and no commas"),
 ])
 def test_a_bad_mapping_names_the_flag(columns, says):
     with pytest.raises(ValueError, match=says):
@@ -540,7 +547,8 @@ def test_every_command_reads_folders_and_columns(named_otherwise, tmp_path):
 
 
 def test_a_folder_and_a_glob_are_the_files_of_records_in_order(tmp_path, monkeypatch):
-    for name in ("b.jsonl", "a.jsonl.gz", "README.md", ".hidden.jsonl", "_temporary.jsonl", "sub/c.jsonl"):
+    for name in ("b.jsonl", "a.jsonl.gz", "README.md", ".hidden.jsonl", "_temporary.jsonl", "sub/c.jsonl",
+                 "dataset_info.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     a, b, c = (f"{tmp_path}/{name}" for name in ("a.jsonl.gz", "b.jsonl", "sub/c.jsonl"))

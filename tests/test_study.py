@@ -40,6 +40,11 @@ def test_a_difference_of_zero_is_called_that():
     assert rows and all(text.endswith(" equal") for text in rows) and "of 2 agree" not in shown
 
 
+def test_one_contender_alone_is_not_compared():
+    result = statistics.verdict([line("it", seed, [[4, 8], [2, 4]], [3, 1]) for seed in (0, 1)])
+    assert report_text(result).endswith("\none contender, so there is nothing to compare")
+
+
 def test_curves_of_one_epoch_are_seen_from_the_start():
     lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
     result = statistics.verdict(lines)

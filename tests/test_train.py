@@ -479,6 +479,17 @@ def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated):
     assert {*evaluations(folder / "two-names")[0]} == {"held-out.jsonl", "held-out"}
 
 
+def test_examples_that_ask_what_a_training_example_asks_are_counted(folder, repeated, capsys):
+    known, new = repeated.read_text().splitlines()[:2], json.dumps({"prompt": "?!", "completion": "a"})
+    (folder / "asked.jsonl").write_text("\n".join([*known, new]))
+    for train_data, file, says in ((repeated, "asked", True), (folder / "held-out.jsonl", "rest", False)):
+        run_here(arguments(folder, "asked", train_data=train_data, eval_data=folder / f"{file}.jsonl",
+                           max_steps=1, overwrite=True))
+        printed = " ".join(capsys.readouterr().out.split())
+        assert ("warning: 2 of the 3 examples of asked have the first user message of a training example"
+                in printed) == says and ("warning:" in printed) == says
+
+
 @pytest.mark.parametrize("more, says", [
     (dict(eval_fraction=0.01), "--eval-fraction 0.01: holds out none of 20 examples; .* Give more"),
     (dict(eval_fraction=0.99), "--eval-fraction 0.99: holds out all of 20 examples; .* Give less"),
