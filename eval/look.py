@@ -254,11 +254,10 @@ def main(argv: list[str]) -> None:
 
     terminal = sys.stdout.isatty()
     colour = terminal and not os.environ.get("NO_COLOR")
+    if config.show and colour:
+        say("\n" + " ".join(f"\x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items()))
     for example in usable[:config.show]:
-        legend = "".join(f" \x1b[{code}m{kind}\x1b[0m" for kind, code in COLOURS.items()) if colour else ""
         say(f"\n--- {dataset.where(example)}")
-        if legend:
-            say(f"---{legend}")
         text = coloured(dataset, example, source.tokenizer, colour)
         # In a file, a line break must be one of the record.
         say(wrapped(text, shutil.get_terminal_size().columns) if terminal else text)

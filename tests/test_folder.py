@@ -177,7 +177,7 @@ def test_a_folder_without_an_identity_is_never_deleted_or_written_to(folder):
         for more in ({}, dict(overwrite=True), dict(resume="never")):
             refused(folder, "is not empty and is not a run folder", out.name, **more)
     (out / "identity.json").write_text("")
-    refused(folder, "identity.json: Expecting value.*; give another --output-dir, or delete it", out.name)
+    refused(folder, "identity.json: is not JSON.*; give another --output-dir, or delete it", out.name)
 
 
 # ---------------------------------------------------------------- what was trained is kept

@@ -91,7 +91,7 @@ def special_files(out: Path) -> dict[str, str]:
     (out / "loop").symlink_to(out / "loop")
     (out / "folder").mkdir()
     return {"is a pipe or device": out / "pipe", "Too many levels": out / "loop", "is a folder": out /
-            "folder", "no such file": out / "nothing", "is a pipe or device, ": Path("/dev/zero")}
+            "folder", "is a link to what does": out / "nothing", "is a pipe or device, ": Path("/dev/zero")}
 
 
 def test_what_is_no_file_is_not_waited_for_nor_read_forever(tmp_path):

@@ -269,7 +269,7 @@ def test_a_wrong_value_in_config_json_is_named_with_what_it_must_be(name, value,
         read_config(tmp_path)
 
 
-@pytest.mark.parametrize("content, says", [("[1]", "holds a JSON list, not an object"), ("{", "Expecting")])
+@pytest.mark.parametrize("content, says", [("[1]", "holds a JSON list, not an object"), ("{", "is not JSON")])
 def test_a_config_json_that_is_no_object_is_named(content, says, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=f"config.json: {says}"):

@@ -363,7 +363,7 @@ def test_a_name_that_is_not_text_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, message", [
-    ("tokenizer.json", "{", "tokenizer.json: Expecting"), ("tokenizer.json", "[]", "not an object"),
+    ("tokenizer.json", "{", "tokenizer.json: is not JSON"), ("tokenizer.json", "[]", "not an object"),
     ("tokenizer.json", "{}", "tokenizer.json: "),
     ("special_tokens_map.json", "[1]", "map.json: .* not an object"),
     ("tokenizer_config.json", "\xff", "tokenizer_config.json: 'utf-8'"),
