@@ -59,6 +59,14 @@ def test_the_step_that_is_measured_is_the_step_of_train(tmp_path, batch_tokens):
         assert [measured["tokens"], measured["trained_tokens"]] == [line["tokens"], line["trained_tokens"]]
 
 
+def test_the_products_of_a_step_are_timed_with_the_flags_of_its_run():
+    """As bench.training starts it, and without records."""
+    for data in (["--train-data", "a.jsonl"], []):
+        run = ["--model", "m", *data, "--loss", "it"]
+        args, config = step.parse_args(["limit", "--tokens", "8", "--", *run])
+        assert (args.tokens, config.model, config.loss) == (8, "m", "it")
+
+
 def test_synthetic_documents_have_the_length_that_was_asked_for():
     dataset = step.synthetic([40] * 5, vocabulary=7)
     assert dataset.lengths.tolist() == [40] * 5 and dataset.ids.max() == 6

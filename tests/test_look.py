@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -157,8 +158,9 @@ def test_it_takes_the_flags_of_a_run_and_its_config_file(folder):
     argv = arguments(folder, "configured", max_steps=3, loss="it", instruction_weight=0.25, seed=5)
     run_here(argv)
     file = folder / "configured" / "run_config.json"
+    # "program" is the peak of this process, whatever ran in it before.
     assert numbers_of(folder, ["--config", str(file), "--output-dir", str(folder / "else")]) == numbers_of(
-        folder, [*argv, "--output-dir", str(folder / "else")]) | {"program": pytest.approx(1e9, rel=1)}
+        folder, [*argv, "--output-dir", str(folder / "else")]) | {"program": ANY}
     # What only a command line may ask for is not read from a file.
     file.write_text(json.dumps(json.loads(file.read_text()) | {
         "ranks": 7, "show": 7, "json": str(folder / "no.json"), "export": str(folder / "no.jsonl")}))
