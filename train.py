@@ -256,11 +256,16 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
                              if cut_off else "every target's span has weight 0"))
     if config.max_examples and not config.mix:
         usable = usable[:config.max_examples]
+    return train_set, usable, eval_sets
+
+
+def warn_of_known(train_set: Dataset, usable: np.ndarray, eval_sets: dict[str, Dataset]) -> None:
+    """Say how many examples of each held-out set ask what a training example asks. usable: (examples,) the
+    indices of those that are trained on."""
     for name, held_out in eval_sets.items():
         if shared := int(np.isin(held_out.groups, train_set.groups[usable]).sum()):
             say(fit(f"warning: {shared:,} of the {len(held_out):,} examples of {ending(name, 40)} have the "
                     "first user message of a training example"))
-    return train_set, usable, eval_sets
 
 
 def micro_batch_tokens(config: Config, model_config: ModelConfig, device: torch.device, ranks: int,
@@ -430,6 +435,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
     # Data: the examples of each step, and what each of their targets counts, are known from here on.
     train_set, usable, eval_sets = load_data(config, source)
+    warn_of_known(train_set, usable, eval_sets)
     weights = config.span_weights
     steps = make_steps(config, train_set, usable, rank(), world_size())
     total_steps = count_steps(config, steps.per_epoch)

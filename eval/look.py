@@ -237,6 +237,7 @@ def main(argv: list[str]) -> None:
     config.micro_batch_tokens = train.micro_batch_tokens(config, source.model_config, device, ranks)
     identity = train.run_identity(config, source)
     dataset, usable, eval_sets = train.load_data(config, source)
+    train.warn_of_known(dataset, usable, eval_sets)
     steps = train.make_steps(config, dataset, usable, 0, ranks)
     identity["tokens"] = dataset.content
     state, sentence = folder_state(config, identity, source, steps.per_epoch)

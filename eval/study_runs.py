@@ -39,7 +39,7 @@ from eval.results import scores
 from runtime.cpu import cpu_name
 from runtime.files import read_json, write_text
 from runtime.folder import is_step, read_log
-from runtime.machine import keep_freed_memory
+from runtime.machine import keep_freed_memory, return_freed_memory
 from runtime.distributed import join_ranks
 
 
@@ -148,9 +148,10 @@ def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
 
 
 def free_memory() -> None:
-    """Free models that are no longer used, so that two are never in memory at once. On a device, too, whose
-    memory several processes may share."""
+    """Free models that are no longer used, so that two are never in memory at once, and return their memory,
+    which several processes may share."""
     gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -310,7 +311,11 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
                 outcome = connection.recv()
             except (EOFError, OSError):
                 worker.join()
-                outcome = "error", f"its process died (exit code {worker.exitcode})"
+                reason = f"its process died (exit code {worker.exitcode})"
+                if worker.exitcode == -signal.SIGKILL:
+                    reason = ("its process was killed, as a system does that is out of memory; give fewer "
+                              "--jobs, or a smaller --micro-batch-tokens")
+                outcome = "error", reason
                 workers.discard(worker)
                 worker = None
             with lock:

@@ -40,6 +40,12 @@ def keep_freed_memory(shapes: int = 256) -> None:
         _use_huge_pages(libc)
 
 
+def return_freed_memory() -> None:
+    """Return to the system what glibc has kept, for other processes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def _use_huge_pages(libc: ctypes.CDLL) -> None:
     """Reserve addresses for half of the memory, without using it, and ask for huge pages there. malloc keeps
     the addresses when the block is freed. With several micro-batches in a step SmolLM2-135M trains some 5 to

@@ -126,7 +126,8 @@ def test_attention_definition_is_a_loop_over_documents():
 def chunk_size(request, monkeypatch):
     """As on CUDA: in its chunks, and with what torch.compile traces; a backend runs that as it is."""
     if request.param != "one chunk":
-        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10)):
+        for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10),
+                           ("MULTIPLIED_ROWS", 3)):
             monkeypatch.setattr(head_kernels, name, size)
     if request.param.startswith("as on CUDA"):
         as_on_cuda(monkeypatch, works=request.param == "as on CUDA")

@@ -452,8 +452,9 @@ def repeated(folder) -> Path:
     return folder / "repeated.jsonl"
 
 
-def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, capsys):
-    """Bit for bit as with two files, whatever the loss, the seed and the packing."""
+@pytest.fixture(scope="module")
+def held_out_file(folder, repeated) -> Path:
+    """What --eval-fraction 0.25 holds out of repeated; rest.jsonl, next to it, has the others."""
     tokenizer = Tokenizer(folder / "model")
     dataset = load_dataset([repeated], tokenizer, load_template("llama3", tokenizer), 120, "truncate",
                            folder / "cache")
@@ -462,28 +463,34 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, ca
     for name, side in (("rest", False), ("held-out", True)):
         lines = [line for line, held_out in zip(open(repeated), chosen) if held_out == side]
         (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder / "held-out.jsonl"
+
+
+def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, held_out_file, capsys):
+    """Bit for bit as with two files, whatever the loss, the seed and the packing."""
     for number, more in enumerate((dict(loss="it", seed=0), dict(loss="im", seed=1, micro_batch_tokens=150))):
         one, two = (folder / f"{name}-{number}" for name in ("one-file", "two-files"))
         run_here(arguments(folder, one.name, train_data=repeated, eval_fraction=0.25, eval_every=3, **more))
         assert "8 held out for evaluation" in capsys.readouterr().out
         run_here(arguments(folder, two.name, train_data=folder / "rest.jsonl", eval_every=3,
-                           eval_data=folder / "held-out.jsonl", **more))
+                           eval_data=held_out_file, **more))
         assert same_weights(one, two) and len(evaluations(one)) == 4
         assert evaluations(one) == evaluations(two) and [*evaluations(one)[0]] == ["held-out"]
         capsys.readouterr()
 
 
-def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated):
+def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated, held_out_file):
     run_here(arguments(folder, "two-names", train_data=repeated, eval_fraction=0.25, max_steps=1,
-                       eval_data=folder / "held-out.jsonl"))
+                       eval_data=held_out_file))
     assert {*evaluations(folder / "two-names")[0]} == {"held-out.jsonl", "held-out"}
 
 
 def test_examples_that_ask_what_a_training_example_asks_are_counted(folder, repeated, capsys):
     known, new = repeated.read_text().splitlines()[:2], json.dumps({"prompt": "?!", "completion": "a"})
     (folder / "asked.jsonl").write_text("\n".join([*known, new]))
-    for train_data, file, says in ((repeated, "asked", True), (folder / "held-out.jsonl", "rest", False)):
-        run_here(arguments(folder, "asked", train_data=train_data, eval_data=folder / f"{file}.jsonl",
+    (folder / "new.jsonl").write_text(new)
+    for file, says in (("asked", True), ("new", False)):
+        run_here(arguments(folder, "asked", train_data=repeated, eval_data=folder / f"{file}.jsonl",
                            max_steps=1, overwrite=True))
         printed = " ".join(capsys.readouterr().out.split())
         assert ("warning: 2 of the 3 examples of asked have the first user message of a training example"
