@@ -117,9 +117,14 @@ def _causal_weights(queries: Tensor, keys: Tensor, start: int) -> Tensor:
     Returns the softmax of their scores, (B * G, R * T, start + T)."""
     tile, end = queries.shape[2], keys.shape[1]
     scores = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2))
-    future = torch.full((tile, tile), -math.inf, dtype=scores.dtype, device=scores.device).triu_(1)
-    scores.view(-1, tile, end)[..., start:].add_(future)
+    scores.view(-1, tile, end)[..., start:].add_(_future(tile, scores.dtype, scores.device))
     return torch.softmax(scores, -1)
+
+
+@lru_cache(maxsize=TILE)
+def _future(tile: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of a tile's queries with its own keys: -inf where the key is later."""
+    return torch.full((tile, tile), -math.inf, dtype=dtype, device=device).triu_(1)
 
 
 # Attention within documents, documents of similar length together. Forward it is PyTorch's fused kernel. Its
@@ -156,20 +161,24 @@ def _tiled_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
         if query_indices.padding is not None:
             grads.index_fill_(0, query_indices.padding, 0)
         grads = grads.view_as(queries)
-        grad_queries = torch.empty_like(queries)
-        # Several tiles add to a key's gradient, so it is summed in fp32.
-        grad_keys, grad_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for start, end in tiles:
+        grad_queries, of_keys = torch.empty_like(queries), []
+        # The last tile has all keys. What other tiles add to their gradients is summed in fp32.
+        for start, end in reversed(tiles):
             tile, grad = queries[:, :, start:end], grads[:, :, start:end].flatten(1, 2)
             weights = _causal_weights(tile, keys[:, :end], start)
             grad_weights = torch.bmm(grad, values[:, :end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_queries[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view_as(tile)
-            grad_keys[:, :end] += torch.bmm(grad_scores.transpose(1, 2), tile.flatten(1, 2))
-            grad_values[:, :end] += torch.bmm(weights.transpose(1, 2), grad)
+            products = (torch.bmm(grad_scores.transpose(1, 2), tile.flatten(1, 2)),
+                        torch.bmm(weights.transpose(1, 2), grad))
+            if of_keys:
+                for sums, product in zip(of_keys, products):
+                    sums[:, :end] += product
+            else:
+                of_keys = [product.float() if start else product for product in products]
         query_indices.scatter(grad_queries.mul_(q.shape[-1] ** -0.5), grad_q)
-        key_indices.scatter(grad_keys, grad_k)
-        key_indices.scatter(grad_values, grad_v)
+        for sums, out in zip(of_keys, (grad_k, grad_v)):
+            key_indices.scatter(sums, out)
     return grad_q, grad_k, grad_v
 
 
