@@ -66,7 +66,7 @@ def on_ranks(folder, alone) -> None:
                           (4, ("ddp-4-im", "shard-4-im", "ddp-2-im", "shard-2-im"))):
         # The last runs' folders are relative, and every rank works elsewhere: only rank 0 sees them.
         first = folder / f"runs-{ranks}.json.0"
-        first.mkdir()
+        first.mkdir(exist_ok=True)
         for mode in MODES:
             (first / f"own-{mode}").symlink_to(folder / f"{mode}-{ranks}-im")
         run_many(folder, [

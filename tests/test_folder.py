@@ -372,10 +372,10 @@ def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     refused("--lr was 0.01, is 0.02", "half", lr=0.02)
     refused("--loss was im, is it", "half", loss="it")
     refused("--resume is never", "half", resume="never")
-    setup(folder / "other", count=21, seed=1)
-    refused("--train-data .*other/train.jsonl: other contents", "half",
-            train_data=folder / "other" / "train.jsonl")
-    refused("--model .*other/model: other weights", "half", model=folder / "other" / "model")
+    setup(folder / "other-home", count=21, seed=1)
+    refused("--train-data .*other-home/train.jsonl: other contents", "half",
+            train_data=folder / "other-home" / "train.jsonl")
+    refused("--model .*other-home/model: other weights", "half", model=folder / "other-home" / "model")
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("years of work")
     refused("is not a run folder", "foreign")

@@ -430,7 +430,8 @@ def test_local_files_name_the_splits_that_a_task_needs():
 
 def test_a_task_without_examples_needs_no_file_for_their_split(folder):
     file = write_lines(folder / "zero.jsonl", make_documents(3, seed=4))
-    text = (folder / "tasks" / "tiny_generate.yaml").read_text().replace("task: tiny_generate", "task: split")
+    text = (folder / "tasks" / "tiny_generate.yaml").read_text().replace(
+        "task: tiny_generate\ntag: tiny_tag", "task: split")
     (folder / "tasks" / "split.yaml").write_text(f"{text}training_split: train\nfewshot_split: train\n")
     assert result(folder, tasks="split", local=f"split={file}")["n-samples"]["split"]["original"] == 3
 
