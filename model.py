@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, varlen_attention, varlen_fault
-from kernels.layers import linears, rms_norm, rotate, swiglu
+from kernels.layers import linears, missing_rows, rms_norm, rotate, swiglu, with_rows
 from runtime.machine import to_device
 from runtime.model_config import ModelConfig, read_config
 from runtime.weights import DTYPE_BY_NAME, EMBEDDING, Stored, fill, match
@@ -178,8 +178,13 @@ class Llama(nn.Module):
         """Hidden states, (N, C). ids, positions: (N,) int64; cu_seqlens: (documents + 1,) int32 on the CPU,
         where documents begin and end in the row; noise: (N, C), added to the embeddings; attend: replaces
         the attention over cu_seqlens."""
-        compute, over_row = Layer.compute, None
+        compute, over_row, tokens = Layer.compute, None, len(ids)
         if attend is None:
+            if more := missing_rows(ids):
+                # One more document, of which nothing is returned.
+                ids, positions = with_rows(ids, more), with_rows(positions, more)
+                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens + more)
+                noise = noise if noise is None else with_rows(noise, more)
             over_row = self.attention_over(cu_seqlens, ids.device)
             if self.compiled and len(ids) >= LEAST_COMPILED:
                 compute = self.compiled
@@ -197,7 +202,7 @@ class Llama(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(*arguments)
-        return self.model.norm(x)
+        return self.model.norm(x[:tokens])
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

@@ -2,7 +2,8 @@
 
 Memory is counted from shapes at three moments of the largest micro-batch, and the largest sum is taken: when
 the loss is computed, and all that the backward pass will need is kept; when the backward pass is in its
-first layer; and when it ends at the embeddings. What the allocator wastes is not counted.
+first layer; and when it ends at the embeddings. What the allocator wastes, and a CPU's padding, are not
+counted.
 """
 import numpy as np
 import torch

@@ -13,9 +13,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.layers import compute_dtype, multiplies_to_fp32
+from kernels.layers import compute_dtype, missing_rows, multiplies_to_fp32, with_rows
 
 CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
+CHUNK_ROWS = 64         # all chunks but the last have the same multiple of this, if so many fit
 CACHED_LOGITS = 2**19   # of these, in fp32 at once on a CPU: 2 MB stay in its cache
 HEAD_ROWS = 2**13       # rows of the head's gradient that are added to at once, for the same reason
 # Rows of the logits' gradient that a CPU multiplies with the head at once. With AMX, oneDNN takes half as
@@ -38,13 +39,15 @@ def nll_reference(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> Tenso
 
 
 def chunks(rows: int, vocabulary: int, large: bool = False) -> list[slice]:
-    """Slices of about equal size, of at most CHUNK_LOGITS logits. large: as CUDA wants them, where only the
-    last may not be a multiple of TILE."""
+    """Slices of at most CHUNK_LOGITS logits, all but the last of the same size, which only depends on the
+    vocabulary. large: as CUDA wants them, of about equal size, where only the last may not be a multiple of
+    TILE."""
     if large:
         most = max(1, min(CUDA_ROWS, CUDA_LOGITS // vocabulary) // TILE) * TILE
         size = -(-rows // max(1, -(-rows // most) * TILE)) * TILE
     else:
-        size = -(-rows // max(1, -(-rows * vocabulary // CHUNK_LOGITS)))
+        size = CHUNK_LOGITS // vocabulary
+        size -= size % CHUNK_ROWS if size > CHUNK_ROWS else 0
     return [slice(i, min(i + size, rows)) for i in range(0, rows, max(1, size))]
 
 
@@ -228,4 +231,7 @@ def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficie
     """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,); compiled: as for
     nll(). Returns the loss, a scalar with a graph (0 for no rows), and the (R,) NLL in nats without one. One
     backward pass only."""
-    return _WeightedNLL.apply(hidden, head_weight, targets, coefficients, compiled)
+    more = missing_rows(targets)
+    hidden, targets, coefficients = (with_rows(x, more) for x in (hidden, targets, coefficients))
+    loss, out = _WeightedNLL.apply(hidden, head_weight, targets, coefficients, compiled)
+    return loss, out[:len(out) - more]

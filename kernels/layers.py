@@ -40,6 +40,22 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a @ b).to(dtype)
 
 
+# On a CPU, products have few shapes. oneDNN compiles one for each and keeps it. If shapes are always new,
+# these objects end up between the large blocks of memory, which fit less and less from step to step.
+ROWS, LEAST_PADDED = 128, 1024
+
+
+def missing_rows(x: Tensor) -> int:
+    """How many rows of zeros x, (N, ...), should get: on a CPU, those up to a multiple of ROWS; none on CUDA,
+    and none if it is short, where they would take time."""
+    return -len(x) % ROWS if x.device.type == "cpu" and len(x) >= LEAST_PADDED else 0
+
+
+def with_rows(x: Tensor, more: int) -> Tensor:
+    """x, (N, ...), with so many rows of zeros at its end."""
+    return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, more)) if more else x
+
+
 class Recipe(NamedTuple):
     """How to recompute an activation: function(*inputs); valid while the activation's version is unchanged,
     that is, while nobody has modified it in place."""

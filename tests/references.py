@@ -1,9 +1,11 @@
 """Models of transformers on random weights, of every family that model.py covers."""
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
+from kernels import layers
 from model import Llama, load_model
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -53,6 +55,13 @@ def packed(documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, t
     positions = torch.cat([torch.arange(len(d)) for d in documents])
     cu_seqlens = torch.tensor([0, *(len(d) for d in documents)]).cumsum(0).int()
     return torch.cat(documents), positions, cu_seqlens
+
+
+def pad_rows(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Let rows of any length be padded to a multiple of `rows`."""
+    monkeypatch.setattr(layers, "ROWS", rows)
+    monkeypatch.setattr(layers, "LEAST_PADDED", 1)
+
 
 def same_as_transformers(folder: Path) -> Llama:
     """Loads a folder, compares its logits with those of transformers from the same folder."""

@@ -14,6 +14,7 @@ from kernels import head as head_kernels
 from kernels import layers
 from kernels.attention import attention, attention_reference
 from kernels.head import nll, nll_reference, weighted_nll
+from references import pad_rows
 
 
 # ---------------------------------------------------------------- attention
@@ -40,9 +41,9 @@ def test_attention_equals_its_definition_and_gradients(lengths, heads):
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 def test_a_bucket_of_documents_that_is_too_large_is_cut_and_none_of_it_is_lost(heads, monkeypatch):
-    """Five documents of like length, two at a time: the last of them is alone."""
+    """Five documents of like length, two at a time: the last of them is alone. All are padded to 64."""
     lengths, most = [40, 38, 39, 40, 37], 2
-    monkeypatch.setattr(attention_kernels, "TILE_SCORES", most * heads[0] * 40 * 40)
+    monkeypatch.setattr(attention_kernels, "TILE_SCORES", most * heads[0] * 64 * 64)
     attention_kernels._length_buckets.cache_clear()      # it may have cut these lengths otherwise
     try:
         buckets = attention_kernels._length_buckets(tuple(lengths), *heads, torch.device("cpu"))
@@ -129,6 +130,7 @@ def chunk_size(request, monkeypatch):
         for name, size in (("CHUNK_LOGITS", 7 * 31), ("CACHED_LOGITS", 3 * 31), ("HEAD_ROWS", 10),
                            ("MULTIPLIED_ROWS", 3)):
             monkeypatch.setattr(head_kernels, name, size)
+        pad_rows(monkeypatch, 4)
     if request.param.startswith("as on CUDA"):
         as_on_cuda(monkeypatch, works=request.param == "as on CUDA")
 
@@ -197,6 +199,26 @@ def test_no_rows_give_zero_with_a_graph(chunk_size):
     assert loss.item() == 0 and loss.requires_grad and len(values) == 0
     loss.backward()
     assert not hidden.grad.any() and not head.grad.any()
+
+
+def test_a_cpus_chunks_have_the_same_size_however_many_rows_there_are():
+    for vocabulary, size in ((49_152, 640), (128_256, 256), (151_936, 192), (10**6, 33)):
+        for rows in (1, size, 2701, 4096):
+            slices = head_kernels.chunks(rows, vocabulary)
+            assert [i for x in slices for i in range(rows)[x]] == list(range(rows))
+            assert {x.stop - x.start for x in slices[:-1]} <= {size} and size * vocabulary <= 2**25
+
+
+def test_a_cpus_products_have_few_shapes(monkeypatch):
+    """Of rows of 200 lengths, and of documents of 2,000."""
+    rows = {len(layers.with_rows(x, layers.missing_rows(x)))
+            for x in map(torch.zeros, range(2048, 2248))}
+    assert rows == {2048, 2176, 2304}
+    padded = [attention_kernels._padded(n) for n in range(1, 2001)]
+    assert all(n <= p <= max(n + 31, 1.25 * n) and p % 32 == 0 for n, p in enumerate(padded, 1))
+    assert len(set(padded)) == 20
+    short = torch.zeros(1023)
+    assert layers.missing_rows(short) == 0 == layers.missing_rows(torch.zeros(2049, device="meta"))
 
 
 def test_chunks_for_cuda_are_whole_tiles_of_thousands_of_rows_within_a_bound():

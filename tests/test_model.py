@@ -16,7 +16,7 @@ from eval.engine import Engine
 from kernels import attention as attention_kernels
 from kernels.attention import attention_reference
 from model import Llama, load_model
-from references import FAMILIES, LLAMA3, SIZES, make_reference, packed, same_as_transformers
+from references import FAMILIES, LLAMA3, SIZES, make_reference, packed, pad_rows, same_as_transformers
 from runtime.model_config import ModelConfig, read_config
 
 
@@ -32,8 +32,15 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
     return graphs
 
 
+@pytest.fixture(params=["as it is", "padded"])
+def row_size(request, monkeypatch):
+    """Rows padded to a multiple of 64 tokens, as long ones are on a CPU, or not."""
+    if request.param == "padded":
+        pad_rows(monkeypatch, 64)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_logits_equal_transformers_one_by_one(name, tmp_path):
+def test_packed_logits_equal_transformers_one_by_one(name, row_size, tmp_path):
     reference = make_reference(name)
     reference.save_pretrained(tmp_path)
     mine = load_model(tmp_path)
@@ -49,7 +56,7 @@ def test_packed_logits_equal_transformers_one_by_one(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameters_gradient_equals_transformers(name, tmp_path):
+def test_every_parameters_gradient_equals_transformers(name, row_size, tmp_path):
     """Weights, biases, norms and tied heads, from the sum of NLL over packed documents."""
     reference = make_reference(name)
     reference.save_pretrained(tmp_path)
@@ -164,6 +171,17 @@ def test_empty_row_has_a_graph_to_every_parameter(tmp_path):
     empty = torch.zeros(0, dtype=torch.int64)
     mine(empty, empty, torch.zeros(1, dtype=torch.int32)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in mine.parameters())
+
+
+def test_a_row_reaches_the_layers_padded_and_so_does_its_noise(monkeypatch):
+    model, rows = Llama(ModelConfig.from_dict({**SIZES, "model_type": "llama"})), []
+    model_module.init_weights(model, 0)
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    row, noise = packed([torch.arange(9), torch.arange(30)]), torch.randn(39, SIZES["hidden_size"])
+    expected = model(*row, noise)
+    pad_rows(monkeypatch, 64)
+    torch.testing.assert_close(model(*row, noise), expected)
+    assert not torch.allclose(model(*row), expected, atol=0.01) and rows == [39, 64, 64]
 
 
 def kept_bytes(model: Llama, row: tuple[torch.Tensor, ...]) -> int:
