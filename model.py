@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention, varlen_attention, varlen_fault
-from kernels.layers import linears, missing_rows, rms_norm, rotate, swiglu, with_rows
+from kernels.layers import linears, padded_rows, rms_norm, rotate, swiglu
 from runtime.machine import to_device
 from runtime.model_config import ModelConfig, read_config
 from runtime.weights import DTYPE_BY_NAME, EMBEDDING, Stored, fill, match
@@ -180,11 +180,11 @@ class Llama(nn.Module):
         the attention over cu_seqlens."""
         compute, over_row, tokens = Layer.compute, None, len(ids)
         if attend is None:
-            if more := missing_rows(ids):
+            ids, positions = padded_rows(ids), padded_rows(positions)
+            noise = None if noise is None else padded_rows(noise)
+            if len(ids) > tokens:
                 # One more document, of which nothing is returned.
-                ids, positions = with_rows(ids, more), with_rows(positions, more)
-                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=tokens + more)
-                noise = noise if noise is None else with_rows(noise, more)
+                cu_seqlens = nn.functional.pad(cu_seqlens, (0, 1), value=len(ids))
             over_row = self.attention_over(cu_seqlens, ids.device)
             if self.compiled and len(ids) >= LEAST_COMPILED:
                 compute = self.compiled

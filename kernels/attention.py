@@ -64,8 +64,8 @@ class _Indices(NamedTuple):
 
 
 def _padded(length: int) -> int:
-    """The length to which a document is padded, one of few (kernels.layers.ROWS), and at most a quarter or
-    ALIGNED tokens more: 5 -> 32, 100 -> 128, 150 -> 160, 257 -> 320."""
+    """The length to which a document is padded, one of few (kernels.layers.ROWS says why), at most a quarter
+    or ALIGNED tokens more: 5 -> 32, 100 -> 128, 150 -> 160, 257 -> 320."""
     step = max(ALIGNED, 2 ** ((length - 1).bit_length() - 3))
     return -(-length // step) * step
 

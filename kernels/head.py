@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from kernels.layers import compute_dtype, missing_rows, multiplies_to_fp32, with_rows
+from kernels.layers import compute_dtype, multiplies_to_fp32, padded_rows
 
 CHUNK_LOGITS = 2**25    # logits held at once: 64 MB in bf16
 CHUNK_ROWS = 64         # all chunks but the last have the same multiple of this, if so many fit
@@ -46,7 +46,7 @@ def chunks(rows: int, vocabulary: int, large: bool = False) -> list[slice]:
         most = max(1, min(CUDA_ROWS, CUDA_LOGITS // vocabulary) // TILE) * TILE
         size = -(-rows // max(1, -(-rows // most) * TILE)) * TILE
     else:
-        size = CHUNK_LOGITS // vocabulary
+        size = max(1, CHUNK_LOGITS // vocabulary)
         size -= size % CHUNK_ROWS if size > CHUNK_ROWS else 0
     return [slice(i, min(i + size, rows)) for i in range(0, rows, max(1, size))]
 
@@ -231,7 +231,6 @@ def weighted_nll(hidden: Tensor, head_weight: Tensor, targets: Tensor, coefficie
     """hidden: (R, C) rows with weight; head_weight: (V, C); targets, coefficients: (R,); compiled: as for
     nll(). Returns the loss, a scalar with a graph (0 for no rows), and the (R,) NLL in nats without one. One
     backward pass only."""
-    more = missing_rows(targets)
-    hidden, targets, coefficients = (with_rows(x, more) for x in (hidden, targets, coefficients))
-    loss, out = _WeightedNLL.apply(hidden, head_weight, targets, coefficients, compiled)
-    return loss, out[:len(out) - more]
+    loss, out = _WeightedNLL.apply(padded_rows(hidden), head_weight, padded_rows(targets),
+                                   padded_rows(coefficients), compiled)
+    return loss, out[:len(targets)]

@@ -45,15 +45,12 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 ROWS, LEAST_PADDED = 128, 1024
 
 
-def missing_rows(x: Tensor) -> int:
-    """How many rows of zeros x, (N, ...), should get: on a CPU, those up to a multiple of ROWS; none on CUDA,
-    and none if it is short, where they would take time."""
-    return -len(x) % ROWS if x.device.type == "cpu" and len(x) >= LEAST_PADDED else 0
-
-
-def with_rows(x: Tensor, more: int) -> Tensor:
-    """x, (N, ...), with so many rows of zeros at its end."""
-    return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, more)) if more else x
+def padded_rows(x: Tensor) -> Tensor:
+    """x, (N, ...), followed by rows of zeros up to a multiple of ROWS on a CPU. As it is on CUDA, and if it is
+    short: there they would take time."""
+    if x.device.type != "cpu" or len(x) < LEAST_PADDED:
+        return x
+    return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, -len(x) % ROWS))
 
 
 class Recipe(NamedTuple):

@@ -207,18 +207,19 @@ def test_a_cpus_chunks_have_the_same_size_however_many_rows_there_are():
             slices = head_kernels.chunks(rows, vocabulary)
             assert [i for x in slices for i in range(rows)[x]] == list(range(rows))
             assert {x.stop - x.start for x in slices[:-1]} <= {size} and size * vocabulary <= 2**25
+    # A row alone is never cut, however large the vocabulary.
+    assert head_kernels.chunks(2, 2**26) == [slice(0, 1), slice(1, 2)]
 
 
-def test_a_cpus_products_have_few_shapes(monkeypatch):
+def test_a_cpus_products_have_few_shapes():
     """Of rows of 200 lengths, and of documents of 2,000."""
-    rows = {len(layers.with_rows(x, layers.missing_rows(x)))
-            for x in map(torch.zeros, range(2048, 2248))}
+    rows = {len(layers.padded_rows(torch.zeros(n))) for n in range(2048, 2248)}
     assert rows == {2048, 2176, 2304}
     padded = [attention_kernels._padded(n) for n in range(1, 2001)]
     assert all(n <= p <= max(n + 31, 1.25 * n) and p % 32 == 0 for n, p in enumerate(padded, 1))
     assert len(set(padded)) == 20
-    short = torch.zeros(1023)
-    assert layers.missing_rows(short) == 0 == layers.missing_rows(torch.zeros(2049, device="meta"))
+    for x in (torch.zeros(1023), torch.zeros(2049, device="meta")):
+        assert len(layers.padded_rows(x)) == len(x)
 
 
 def test_chunks_for_cuda_are_whole_tiles_of_thousands_of_rows_within_a_bound():
