@@ -46,8 +46,8 @@ ROWS, LEAST_PADDED = 128, 1024
 
 
 def padded_rows(x: Tensor) -> Tensor:
-    """x, (N, ...), followed by rows of zeros up to a multiple of ROWS on a CPU. As it is on CUDA, and if it is
-    short: there they would take time."""
+    """x, (N, ...), followed by rows of zeros up to a multiple of ROWS on a CPU. As it is on CUDA, or if it is
+    short, where they would take time."""
     if x.device.type != "cpu" or len(x) < LEAST_PADDED:
         return x
     return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, -len(x) % ROWS))
