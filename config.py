@@ -56,6 +56,7 @@ def span_weights(loss: str, template: float | None = None, system: float | None 
     return weights
 
 
+COMPUTE_DTYPES = "auto", "bf16", "fp32"
 # What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
 MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536
 # Parameters from which the layers are compiled on a CPU. Smaller models train for a shorter time than that
@@ -124,8 +125,8 @@ class Config:
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
     seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0, below=2**32)
     # machine
-    dtype: str = flag("bf16", "bf16: autocast over fp32 parameters; fp32: no autocast",
-                      choices=("bf16", "fp32"))
+    dtype: str = flag("auto", "bf16: autocast over fp32 parameters; fp32: no autocast; auto: bf16 where the "
+                      "device has instructions for it", choices=COMPUTE_DTYPES)
     device: str = flag("auto", "auto: cuda where there is one", choices=("auto", "cpu", "cuda"), free=True)
     shard: bool = flag(False, "under torchrun: each rank holds a part of the parameters, gradients and "
                        "optimizer state", free=True)
@@ -169,7 +170,9 @@ class Config:
     @property
     def compute_dtype(self) -> "torch.dtype":
         import torch
-        return torch.bfloat16 if self.dtype == "bf16" else torch.float32
+
+        from runtime.machine import resolve_dtype
+        return torch.bfloat16 if resolve_dtype(self.dtype, self.device) == "bf16" else torch.float32
 
 
 # What the embedded default needs other than the paper's values: a small model learns with a high rate.

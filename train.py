@@ -51,10 +51,10 @@ from runtime.distributed import (Sums, data_parallel, finish, first_of_machine, 
                                  sync_gradients, unwrap, whole, world_size)
 from runtime.files import distinct_endings
 from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, claim, finish_run,
-                            is_evaluation, keep_lines, read_log, saved_date)
+                            is_evaluation, keep_lines, read_log, saved_flag)
 from runtime.foreign import is_number, printable
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
-                             peak_reserved_mb, reset_peak, sleep_while_crowded)
+                             peak_reserved_mb, reset_peak, resolve_dtype, sleep_while_crowded)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
 from runtime.report import (Progress, StopSignal, describe, describe_data, ending, print_change, say,
@@ -188,14 +188,17 @@ def open_source(config: Config) -> Source:
     model_config = read_config(folder)
     stored_weights(folder, model_config)
     tokenizer = Tokenizer(folder)
-    from_scratch = config.resume == "never" or config.overwrite
-    saved = saved_date(Path(config.output_dir), from_scratch)
-    day = from_main(config.date or saved or date.today().isoformat())
+    day = from_main(config.date or saved(config, "date") or date.today().isoformat())
     template = load_template(config.template, tokenizer, day)
     if template.warning:
         say(fit(f"warning: {printable(template.warning)}"))
     check_vocabulary(model_config.vocab_size, tokenizer, template)
     return Source(folder, model_config, tokenizer, template)
+
+
+def saved(config: Config, name: str) -> str:
+    """A flag of the run that this one resumes, "" if it resumes none."""
+    return saved_flag(Path(config.output_dir), name, config.resume == "never" or config.overwrite)
 
 
 def run_identity(config: Config, source: Source) -> dict[str, object]:
@@ -425,8 +428,10 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
     # What is cheap to check comes before the data is tokenized.
     source = open_source(config)
-    # Saved with the run, so that it resumes with the same date.
+    # Saved with the run, so that it resumes with the same date and in the same dtype.
     config.date = source.template.date
+    if config.dtype == "auto":
+        config.dtype = from_main(saved(config, "dtype") or resolve_dtype("auto", device))
     config.micro_batch_tokens = micro_batch_tokens(config, source.model_config, device, world_size())
     identity = run_identity(config, source)
     settings = asdict(config)

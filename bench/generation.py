@@ -1,11 +1,12 @@
-"""Generation of eval/generate.py next to transformers' generate: equal tokens in fp32, and speed in bf16.
+"""Generation of eval/generate.py next to transformers' generate: equal tokens in fp32, and speed.
 
     python -m bench.generation --model DIR --data FILE [--prompts 50] [--batch-size 16] [--max-new-tokens 256]
 
 Greedy, with the same prompts and the same stop token. Every run is a process of its own. First fp32, batched
-and one by one: how many answers are equal, token by token. Then bf16. Contenders take turns, because the
-speed of a machine drifts: a ratio compares two runs of one round. "no guesses" is ours without guessed
-tokens. How many guesses are right depends on the answers: a small model's greedy ones repeat themselves.
+and one by one: how many answers are equal, token by token. Then speed, in what --dtype auto is. Contenders
+take turns, because the speed of a machine drifts: a ratio compares two runs of one round. "no guesses" is
+ours without guessed tokens. How many guesses are right depends on the answers: a small model's greedy ones
+repeat themselves.
 
 transformers gets prompts of similar length together, padded on the left. New tokens/s counts the tokens of
 the answers with their stops, from the prompts to the last answer; loading and a short warm-up do not count.
@@ -114,16 +115,18 @@ def main(argv: list[str]) -> None:
                     [[name, str(count), str(args.prompts)] for name, count in result["equal"].items()],
                     [44, 8, 6])
     if args.only != "equality":
+        from runtime.machine import resolve_dtype
+        dtype = resolve_dtype("auto", "cpu")
         speeds: dict[str, list[float]] = {"ours": [], "no guesses": [], "transformers": []}
         for i in range(args.rounds):
             for who in in_turn(list(speeds), i):
-                each = run(who, "bf16", args.batch_size)
+                each = run(who, dtype, args.batch_size)
                 speeds[who].append(each["new_tokens"] / each["seconds"])
         ratios = {who: [a / b for a, b in zip(speeds[who], speeds["transformers"])]
                   for who in ("ours", "no guesses")}
         result.update(new_tokens_per_second=speeds, ratios=ratios, prompt_tokens=each["prompt_tokens"],
                       ratio={who: statistics.median(values) for who, values in ratios.items()})
-        print_table(["bf16, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
+        print_table([f"{dtype}, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
                     [[who, *(f"{x:.1f}" for x in values)] for who, values in speeds.items()]
                     + [[f"ratio, {who}", *(f"{x:.2f}" for x in values)] for who, values in ratios.items()],
                     [24] + [10] * args.rounds)

@@ -162,7 +162,7 @@ def run_trainer(config: train.Config, args: Namespace, trl: bool, packed: bool, 
     meter = Meter(max(1, round(rows_a_step / rows)))
     settings = dict(
         output_dir=args.folder, per_device_train_batch_size=rows, max_steps=args.steps,
-        gradient_accumulation_steps=meter.micro_batches, bf16=config.dtype == "bf16",
+        gradient_accumulation_steps=meter.micro_batches, bf16=config.compute_dtype == torch.bfloat16,
         use_cpu=DEVICE.type == "cpu", learning_rate=config.lr, adam_beta1=config.beta1,
         adam_beta2=config.beta2, adam_epsilon=config.adam_eps, weight_decay=config.weight_decay,
         max_grad_norm=config.clip_grad_norm, optim="adamw_torch_fused", lr_scheduler_type="constant",

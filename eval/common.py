@@ -18,7 +18,7 @@ from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
 from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
-from runtime.machine import Crowding, keep_freed_memory, sleep_while_crowded
+from runtime.machine import Crowding, keep_freed_memory, resolve_dtype, sleep_while_crowded
 from model import Llama, load_model
 from runtime.model_folder import resolve_model
 from runtime.start import raise_interrupts
@@ -99,9 +99,12 @@ def read_objects(file: str, fields: dict[str, type], what: str, limit: int | Non
 
 
 def start_ranks(args: argparse.Namespace) -> torch.device:
-    """The device of this rank; under torchrun all ranks meet first. ValueError if there is no CUDA."""
+    """The device of this rank; under torchrun all ranks meet first. args.dtype becomes the one for it.
+    ValueError if there is no CUDA."""
     keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
-    return join_ranks(args.device)
+    device = join_ranks(args.device)
+    args.dtype = resolve_dtype(args.dtype, device)
+    return device
 
 
 def gather(items: list) -> list:

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable
 
-from config import CACHE_DIR, Config, check_files
+from config import CACHE_DIR, COMPUTE_DTYPES, Config, check_files
 from runtime import flags
 from runtime.files import check_writable
 from runtime.foreign import shorten
@@ -68,7 +68,7 @@ class Parser(flags.Parser):
     def add_common_flags(self) -> None:
         self.add_argument("--template", default="auto", help=HELP["template"])
         self.add_argument("--date", default="", help="YYYY-MM-DD for templates that print the date")
-        self.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+        self.add_argument("--dtype", choices=COMPUTE_DTYPES, default="auto", help=HELP["dtype"])
         self.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
         self.add_argument("--json", metavar="FILE", help="write the result there too")
 

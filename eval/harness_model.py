@@ -39,7 +39,7 @@ class HarnessModel(TemplateLM):
     answers generated at once; max_length: tokens of context and continuation; micro_batch_tokens: tokens of a
     row of log-likelihoods. ValueError for a bad value of any of them."""
 
-    def __init__(self, pretrained: str, template: str | None = None, date: str = "", dtype: str = "bf16",
+    def __init__(self, pretrained: str, template: str | None = None, date: str = "", dtype: str = "auto",
                  device: str = "auto", batch_size: int = 16, max_length: int | None = None,
                  micro_batch_tokens: int = 4096) -> None:
         super().__init__()

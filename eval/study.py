@@ -232,6 +232,7 @@ from runtime.distributed import join_ranks
 from runtime.files import lock, write_text
 from runtime.foreign import parse_json, read_text
 from runtime.folder import append_line, check_identity, launch
+from runtime.machine import resolve_dtype
 from runtime.report import say
 
 FEW = 5     # validation records; fewer are too few to choose by
@@ -411,6 +412,7 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     config.date = source.template.date
     # The same for all contenders: the least, since some need more memory than others.
     device = join_ranks(config.device)
+    config.dtype = resolve_dtype(config.dtype, device)
     config.micro_batch_tokens = min(
         train.micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
                                  config.jobs) for flags in contenders.values())

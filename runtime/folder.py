@@ -173,12 +173,13 @@ def restarted(out: Path, identity: dict) -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and old == old | identity | {"launch": launch()}
 
 
-def saved_date(out: Path, from_scratch: bool) -> str:
-    """The date that the run in this folder was started with, so that a run resumed tomorrow trains on the
-    same text; empty if there is no run, or it starts from scratch and torchrun did not restart it."""
+def saved_flag(out: Path, name: str, from_scratch: bool) -> str:
+    """A flag, text, of the run in this folder, so that a run resumed tomorrow or on another machine goes on
+    with the same date and dtype; "" if there is no run, or it starts from scratch and torchrun did not
+    restart it."""
     if not (out / "identity.json").is_file() or (from_scratch and not restarted(out, {})):
         return ""
-    return _saved_text(out, "date")
+    return _saved_text(out, name)
 
 
 def _saved_text(out: Path, flag: str) -> str:

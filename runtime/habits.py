@@ -92,11 +92,11 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
     ("optim*", "not needed for AdamW, which is the optimizer; make_optimizer() in train.py makes another"),
     ("data-seed", "here it is --seed {}"),
     # machine
-    ("bf16", ("here it is --dtype bf16, the default", "here it is --dtype fp32")),
+    ("bf16", ("here it is --dtype bf16", "here it is --dtype fp32")),
     ("fp16", ("not done; --dtype is bf16 or fp32", "not needed; it is never fp16")),
     ("tf32", ("not done; matrix products are in --dtype, bf16 or fp32", "always so")),
     ("mixed-precision", "here it is --dtype {}"),
-    ("torch-dtype", "here it is --dtype, bf16 or fp32"),
+    ("torch-dtype", "here it is --dtype, auto, bf16 or fp32"),
     ("bf16-full-eval fp16-full-eval", "not needed; evaluations run in --dtype, too"),
     ("gradient-checkpointing-kwargs activation-checkpointing-kwargs",
      "not needed; --recompute has no options"),

@@ -357,6 +357,19 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     assert run_here(arguments(folder, "named", **{**base, "train_data": moved})) == 0
 
 
+def test_auto_is_the_same_dtype_where_a_run_goes_on_with_another_cpu(folder, monkeypatch):
+    fast = [True]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast[0])
+    out = stopped(folder, "moving", 2, monkeypatch, dtype="auto")
+    fast[0] = False
+    refused(folder, "--dtype was bf16, is fp32", "moving", dtype="fp32")
+    assert run_here(arguments(folder, "moving", dtype="auto")) == 0
+    assert run_here(arguments(folder, "here", dtype="auto")) == 0
+    runs = out, folder / "here"
+    assert [json.loads((run / "run_config.json").read_text())["dtype"] for run in runs] == ["bf16", "fp32"]
+    assert not same_weights(*runs)
+
+
 def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
     def refused(says: str, out: str, **more: object) -> None:
         before = sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
@@ -418,7 +431,7 @@ def test_every_flag_that_changes_the_weights_is_refused_on_resume_with_another_v
         other = {"model": folder / "other-config", "train_data": folder / "other-records.jsonl",
                  "template": "tulu", "columns": "prompt=query", "mix": None}[field.name]
     elif choices := field.metadata["choices"]:
-        other = next(choice for choice in choices if choice != now)
+        other = next(choice for choice in choices if choice not in (now, "auto"))
     elif isinstance(now, bool):
         other = not now
     else:

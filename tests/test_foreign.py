@@ -387,7 +387,7 @@ def test_a_run_config_of_another_program_is_named(tmp_path):
     (tmp_path / "identity.json").write_text("{}")
     (tmp_path / "run_config.json").write_text(json.dumps({"date": 5, "resume": [1]}))
     with pytest.raises(ValueError, match="run_config.json: date is 5; it must be text"):
-        folder.saved_date(tmp_path, False)
+        folder.saved_flag(tmp_path, "date", False)
     with pytest.raises(ValueError, match="run_config.json: resume is"):
         folder._begun_from(tmp_path, "x")
 

@@ -36,7 +36,7 @@ def refusal(argv: list[str]) -> str:
     ("--report-to wandb", "here it is --track wandb"),
     ("--dataset-name owner/set", "here it is --train-data owner/set"),
     ("--deepspeed z3.json", "here it is --shard, under torchrun"),
-    ("--model_name_or_path m", "here it is --model m"), ("--bf16", "here it is --dtype bf16, the default"),
+    ("--model_name_or_path m", "here it is --model m"), ("--bf16", "here it is --dtype bf16"),
     ("--bf16 False", "here it is --dtype fp32"), ("--completion-only-loss True", "here it is --loss it"),
     ("--assistant-only-loss", "here it is --loss it"), ("--train_on_inputs false", "here it is --loss it"),
     ("--train_on_inputs true", "here it is --loss lm, or im for all but the template's own tokens"),
