@@ -21,7 +21,7 @@ from runtime.cpu import cores
 from runtime.start import launched
 
 
-def keep_freed_memory(shapes: int = 128) -> None:
+def keep_freed_memory(shapes: int = 256) -> None:
     """Let glibc keep freed memory, in huge pages, instead of returning it to the system. A step frees and
     allocates gigabytes, and every page that comes from the system again costs a fault. shapes: how many
     compiled matrix products oneDNN caches (its default is 1024). The cached ones fragment the memory between
