@@ -24,9 +24,9 @@ def run(program: str, seconds: float = 5, megabytes: int = 128):
     return run_python([program], seconds, megabytes)
 
 
-def printed(program: str) -> str:
+def printed(program: str, seconds: float = 5) -> str:
     """What a harmless program prints."""
-    done = run(program)
+    done = run(program, seconds)
     assert done.finished, done
     return done.output.strip()
 
@@ -135,7 +135,7 @@ print(*os.listdir('/'))
 for folder, _, _ in os.walk('/'):
     if os.access(folder, os.W_OK):
         print('could write in', folder)
-""").splitlines()
+""", seconds=120).splitlines()
     interpreter = Path(sys.base_prefix).parts[1:]
     for line in found[:5]:
         folder = line.split()[0]
