@@ -301,8 +301,8 @@ def test_micro_batches_are_as_large_as_a_gpu_and_a_step_allow_and_the_same_on_ev
     def chosen(memory: float, device: str = "cuda", ranks: int = 1, processes: int = 1, **config: object
                ) -> int:
         free[0] = memory
-        return train.micro_batch_tokens(train.Config(dtype="bf16", **config), shape, torch.device(device), ranks,
-                                                processes)
+        config = train.Config(dtype="bf16", **config)
+        return train.micro_batch_tokens(config, shape, torch.device(device), ranks, processes)
 
     assert [chosen(memory) for memory in (7e9, 15e9, 17e9, 27e9, 29e9, 80e9)] == [
         4096, 8192, 16384, 16384, 32768, 65536]
