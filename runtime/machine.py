@@ -72,8 +72,8 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 def resolve_dtype(dtype: str, device: torch.device | str) -> str:
     """--dtype for a device, as --device names it: bf16 or fp32. auto is bf16 where the device has
-    instructions for products in bf16. Elsewhere they take 5 to 80 times as long as in fp32. ValueError if
-    dtype is none of the three."""
+    instructions for products in bf16. Elsewhere they take 6 to 70 times as long as in fp32
+    (docs/speed-measured.md). ValueError if dtype is none of the three."""
     if dtype in ("bf16", "fp32"):
         return dtype
     if dtype != "auto":
