@@ -197,8 +197,16 @@ def open_source(config: Config) -> Source:
 
 
 def saved(config: Config, name: str) -> str:
-    """A flag of the run that this one resumes, "" if it resumes none."""
-    return saved_flag(Path(config.output_dir), name, config.resume == "never" or config.overwrite)
+    """A flag of the run that this one goes on from, "" if there is none."""
+    return saved_flag(Path(config.output_dir), name, config.resume, config.overwrite)
+
+
+def settle(config: Config, source: Source) -> None:
+    """Replace what a flag leaves open by what is stored with a run, which resumes with the same: the date,
+    and the dtype that auto stands for."""
+    config.date = source.template.date
+    if config.dtype == "auto":
+        config.dtype = from_main(saved(config, "dtype") or resolve_dtype("auto", config.device))
 
 
 def run_identity(config: Config, source: Source) -> dict[str, object]:
@@ -240,7 +248,7 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
     with first_of_machine():
         train_set = load(config.train_data)
         eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
-    usable = train_set.trainable(config.span_weights, config.require_completion)
+    held_out = None
     if config.eval_fraction:
         held_out = hold_out(train_set.groups, config.eval_fraction, config.split_seed)
         if not 0 < held_out.sum() < len(train_set):
@@ -249,7 +257,7 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
                              f"{len(train_set):,} examples; those with the same first user message stay "
                              f"together. Give {fix}, or other records with --eval-data")
         eval_sets[HELD_OUT] = train_set.subset(np.flatnonzero(held_out))
-        usable = usable[~held_out[usable]]
+    usable = examples_to_train(config, train_set, held_out)
     if not len(usable):
         cut_off = config.require_completion and train_set.without_completion == len(train_set)
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
@@ -257,9 +265,15 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
                              f"no completion is left of any (--max-length {config.max_length} cut off "
                              f"{train_set.report['truncated']:,}); --no-require-completion trains without"
                              if cut_off else "every target's span has weight 0"))
-    if config.max_examples and not config.mix:
-        usable = usable[:config.max_examples]
     return train_set, usable, eval_sets
+
+
+def examples_to_train(config: Config, dataset: Dataset, held_out: np.ndarray | None = None) -> np.ndarray:
+    """The indices of those to train on; held_out: (examples,) whether each is held out."""
+    usable = dataset.trainable(config.span_weights, config.require_completion)
+    if held_out is not None:
+        usable = usable[~held_out[usable]]
+    return usable[:config.max_examples] if config.max_examples and not config.mix else usable
 
 
 def warn_of_known(train_set: Dataset, usable: np.ndarray, eval_sets: dict[str, Dataset]) -> None:
@@ -428,10 +442,10 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
     # What is cheap to check comes before the data is tokenized.
     source = open_source(config)
-    # Saved with the run, so that it resumes with the same date and in the same dtype.
-    config.date = source.template.date
-    if config.dtype == "auto":
-        config.dtype = from_main(saved(config, "dtype") or resolve_dtype("auto", device))
+    settle(config, source)
+    if config.dtype == "bf16" and resolve_dtype("auto", device) == "fp32":
+        say(fit("warning: --dtype bf16: there are no instructions for it here, so it may take ten times as "
+                "long as --dtype fp32"))
     config.micro_batch_tokens = micro_batch_tokens(config, source.model_config, device, world_size())
     identity = run_identity(config, source)
     settings = asdict(config)

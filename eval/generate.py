@@ -221,9 +221,9 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
     if is_main() and not args.output:
         print(printable("".join(map(as_line, new))), end="")
     tokens = sum(answer["tokens"] + answer["finished"] for answer in new)       # with each one's stop
-    return {"model": args.model, "answers": len(asked) * args.samples, "new_answers": len(new),
-            "finished": sum(answer["finished"] for answer in new), "new_tokens": tokens, "seconds": seconds,
-            "new_tokens_per_second": tokens / seconds}
+    return {"model": args.model, "dtype": args.dtype, "answers": len(asked) * args.samples,
+            "new_answers": len(new), "finished": sum(answer["finished"] for answer in new),
+            "new_tokens": tokens, "seconds": seconds, "new_tokens_per_second": tokens / seconds}
 
 
 # ---------------------------------------------------------------- the program

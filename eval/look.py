@@ -113,7 +113,8 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
                                               train.compiles(config, source.model_config, cuda))
     return {
         "model": str(source.folder), "parameters": parameter_count(source.model_config),
-        **dataset.report, "left_out": len(dataset) - len(usable), "examples": len(usable),
+        "dtype": config.dtype, **dataset.report,
+        "left_out": len(dataset) - len(usable), "examples": len(usable),
         "tokens": int(lengths.sum()), "longest": int(lengths.max()) + 1, "spans": span_statistics(counts),
         "instruction_completion_ratio": float(totals[INSTRUCTION] / totals[COMPLETION])
         if totals[COMPLETION] else None,
@@ -233,6 +234,7 @@ def main(argv: list[str]) -> None:
 
     # As in train.main(), but for the folder, which does not end this.
     source = train.open_source(config)
+    train.settle(config, source)
     ranks = config.ranks or world_size()
     config.micro_batch_tokens = train.micro_batch_tokens(config, source.model_config, device, ranks)
     identity = train.run_identity(config, source)
@@ -246,7 +248,8 @@ def main(argv: list[str]) -> None:
         "held_out": {name: {"examples": len(held_out), "tokens": int(held_out.lengths.sum())}
                      for name, held_out in eval_sets.items()},
         "output_dir": state}
-    say(f"model: {source.folder}: {numbers['parameters']:,} parameters; template {source.template.name}")
+    say(f"model: {source.folder}: {numbers['parameters']:,} parameters; template {source.template.name}; "
+        f"{config.dtype}")
     held_out = eval_sets[train.HELD_OUT] if config.eval_fraction else None
     say(describe_data(config, dataset, usable, held_out, steps, train.count_steps(config, steps.per_epoch),
                       source.model_config.max_position_embeddings))

@@ -232,7 +232,6 @@ from runtime.distributed import join_ranks
 from runtime.files import lock, write_text
 from runtime.foreign import parse_json, read_text
 from runtime.folder import append_line, check_identity, launch
-from runtime.machine import resolve_dtype
 from runtime.report import say
 
 FEW = 5     # validation records; fewer are too few to choose by
@@ -393,7 +392,7 @@ def make_plan(config: StudyConfig, contenders: dict[str, dict], files: tuple[lis
 def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> None:
     """ValueError if a contender does not train on exactly the examples that the first one trains on."""
     for name, flags in plan.contenders.items():
-        own = dataset.trainable(dataclasses.replace(plan.base, **flags).span_weights)
+        own = train.examples_to_train(dataclasses.replace(plan.base, **flags), dataset)
         if not np.array_equal(own, usable):
             only = np.setxor1d(own, usable)
             raise ValueError(f"contender {name}: {len(only)} example(s), the first from "
@@ -406,13 +405,15 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     """Check everything, make the study's folder and tokenize: the plan, the model's folder, the training set,
     its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
     out = Path(config.output_dir)
-    # A study that is resumed tomorrow trains on the same text.
-    config.date = config.date or read_settings(config).get("date", "")
+    # A study that is resumed tomorrow, or on another machine, trains on the same text and in the same dtype.
+    before = read_settings(config)
+    config.date = config.date or before.get("date", "")
+    if config.dtype == "auto":
+        config.dtype = before.get("identity", {}).get("dtype", "auto")
     source = train.open_source(dataclasses.replace(config, output_dir=str(out / "none")))
-    config.date = source.template.date
+    train.settle(config, source)
     # The same for all contenders: the least, since some need more memory than others.
     device = join_ranks(config.device)
-    config.dtype = resolve_dtype(config.dtype, device)
     config.micro_batch_tokens = min(
         train.micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
                                  config.jobs) for flags in contenders.values())

@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -173,21 +174,20 @@ def restarted(out: Path, identity: dict) -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and old == old | identity | {"launch": launch()}
 
 
-def saved_flag(out: Path, name: str, from_scratch: bool) -> str:
-    """A flag, text, of the run in this folder, so that a run resumed tomorrow or on another machine goes on
-    with the same date and dtype; "" if there is no run, or it starts from scratch and torchrun did not
-    restart it."""
-    if not (out / "identity.json").is_file() or (from_scratch and not restarted(out, {})):
-        return ""
-    return _saved_text(out, name)
-
-
-def _saved_text(out: Path, flag: str) -> str:
-    """A flag of the run in this folder, "" if it was not given. ValueError if it is not text."""
-    value = read_json(out / "run_config.json").get(flag, "")
-    if not isinstance(value, str):
-        raise ValueError(f"{out}/run_config.json: {flag} is {shorten(repr(value), 100)}; it must be text")
-    return value
+def saved_flag(out: Path, name: str, resume: str, overwrite: bool) -> str:
+    """A flag, text, of the run or the checkpoint that this run goes on from, so that it has the same date and
+    dtype tomorrow and on another machine; "" if it starts from scratch and torchrun did not restart it.
+    resume, overwrite: the flags. What cannot be read is "", too: check_folder() says what is wrong."""
+    with suppress(ValueError):
+        if resume not in ("auto", "never"):
+            identity = read_state(Path(resume))["identity"]
+        elif (resume == "never" or overwrite) and not restarted(out, {}):
+            identity = {}
+        else:
+            identity = read_json(out / "identity.json")
+        if isinstance(value := identity.get(name), str):
+            return value
+    return ""
 
 
 def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) -> Action:
@@ -259,7 +259,9 @@ def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: di
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
     """Whether the run in OUTPUT was started with --resume CHECKPOINT and has its own checkpoints since."""
-    before = _saved_text(out, "resume")
+    before = read_json(out / "run_config.json").get("resume", "")
+    if not isinstance(before, str):
+        raise ValueError(f"{out}/run_config.json: resume is {shorten(repr(before), 100)}; it must be text")
     return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
 
 

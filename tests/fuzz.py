@@ -317,7 +317,7 @@ def run_folder(case: tuple, out: Path):
                 pass
         (out / other).write_bytes(raw if other == name else json.dumps(content).encode())
     yield [str(out)]
-    folder.saved_flag(out, "date", False)
+    folder.saved_flag(out, "date", "auto", False)
     for identity in (IDENTITY, {**IDENTITY, "epochs": 2}):
         try:
             folder.check_folder(out, identity, SETTINGS, MODEL)

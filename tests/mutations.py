@@ -442,7 +442,7 @@ FAULTS = [
           "divmod(epoch * count, len(members))", "divmod(0, len(members))",
           "data::a_mix_has_its_shares_in_every_epoch_and_uses_a_files_examples_equally_often"),
     fault("dtype-moves", "auto: another dtype on resume", "train.py",
-          "saved(config, \"dtype\") or resolve_dtype(", "resolve_dtype(",
+          "from_main(saved(config, \"dtype\") or resolve", "from_main(resolve",
           "folder::auto_is_the_same_dtype_where_a_run_goes_on_with_another_cpu"),
     fault("dtype-emulated", "bf16 on GPUs that emulate it", "runtime/machine.py",
           "is_bf16_supported(including_emulation=False)", "is_bf16_supported()",

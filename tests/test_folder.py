@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import train
+from eval import look
 from runtime import checkpoint
 from runtime import folder as run_folder
 from runtime.flags import flag_name
@@ -363,11 +364,17 @@ def test_auto_is_the_same_dtype_where_a_run_goes_on_with_another_cpu(folder, mon
     out = stopped(folder, "moving", 2, monkeypatch, dtype="auto")
     fast[0] = False
     refused(folder, "--dtype was bf16, is fp32", "moving", dtype="fp32")
-    assert run_here(arguments(folder, "moving", dtype="auto")) == 0
-    assert run_here(arguments(folder, "here", dtype="auto")) == 0
-    runs = out, folder / "here"
-    assert [json.loads((run / "run_config.json").read_text())["dtype"] for run in runs] == ["bf16", "fp32"]
-    assert not same_weights(*runs)
+    branch = arguments(folder, "branch", dtype="auto", resume=out / "checkpoints" / "step-00000002")
+    dtypes, runs = [], [folder / name for name in ("branch", "moving", "here")]
+    for argv in (branch, *(arguments(folder, run, dtype="auto") for run in runs[1:])):
+        look.main([*argv, "--json", str(folder / "look.json")])
+        looked = json.loads((folder / "look.json").read_text())
+        assert run_here(argv) == 0
+        out = Path(argv[argv.index("--output-dir") + 1])
+        dtypes.append(json.loads((out / "run_config.json").read_text())["dtype"])
+        assert looked["dtype"] == dtypes[-1] and looked["output_dir"] != "refused"
+    assert dtypes == ["bf16", "bf16", "fp32"]
+    assert same_weights(*runs[:2]) and not same_weights(*runs[1:])
 
 
 def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tiny
 import train
@@ -371,9 +372,12 @@ def test_the_signal_handlers_come_back(folder, whole):
 def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys):
     trained, main = [], train.main
     monkeypatch.setattr(train, "main", lambda argv, *more: trained.append(argv) or main(argv, *more))
-    base = dict(memorization=0, generate=0, epochs=1)
+    base = dict(memorization=0, generate=0, epochs=1, max_examples=12, dtype="auto")
     argv = arguments(folder, "added", seeds=1, **base)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert study.main(argv) == 0 and len(trained) == 2
+    # On another CPU it goes on in the same dtype.
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert study.main(argv) == 0 and len(trained) == 2
     assert study.main(arguments(folder, "added", losses=["it", "im:span"], variants="im-noisy=--loss im "
                                 "--neftune-alpha 5", **base)) == 0
@@ -381,8 +385,8 @@ def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys):
     assert added == ["im=span-lr0.01-seed0", "im-noisy-lr0.01-seed0", "it-lr0.01-seed1",
                      "im=span-lr0.01-seed1", "im-noisy-lr0.01-seed1"]
     flags = [json.loads(Path(argv[1]).read_text()) for argv in trained[2:4]]
-    assert [(each["loss"], each["normalize"], each["neftune_alpha"]) for each in flags] == [
-        ("im", "span", 0.0), ("im", "token", 5.0)]
+    assert [(each["loss"], each["normalize"], each["neftune_alpha"], each["dtype"]) for each in flags] == [
+        ("im", "span", 0.0, "bf16"), ("im", "token", 5.0, "bf16")]
     result = json.loads((folder / "added" / "study.json").read_text())
     assert result["contenders"] == ["it", "im:span", "im-noisy"] and result["seeds"] == [0, 1]
     fits_the_terminal(capsys.readouterr().out, folder)
