@@ -383,6 +383,15 @@ def test_lines_of_other_programs_in_a_runs_logs_are_left_out(tmp_path):
         assert not folder.is_evaluation({**good, **change})
 
 
+@pytest.mark.parametrize("content, date", [('{"date": "2026-01-05"}', "2026-01-05"), ('{"date": 5}', ""),
+                                           ('{"date": null}', ""), ("[1]", ""), ("{", ""), ("{}", "")])
+def test_only_text_is_taken_over_from_a_runs_identity(content, date, tmp_path):
+    (tmp_path / "identity.json").write_text(content)
+    assert folder.saved_flag(tmp_path, "date", "auto", False) == date
+    for from_scratch in (("never", False), ("auto", True), (str(tmp_path / "none"), False)):
+        assert folder.saved_flag(tmp_path, "date", *from_scratch) == ""
+
+
 def test_a_run_config_of_another_program_is_named(tmp_path):
     (tmp_path / "identity.json").write_text("{}")
     (tmp_path / "run_config.json").write_text(json.dumps({"resume": [1]}))
