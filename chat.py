@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from datetime import date as Date
 from difflib import SequenceMatcher
 from functools import cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,8 +244,7 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
                 start, end = _composed_answer(messages, i, template, text, max(position, end_of_last),
                                               next_content)
             elif contents[i] is not None:
-                start = position + _start_of_answer(messages[:i], template, text, position,
-                                                    end_of_last - position, literals[i], contents[i])
+                start = _start_of_answer(messages[:i], template, text, end_of_last, start, end)
                 end += _end_of_answer(text[end:next_content], template)
             end_of_last = end
         mark(start, end, kind)
@@ -426,21 +425,18 @@ def _end_of_answer(literal: str, template: Template) -> int:
     return 0
 
 
-def _start_of_answer(before: list[dict], template: Template, text: str, position: int, end: int,
-                     literal: str, content: str) -> int:
-    """Where in literal + content the answer starts: after the generation prompt if the text begins with it,
-    else at the content. before: the messages before the answer; position: of the literal in the text; end:
-    how much of the literal belongs to the answer before."""
+def _start_of_answer(before: list[dict], template: Template, text: str, first: int, content: int, end: int
+                     ) -> int:
+    """Where in the text an answer starts: after its generation prompt if the text begins with that, else at
+    its content, text[content:end]. before: the messages before the answer; first: where it may start."""
     prompt = _generation_prompt(before, template)
     if prompt is None or not text.startswith(prompt):
-        return len(literal)
-    start = len(prompt) - position
-    if not end <= start <= len(literal) + len(content):
-        return len(literal)
+        return content
+    start = len(prompt)
     # A special token of the prompt must not come from the content, where it is only text.
-    tokens = _special_pattern(template.special).finditer(prompt)
-    if any(token.end() - position > len(literal) for token in tokens):
-        return len(literal)
+    special = _special_pattern(template.special).finditer(prompt)
+    if not first <= start <= end or any(token.end() > content for token in special):
+        return content
     return start
 
 
@@ -492,40 +488,32 @@ def _take_apart(text: str, messages: list[dict], template: Template, add_generat
         literals.append(remaining)
         return literals if mark not in "".join(literals) else None
 
-    def as_they_are(mark_empty: bool) -> tuple[list[str], list[str]] | None:
-        """Contents that the template writes unchanged. Templates may test the whitespace at their edges
-        (`plain` does), so the sentinels have it. If doubling it changes no literal, it is not stripped."""
-        literals = literals_around(1, mark_empty)
-        if literals is None or literals != literals_around(2, mark_empty):
-            return None
-        return _match(text, literals, [[c] for c in contents])
-
-    def stripped_or_json(mark_empty: bool) -> tuple[list[str], list[str]] | None:
-        """Contents that the template strips on either side, or writes as JSON, like a tool's answer."""
-        literals = literals_around(0, mark_empty)
-        if literals is None:
-            return None
-        variants = [[c, c.strip(), c.lstrip(), c.rstrip(), json.dumps(c, ensure_ascii=False)[1:-1]]
-                    for c in contents]
-        return _match(text, literals, variants)
-
-    for mark_empty in (True, False):
-        for edges, match in ((1, as_they_are), (0, stripped_or_json)):
-            if not (found := match(mark_empty)):
-                continue
-            literals, written = found
-            without_tools = literals_around(edges, mark_empty, False) if _tools(messages) else literals
-            if without_tools:
-                written = [x if c or mark_empty and i not in composed else None
-                           for i, (x, c) in enumerate(zip(written, contents))]
-                return literals, written, without_tools
+    for mark_empty, edges in product((True, False), (1, 0)):
+        literals = literals_around(edges, mark_empty)
+        # Contents that the template writes unchanged. Templates may test the whitespace at their edges
+        # (`plain` does), so the sentinels have it. If doubling it changes no literal, it is not stripped.
+        if literals is None or edges and literals != literals_around(2, mark_empty):
+            continue
+        variants = [[c] for c in contents]
+        if not edges:
+            # Contents that the template strips on either side, or writes as JSON, like a tool's answer.
+            variants = [[c, c.strip(), c.lstrip(), c.rstrip(), json.dumps(c, ensure_ascii=False)[1:-1]]
+                        for c in contents]
+        written = _match(text, literals, variants)
+        if written is None:
+            continue
+        without_tools = literals_around(edges, mark_empty, False) if _tools(messages) else literals
+        if without_tools:
+            written = [x if c or mark_empty and i not in composed else None
+                       for i, (x, c) in enumerate(zip(written, contents))]
+            return literals, written, without_tools
     problem = problems[0] if problems else f"template {template.name} rewrites or repeats a message's text"
     raise Refused(f"{problem}: its spans cannot be told apart, change the record or use another --template")
 
 
-def _match(text: str, literals: list[str], variants: list[list[str]]) -> tuple[list[str], list[str]] | None:
-    """Choose a variant of each content so that literals and contents in turn spell the text. Returns
-    (literals, contents chosen), or None if no choice does."""
+def _match(text: str, literals: list[str], variants: list[list[str]]) -> list[str] | None:
+    """Choose a variant of each content so that literals and contents in turn spell the text. Returns the
+    contents chosen, or None if no choice does."""
     # (content, position in text, contents chosen): depth first, earlier variants first.
     stack = [(0, 0, ())]
     tried = set()
@@ -537,7 +525,7 @@ def _match(text: str, literals: list[str], variants: list[list[str]]) -> tuple[l
         position += len(literals[i])
         if i == len(variants):
             if position == len(text):
-                return literals, list(chosen)
+                return list(chosen)
             continue
         stack += [(i + 1, position + len(variant), (*chosen, variant)) for variant in reversed(variants[i])
                   if text.startswith(variant, position)]

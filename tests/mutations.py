@@ -273,7 +273,7 @@ FAULTS = [
           "                end += _end_of_answer(text[end:next_content], template)\n", "",
           "data::the_end_of_turn_is_a_target_and_the_first_answer_token_too"),
     fault("begin-of-turn", "think block before it not trained", "chat.py", "    return start\n",
-          "    return len(literal)\n",
+          "    return content\n",
           "templates::completion_begins_where_the_served_prompt_ends"),
     fault("next-header", "the next message's header is trained", "chat.py",
           "if token and (not template.end_of_turn or token[0] in ends):", "if token:",
