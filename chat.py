@@ -8,7 +8,6 @@ and split at them, so no marker is ever searched for in token ids and no prompt 
 prefix.
 """
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
 
-from runtime.foreign import read_text
+from runtime.foreign import check_file, read_text
 from runtime.jinja import Refused, render_jinja
 from runtime.tokenizer import Tokenizer, check_rows, naming_file
 
@@ -98,11 +97,29 @@ def _tools(messages: list[dict]) -> list[dict]:
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
-def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> Template:
-    """name: auto (the checkpoint's own template), a key of TEMPLATES, or the path of a .jinja file; date:
-    YYYY-MM-DD for templates that print today's date, default today. ValueError if the template does not
-    exist, or ends an assistant's message without a special token: the model could never learn to stop.
-    """
+def check_template_flags(name: str, date: str) -> None:
+    """ValueError that names the flag for a --template that is neither auto, nor a key of TEMPLATES, nor a
+    .jinja file, and for a --date that is not YYYY-MM-DD; "" is today."""
+    if name.endswith(".jinja"):
+        try:
+            check_file(name)
+        except ValueError as error:
+            raise ValueError(f"--template {error}") from None
+    elif name not in ("auto", *TEMPLATES):
+        raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
+                         "nor a .jinja file")
+    try:
+        Date.fromisoformat(date or "2000-01-01")
+    except ValueError:
+        raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
+
+
+def load_template(name: str, tokenizer: Tokenizer, date: str = "") -> Template:
+    """name, date: as for check_template_flags(). ValueError if they are not so, if auto is given and the
+    checkpoint has no template of its own, or if the template ends an assistant's message without a special
+    token: the model could never learn to stop."""
+    date = str(date or "")      # lm_eval makes a number of 20260105
+    check_template_flags(name, date)
     if name == "auto":
         source = tokenizer.chat_template
         if source is None:
@@ -114,15 +131,9 @@ def load_template(name: str, tokenizer: Tokenizer, date: str | None = None) -> T
             # This tokenizer does not add BOS to plain text, so its model was not trained with one. It is left
             # out of the exported source, too.
             source = re.sub(r"{{-? bos_token }}", "", source)
-    elif name.endswith(".jinja") and os.path.lexists(name):
-        source = read_text(name)
     else:
-        raise ValueError(f"--template {name}: neither auto, nor one of {', '.join(TEMPLATES)}, "
-                         "nor a .jinja file")
-    try:
-        date = Date.fromisoformat(str(date)).isoformat() if date else Date.today().isoformat()
-    except ValueError:
-        raise ValueError(f"--date {date}: write it as YYYY-MM-DD") from None
+        source = read_text(name)
+    date = (Date.fromisoformat(date) if date else Date.today()).isoformat()
     template = Template(name, source, tokenizer.named_tokens, tuple(tokenizer.special), date)
     try:
         probe = render(PROBE, template)

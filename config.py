@@ -9,13 +9,12 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES
+from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, check_template_flags
 from records import HUB_NAME, RECORDS_FILE, data_files, parse_columns
 from runtime.files import check_writable
 from runtime.flags import BELOW, flag, flag_name, given_flags
@@ -271,24 +270,11 @@ def check_files(args: object) -> None:
         if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
             data_files([name])
 
-    def check_template(name: str) -> None:
-        if name.endswith(".jinja"):
-            check_file(name)
-        elif name not in ("auto", *TEMPLATES):
-            raise ValueError(f"{name}: neither auto, nor one of {', '.join(TEMPLATES)}, nor a .jinja file")
-
-    def check_date(text: str) -> None:
-        try:
-            date.fromisoformat(text)
-        except ValueError:
-            raise ValueError(f"{text}: write it as YYYY-MM-DD") from None
-
     models = getattr(args, "model", [])
     for model in [models] if isinstance(models, str) else models:
         check_model(model)
     checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
-              check_file: ("questions", "judge_prompts", "reference", "results", "from"),
-              check_template: ("template",), check_date: ("date",)}
+              check_file: ("questions", "judge_prompts", "reference", "results", "from")}
     for check, names in checks.items():
         for name in names:
             value = getattr(args, name, None) or []
@@ -297,6 +283,7 @@ def check_files(args: object) -> None:
                     check(each)
                 except ValueError as error:
                     raise ValueError(f"{flag_name(name)} {error}") from None
+    check_template_flags(getattr(args, "template", "") or "auto", getattr(args, "date", ""))
     # The harness's own name for its folder of results.
     if getattr(args, "output_path", None) and is_main():
         check_writable("--output_path", args.output_path, folder=True)
