@@ -22,6 +22,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NoReturn
@@ -477,6 +478,15 @@ class _JsonStream:
         self.at = end
         return value
 
+    def values_of_list(self) -> Iterator[object]:
+        """Take a list, value by value. It must have one."""
+        self.take("[")
+        if self.peek() == "]":
+            self.fail(self.at, "holds an empty list, and no records")
+        yield self.value()
+        while self.take(",]") == ",":
+            yield self.value()
+
 
 def _from_json(stream: _JsonStream) -> Iterator[tuple[object, int, str]]:
     """One record after the other, or a list of records. A list of messages is a record."""
@@ -486,30 +496,19 @@ def _from_json(stream: _JsonStream) -> Iterator[tuple[object, int, str]]:
             stream.fail(stream.at, "a record must end with its line, and more follows here")
         line = stream.line
         if start == "[" and not last_line:
-            stream.take("[")
-            if stream.peek() == "]":
-                stream.fail(stream.at, "holds an empty list, and no records")
-            record = [stream.value()]
-            if not _is_message(record[0]):
-                yield from _from_list(stream, record[0])
+            values = stream.values_of_list()
+            first = next(values)
+            if not _is_message(first):
+                for number, record in enumerate(chain([first], values), 1):
+                    yield record, number, f": record {number}"
+                if stream.peek():
+                    stream.fail(stream.at, "more follows after the list of records")
                 return
-            while stream.take(",]") == ",":
-                record.append(stream.value())
+            record = [first, *values]
         else:
             record = stream.value()
         yield record, line, f":{line}"
         last_line = stream.line
-
-
-def _from_list(stream: _JsonStream, record: object) -> Iterator[tuple[object, int, str]]:
-    """The rest of a list of records, after its first one."""
-    number = 1
-    yield record, number, f": record {number}"
-    while stream.take(",]") == ",":
-        number += 1
-        yield stream.value(), number, f": record {number}"
-    if stream.peek():
-        stream.fail(stream.at, "more follows after the list of records")
 
 
 # ---------------------------------------------------------------- records -> messages
