@@ -71,14 +71,15 @@ def random_model(config: ModelConfig, device: str) -> Llama:
     return model
 
 
+def flags(loss: str, micro_batch_tokens: int, tiny: bool) -> list[str]:
+    """--max-length is the length of every document."""
+    return ["--model", "none", "--train-data", "none", "--loss", loss, "--micro-batch-tokens",
+            str(micro_batch_tokens), "--batch-size", str(8 if tiny else DOCUMENTS), "--max-length",
+            str(16 if tiny else DOCUMENT)]
+
+
 def settings(loss: str, micro_batch_tokens: int, device: str, tiny: bool) -> train.Config:
-    return train.parse_args([
-        "--model", "none", "--train-data", "none", "--loss", loss, "--device", device,
-        "--micro-batch-tokens", str(micro_batch_tokens), "--batch-size", str(8 if tiny else DOCUMENTS)])
-
-
-def document(tiny: bool) -> int:
-    return 16 if tiny else DOCUMENT
+    return train.parse_args([*flags(loss, micro_batch_tokens, tiny), "--device", device])
 
 
 def synchronize(device: str) -> None:
@@ -153,7 +154,7 @@ def compile_times(report: Report, device: str, tiny: bool) -> None:
             model.choose_attention(config.compute_dtype)
             model.compile_layers()
             began = time.monotonic()
-            _, one_step = step.training(config, document(tiny), model)
+            _, one_step = step.training(config, config.max_length, model)
             one_step(0)
             synchronize(device)
             report.row(10, f"{name}: first step with compiling, {way}", time.monotonic() - began, "s")
@@ -170,20 +171,20 @@ def step_flops(config: ModelConfig, tokens: int, trained: int) -> float:
     return 6 * (body * tokens + head * trained)
 
 
-def expected_memory(config: train.Config, model: Llama, device: str, tiny: bool) -> float:
+def expected_memory(config: train.Config, model: Llama) -> float:
     """Bytes that eval/estimate.py expects of such a run, without the program itself."""
-    dataset = step.synthetic([document(tiny)] * (4 * config.batch_size), model.config.vocab_size)
+    dataset = step.synthetic([config.max_length] * (4 * config.batch_size), model.config.vocab_size)
     steps = train.make_steps(config, dataset, np.arange(len(dataset)), 0, 1)
     packed = estimate.packing(steps.plan, dataset.lengths, dataset.counts, config.span_weights != 0)
     return sum(estimate.memory(model.config, packed, config.compute_dtype, 1, False, config.recompute, False,
-                               device == "cuda", model.compiled is not None).values())
+                               config.device == "cuda", model.compiled is not None).values())
 
 
-def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup: int = 1, repeats: int = 3
-            ) -> dict[str, float]:
+def measure(model: Llama, config: train.Config, warmup: int = 1, repeats: int = 3) -> dict[str, float]:
     """Speed and memory of a run that trains this model."""
+    device = config.device
     free_memory(device)
-    _, one_step = step.training(config, document(tiny), model)
+    _, one_step = step.training(config, config.max_length, model)
     for number in range(warmup):
         one_step(number)
     synchronize(device)
@@ -202,12 +203,11 @@ def measure(model: Llama, config: train.Config, device: str, tiny: bool, warmup:
     return found
 
 
-def measure_row(report: Report, name: str, model: Llama, config: train.Config, device: str, tiny: bool,
-                warmup: int = 1) -> float:
+def measure_row(report: Report, name: str, model: Llama, config: train.Config, warmup: int = 1) -> float:
     """measure() as a row. Returns the tokens/s: 0 if memory does not suffice or it fails."""
     with report.trying(10, name):
         try:
-            found = measure(model, config, device, tiny, warmup)
+            found = measure(model, config, warmup)
         except torch.OutOfMemoryError:
             report.row(10, name, "out of memory")
             return 0.0
@@ -215,7 +215,7 @@ def measure_row(report: Report, name: str, model: Llama, config: train.Config, d
             model.zero_grad()
         short = f"{name}: MFU {found['mfu']:.1%}"
         if "peak_gb" in found:
-            estimate = expected_memory(config, model, device, tiny) / 1e9
+            estimate = expected_memory(config, model) / 1e9
             found |= {"estimate_gb": estimate, "peak_over_estimate": found["peak_gb"] / estimate}
             short += f", {found['peak_gb']:.1f} GB, x{found['peak_over_estimate']:.2f}"
         report.row(10, short, found["tokens_per_second"], "tokens/s", data=found)
@@ -236,32 +236,30 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     report.row(10, f"{name}: attention", "varlen" if model.varlen else "tiled")
     if device == "cuda":
         model.compile_layers()
-    baseline = measure_row(report, f"{name} IM {sizes[0]:,}", model, usual, device, tiny, 2)
+    baseline = measure_row(report, f"{name} IM {sizes[0]:,}", model, usual, 2)
     for loss, size in itertools.product(("im", "it"), sizes):
         if (loss, size) != ("im", sizes[0]):
-            measure_row(report, f"{name} {loss.upper()} {size:,}", model, settings(loss, size, device, tiny),
-                        device, tiny)
+            measure_row(report, f"{name} {loss.upper()} {size:,}", model, settings(loss, size, device, tiny))
     if switches and baseline:
-        switched_off(name, report, model, usual, device, tiny, baseline)
+        switched_off(name, report, model, usual, baseline)
 
 
-def switched_off(name: str, report: Report, model: Llama, usual: train.Config, device: str, tiny: bool,
-                 speed: float) -> None:
+def switched_off(name: str, report: Report, model: Llama, usual: train.Config, speed: float) -> None:
     """The speed without one change after the other, in percent of `speed`, and profiles."""
     def compare(what: str, changed: Llama, around: contextlib.AbstractContextManager) -> None:
         with report.trying(11, f"{name}: {what}"), around:
-            found = measure(changed, usual, device, tiny, 1, 2)
+            found = measure(changed, usual, 1, 2)
             report.row(11, f"{name}: {what}", 100 * found["tokens_per_second"] / speed, "% of the speed",
                        data=found)
 
-    if device == "cuda":
+    if usual.device == "cuda":
         with report.trying(12, f"{name}: kernels"):
-            kernel_times(name, report, model, usual, tiny)
-    eager = random_model(shape_of(name, tiny), device)
+            kernel_times(name, report, model, usual)
+    eager = random_model(model.config, usual.device)
     eager.choose_attention(usual.compute_dtype)
     compare("eager layers", eager, contextlib.nullcontext())
     with report.trying(12, f"{name}: parts"):
-        parts(name, report, eager, usual, tiny)
+        parts(name, report, eager, usual)
     del eager
     # The head in chunks as large as on a CPU; each operation on the logits by itself.
     compare("small chunks of logits", model,
@@ -271,7 +269,7 @@ def switched_off(name: str, report: Report, model: Llama, usual: train.Config, d
     compare("weight gradients rounded to bf16", model, rounded_products())
     model.varlen = False
     compare("tiled attention", model, contextlib.nullcontext())
-    if device == "cuda":
+    if usual.device == "cuda":
         # What compile_layers() chooses on a CPU. The graphs of all models are made again.
         torch.compiler.reset()
         model.choose_attention(usual.compute_dtype)
@@ -319,9 +317,9 @@ def kind_of(kernel: str) -> str:
     return next(kind for kind, names in KINDS if any(name in kernel.lower() for name in names))
 
 
-def kernel_times(name: str, report: Report, model: Llama, config: train.Config, tiny: bool) -> None:
+def kernel_times(name: str, report: Report, model: Llama, config: train.Config) -> None:
     """The device's time in a step as it usually runs, by kind of kernel."""
-    _, one_step = step.training(config, document(tiny), model)
+    _, one_step = step.training(config, config.max_length, model)
     one_step(0)
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -343,7 +341,7 @@ def kernel_times(name: str, report: Report, model: Llama, config: train.Config, 
                    data={"longest": {kernel: of_kind[kernel] for kernel in longest}})
 
 
-def parts(name: str, report: Report, model: Llama, config: train.Config, tiny: bool) -> None:
+def parts(name: str, report: Report, model: Llama, config: train.Config) -> None:
     """The time of a step with eager layers, by part."""
     with contextlib.ExitStack() as marked:
         # mark() replaces them for good.
@@ -351,7 +349,7 @@ def parts(name: str, report: Report, model: Llama, config: train.Config, tiny: b
                                  (model_module, "rotate"), (train, "weighted_nll")):
             marked.enter_context(mock.patch.object(module, function, getattr(module, function)))
         step.mark(model)
-        _, one_step = step.training(config, document(tiny), model)
+        _, one_step = step.training(config, config.max_length, model)
         for number in range(2):
             one_step(number)
         found = step.profiled(model, one_step, 2)
@@ -373,7 +371,8 @@ PEERS = (("transformers, sdpa, batch", "transformers", ("transformers",)),
 def peers(report: Report, device: str, tiny: bool) -> None:
     """Other trainers, where they are installed, on the data of the other measurements, 4,096 tokens a
     micro-batch."""
-    length, size = document(tiny), 64 if tiny else 4096
+    of_run = flags("im", 64 if tiny else 4096, tiny)
+    config = train.parse_args(of_run)
     for name, (what, peer, needs) in itertools.product(["1B"] if tiny else ["0.13B", "1B"], PEERS):
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
         if missing:
@@ -381,10 +380,9 @@ def peers(report: Report, device: str, tiny: bool) -> None:
             continue
         shape = COMMON | SHAPES[name] | (TINY if tiny else {})
         try:
-            run = json_child(["-m", "bench.peers", peer, "--steps", "3", "--document", str(length),
-                              "--padded-rows", str(size // length), "--config", json.dumps(shape)], cores(),
-                             ["--model", "none", "--train-data", "none", "--loss", "im", "--batch-size",
-                              str(8 if tiny else DOCUMENTS), "--micro-batch-tokens", str(size)])
+            run = json_child(["-m", "bench.peers", peer, "--steps", "3", "--document", str(config.max_length),
+                              "--padded-rows", str(config.micro_batch_tokens // config.max_length),
+                              "--config", json.dumps(shape)], cores(), of_run)
         except RuntimeError as error:
             print(error)
             report.row(13, f"{name}: {what}", "failed", note=str(error).splitlines()[-1])
