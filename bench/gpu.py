@@ -102,15 +102,13 @@ class Report:
         with open(self.file, "a") as out:
             out.write(json.dumps(row) + "\n")
 
-    def at_most(self, section: int, name: str, value: float, limit: float, unit: str = "", note: str = ""
-                ) -> None:
+    def at_most(self, section: int, name: str, value: float, limit: float, note: str = "") -> None:
         """A check. NaN does not pass."""
-        self.row(section, name, value, unit, f"<= {limit:.2g}", bool(value <= limit), note)
+        self.row(section, name, value, "", f"<= {limit:.2g}", bool(value <= limit), note)
 
-    def at_least(self, section: int, name: str, value: float, limit: float, unit: str = "", note: str = ""
-                 ) -> None:
+    def at_least(self, section: int, name: str, value: float, limit: float) -> None:
         """A check that a planted fault is caught, or that something is used at all."""
-        self.row(section, name, value, unit, f">= {limit:.2g}", bool(value >= limit), note)
+        self.row(section, name, value, "", f">= {limit:.2g}", bool(value >= limit))
 
     def holds(self, section: int, name: str, passed: bool, note: str = "") -> None:
         self.row(section, name, "yes" if passed else "no", limit="yes", passed=bool(passed), note=note)
