@@ -29,6 +29,7 @@ import train
 from bench.common import REPOSITORY
 from bench.gpu import Report
 from bench.step import synthetic
+from config import QUICKSTART
 from data import Dataset, collate
 from eval.engine import Engine
 from kernels.attention import attention as tiled_attention
@@ -332,10 +333,15 @@ def bf16(report: Report, device: str, tiny: bool) -> None:
 # ---------------------------------------------------------------- syncs
 
 
+def flags_of_run(folder: str, device: str) -> list[str]:
+    """Of a run that trains the embedded default's model in a temporary folder."""
+    return ["--model", str(QUICKSTART / "model"), "--train-data", str(QUICKSTART / "train.jsonl"),
+            "--output-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache", "--device", device]
+
+
 def syncs(report: Report, device: str, tiny: bool) -> None:
     """How often the host waits for the device in five steps of train.py."""
     steps, original = range(2, 7), train.accumulate_gradients
-    quick = REPOSITORY / "quickstart"
 
     def accumulate(*args: object) -> object:
         step = args[5]
@@ -350,10 +356,8 @@ def syncs(report: Report, device: str, tiny: bool) -> None:
               mock.patch("train.accumulate_gradients", accumulate)):
             warnings.simplefilter("always")
             status = train.main([
-                "--model", str(quick / "model"), "--train-data", str(quick / "train.jsonl"),
-                "--output-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache", "--max-length", "512",
-                "--max-steps", "8", "--batch-size", "8" if tiny else "32", "--micro-batch-tokens", "512",
-                "--log-every", "1000", "--device", device, *more])
+                *flags_of_run(folder, device), "--max-length", "512", "--max-steps", "8", "--batch-size",
+                "8" if tiny else "32", "--micro-batch-tokens", "512", "--log-every", "1000", *more])
             report.holds(6, f"{name}: the run ends well", status == 0)
             places = Counter("/".join([*Path(each.filename).parts[-2:]]) + f":{each.lineno}"
                              for each in caught if WAIT in str(each.message))
@@ -444,12 +448,9 @@ def quickstart(report: Report, device: str, tiny: bool) -> None:
 
 def by_transformers(config: dict, model: Llama, device: str) -> torch.nn.Module:
     """transformers' model with the weights of `model`."""
-    import transformers
-    classes = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}
-    fields = {name: value for name, value in config.items() if name != "model_type"}
-    built = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, classes[config["model_type"]])(**fields), attn_implementation="sdpa",
-        dtype=torch.float32)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation="sdpa",
+                                             dtype=torch.float32)
     missing, surplus = built.load_state_dict(model.state_dict(), strict=False)
     assert not surplus and set(missing) <= {"lm_head.weight"}, (missing, surplus)
     built.tie_weights()
@@ -540,16 +541,14 @@ def generation(report: Report, device: str, tiny: bool) -> None:
 
 def ranks(report: Report, device: str, tiny: bool) -> None:
     """torchrun with one rank; and DDP and FSDP2 around a model in a group of one."""
-    quick = REPOSITORY / "quickstart"
     for more in [["--shard"]] if tiny else [[], ["--shard"]]:
         name = " ".join(["torchrun", *more])
         with report.trying(14, name), tempfile.TemporaryDirectory() as folder:
             # torchrun has to end its ranks itself, so it is asked to end after a while.
             done = subprocess.run([
                 "timeout", "60", sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "1", str(REPOSITORY / "train.py"), "--model", str(quick / "model"),
-                "--train-data", str(quick / "train.jsonl"), "--output-dir", f"{folder}/run", "--cache-dir",
-                f"{folder}/cache", "--max-steps", "3", "--batch-size", "4", "--device", device, *more],
+                "--nproc-per-node", "1", str(REPOSITORY / "train.py"), *flags_of_run(folder, device),
+                "--max-steps", "3", "--batch-size", "4", *more],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
             steps = len(lines(Path(folder) / "run" / "metrics.jsonl"))
             report.holds(14, f"{name}: three steps", done.returncode == 0 and steps == 3,
