@@ -4,6 +4,7 @@ What is written gets a temporary name first, is flushed to disk and then renamed
 reveal cut files and flipped bits, not forgery.
 """
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -138,12 +139,12 @@ def checksum(file: str | Path | BinaryIO) -> int:
     return crc
 
 
-def delete_left(parts: Iterable[Path], after: float = 3600) -> None:
-    """Delete folders in which nothing has been written for so many seconds: their writers were killed."""
+def delete_left(parts: Iterable[Path]) -> None:
+    """Delete folders in which nothing has been written for an hour: their writers were killed."""
     for part in parts:
         # Another process may be deleting it at the same time.
         with contextlib.suppress(OSError):
-            if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > after:
+            if time.time() - max(path.stat().st_mtime for path in (part, *part.iterdir())) > 3600:
                 shutil.rmtree(part)
 
 
@@ -156,7 +157,6 @@ def lock(path: Path, owner: str) -> bool:
         return True
     file = open(path, "a+", encoding="utf-8")
     try:
-        import fcntl
         # Works on NFS, too, unlike flock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -164,7 +164,7 @@ def lock(path: Path, owner: str) -> bool:
         # The rest of it is for programs to compare.
         holder = file.read().partition(" of ")[0]
         raise ValueError(f"another process is writing there ({holder or 'that just started'})") from None
-    except (ImportError, OSError):
+    except OSError:
         return False
     _held[path] = file
     with writing(path):

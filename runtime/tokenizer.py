@@ -74,11 +74,9 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         file = self.folder / "tokenizer.json"
-        if not os.path.lexists(file):
-            raise ValueError(f"{file}: no such file")
+        text, spec = read_text(file), read_json(file)
         config = read_json(self.folder / "tokenizer_config.json")
         self.chat_template = _read_chat_template(self.folder, config)
-        spec, text = read_json(file), read_text(file)
         with naming_file(file):
             self.reference = tokenizers.Tokenizer.from_str(text)
             if dropout := spec["model"].get("dropout"):
