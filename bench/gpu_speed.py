@@ -27,7 +27,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import kernels.head
-import model as model_module
 import train
 from bench import step
 from bench.common import cores, json_child
@@ -343,12 +342,7 @@ def kernel_times(name: str, report: Report, model: Llama, config: train.Config) 
 
 def parts(name: str, report: Report, model: Llama, config: train.Config) -> None:
     """The time of a step with eager layers, by part."""
-    with contextlib.ExitStack() as marked:
-        # mark() replaces them for good.
-        for module, function in ((model_module, "attention"), (model_module, "varlen_attention"),
-                                 (model_module, "rotate"), (train, "weighted_nll")):
-            marked.enter_context(mock.patch.object(module, function, getattr(module, function)))
-        step.mark(model)
+    with step.marked(model):
         _, one_step = step.training(config, config.max_length, model)
         for number in range(2):
             one_step(number)

@@ -41,15 +41,17 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
 
 answer_flags(__name__, parse_args)
 
+import contextlib
 import json
 import math
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -185,23 +187,20 @@ NODES = {"GeneratedBackwardFor_spantune_tiled_attention": ATTENTION,
 NODE = "autograd::engine::evaluate_function: "
 
 
-def wrapped(function: Callable, name: str) -> Callable:
-    def inner(*args: object, **kwargs: object) -> object:
-        with part(name):
-            return function(*args, **kwargs)
-    return inner
-
-
-def mark(model: model_module.Llama) -> None:
-    """Put ranges around the parts of the forward pass, in this process for good."""
+@contextlib.contextmanager
+def marked(model: model_module.Llama) -> Iterator[None]:
+    """Ranges around the parts of the forward pass."""
+    functions = [(model_module, "attention", ATTENTION), (model_module, "varlen_attention", ATTENTION),
+                 (model_module, "rotate", NORMS), (train, "weighted_nll", HEAD)]
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
         if isinstance(module, model_module.RMSNorm) or leaf in ("o_proj", "mlp"):
-            module.forward = wrapped(module.forward, {"o_proj": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS))
-    model_module.attention = wrapped(model_module.attention, ATTENTION)
-    model_module.varlen_attention = wrapped(model_module.varlen_attention, ATTENTION)
-    model_module.rotate = wrapped(model_module.rotate, NORMS)
-    train.weighted_nll = wrapped(train.weighted_nll, HEAD)
+            functions.append((module, "forward", {"o_proj": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS)))
+    with contextlib.ExitStack() as patches:
+        for owner, name, of_part in functions:
+            # A record_function is a decorator, too.
+            patches.enter_context(mock.patch.object(owner, name, part(of_part)(getattr(owner, name))))
+        yield
 
 
 @dataclass
@@ -310,13 +309,13 @@ def profile_step(config: train.Config, args: Namespace) -> dict:
     model, one_step = training(config, args.document)
     # Compiled layers have no parts.
     model.compiled = None
-    mark(model)
-    plain = [one_step(step)["seconds"] for step in range(args.warmup + args.repeats)][args.warmup:]
-    return {"seconds": statistics.median(plain)} | profiled(model, one_step, args.warmup + args.repeats)
+    with marked(model):
+        plain = [one_step(step)["seconds"] for step in range(args.warmup + args.repeats)][args.warmup:]
+        return {"seconds": statistics.median(plain)} | profiled(model, one_step, args.warmup + args.repeats)
 
 
 def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number: int) -> dict:
-    """Where the time of a step of training() goes, by part. model: marked with mark(), its layers not
+    """Where the time of a step of training() goes, by part. model: within marked(), its layers not
     compiled."""
     cuda = model.head_weight.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda],
