@@ -95,10 +95,9 @@ def main(argv: list[str]) -> None:
         return
 
     def run(who: str, dtype: str, batch_size: int) -> dict:
-        return json_child(["-m", "bench.generation", "--run", who, "--dtype", dtype, "--batch-size",
-                           str(batch_size), "--model", args.model, "--data", args.data, "--template",
-                           args.template, "--prompts", str(args.prompts), "--max-new-tokens",
-                           str(args.max_new_tokens)], args.threads)
+        # The last of two values of a flag counts.
+        return json_child(["-m", "bench.generation", *argv, "--run", who, "--dtype", dtype, "--batch-size",
+                           str(batch_size)], args.threads)
 
     machine = hardware("transformers")
     print_machine(machine, args.threads)
