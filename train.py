@@ -54,7 +54,8 @@ from runtime.folder import (LENGTH, append_line, check_folder, check_ranks, clai
                             is_evaluation, keep_lines, read_log, saved_flag)
 from runtime.foreign import is_number, printable
 from runtime.machine import (compile_fault, deterministic, keep_freed_memory, peak_memory_mb,
-                             peak_reserved_mb, reset_peak, resolve_dtype, sleep_while_crowded)
+                             peak_reserved_mb, reset_peak, resolve_dtype, sleep_while_crowded,
+                             warn_of_emulation)
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
 from runtime.report import (Progress, StopSignal, describe, describe_data, ending, print_change, say,
@@ -207,6 +208,7 @@ def settle(config: Config, source: Source) -> None:
     config.date = source.template.date
     if config.dtype == "auto":
         config.dtype = from_main(saved(config, "dtype") or resolve_dtype("auto", config.device))
+    warn_of_emulation(config.dtype, config.device)
 
 
 def run_identity(config: Config, source: Source) -> dict[str, object]:
@@ -443,9 +445,6 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
     # What is cheap to check comes before the data is tokenized.
     source = open_source(config)
     settle(config, source)
-    if config.dtype == "bf16" and resolve_dtype("auto", device) == "fp32":
-        say(fit("warning: --dtype bf16: there are no instructions for it here, so it may take ten times as "
-                "long as --dtype fp32"))
     config.micro_batch_tokens = micro_batch_tokens(config, source.model_config, device, world_size())
     identity = run_identity(config, source)
     settings = asdict(config)

@@ -22,7 +22,10 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=cores())
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.heads % args.key_heads:
+        raise ValueError(f"--key-heads {args.key_heads}: must divide --heads {args.heads}")
+    return args
 
 
 answer_flags(__name__, parse_args)

@@ -3,6 +3,7 @@
 It imports no torch. Linux counts the memory of the process that starts a child into the child's peak
 (ru_maxrss), so a benchmark that starts others has to stay small itself.
 """
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -14,9 +15,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 from runtime.cpu import cores, cpu_field, cpu_name
-from runtime.flags import Parser
+from runtime.flags import Parser, number
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Other trainers (bench/peers.py).
@@ -24,9 +26,12 @@ PEERS = ("trl", "trl-liger", "trl-liger-padded", "trainer", "transformers")
 
 
 def make_parser(module: str, doc: str, usage: str = "") -> Parser:
-    """Of `python -m bench.MODULE`. doc: the module's docstring; usage: what follows, if not only flags."""
-    return Parser(prog=f"python -m bench.{module}", description=doc.split("\n\n")[0], allow_abbrev=False,
-                  usage=f"%(prog)s {usage}" if usage else None)
+    """Of `python -m bench.MODULE`. doc: the module's docstring; usage: what follows, if not only flags. A
+    flag with type=int must be 1 or more."""
+    parser = Parser(prog=f"python -m bench.{module}", description=doc.split("\n\n")[0], allow_abbrev=False,
+                    usage=f"%(prog)s {usage}" if usage else None)
+    parser.register("type", int, number(int, 1))
+    return parser
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -61,18 +66,36 @@ def print_machine(machine: dict, threads: int) -> None:
     print(f"{devices}; {threads} threads, Python {machine['python']}, {versions}", flush=True)
 
 
-def child(command: list[str], threads: int, checkout: Path = REPOSITORY) -> None:
-    """Run `python command...` with so many threads and the modules of `checkout`. RuntimeError with the end
-    of its output if it fails."""
+def start(command: list[str], threads: int, log: IO, checkout: Path = REPOSITORY, session: bool = False,
+          **variables: str) -> subprocess.Popen:
+    """Start `python command...` with so many threads and the modules of `checkout`. log: the file that gets
+    its output; session: whether in a session of its own; variables: of the environment."""
     path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads),
-                   "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "PYTHONPATH": path}
+                   "HF_HUB_OFFLINE": "1", "PYTHONPATH": path, **variables}
+    return subprocess.Popen([sys.executable, *command], env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                            stderr=log, start_new_session=session)
+
+
+def child(command: list[str], threads: int, checkout: Path = REPOSITORY) -> None:
+    """start() it and wait for it; it ends, too, if this program is stopped. ValueError if it fails: the error
+    that it printed, or the end of its output."""
     with tempfile.TemporaryFile("w+", errors="replace") as log:
-        status = subprocess.run([sys.executable, *command], env=environment, stdout=log,
-                                stderr=log).returncode
+        process = start(command, threads, log, checkout, TQDM_DISABLE="1")
+        try:
+            status = process.wait()
+        finally:
+            # torchrun ends its ranks when it is asked to end.
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
         if status:
             log.seek(0)
-            raise RuntimeError(f"{' '.join(command[:3])}: exit status {status}\n{log.read()[-2000:].strip()}")
+            output = log.read().strip()
+            _, found, error = f"\n{output}".rpartition("\nerror: ")
+            raise ValueError(error if found else
+                             f"{' '.join(command[:3])}: exit status {status}\n{output[-2000:]}")
 
 
 def json_child(command: list[str], threads: int, flags: Sequence[str] = ()) -> dict:

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.common import REPOSITORY, hardware, make_parser, print_machine, print_table
+from runtime.flags import number
 from runtime.start import run_program
 
 CAUSES = ("kill", "kill write", "terminate", "flip", "truncate", "flip cache", "disk full")
@@ -232,16 +233,15 @@ def soak(args: Namespace) -> None:
 def main(argv: list[str]) -> None:
     parser = make_parser("faults", __doc__)
     parser.add_argument("--runs", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0), default=0)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--causes", nargs="+", choices=CAUSES, default=list(CAUSES))
     parser.add_argument("--attempts", type=int, default=5, help="commands until a run counts as lost")
-    parser.add_argument("--timeout", type=float, default=180, help="seconds until a command counts as hung")
+    parser.add_argument("--timeout", type=number(float, 1), default=180,
+                        help="seconds until a command counts as hung")
     parser.add_argument("--folder", type=Path, help="an empty one, to keep the runs in")
     args = parser.parse_args(argv)
-    # Stopped from outside, it still unmounts and ends what it started.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         args.folder.mkdir(parents=True, exist_ok=True)

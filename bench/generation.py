@@ -106,12 +106,13 @@ def main(argv: list[str]) -> None:
     if args.only != "speed":
         runs = {(who, size): run(who, "fp32", size)["outputs"]
                 for who in ("ours", "transformers") for size in (args.batch_size, 1)}
+        result["prompts"] = prompts = len(runs["ours", 1])      # the file may have fewer
         pairs = [("ours", args.batch_size, "transformers", args.batch_size), ("ours", 1, "transformers", 1),
                  ("ours", args.batch_size, "ours", 1), ("transformers", args.batch_size, "transformers", 1)]
         result["equal"] = {f"{a} x {m} = {b} x {n}": sum(x == y for x, y in zip(runs[a, m], runs[b, n]))
                            for a, m, b, n in pairs}
         print_table(["fp32, prompts at once", "equal", "of"],
-                    [[name, str(count), str(args.prompts)] for name, count in result["equal"].items()],
+                    [[name, str(count), str(prompts)] for name, count in result["equal"].items()],
                     [44, 8, 6])
     if args.only != "equality":
         from runtime.machine import resolve_dtype

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -30,8 +31,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import REPOSITORY, cores, hardware, make_parser
-from runtime.files import write_text
+from bench.common import REPOSITORY, cores, hardware, make_parser, start
+from runtime.files import check_writable, read_json, write_text
+from runtime.flags import number
+from runtime.foreign import check_file
 from runtime.start import WIDTH, run_program
 
 # Seconds that are left for the table when everything else has to end.
@@ -124,6 +127,18 @@ class Report:
             self.row(section, name, passed=False, note=f"{type(error).__name__}: {lines[0][:300]}")
 
 
+def end_with_parent() -> None:
+    """From now on this process and what it starts are killed when the process that started it is gone."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_stage(function: str, rows: Path, device: str) -> None:
     """In the child: the stage itself."""
     module, _, name = function.partition(":")
@@ -136,16 +151,19 @@ def run_stage(function: str, rows: Path, device: str) -> None:
 class Run:
     """The stages of one run, and the results file."""
 
-    def __init__(self, output: Path, device: str, budget: float):
+    def __init__(self, output: Path, device: str, budget: float, stages: list[Stage]):
         self.output, self.device, self.budget = output, device, budget
         self.began = time.monotonic()
         self.logs = output.with_name(f"{output.stem}-logs")
         self.logs.mkdir(parents=True, exist_ok=True)
-        self.outcomes: dict[str, str] = {}
+        self.outcomes = dict.fromkeys((stage.name for stage in stages), "not started")
         self.seconds: dict[str, float] = {}
         self.processes: dict[str, subprocess.Popen] = {}
         self.ending = False
         self.machine = hardware("triton", "transformers", "accelerate", "trl", "liger-kernel", "numpy")
+        if device == "cuda" and not self.machine["gpus"] and not has_cuda():
+            raise ValueError("--device cuda: PyTorch finds no CUDA device; cpu tries every stage with tiny "
+                             "shapes")
 
     @property
     def age(self) -> float:
@@ -157,20 +175,15 @@ class Run:
         # An earlier run may have left one.
         (self.logs / f"{name}.jsonl").write_text("")
         if self.ending or until - began < LEAST:
-            self.outcomes[name] = "not started: no time was left"
+            self.outcomes[name] = f"not started: no time was left; raise --budget, or run --only {name}"
             return
         log_file, seconds = self.logs / f"{name}.txt", min(stage.seconds, until - began)
         self.outcomes[name] = "running"
-        path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                       "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
-        command = [sys.executable, "-m", "bench.gpu", "--stage", stage.function, "--rows",
-                   str(self.logs / f"{name}.jsonl"), "--device", self.device]
+        command = ["-m", "bench.gpu", "--stage", stage.function, "--rows", str(self.logs / f"{name}.jsonl"),
+                   "--device", self.device]
         with open(log_file, "w") as log:
-            # In a session of its own, so that its own children end with it.
-            process = self.processes[name] = subprocess.Popen(
-                command, env=environment, cwd=REPOSITORY, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                start_new_session=True)
+            process = self.processes[name] = start(command, threads, log, session=True,
+                                                        TOKENIZERS_PARALLELISM="false")
         outcome = "ended"
         try:
             if status := process.wait(seconds):
@@ -194,6 +207,8 @@ class Run:
                 time.sleep(0.2)
         finally:
             self.ending = not all(each.done() for each in running)
+            if self.ending:     # a second Ctrl-C would only stop what follows
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             threads.shutdown(wait=False, cancel_futures=True)
             while not all(each.done() for each in running):
                 for process in list(self.processes.values()):
@@ -205,26 +220,47 @@ class Run:
     def write(self) -> dict:
         """Write the results file. Returns the results."""
         rows = []
-        for name, outcome in list(self.outcomes.items()):
+        for name in self.outcomes:
             file = self.logs / f"{name}.jsonl"
             # The last line may be half written.
             lines = file.read_text().split("\n")[:-1] if file.is_file() else []
             rows += [{"stage": name, **json.loads(line)} for line in lines]
-            if outcome not in ("ended", "running"):
-                rows.append({"stage": name, "section": 0, "name": name, "value": None, "unit": "",
-                             "limit": "", "passed": False, "note": outcome, "data": {}})
         stages = {name: {"outcome": outcome, "seconds": round(self.seconds.get(name, 0.0), 1)}
                   for name, outcome in self.outcomes.items()}
         results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
                    "seconds": round(self.age, 1), "stages": stages, "rows": rows}
         write_text(self.output, json.dumps(results, indent=1))
-        return results
+        return with_outcomes(results)
 
 
 def kill(process: subprocess.Popen) -> None:
     """Kill a stage and all that it started."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def has_cuda() -> bool:
+    """Asked in a process of its own, since importing torch takes memory."""
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
+    return subprocess.run(command).returncode == 0
+
+
+def with_outcomes(results: dict) -> dict:
+    """The results with a failed row for every stage that did not end well, or had not ended yet."""
+    failed = [{"stage": name, "section": 0, "name": name, "value": None, "unit": "", "limit": "",
+               "passed": False, "note": stage["outcome"], "data": {}}
+              for name, stage in results["stages"].items() if stage["outcome"] != "ended"]
+    return results | {"rows": [row for row in results["rows"] if row["section"]] + failed}
+
+
+def read_results(file: Path) -> dict:
+    """with_outcomes() of a results file. ValueError if it is none."""
+    check_file(file)
+    results = read_json(file)
+    if missing := {"hardware", "budget", "seconds", "stages", "rows"} - results.keys():
+        raise ValueError(f"{file}: is no results file of this program; it has no "
+                         f"{', '.join(sorted(missing))}")
+    return with_outcomes(results)
 
 
 # ---------------------------------------------------------------- tables
@@ -244,7 +280,7 @@ def quantity(row: dict) -> str:
 def table(results: dict) -> str:
     """The rows of a results file in 79 columns, by section. The note of a failed row follows it."""
     lines = []
-    for section in [*sorted(number for number in TITLES if number), 0]:
+    for section in [*sorted(filter(None, TITLES)), 0]:
         rows = [row for row in results["rows"] if row["section"] == section]
         if rows:
             lines.append(f"{section or '':>2} {TITLES[section]}")
@@ -259,7 +295,9 @@ def table(results: dict) -> str:
             lines.append(f"   {name:<{room}} {value} {row['limit']:>10} {mark:>4}")
             if row["note"] and row["passed"] is not True:
                 lines += [f"      {line}" for line in textwrap.wrap(row["note"], WIDTH - 6)[:3]]
-    lines += [line[:WIDTH] for line in machine(results)] + [judgement(results)]
+    for line in machine(results):
+        lines += textwrap.wrap(line, WIDTH)
+    lines.append(judgement(results))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -321,10 +359,15 @@ def summary(results: dict) -> dict:
             "stages": {name: stage["seconds"] for name, stage in results["stages"].items()}}
 
 
+def exit_status(results: dict) -> int:
+    return int(any(row["passed"] is False for row in results["rows"]))
+
+
 def main(argv: list[str]) -> int:
     names = [stage.name for stage in STAGES]
     parser = make_parser("gpu", __doc__)
-    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--budget", type=number(float, RESERVE + LEAST, 10**6), default=540,
+                        help="seconds for everything")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", default=names,
                         help=f"run only these: {', '.join(names)}")
     parser.add_argument("--output", type=Path, default=Path("gpu-results.json"), metavar="FILE")
@@ -337,21 +380,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.table:
-        print(table(json.loads(args.table.read_text())))
-        return 0
+        results = read_results(args.table)
+        print(table(results))
+        return exit_status(results)
     if args.markdown:
-        write_markdown(json.loads(args.markdown.read_text()), REPOSITORY / "docs" / "gpu.md")
+        write_markdown(read_results(args.markdown), REPOSITORY / "docs" / "gpu.md")
         return 0
     if args.stage:
+        end_with_parent()
         run_stage(args.stage, args.rows, args.device)
         return 0
-    if args.budget < RESERVE + LEAST:
-        parser.error(f"--budget {args.budget:g}: must be {RESERVE + LEAST} or more")
-
-    # A request to end becomes an exception, so that the children end and the table is printed.
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    check_writable("--output", args.output)
     chosen = [stage for stage in STAGES if stage.name in args.only]
-    run = Run(args.output.resolve(), args.device, args.budget)
+    run = Run(args.output.resolve(), args.device, args.budget, chosen)
     together = [stage for stage in chosen if not stage.alone]
     alone = [stage for stage in chosen if stage.alone]
     end = args.budget - RESERVE
@@ -359,11 +400,10 @@ def main(argv: list[str]) -> int:
         run.run(together, max(1, min(4, cores() // 4)), SHARE_OF_CHECKS * args.budget if alone else end)
         run.run(alone, 1, end)
     finally:
-        signal.signal(signal.SIGTERM, before)
         results = run.write()
         print(f"\n{table(results)}")
         print(json.dumps(summary(results)), flush=True)
-    return int(any(row["passed"] is False for row in results["rows"]))
+    return exit_status(results)
 
 
 if __name__ == "__main__":

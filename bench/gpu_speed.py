@@ -377,7 +377,7 @@ def peers(report: Report, device: str, tiny: bool) -> None:
             run = json_child(["-m", "bench.peers", peer, "--steps", "3", "--document", str(config.max_length),
                               "--padded-rows", str(config.micro_batch_tokens // config.max_length),
                               "--config", json.dumps(shape)], cores(), of_run)
-        except RuntimeError as error:
+        except ValueError as error:
             print(error)
             report.row(13, f"{name}: {what}", "failed", note=str(error).splitlines()[-1])
             continue

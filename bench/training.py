@@ -33,6 +33,7 @@ from bench.common import (PEERS, REPOSITORY, child, cores, hardware, in_turn, js
 from runtime.start import run_program
 
 THIS = "train.py"
+SET_HERE = "--output-dir", "--overwrite", "--max-steps", "--epochs", "--log-every", "--cache-dir"
 
 
 def run_train(checkout: Path, flags: list[str], args: Namespace, ranks: int, folder: Path) -> dict:
@@ -90,9 +91,9 @@ def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str
         for name in in_turn(list(contenders), number):
             try:
                 run = contenders[name]()
-            except RuntimeError as error:
+            except ValueError as error:
                 if name == THIS:
-                    sys.exit(f"error: {error}")
+                    raise
                 print(f"{name} failed and is left out: {error}", file=sys.stderr)
                 del contenders[name], runs[name]
                 continue
@@ -150,8 +151,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     own, passed = split_flags(argv)
     args = parser.parse_args(own)
-    if min(args.steps, args.warmup, args.rounds, *args.ranks, *args.batch_size) < 1:
-        parser.error("--steps, --warmup, --rounds, --ranks and --batch-size must be 1 or more")
+    for flag in itertools.chain(passed, *map(str.split, args.variant)):
+        if flag.partition("=")[0] in SET_HERE:
+            raise ValueError(f"{flag}: is set for every run by this program; leave it out")
     for checkout in args.compare:
         if not (checkout / "train.py").is_file():
             parser.error(f"--compare {checkout}: has no train.py; name the root of a checkout")

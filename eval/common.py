@@ -18,7 +18,8 @@ from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
 from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
-from runtime.machine import Crowding, keep_freed_memory, resolve_dtype, sleep_while_crowded
+from runtime.machine import (Crowding, keep_freed_memory, resolve_dtype, sleep_while_crowded,
+                             warn_of_emulation)
 from model import Llama, load_model
 from runtime.model_folder import resolve_model
 from runtime.start import raise_interrupts
@@ -104,6 +105,7 @@ def start_ranks(args: argparse.Namespace) -> torch.device:
     keep_freed_memory(shapes=1024)      # generation has a new one with almost every step
     device = join_ranks(args.device)
     args.dtype = resolve_dtype(args.dtype, device)
+    warn_of_emulation(args.dtype, device)
     return device
 
 

@@ -82,8 +82,7 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
         least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
         # Written so that NaN fails.
         if value is not None and not least <= value <= most:
-            bounds = f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
-            raise ValueError(f"{flags.flag_name(name)} {value}: must be {bounds}")
+            raise ValueError(f"{flags.flag_name(name)} {value}: must be {flags.bounds(least, most)}")
     # Now, not when all has been computed.
     for name in files:
         file = getattr(args, name)

@@ -43,7 +43,6 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from itertools import cycle, islice
 from statistics import mean
 
@@ -52,7 +51,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from quickstart.world import (
     FULL_WORDS, SEED, SYSTEM, description, make_world, pretraining_document, question_record, record,
     record_of_length, words)
-from runtime.flags import Parser
+from runtime.flags import Parser, number
 from runtime.start import run_program
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
@@ -227,19 +226,6 @@ def pretrain(work: Path) -> Path:
     return work / "run" / "final"
 
 
-def between(kind: type, least: float, most: float) -> Callable[[str], float]:
-    """An argument's type: a number within these limits."""
-    def read(text: str) -> float:
-        try:
-            number = kind(text)
-        except ValueError:
-            number = None
-        if number is None or not least <= number <= most:
-            raise argparse.ArgumentTypeError(f"{text}: must be a number from {least} to {most}")
-        return number
-    return read
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python quickstart/make.py", description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,18 +235,18 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     parser.add_argument("--keep", type=Path, metavar="DIR",
                         help="keep the pretraining text and its run in this folder")
-    parser.add_argument("--examples", type=between(int, 1, 100_000), default=EXAMPLES, metavar="N",
+    parser.add_argument("--examples", type=number(int, 1, 100_000), default=EXAMPLES, metavar="N",
                         help="records to train on (default %(default)s)")
-    parser.add_argument("--held-out", type=between(int, 1, 100_000), default=HELD_OUT, metavar="N",
+    parser.add_argument("--held-out", type=number(int, 1, 100_000), default=HELD_OUT, metavar="N",
                         help="records of each of the other files (default %(default)s)")
-    parser.add_argument("--instruction-words", type=between(float, 3, 300), metavar="N",
+    parser.add_argument("--instruction-words", type=number(float, 3, 300), metavar="N",
                         help="mean words of an instruction")
-    parser.add_argument("--answer-words", type=between(float, 1, 100), metavar="N",
+    parser.add_argument("--answer-words", type=number(float, 1, 100), metavar="N",
                         help="mean words of an answer")
-    parser.add_argument("--ratio", type=between(float, 0.1, 300), metavar="R",
+    parser.add_argument("--ratio", type=number(float, 0.1, 300), metavar="R",
                         help="words of the instruction for each of the answer; without the other two, "
                         f"answers are descriptions of {FULL_WORDS:g} words")
-    parser.add_argument("--unseen-names", type=between(float, 0, 0.8), default=0.0, metavar="SHARE",
+    parser.add_argument("--unseen-names", type=number(float, 0, 0.8), default=0.0, metavar="SHARE",
                         help="share of the entities that only test-unseen.jsonl names")
     parser.add_argument("--seed", type=int, default=SEED, metavar="N",
                         help="of the records (default %(default)s)")

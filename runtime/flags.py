@@ -15,6 +15,7 @@ import datetime
 import math
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from runtime.foreign import parse_json, read_text, shorten, shown
@@ -95,6 +96,25 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
     return number
 
 
+def bounds(least: float, most: float) -> str:
+    """The limits of a number, in words."""
+    return f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """The type of an argument of Parser: a number of this kind within these limits."""
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            what = ("a whole number" if kind is int else "a number") + "," * (most == math.inf)
+            raise argparse.ArgumentTypeError(f"{text}: must be {what} {bounds(least, most)}")
+        return value
+    return read
+
+
 class Parser(argparse.ArgumentParser):
     """Raises ValueError instead of ending the program, so that one place prints all errors. fields: of those
     flags that check_flag() checks, by their names."""
@@ -106,6 +126,11 @@ class Parser(argparse.ArgumentParser):
         return self._option_string_actions
 
     def error(self, message: str) -> None:
+        # argparse's words become those of check_flag().
+        message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+        message = re.sub(r"invalid \w+ value: '(.*)'$", r"\1: must be a number", message)
+        message = re.sub(r"invalid choice: '(.*)' \(choose from (.+)\)$",
+                         lambda match: f"{match[1]}: must be one of {match[2]}".replace("'", ""), message)
         raise ValueError(f"{shorten(message)} ({self.prog} --help lists the flags)")
 
     def parse_args(self, argv: list[str]) -> argparse.Namespace:
@@ -148,8 +173,8 @@ class Parser(argparse.ArgumentParser):
                 return f"one of {', '.join(action.choices)}"
             elif action.type:
                 action.type(value)
-        except ValueError as error:
-            return str(error).rpartition(": must be ")[2] if action.dest in self.fields else "a number"
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            return str(error).rpartition(": must be ")[2] if ": must be " in str(error) else "a number"
         return ""
 
     def _refuse_repeated_lists(self, argv: list[str]) -> None:

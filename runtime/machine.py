@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from runtime.cpu import cores
-from runtime.start import launched
+from runtime.start import is_main, launched, print_message
 
 
 def keep_freed_memory(shapes: int = 256) -> None:
@@ -85,6 +85,13 @@ def resolve_dtype(dtype: str, device: torch.device | str) -> str:
         # CPUs with AMX have it, too. PyTorch 2.10 has no public name for it.
         fast = torch.cpu._is_avx512_bf16_supported()
     return "bf16" if fast else "fp32"
+
+
+def warn_of_emulation(dtype: str, device: torch.device | str) -> None:
+    """Say on standard error if --dtype is bf16 and the device has no instructions for it."""
+    if dtype == "bf16" and resolve_dtype("auto", device) == "fp32" and is_main():
+        print_message("warning: --dtype bf16: there are no instructions for it here, so it may take ten "
+                      "times as long as --dtype fp32")
 
 
 def share_threads() -> None:
@@ -189,10 +196,11 @@ def compile_fault(device: torch.device) -> str:
     """Why torch.compile does not work here, tried on a small function; "" if it does. It needs Triton on CUDA
     and a C++ compiler."""
     try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+        compiled = torch.compile(lambda x: x + torch.compiler.is_compiling())(torch.zeros(2, device=device))
     except Exception as error:
         return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return ""
+    # With TORCH_COMPILE_DISABLE=1 or TORCHDYNAMO_DISABLE=1 functions run as they are, or raise later.
+    return "" if compiled.all() else "it is switched off in the environment"
 
 
 def reset_peak(device: torch.device) -> None:

@@ -25,6 +25,12 @@ from runtime.foreign import printable, shorten
 
 WIDTH = 79      # columns of what programs print; a terminal has at least 80
 
+# What a program was started without (`>&-`) would else be the next file that is opened, a checkpoint, say.
+for number, name in enumerate(("stdin", "stdout", "stderr")):
+    if getattr(sys, name) is None:
+        os.open(os.devnull, os.O_RDWR)      # gets the lowest number that is free
+        setattr(sys, name, open(number, "r" if name == "stdin" else "w"))
+
 
 def launched(name: str, default: int) -> int:
     """A number that torchrun puts into the environment; the default if it is absent or not such a number,
@@ -135,13 +141,32 @@ def fit(message: str) -> str:
     return "\n".join(lines)
 
 
+def raise_stops() -> None:
+    """From now on SIGTERM and the end of the terminal (SIGHUP) raise SystemExit, so that what was started
+    ends, too, and temporary folders are deleted. A program that is to ignore them, under nohup, does."""
+    def stop(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)       # while it cleans up
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, stop)
+
+
 def run_program(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program, which exits with the status that it returns: one line and status 1 for a
-    ValueError, one line and status 130 at Ctrl-C. Of several ranks, rank 0 prints."""
+    ValueError or when nobody reads its output any more, one line and status 130 at Ctrl-C, status 143 or 129
+    at SIGTERM or SIGHUP. Of several ranks, rank 0 prints."""
     raise_interrupts()
+    raise_stops()
     line = ""
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python would try to write the rest when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        line, status = "nobody reads the output any more", 1
     except KeyboardInterrupt:
         line, status = "interrupted", 128 + signal.SIGINT
     except ValueError as error:

@@ -74,16 +74,19 @@ def publish(out: Path, target: Path) -> None:
 
 
 def wait_for(command: list[str]) -> int:
-    """Run a command. Returns its exit status. Ctrl-C reaches it, too: it saves and reports, so it is waited
-    for."""
-    interrupted = False
+    """Run a command. Returns its exit status. When it is stopped it saves and reports, so it is waited for.
+    Ctrl-C reaches it, too; SIGTERM is passed on."""
+    stopped = 0
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
         while process.poll() is None:
             try:
                 process.wait()
             except KeyboardInterrupt:
-                interrupted = True
-    return max(process.returncode, 128 + signal.SIGINT) if interrupted else process.returncode
+                stopped = 128 + signal.SIGINT
+            except SystemExit as stop:
+                stopped = stop.code
+                process.terminate()
+    return max(process.returncode, stopped) if stopped else process.returncode
 
 
 def main(argv: list[str]) -> int:

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: train.py's own step, and the steps after the warm-up."""
 import functools
+import importlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import train
-from bench import gpu, gpu_checks, gpu_speed, step, training
+from bench import common, gpu, gpu_checks, gpu_speed, step, training
 from tiny import ROOT, arguments, metrics, run_here, setup
 
 # A train.py whose measured steps take SECONDS for 10 tokens, and all others 100 s.
@@ -117,6 +118,45 @@ def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
     assert lost == 0
 
 
+# ---------------------------------------------------------------- flags and children
+
+
+@pytest.mark.parametrize("module, argv, says", [
+    ("attention", "--heads 0", "--heads 0: must be a whole number, 1 or more"),
+    ("attention", "--heads 9 --key-heads 2", "--key-heads 2: must divide --heads 9"),
+    ("training", "--model m --train-data d --threads -5", "--threads -5: must be a whole number, 1 or more"),
+    ("training", "--model m --train-data d --steps 1.5", "--steps 1.5: must be a whole number, 1 or more"),
+    ("training", "--model m --train-data d -- --output-dir x", "--output-dir: is set for every run"),
+    ("training", "--model m --train-data d --variant=--max-steps=2", "--max-steps=2: is set for every run"),
+    ("generation", "--model m --data d --prompts 0", "--prompts 0: must be a whole number, 1 or more"),
+    ("generation", "--model m --data d --only x", "--only x: must be one of equality, speed"),
+    ("faults", "--ranks 1 0", "--ranks 0: must be a whole number, 1 or more"),
+    ("faults", "--timeout x", "--timeout x: must be a number, 1 or more")])
+def test_a_flag_that_cannot_be_is_named_before_anything_is_measured(module, argv, says):
+    with pytest.raises(ValueError) as error:
+        importlib.import_module(f"bench.{module}").main(argv.split())
+    assert str(error.value).startswith(says)
+
+
+def test_the_error_of_a_child_is_its_own_line(capsys):
+    with pytest.raises(ValueError, match="^--model nope: no such folder, nor a hub id"):
+        common.child(["train.py", "--model", "nope", "--train-data", "nope.jsonl"], 1)
+    with pytest.raises(ValueError, match="(?s)^-c .*: exit status 3\nTraceback.*ZeroDivisionError"):
+        common.child(["-c", "import sys, traceback\ntry: 1 / 0\nexcept Exception: traceback.print_exc()\n"
+                      "sys.exit(3)"], 1)
+
+
+def test_a_child_ends_with_the_program_that_is_stopped(tmp_path):
+    wait = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    program = ("from bench.common import child; from runtime.start import run_program\n"
+               f"run_program(lambda _: child(['-c', {wait!r}], 1))")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    assert not is_running(int((tmp_path / "pid").read_text()))
+
+
 # ---------------------------------------------------------------- bench.gpu
 
 FAKE_STAGES = """
@@ -169,7 +209,7 @@ def test_a_stage_that_hangs_or_fails_costs_its_own_results_only(fake_stages, mon
         gpu.Stage("good", "fake_stages:good", 30, alone=True)))
     output = fake_stages / "results.json"
     assert gpu.main(["--device", "cpu", "--budget", "60", "--output", str(output)]) == 1
-    results = json.loads(output.read_text())
+    results = gpu.read_results(output)
     outcomes = {name: stage["outcome"] for name, stage in results["stages"].items()}
     assert outcomes == {"hang": "killed at its deadline of 4 s", "broken": "exit status 1: gave up",
                         "good": "ended"}
@@ -183,7 +223,7 @@ def test_a_stage_that_hangs_or_fails_costs_its_own_results_only(fake_stages, mon
     assert any("RuntimeError: no such kernel" in line for line in lines)
     summary = json.loads(last)
     assert summary["passed"] == 2 and "broken: not a number" in summary["failed"]
-    assert gpu.main(["--table", str(output)]) == 0
+    assert gpu.main(["--table", str(output)]) == 1
     assert capsys.readouterr().out.splitlines() == lines
 
 
@@ -223,10 +263,12 @@ def test_an_error_of_attention_is_found_in_a_gradient_that_is_zero_or_not_a_numb
         assert gpu_checks.document_error(got, torch.ones(3, 2), [1, 2], usual=1.0).isnan()
 
 
-def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages):
-    program = ("import sys; from bench import gpu; gpu.STAGES = ("
-               "gpu.Stage('good', 'fake_stages:good', 30), gpu.Stage('hang', 'fake_stages:hang', 300)); "
-               "sys.exit(gpu.main(['--device', 'cpu', '--output', sys.argv[1]]))")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages, number, capsys):
+    program = ("from bench import gpu; from runtime.start import run_program; gpu.STAGES = ("
+               "gpu.Stage('good', 'fake_stages:good', 30), gpu.Stage('hang', 'fake_stages:hang', 300), "
+               "gpu.Stage('last', 'fake_stages:good', 30, alone=True)); "
+               "run_program(lambda argv: gpu.main(['--device', 'cpu', '--output', *argv]))")
     output, pids = fake_stages / "results.json", fake_stages / "pids"
     process = subprocess.Popen([sys.executable, "-c", program, str(output)], cwd=ROOT, text=True,
                                env={**os.environ, "PYTHONPATH": f"{ROOT}:{fake_stages}"},
@@ -239,12 +281,40 @@ def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages
     # While it runs, the file holds what the stages have found.
     wait_for(lambda: found() == {"small enough", "a number", "found before it hung"})
     wait_for(lambda: pids.is_file() and len(pids.read_text().split()) == 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert not any(is_running(int(pid)) for pid in pids.read_text().split())
-    assert json.loads(out.splitlines()[-1])["failed"] == ["hang: hang"]
-    assert found() == {"small enough", "a number", "found before it hung", "hang"}
+    wait_for(lambda: not any(is_running(int(pid)) for pid in pids.read_text().split()))
+    failed = ["hang: hang", "last: last"]
+    if number == signal.SIGKILL:
+        outcome = "running"
+    else:
+        assert process.returncode == 128 + number
+        assert json.loads(out.splitlines()[-1])["failed"] == failed
+        outcome = "killed: the run was ended from outside"
+    assert found() == {"small enough", "a number", "found before it hung"}
+    # The table of the file says what did not end, and what was not started.
+    assert gpu.main(["--table", str(output)]) == 1
+    table = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert outcome in table and "not started" in table
+    assert gpu.summary(gpu.read_results(output))["failed"] == failed
+
+
+def test_what_is_no_results_file_is_named(tmp_path):
+    file = tmp_path / "e.json"
+    for text, problem in (("{}", "is no results file"), ("cut", "is not JSON"), ("[]", "not an object")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"e.json: .*{problem}"):
+            gpu.main(["--table", str(file)])
+    with pytest.raises(ValueError, match="absent: no such file"):
+        gpu.main(["--markdown", str(tmp_path / "absent")])
+    with pytest.raises(ValueError, match="--output"):
+        gpu.main(["--device", "cpu", "--output", str(tmp_path)])
+    for budget in ("nan", "inf", "1", "x"):
+        with pytest.raises(ValueError, match=f"--budget {budget}: must be a number"):
+            gpu.main(["--budget", budget])
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device"):
+            gpu.main(["--output", str(file)])
 
 
 def test_no_stage_starts_when_no_time_is_left(fake_stages, monkeypatch):
@@ -254,8 +324,8 @@ def test_no_stage_starts_when_no_time_is_left(fake_stages, monkeypatch):
     (fake_stages / "results-logs").mkdir()
     (fake_stages / "results-logs" / "good.jsonl").write_text('{"name": "of an earlier run"}\n')
     assert gpu.main(["--device", "cpu", "--budget", "68", "--output", str(output)]) == 1
-    results = json.loads(output.read_text())
-    assert results["stages"]["good"]["outcome"] == "not started: no time was left"
+    results = gpu.read_results(output)
+    assert "no time was left; raise --budget" in results["stages"]["good"]["outcome"]
     assert [row["name"] for row in results["rows"]] == ["good"]
 
 

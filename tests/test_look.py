@@ -24,7 +24,7 @@ from chat import CONTEXT, KINDS
 from data import collate
 from runtime.tokenizer import Tokenizer
 from config import parse_args as parse_flags
-from eval import look, study
+from eval import look, spans, study
 from eval.advice import advice, nearest
 from kernels.head import weighted_nll
 from tiny import ROOT, arguments, make_model, metrics, run_here, run_module, setup
@@ -400,3 +400,14 @@ def test_advice_fits_a_terminal_and_ends_with_a_study_of_the_same_data_with_the_
     assert vars(config).items() >= dict(
         model="my model", train_data=["a.jsonl", "b.jsonl"], eval_data=["TEST.jsonl"], epochs=4,
         columns=["output=reply"], output_dir="runs/study", compile=None).items()
+
+
+@pytest.mark.parametrize("main, data", [(spans.main, "--data"), (look.main, "--train-data")])
+def test_bf16_that_is_emulated_is_warned_of(main, data, tmp_path, monkeypatch, capsys):
+    """look does what train.py does before it starts."""
+    argv = ["--model", f"{ROOT}/quickstart/model", data, f"{ROOT}/quickstart/test.jsonl", "--device", "cpu",
+            "--cache-dir", str(tmp_path)]
+    for has, dtype, warns in ((False, "bf16", True), (True, "bf16", False), (False, "auto", False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+        assert not main([*argv, "--dtype", dtype])
+        assert ("no instructions for it here" in capsys.readouterr().err) == warns

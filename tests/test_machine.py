@@ -86,7 +86,10 @@ print(before - resident())
 
 def test_why_torch_compile_fails_is_told_in_a_line(monkeypatch):
     cpu = torch.device("cpu")
+    # What PyTorch does with TORCHDYNAMO_DISABLE=1.
     monkeypatch.setattr(torch, "compile", lambda function: function)
+    assert machine.compile_fault(cpu) == "it is switched off in the environment"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert machine.compile_fault(cpu) == ""
 
     def fails(function):

@@ -92,8 +92,8 @@ def test_instructions_and_answers_are_as_long_as_asked(tmp_path, instruction, an
     ("--answer-words 10", "give both, or one of them and --ratio"),
     ("--instruction-words 4 --answer-words 1", "--answer-words 1: .*would have 7.0; give about as"),
     ("--instruction-words 300 --answer-words 19 --unseen-names 0.8", "--instruction-words 300: .*have 1"),
-    ("--examples 0", "--examples: 0: must be a number from 1"),
-    ("--unseen-names 1", "--unseen-names: 1: must be a number from 0 to 0.8"),
+    ("--examples 0", "--examples 0: must be a whole number from 1 to 100,000"),
+    ("--unseen-names 1", "--unseen-names 1: must be a number from 0 to 0.8"),
 ])
 def test_lengths_that_cannot_be_met_are_refused_and_nothing_is_written(tmp_path, argv, says):
     with pytest.raises(ValueError, match=says):

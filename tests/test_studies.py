@@ -234,16 +234,21 @@ def test_a_grid_that_is_killed_ends_the_others(tmp_path, monkeypatch):
     assert len(started) == 1
 
 
-def test_ctrl_c_waits_for_the_study_that_saves():
-    """As a terminal presses it: the study gets it, too."""
-    study = ("import signal, sys, time\n"
-             "signal.signal(signal.SIGINT, lambda *_: (time.sleep(1), print('saved'), sys.exit(130)))\n"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_study_that_saves(number):
+    """Ctrl-C as a terminal presses it: the study gets it, too. SIGTERM it does not get: it is passed on."""
+    study = ("import signal, sys, time\ndef stop(number, _):\n"
+             "    time.sleep(1)\n    print('saved')\n    sys.exit(128 + number)\n"
+             f"signal.signal({number}, stop)\n"
              "print('running', flush=True)\ntime.sleep(60)")
-    program = ("import sys; from studies.run import wait_for; "
-               f"print('status', wait_for([sys.executable, '-c', {study!r}]))")
+    program = ("import sys; from studies.run import wait_for; from runtime.start import run_program; "
+               f"run_program(lambda _: print('status', wait_for([sys.executable, '-c', {study!r}])))")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=run.REPOSITORY, text=True,
                                stdout=subprocess.PIPE, start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     assert process.stdout.readline() == "running\n"
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=30)[0] == "saved\nstatus 130\n"
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == f"saved\nstatus {128 + number}\n"
