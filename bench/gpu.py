@@ -155,7 +155,6 @@ class Run:
         self.output, self.device, self.budget = output, device, budget
         self.began = time.monotonic()
         self.logs = output.with_name(f"{output.stem}-logs")
-        self.logs.mkdir(parents=True, exist_ok=True)
         self.outcomes = dict.fromkeys((stage.name for stage in stages), "not started")
         self.seconds: dict[str, float] = {}
         self.processes: dict[str, subprocess.Popen] = {}
@@ -164,6 +163,9 @@ class Run:
         if device == "cuda" and not self.machine["gpus"] and not has_cuda():
             raise ValueError("--device cuda: PyTorch finds no CUDA device; cpu tries every stage with tiny "
                              "shapes")
+        self.logs.mkdir(exist_ok=True)
+        for name in self.outcomes:      # an earlier run may have left rows
+            (self.logs / f"{name}.jsonl").write_text("")
 
     @property
     def age(self) -> float:
@@ -172,9 +174,9 @@ class Run:
     def stage(self, stage: Stage, until: float, threads: int) -> None:
         """Run a stage until it ends, or until its deadline or `until`, an age of this run."""
         name, began = stage.name, self.age
-        # An earlier run may have left one.
-        (self.logs / f"{name}.jsonl").write_text("")
-        if self.ending or until - began < LEAST:
+        if self.ending:
+            return
+        if until - began < LEAST:
             self.outcomes[name] = f"not started: no time was left; raise --budget, or run --only {name}"
             return
         log_file, seconds = self.logs / f"{name}.txt", min(stage.seconds, until - began)
@@ -182,8 +184,8 @@ class Run:
         command = ["-m", "bench.gpu", "--stage", stage.function, "--rows", str(self.logs / f"{name}.jsonl"),
                    "--device", self.device]
         with open(log_file, "w") as log:
-            process = self.processes[name] = start(command, threads, log, session=True,
-                                                        TOKENIZERS_PARALLELISM="false")
+            process = start(command, threads, log, session=True, TOKENIZERS_PARALLELISM="false")
+        self.processes[name] = process
         outcome = "ended"
         try:
             if status := process.wait(seconds):
@@ -360,6 +362,7 @@ def summary(results: dict) -> dict:
 
 
 def exit_status(results: dict) -> int:
+    """1 if a check failed or a stage did not end well."""
     return int(any(row["passed"] is False for row in results["rows"]))
 
 
