@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from eval.compare import COLOURS, DASHES, GREY, STYLE
-from eval.study_statistics import MEANS
+from eval.study_statistics import MEANS, by_measure
 from runtime.report import ending
 from runtime.start import WIDTH
 
@@ -34,9 +34,7 @@ def report_text(result: dict) -> str:
               f"{100 * result['confidence']:g} % intervals",
               "over seeds and examples; agree: seeds whose own difference has the same sign;",
               "equal: no seed differs"]
-    titles = dict.fromkeys((row["file"], row["measure"]) for row in result["differences"])
-    for file, measure in titles:
-        rows = [row for row in result["differences"] if (row["file"], row["measure"]) == (file, measure)]
+    for (file, measure), rows in by_measure(result["differences"]).items():
         ends = f": {MEASURES[measure]}; {ending(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
         if rows[0]["start_value"] is not None:
             ends += f", the start {rows[0]['start_value']:.4f}"
@@ -115,8 +113,7 @@ def draw_differences(result: dict) -> object:
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
     for axes, rows in zip(grid.ravel(), panels):
         # Grouped by file and measure, so that contenders stand under each other.
-        groups = dict.fromkeys((row["file"], row["measure"]) for row in rows)
-        ordered = [row for group in groups for row in rows if (row["file"], row["measure"]) == group]
+        ordered = [row for group in by_measure(rows).values() for row in group]
         for place, row in enumerate(ordered):
             colour = line_styles(result)[row["contender"]]["color"]
             if row["interval"]:

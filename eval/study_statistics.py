@@ -261,6 +261,14 @@ def end_values(lines: list[Line]) -> dict[tuple[str, str], np.ndarray]:
     return out
 
 
+def by_measure(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """A verdict's differences, or some of them: {(file, measure): one a contender}."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["file"], row["measure"]), []).append(row)
+    return groups
+
+
 def sentence(row: dict) -> str:
     """A difference in NLL in words.
 

@@ -35,7 +35,7 @@ import numpy as np
 
 from eval.advice import EVIDENCE
 from eval.study_report import MEASURES
-from eval.study_statistics import (CONFIDENCE, by_example, difference, file_tokens, nll_values,
+from eval.study_statistics import (CONFIDENCE, by_example, by_measure, difference, file_tokens, nll_values,
                                    t_quantile, verdict)
 
 HERE = Path(__file__).resolve().parent
@@ -114,22 +114,21 @@ def digits_of(measure: str) -> int:
 
 def differences(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]:
     primary, tables, shown = None, {}, []
-    for study, lines, result in found:
+    for study, _, result in found:
         rows = [row for row in result["differences"] if row["measure"] in analysis["measures"]
                 and row["file"] in analysis.get("files", [row["file"]])]
         of_contender = [["", *(f"{name}: lr, epochs" for name in result["contenders"])],
                         [study, *(f"{choice['lr']:g}, {choice['epoch']:g}"
                                   for choice in (result["choices"][name] for name in result["contenders"]))]]
         table = [["after " + study, "measure", result["baseline"], *result["contenders"][1:]]]
-        for key in dict.fromkeys((row["file"], row["measure"]) for row in rows):
-            cells = [row for row in rows if (row["file"], row["measure"]) == key]
-            digits = digits_of(key[1])
-            table.append([key[0], MEASURES[key[1]], f"{cells[0]['baseline_value']:.{digits}f}",
+        for (file, measure), cells in by_measure(rows).items():
+            digits = digits_of(measure)
+            table.append([file, MEASURES[measure], f"{cells[0]['baseline_value']:.{digits}f}",
                           *(interval(row, digits) for row in cells)])
         tables[study] = table
         tables[f"{study}, chosen"] = of_contender
         if analysis.get("from_start"):
-            tables[f"{study}, from the start"] = changes(lines, result, analysis)
+            tables[f"{study}, from the start"] = changes(result, analysis["files"])
         if study == analysis["primary"].get("study"):
             primary = primary_row(analysis["primary"], result, rows)
         shown += [(f"{study}: {row['file']}", row) for row in rows
@@ -145,22 +144,17 @@ def primary_row(wanted: dict, result: dict, rows: list[dict]) -> dict:
     name = wanted["contender"]
     if name.startswith("best of "):
         name = best_on_validation(result, name[len("best of "):-len(" on validation data")].split(", "))
-    key = name, wanted["measure"], wanted["file"]
-    return next(row for row in rows if (row["contender"], row["measure"], row["file"]) == key)
+    of_file = by_measure(rows)[wanted["file"], wanted["measure"]]
+    return next(row for row in of_file if row["contender"] == name)
 
 
-def changes(lines: list[dict], result: dict, analysis: dict) -> Table:
+def changes(result: dict, files: list[str]) -> Table:
     """NLL a token before training and after it, for each file and contender; the mean over seeds."""
     table = [["NLL a token", "before", *result["contenders"]]]
-    for file in analysis["files"]:
-        count = sum(lines[0]["tokens"]["test"][file])
-        row = [file, f"{sum(lines[0]['evaluations'][0]['test'][file]) / count:.3f}"]
-        for name in result["contenders"]:
-            choice = result["choices"][name]
-            chosen = [line for line in lines if (line["contender"], line["lr"]) == (name, choice["lr"])]
-            values = nll_values(chosen, choice["step"])["nll_token_mean", file]
-            row.append(f"{values.sum() / (len(values) * count):.3f}")
-        table.append(row)
+    for file in files:
+        rows = by_measure(result["differences"])[file, "nll_token_mean"]
+        after = [rows[0]["baseline_value"], *(row["contender_value"] for row in rows)]
+        table.append([file, *(f"{value:.3f}" for value in (rows[0]["start_value"], *after))])
     return table
 
 
@@ -170,9 +164,8 @@ def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]
     wanted, points = analysis["primary"], []
     it, im = analysis["contenders"]
     for study, _, result in found:
-        x = analysis["studies"][study]
-        points.append((x, next(row for row in result["differences"] if (row["measure"], row["file"])
-                               == (wanted["measure"], wanted["file"]))))
+        [row] = by_measure(result["differences"])[wanted["file"], wanted["measure"]]
+        points.append((analysis["studies"][study], row))
     logs, gains = np.log([x for x, _ in points]), np.array([row["value"] for _, row in points])
     slope, intercept = np.polyfit(logs, gains, 1)
     residuals = gains - slope * logs - intercept
@@ -355,14 +348,11 @@ def judgement(row: dict, expected: int | None) -> str:
 
 
 def save_figure(draw: object, file: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure = plt.figure(figsize=(8, 4), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 4), layout="constrained")
     draw(figure)
     # No date or version in the file: the same runs give the same bytes.
     figure.savefig(file, dpi=110, metadata={"Software": None})
-    plt.close(figure)
 
 
 def primary_name(analysis: dict) -> str:
@@ -416,12 +406,12 @@ def evidence(settings: list[dict], folder: Path) -> list[dict]:
             setting["result"] = ""
             continue
         # Exact matches where answers were checked, NLL elsewhere.
-        found = {(row["measure"], row["file"]): row for row in result["differences"]}
-        parts = []
+        found, parts = by_measure(result["differences"]), []
         for file, words in setting["files"].items():
-            row = found.get(("exact_match", file))
-            parts.append(f"exact match, %, on {words} {interval(row, 1)}" if row else
-                         f"NLL on {words} {interval(found['nll_example_mean', file], 3)}")
+            if (file, "exact_match") in found:
+                parts.append(f"exact match, %, on {words} {interval(found[file, 'exact_match'][0], 1)}")
+            else:
+                parts.append(f"NLL on {words} {interval(found[file, 'nll_example_mean'][0], 3)}")
         setting["result"] = "; ".join(parts)
     return settings
 
