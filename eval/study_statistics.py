@@ -213,7 +213,7 @@ def verdict(lines: list[Line], baseline: str = "") -> dict:
             base = values[baseline][measure, file]
             d = own - base
             if measure in MEANS:
-                d = by_example(d, np.array(file_tokens(tokens, file)), measure)
+                d = by_example(d, np.array(by_file(tokens)[file]), measure)
             row = {"contender": name, "measure": measure, "file": file, **difference(d)}
             row["contender_value"], row["baseline_value"], row["start_value"] = (
                 None if x is None else mean_value(x, measure, tokens, file)
@@ -225,25 +225,26 @@ def verdict(lines: list[Line], baseline: str = "") -> dict:
             "curves": learning_curves(chosen), "notes": notes + more}
 
 
-def file_tokens(tokens: dict, file: str) -> list[int]:
-    return tokens["train"] if file == TRAINING else tokens["test"][file]
+def by_file(of_line: dict) -> dict[str, list]:
+    """An evaluation of a line, or its tokens: {file: numbers of its examples}. Files: the test files,
+    VALIDATION and TRAINING."""
+    return {**of_line["test"], VALIDATION: of_line["validation"], TRAINING: of_line["train"]}
 
 
 def mean_value(x: np.ndarray, measure: str, tokens: dict, file: str) -> float:
     """What the values of nll_values() or end_values() are on average."""
     if measure not in MEANS:
         return float(x.mean())
-    counts = np.array(file_tokens(tokens, file))
+    counts = np.array(by_file(tokens)[file])
     return float((x / counts).mean() if measure == "nll_example_mean" else x.sum() / (len(x) * counts.sum()))
 
 
 def nll_values(lines: list[Line], step: int) -> dict[tuple[str, str], np.ndarray]:
     """{(mean, file): (S, E) NLL sums after `step` steps} of each test file and of training
     completions; the same sums for both of MEANS. lines: one a seed."""
-    at = [next(e for e in line["evaluations"] if e["step"] == step) for line in lines]
-    files = {**{file: [e["test"][file] for e in at] for file in at[0]["test"]},
-             TRAINING: [e["train"] for e in at]}
-    return {(mean, file): np.array(sums) for file, sums in files.items() if sums[0] for mean in MEANS}
+    at = [by_file(next(e for e in line["evaluations"] if e["step"] == step)) for line in lines]
+    return {(mean, file): np.array([sums[file] for sums in at]) for file in at[0]
+            if file != VALIDATION and at[0][file] for mean in MEANS}
 
 
 def end_values(lines: list[Line]) -> dict[tuple[str, str], np.ndarray]:
@@ -291,19 +292,14 @@ def sentence(row: dict) -> str:
 
 def learning_curves(chosen: dict[str, list[Line]]) -> dict[str, dict[str, list[dict]]]:
     """{file: {contender: [{"step", "epoch", "mean", "low", "high"}]}}: NLL a token with the chosen learning
-    rate, mean and range over seeds. Files: the test files, VALIDATION and TRAINING."""
+    rate, mean and range over seeds. Files: those of by_file()."""
     curves: dict[str, dict[str, list[dict]]] = {}
     for name, lines in chosen.items():
-        for i, first in enumerate(lines[0]["evaluations"]):
-            for file in (*first["test"], VALIDATION, TRAINING):
-                values = []
-                for line in lines:
-                    sums, counts = (
-                        {**x["test"], VALIDATION: x["validation"], TRAINING: x["train"]}[file]
-                        for x in (line["evaluations"][i], line["tokens"]))
-                    values += [token_mean(sums, counts)] if counts else []
-                if values:
-                    curves.setdefault(file, {}).setdefault(name, []).append(
-                        {"step": first["step"], "epoch": first["epoch"], "mean": float(np.mean(values)),
-                         "low": min(values), "high": max(values)})
+        files = {file: tokens for file, tokens in by_file(lines[0]["tokens"]).items() if tokens}
+        for of_seeds in zip(*(line["evaluations"] for line in lines)):
+            for file, tokens in files.items():
+                values = [token_mean(by_file(evaluation)[file], tokens) for evaluation in of_seeds]
+                curves.setdefault(file, {}).setdefault(name, []).append(
+                    {"step": of_seeds[0]["step"], "epoch": of_seeds[0]["epoch"],
+                     "mean": float(np.mean(values)), "low": min(values), "high": max(values)})
     return curves

@@ -35,7 +35,7 @@ import numpy as np
 
 from eval.advice import EVIDENCE
 from eval.study_report import MEASURES
-from eval.study_statistics import (CONFIDENCE, by_example, by_measure, difference, file_tokens, nll_values,
+from eval.study_statistics import (CONFIDENCE, by_example, by_file, by_measure, difference, nll_values,
                                    t_quantile, verdict)
 
 HERE = Path(__file__).resolve().parent
@@ -209,7 +209,7 @@ def epochs(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object
             """(S, E) differences of examples' means, IM - IT"""
             key = wanted["measure"], file
             sums = values[epoch][names[1]][key] - values[epoch][names[0]][key]
-            return by_example(sums, np.array(file_tokens(lines[0]["tokens"], file)), wanted["measure"])
+            return by_example(sums, np.array(by_file(lines[0]["tokens"])[file]), wanted["measure"])
 
         every = tables[study] = [["IM - IT after", *map(str, steps)]]
         two = tables[f"{study}, more"] = [["file", f"after {first}", f"after {last}", "change"]]
