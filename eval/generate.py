@@ -62,8 +62,7 @@ from itertools import islice
 from chat import Template, render, tokenize, tokenize_batch
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
-from eval.common import (Loaded, load, progress, run, start_ranks,
-                         write_json)
+from eval.common import Loaded, load, progress, run, start_ranks, write_json
 from eval.engine import Engine, Sampling
 from model import Llama
 from records import naming, read_all, to_messages
@@ -72,17 +71,17 @@ from runtime.foreign import printable
 
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
-             batch_size: int = 64, progress: Callable = iter, lookup: int = LOOKUP) -> list[list[int]]:
-    """The greedy continuation of each prompt, in order, up to and excluding the first id of `stop`."""
+             batch_size: int = 64, progress: Callable = iter) -> list[list[int]]:
+    """The greedy continuation of each prompt, in order, up to and excluding the first id of `stop`. progress:
+    wraps what ends one after the other, as tqdm does."""
     outputs: list[list[int]] = [[] for _ in prompts]
-    answers = engine.answers(prompts, stop, max_new_tokens, batch_size, lookup=lookup)
-    for i, ids, _ in progress(answers):
+    for i, ids, _ in progress(engine.answers(prompts, stop, max_new_tokens, batch_size)):
         outputs[i] = ids
     return outputs
 
 
 def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, names: list[str], limit: int,
-                   progress: Callable = iter, columns: Iterable[str] = ()) -> list[dict]:
+                   columns: Iterable[str] = ()) -> list[dict]:
     """Answers to the last turn of the first `limit` records that end with an assistant's message, as
     [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace. names,
     columns: as for records.read_all()."""
@@ -99,7 +98,7 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, names
         longest = max(longest, len(whole) - len(prompts[-1]))
         answers.append({"prompt": messages[-2]["content"], "expected": template.expected(messages).strip()})
     stop = {tokenizer.special[template.end_of_turn]}
-    outputs = generate(Engine(model), prompts, stop, longest, progress=progress)
+    outputs = generate(Engine(model), prompts, stop, longest)
     for answer, ids in zip(answers, outputs):
         answer["output"] = template.content(tokenizer.decode(ids)).strip()
         answer["correct"] = answer["output"] == answer["expected"]

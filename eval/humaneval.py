@@ -64,8 +64,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from chat import render, tokenize
 from eval.answers import Answers, made_with
-from eval.common import (Loaded, load, mean_and_error, progress, read_objects, run,
-                         start_ranks, write_json)
+from eval.common import Loaded, load, mean_and_error, progress, read_objects, run, start_ranks, write_json
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main

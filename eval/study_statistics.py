@@ -20,13 +20,14 @@ Curves = dict[float, dict[int, list[float]]]
 # ---------------------------------------------------------------- intervals
 
 
-def t_quantile(confidence: float, df: float) -> float:
-    """The t for which a Student-t variable with df degrees of freedom is in [-t, t] with this probability."""
+def t_quantile(df: float) -> float:
+    """The t for which a Student-t variable with df degrees of freedom is in [-t, t] with probability
+    CONFIDENCE."""
     from scipy import stats
-    return float(stats.t.ppf((1 + confidence) / 2, df))
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, df))
 
 
-def half_width(d: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
+def half_width(d: np.ndarray) -> np.ndarray:
     """Half the width of the interval for the mean of differences d[..., seed, example] over other seeds and
     other examples than these, for each of the leading dimensions. d: (..., S, E). NaN where there is one
     example only; with one seed, the interval is over examples only.
@@ -49,11 +50,11 @@ def half_width(d: np.ndarray, confidence: float = CONFIDENCE) -> np.ndarray:
         return np.full(d.shape[:-2], np.nan)
     mean = d.mean((-2, -1), keepdims=True)
     of_seed, of_example = d.mean(-1, keepdims=True), d.mean(-2, keepdims=True)
-    t_examples = t_quantile(confidence, examples - 1)
+    t_examples = t_quantile(examples - 1)
     b = seeds * ((of_example - mean) ** 2).sum((-2, -1)) / (examples - 1)
     square = t_examples**2 * b
     if seeds > 1:
-        t_seeds = t_quantile(confidence, seeds - 1)
+        t_seeds = t_quantile(seeds - 1)
         a = examples * ((of_seed - mean) ** 2).sum((-2, -1)) / (seeds - 1)
         c = ((d - of_seed - of_example + mean) ** 2).sum((-2, -1)) / ((seeds - 1) * (examples - 1))
         square = square + np.maximum(t_seeds**2 * a - t_seeds * t_examples * c, 0)
@@ -67,10 +68,10 @@ def difference(d: np.ndarray) -> dict:
     value, per_seed = float(d.mean()), d.reshape(len(d), -1).mean(1)
     if d.ndim == 2:
         half = float(half_width(d))
+    elif len(d) > 1:
+        half = t_quantile(len(d) - 1) * float(d.std(ddof=1)) / math.sqrt(len(d))
     else:
-        seeds = len(d)
-        half = t_quantile(CONFIDENCE, seeds - 1) * float(d.std(ddof=1)) / math.sqrt(seeds) if seeds > 1 else (
-            math.nan)
+        half = math.nan
     known = math.isfinite(half) and half > 0
     return {"value": value, "interval": [value - half, value + half] if known else None,
             "per_seed": per_seed.tolist(), "seeds_agree": int((per_seed * value > 0).sum()),

@@ -35,8 +35,8 @@ import numpy as np
 
 from eval.advice import EVIDENCE
 from eval.study_report import MEASURES
-from eval.study_statistics import (CONFIDENCE, by_example, by_file, by_measure, difference, nll_values,
-                                   t_quantile, verdict)
+from eval.study_statistics import (by_example, by_file, by_measure, difference, nll_values, t_quantile,
+                                   verdict)
 
 HERE = Path(__file__).resolve().parent
 FINDINGS = HERE.parent / "docs/findings"
@@ -170,7 +170,7 @@ def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]
     slope, intercept = np.polyfit(logs, gains, 1)
     residuals = gains - slope * logs - intercept
     error = math.sqrt((residuals**2).sum() / (len(gains) - 2) / ((logs - logs.mean())**2).sum())
-    half = t_quantile(CONFIDENCE, len(gains) - 2) * error
+    half = t_quantile(len(gains) - 2) * error
     primary = {"value": float(slope), "interval": [slope - half, slope + half], "measure": wanted["measure"]}
     table = [[analysis["x"], f"{it}, %", f"{im}, %", f"{im} - {it}, points"]]
     table += [[f"{x:g}", f"{row['baseline_value']:.1f}", f"{row['contender_value']:.1f}", interval(row, 1)]
