@@ -105,7 +105,7 @@ BATCH_BYTES = 2**24     # of a Parquet file's rows, decoded at once
 
 @contextlib.contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Puts the place, FILE:LINE, in front of a ValueError's message."""
+    """Puts the place, such as FILE:LINE, in front of a ValueError's message."""
     try:
         yield
     except ValueError as error:

@@ -10,7 +10,7 @@ from chat import KINDS, render, tokenize
 from eval.common import Loaded, progress
 from eval.generate import Text, generate
 from kernels.head import nll
-from records import read_all
+from records import naming, read_all
 from runtime.tokenizer import Tokenizer
 
 
@@ -69,12 +69,10 @@ def respond(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Re
     tokenizer, template = loaded.tokenizer, loaded.template
     records, prompts = [], []
     for example in examples:
-        try:
+        with naming(example.where):
             records.append(tokenize(render(example.messages, template), tokenizer))
             prompt = render(example.question, template, add_generation_prompt=True)
             prompts.append(tokenize(prompt, tokenizer)[0])
-        except ValueError as error:
-            raise ValueError(f"{example.where}: {error}") from None
     with loaded.autocast:
         outputs = generate(loaded.engine, prompts, loaded.stop_ids, args.max_new_tokens,
                            progress=partial(progress, total=len(prompts), unit="answer"))

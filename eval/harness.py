@@ -16,6 +16,7 @@ import json
 from argparse import Namespace
 
 from eval.flags import Parser, answer_command, need
+from records import naming
 from runtime.start import world_size
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
@@ -52,10 +53,8 @@ def parse_args(argv: list[str]) -> Namespace:
     flag("--confirm_run_unsafe_code", action="store_true", help="run tasks that execute a model's code")
     args = parser.parse_args(argv)
     if args.gen_kwargs and args.gen_kwargs.startswith("{"):
-        try:
+        with naming(f"--gen_kwargs {args.gen_kwargs}"):
             args.gen_kwargs = json.loads(args.gen_kwargs)
-        except ValueError as error:
-            raise ValueError(f"--gen_kwargs {args.gen_kwargs}: {error}") from None
     args.tasks = [task for word in args.tasks for task in word.split(",")]
     if args.template and not args.apply_chat_template:
         raise ValueError(f"--template {args.template}: needs --apply_chat_template; give that too")

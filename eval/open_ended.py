@@ -69,6 +69,7 @@ from eval.chat_model import ChatModel
 from eval.common import load, progress, read_objects, run, start_ranks, write_json
 from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
+from records import naming
 from runtime.distributed import is_main
 from runtime.files import write_text
 from runtime.model_folder import resolve_model
@@ -150,11 +151,9 @@ def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict
             keys = [key for key in missing if by_key[key]["temperature"] == temperature]
             prompts = []
             for number, _ in keys:
-                try:
+                with naming(f"{args.questions}: question {number}"):
                     pieces = render(conversations[number], template, add_generation_prompt=True)
-                except ValueError as error:
-                    raise ValueError(f"{args.questions}: question {number}: {error}") from None
-                prompts.append(tokenize(pieces, tokenizer)[0])
+                    prompts.append(tokenize(pieces, tokenizer)[0])
             generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
                                               Sampling(temperature, seed=args.seed), keys)
             for i, ids, finished in progress(generated, len(keys), "answer"):

@@ -39,6 +39,7 @@ from eval.flags import Parser, need
 
 from config import EMBEDDED, NORMALIZE, PRESETS, Config, check_files, validate
 from config import parse_args as parse_flags
+from records import naming, read_all
 from runtime.files import read_json
 from runtime.flags import check_flag, flag, flag_name, given_flags
 from runtime.start import answer_flags, fit, world_size
@@ -78,41 +79,32 @@ class StudyConfig(Config):
 def parse_contenders(config: StudyConfig) -> dict[str, dict]:
     """The contenders' flags by name. ValueError for a loss or flag that does not exist, and for a name or
     flags that are given twice."""
-    words = {}
-
-    def add(flag_: str, name: str, argv: list[str]) -> None:
-        if name in words:
-            raise ValueError(f"{flag_} {name}: is given twice; give each contender its own name")
-        words[name] = argv
-
+    given_by = []       # (the flag, the contender's name, its flags)
     for name in config.losses or ([] if config.variants else ["it", "im"]):
         loss, colon, normalize = name.partition(":")
         if loss not in PRESETS or colon and normalize not in NORMALIZE:
             raise ValueError(f"--losses {name}: must be one of {', '.join(PRESETS)}, or such a name with "
                              f"{', '.join(f':{each}' for each in NORMALIZE)}")
-        add("--losses", name, ["--loss", loss, *(["--normalize", normalize] if colon else [])])
+        given_by.append(("--losses", name, ["--loss", loss, *(["--normalize", normalize] if colon else [])]))
     for text in config.variants:
         name, equals, given = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise ValueError(f"--variants {text}: write NAME='--flag value' with letters, digits and ._+- in "
                              "NAME")
-        try:
-            argv = shlex.split(given)
-        except ValueError as error:
-            raise ValueError(f"--variants {text}: {error}") from None
-        add("--variants", name, argv)
+        with naming(f"--variants {text}"):
+            given_by.append(("--variants", name, shlex.split(given)))
     contenders = {}
-    for name, argv in words.items():
-        try:
+    for flag_, name, argv in given_by:
+        if name in contenders:
+            raise ValueError(f"{flag_} {name}: is given twice; give each contender its own name")
+        with naming(f"contender {name}"):
             given = given_flags(Config, argv, "train.py", "")
             if others := sorted(given.keys() - {*CONTENDER_FLAGS}):
                 raise ValueError(f"{', '.join(map(flag_name, others))} must be the same for all contenders; "
                                  f"one may have {', '.join(map(flag_name, CONTENDER_FLAGS))}")
             validate(dataclasses.replace(config, **given))
-        except ValueError as error:
-            raise ValueError(f"contender {name}: {error}") from None
-        if twice := next((other for other, flags in contenders.items() if flags == given), None):
-            raise ValueError(f"contender {name}: has the flags of {twice}; leave one of them out")
+            if twice := next((other for other, flags in contenders.items() if flags == given), None):
+                raise ValueError(f"has the flags of {twice}; leave one of them out")
         contenders[name] = given
     return contenders
 
@@ -227,7 +219,6 @@ from eval.common import read_objects, run, write_json
 from eval.study_report import pictures, report_text
 from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
 from eval.study_statistics import verdict
-from records import read_all
 from runtime.distributed import join_ranks
 from runtime.files import lock, write_text
 from runtime.foreign import parse_json, read_text
