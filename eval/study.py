@@ -220,9 +220,9 @@ from eval.study_report import pictures, report_text
 from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
 from eval.study_statistics import verdict
 from runtime.distributed import join_ranks
-from runtime.files import lock, write_text
+from runtime.files import write_text
 from runtime.foreign import parse_json, read_text
-from runtime.folder import append_line, check_identity, launch
+from runtime.folder import append_line, check_identity, lock_folder
 from runtime.report import say
 
 FEW = 5     # validation records; fewer are too few to choose by
@@ -414,8 +414,7 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     plan = make_plan(config, contenders, files)
 
     # Until here nothing has been written.
-    out.mkdir(parents=True, exist_ok=True)
-    lock_study(out)
+    lock_folder(out, say)
     settings = {"identity": identity, "date": config.date, "contenders": known}
     write_json(out / "settings.json", settings)
     (out / "data").mkdir(exist_ok=True)
@@ -472,13 +471,6 @@ def conduct(config: StudyConfig) -> int:
         return status
     give_verdict([lines[each] for each in grid if each in lines], next(iter(contenders)), out)
     return status
-
-
-def lock_study(out: Path) -> None:
-    try:
-        lock(out / ".lock", launch())
-    except ValueError as error:
-        raise ValueError(f"--output-dir {out}: {error}; wait for its end, or give another folder") from None
 
 
 def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyConfig, started: float) -> int:

@@ -294,7 +294,7 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
                          f"--model {out / 'final'} --output-dir ANOTHER")
 
     # Until here nothing has been changed.
-    _lock(out, say)
+    lock_folder(out, say)
     _prepare(out, action, start, step, say)
     if (free := shutil.disk_usage(out).free) < room:
         say(f"warning: --output-dir {out}: {free / 1e6:,.0f} MB are free, the run will write "
@@ -323,7 +323,7 @@ def _choose_checkpoint(out: Path, action: Action, settings: dict, say: Callable[
     return newest_whole(out, say) if own else None
 
 
-def _lock(out: Path, say: Callable[[str], None]) -> None:
+def lock_folder(out: Path, say: Callable[[str], None]) -> None:
     """Make the folder and lock it. ValueError if another process writes there."""
     out.mkdir(parents=True, exist_ok=True)
     try:
