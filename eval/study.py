@@ -464,12 +464,12 @@ def conduct(config: StudyConfig) -> int:
         announce(plan, todo, [each for each in grid if each in lines and each.contender], tokens, evaluated,
                  probe(plan.base, source, dataset, steps), config.jobs)
     status = run_all(plan, todo, lines, config, started)
-    write_text(out / "runs.jsonl", "".join(
-        json.dumps(lines[each]) + "\n" for each in sorted(lines, key=lambda each: (
-            each not in grid, grid.index(each) if each in grid else 0))))
-    if status >= 128 or (not status and any(each not in lines for each in grid)):
+    finished = [each for each in grid if each in lines]
+    others = [each for each in lines if each not in grid]
+    write_text(out / "runs.jsonl", "".join(json.dumps(lines[each]) + "\n" for each in finished + others))
+    if status >= 128 or (not status and len(finished) < len(grid)):
         return status
-    give_verdict([lines[each] for each in grid if each in lines], next(iter(contenders)), out)
+    give_verdict([lines[each] for each in finished], next(iter(contenders)), out)
     return status
 
 
