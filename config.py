@@ -283,7 +283,8 @@ def check_files(args: object) -> None:
                     check(each)
                 except ValueError as error:
                     raise ValueError(f"{flag_name(name)} {error}") from None
-    check_template_flags(getattr(args, "template", "") or "auto", getattr(args, "date", ""))
+    template = getattr(args, "template", None)
+    check_template_flags("auto" if template is None else template, getattr(args, "date", ""))
     # The harness's own name for its folder of results.
     if getattr(args, "output_path", None) and is_main():
         check_writable("--output_path", args.output_path, folder=True)

@@ -15,7 +15,7 @@ for this checkpoint only, and the same command resumes from them.
 import json
 from argparse import Namespace
 
-from eval.flags import Parser, answer_command, need
+from eval.flags import Parser, answer_command, check_values, need
 from records import naming
 from runtime.start import world_size
 
@@ -65,6 +65,7 @@ def parse_args(argv: list[str]) -> Namespace:
     if "paper" in args.tasks and args.num_fewshot is not None:
         raise ValueError(f"--num_fewshot {args.num_fewshot}: the tasks of --tasks paper have their own; "
                          "leave it out")
+    check_values(args, ["json"])
     need("lm_eval", "eval.harness")
     return args
 

@@ -29,6 +29,7 @@ import gzip
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -166,12 +167,13 @@ def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]
     for study, _, result in found:
         [row] = by_measure(result["differences"])[wanted["file"], wanted["measure"]]
         points.append((analysis["studies"][study], row))
-    logs, gains = np.log([x for x, _ in points]), np.array([row["value"] for _, row in points])
-    slope, intercept = np.polyfit(logs, gains, 1)
-    residuals = gains - slope * logs - intercept
-    error = math.sqrt((residuals**2).sum() / (len(gains) - 2) / ((logs - logs.mean())**2).sum())
+    # Python's own sums: numpy's last bits depend on the CPU, and with them the picture's bytes.
+    logs, gains = [math.log(x) for x, _ in points], [row["value"] for _, row in points]
+    slope, intercept = statistics.linear_regression(logs, gains)
+    squares = math.fsum((gain - slope * log - intercept)**2 for log, gain in zip(logs, gains))
+    error = math.sqrt(squares / (len(gains) - 2) / (len(gains) * statistics.pvariance(logs)))
     half = t_quantile(len(gains) - 2) * error
-    primary = {"value": float(slope), "interval": [slope - half, slope + half], "measure": wanted["measure"]}
+    primary = {"value": slope, "interval": [slope - half, slope + half], "measure": wanted["measure"]}
     table = [[analysis["x"], f"{it}, %", f"{im}, %", f"{im} - {it}, points"]]
     table += [[f"{x:g}", f"{row['baseline_value']:.1f}", f"{row['contender_value']:.1f}", interval(row, 1)]
               for x, row in points]
@@ -182,8 +184,8 @@ def trend(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object]
             axes.plot([x] * row["seeds"], row["per_seed"], ".", color="0.6")
             axes.vlines(x, *(row["interval"] or [row["value"]] * 2), color="C0")
             axes.plot(x, row["value"], "o", color="C0")
-        xs = np.exp(np.linspace(logs.min(), logs.max()))
-        axes.plot(xs, slope * np.log(xs) + intercept, color="C1",
+        ends = min(logs), max(logs)
+        axes.plot([math.exp(x) for x in ends], [slope * x + intercept for x in ends], color="C1",
                   label=f"{slope:+.1f} [{slope - half:+.1f}, {slope + half:+.1f}] ln(x) {intercept:+.1f}")
         axes.axhline(0, color="0.5", linewidth=0.8)
         axes.set_xscale("log", base=2 if max(logs) < 4 else 10)

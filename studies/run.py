@@ -21,7 +21,7 @@ import time
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from runtime.flags import Parser
+from runtime.flags import Parser, number
 from runtime.start import run_program
 
 HERE = Path(__file__).resolve().parent
@@ -97,9 +97,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--records", type=Path, metavar="DIR", help="what studies.prepare wrote")
     parser.add_argument("--output-dir", type=Path, required=True, metavar="RUNS")
     parser.add_argument("--publish", type=Path, metavar="DIR")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="runs at the same time")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--deadline", type=float, default=math.inf,
+    parser.add_argument("--deadline", type=number(float, 1), default=math.inf,
                         help="seconds after which no run is started")
     args = parser.parse_args(argv)
     grids = [grid for grid in load_grids()

@@ -95,6 +95,8 @@ NOT_WRITABLE = "/proc is not a writable folder (No such file or directory); give
     (["eval.look", *RUN, "--train-data", "quickstart/train.jsonl", "--template", "qwen"],
      "--template qwen: neither auto, nor one of alpaca, chatml, llama2, llama3, plain, tulu, nor a .jinja "
      "file"),
+    (["eval.generate", *RUN, "--prompt", "Hi", "--template", ""],
+     "--template : neither auto, nor one of alpaca, chatml, llama2, llama3, plain, tulu, nor a .jinja file"),
     (["eval.generate", *RUN, "--prompt", "Hi", "--date", "2024-13-01"],
      "--date 2024-13-01: write it as YYYY-MM-DD"),
     ([*STUDY, "--output-dir", "README.md"], "--output-dir README.md: is a file; give a folder"),
@@ -106,6 +108,7 @@ NOT_WRITABLE = "/proc is not a writable folder (No such file or directory); give
     (["eval.spans", "--model", "/nowhere", "--data", "x"],
      "--model /nowhere: no such folder, nor a hub id (owner/name)"),
     (["eval.spans", *RUN, "--data", "x", "--json", "/proc/x"], f"--json /proc/x: {NOT_WRITABLE}"),
+    (["eval.harness", *RUN, "--tasks", "x", "--json", "/proc/x"], f"--json /proc/x: {NOT_WRITABLE}"),
     (["eval.harness", *RUN, "--tasks", "x", "--output_path", "/proc/x"],
      f"--output_path /proc/x: {NOT_WRITABLE}"),
     (["eval.spans", *RUN, "--data", "quickstart/test.jsonl", "nowhere/x/"],
