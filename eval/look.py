@@ -45,7 +45,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +230,7 @@ def export(dataset: Dataset, usable: np.ndarray, weights: np.ndarray, file: str 
 
 def main(argv: list[str]) -> None:
     config = parse_args(argv)
+    given = replace(config)      # the next lines settle what these leave open
     device = join_ranks(config.device)
 
     # As in train.main(), but for the folder, which does not end this.
@@ -269,7 +270,7 @@ def main(argv: list[str]) -> None:
         export(dataset, usable, config.span_weights, config.export)
         say(f"{len(usable):,} examples written to {config.export}")
     if ratio := numbers["instruction_completion_ratio"]:
-        say("\n" + advice(ratio, len(usable), config))
+        say("\n" + advice(ratio, len(usable), given))
     write_json(config.json, numbers)
 
 
