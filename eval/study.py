@@ -212,20 +212,22 @@ import torch
 from tqdm import tqdm
 
 import train
+from chat import COMPLETION
 from data import hold_out, instruction_hash
 from eval import harness
 from eval.answers import hash_data
 from eval.common import read_objects, run, write_json
 from eval.study_report import pictures, report_text
 from eval.study_runs import Outcome, Plan, Run, delete_weights, free_memory, run_here, run_in_workers
-from eval.study_statistics import verdict
+from eval.study_statistics import TRAINING, VALIDATION, verdict
 from runtime.distributed import join_ranks
 from runtime.files import write_text
 from runtime.foreign import parse_json, read_text
 from runtime.folder import append_line, check_identity, lock_folder
-from runtime.report import say
+from runtime.report import ending, say
 
 FEW = 5     # validation records; fewer are too few to choose by
+LINE = {"contender", "lr", "seed", "evaluations", "tokens", "end"}     # what a line of runs.jsonl has
 
 
 def task_flags(config: StudyConfig) -> list[str]:
@@ -302,10 +304,17 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
         "eval_data": dict(zip(train.result_names(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
+def begun_settings(config: StudyConfig) -> dict:
+    """read_settings() of a study in which a run has begun; {} before, when nothing has to stay the same."""
+    out = Path(config.output_dir)
+    begun = (out / "runs.jsonl").is_file() or any(out.glob("runs/*/train"))
+    return read_settings(config) if begun else {}
+
+
 def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:
     """The contenders that the study in the folder already has. ValueError if the folder holds something else,
     or a study with other settings."""
-    out, old = Path(config.output_dir), read_settings(config)
+    out, old = Path(config.output_dir), begun_settings(config)
     if not old:
         return {}
     fix = "give another --output-dir, or the earlier flags"
@@ -327,7 +336,10 @@ def read_lines(file: Path) -> list[dict]:
     lines = []
     for number, text in enumerate(whole[:whole.rfind("\n") + 1].splitlines(), 1):
         try:
-            lines.append({**parse_json(text)})
+            line = {**parse_json(text)}
+            if missing := LINE - line.keys():
+                raise ValueError(f"it has no {', '.join(sorted(missing))}")
+            lines.append(line)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not a line of a study ({error}); give another "
                              "--output-dir") from None
@@ -354,6 +366,12 @@ def probe(config: train.Config, source: train.Source, dataset: train.Dataset, st
     return seconds
 
 
+def counted(runs: list[Run]) -> str:
+    """'4 run(s) and the starting model'"""
+    trained = sum(each.contender is not None for each in runs)
+    return f"{trained} run(s)" + " and the starting model" * (trained < len(runs))
+
+
 def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluated: int, seconds: float,
              jobs: int) -> None:
     """Say what is about to be run. tokens: of one run; evaluated: tokens that a run evaluates; seconds: a
@@ -361,7 +379,7 @@ def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluat
     trained = [each for each in todo if each.contender]
     total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
     at_once = f", {jobs} runs at a time" if jobs > 1 else ""
-    say(fit(f"{len(trained)} run(s) to do, {len(done)} done: {tokens:,} tokens of training each, about "
+    say(fit(f"{counted(todo)} to do, {len(done)} done: {tokens:,} tokens of training each, about "
             f"{timedelta(seconds=round(total))} in all, at {1 / seconds:,.0f} tokens/s{at_once} and not "
             "counting what is generated"))
     say(f"logs: {plan.folder}/runs/*/log.txt")
@@ -391,13 +409,31 @@ def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> Non
                              f"first contender; give it a weight for completions")
 
 
+def check_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray, eval_sets: list[train.Dataset]
+                   ) -> None:
+    """Say how many examples have an answer, which --max-length may cut off. ValueError if a test file has
+    none, or the validation data fewer than FEW. eval_sets: as in plan.base.eval_data."""
+    parts = [f"{len(usable):,} of {dataset.report['records']:,} to train on"]
+    for file, held_out in zip(plan.base.eval_data[:-1], eval_sets):
+        left, every = int((held_out.counts[:, COMPLETION] > 0).sum()), held_out.report["records"]
+        parts.append(f"{left:,} of {every:,} of {ending(file, 40)}")
+        least = FEW if file == plan.validation else 1
+        if left < least:
+            raise ValueError(f"{file}: {left} of {every:,} record(s) have an answer within --max-length "
+                             f"{plan.base.max_length}, and {least} must; raise it, or give more records")
+    say(fit("examples with an answer: " + ", ".join(parts)))
+
+
 def prepare(config: StudyConfig, contenders: dict[str, dict]
             ) -> tuple[Plan, train.Source, train.Dataset, train.Steps, int]:
     """Check everything, make the study's folder and tokenize: the plan, the model's folder, the training set,
     its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
     out = Path(config.output_dir)
+    for name, file in zip(train.result_names(config.eval_data), config.eval_data):
+        if name in (TRAINING, VALIDATION):
+            raise ValueError(f"--eval-data {file}: results call other data {name!r}; rename the file")
     # A study that is resumed tomorrow, or on another machine, trains on the same text and in the same dtype.
-    before = read_settings(config)
+    before = begun_settings(config)
     config.date = config.date or before.get("date", "")
     if config.dtype == "auto":
         config.dtype = before.get("identity", {}).get("dtype", "auto")
@@ -415,15 +451,19 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
 
     # Until here nothing has been written.
     lock_folder(out, say)
-    settings = {"identity": identity, "date": config.date, "contenders": known}
+    # Weights that were kept once are not deleted later.
+    plan.keeps_old_weights = config.keep_weights or before.get("keep_weights", False)
+    settings = {"identity": identity, "date": config.date, "contenders": known,
+                "keep_weights": plan.keeps_old_weights}
     write_json(out / "settings.json", settings)
     (out / "data").mkdir(exist_ok=True)
     for file, text in new_files.items():
-        if not Path(file).is_file():
+        if not before or not Path(file).is_file():
             write_text(file, text)
     first = dataclasses.replace(plan.base, **next(iter(contenders.values())))
     dataset, usable, eval_sets = train.load_data(first, source)
     same_examples(plan, dataset, usable)
+    check_examples(plan, dataset, usable, [*eval_sets.values()])
     steps = train.make_steps(first, dataset, usable, 0, 1)
     plan.base.eval_every = config.eval_every or steps.per_epoch
     write_json(out / "settings.json", settings | {"contenders": known | contenders})
@@ -455,7 +495,7 @@ def conduct(config: StudyConfig) -> int:
              for line in read_lines(out / "runs.jsonl")}
     todo = [each for each in grid if each not in lines]
     for each in lines:      # a run may have been stopped between its line and this
-        if not plan.keep_weights:
+        if not plan.keeps_old_weights:
             delete_weights(plan, each)
     if todo:
         total = train.count_steps(plan.base, steps.per_epoch)
@@ -467,7 +507,8 @@ def conduct(config: StudyConfig) -> int:
     finished = [each for each in grid if each in lines]
     others = [each for each in lines if each not in grid]
     write_text(out / "runs.jsonl", "".join(json.dumps(lines[each]) + "\n" for each in finished + others))
-    if status >= 128 or (not status and len(finished) < len(grid)):
+    trained = any(each.contender for each in finished)
+    if status >= 128 or not trained or (not status and len(finished) < len(grid)):
         return status
     give_verdict([lines[each] for each in finished], next(iter(contenders)), out)
     return status
@@ -480,7 +521,8 @@ def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyCo
     bar = tqdm(total=len(todo), unit="run", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def next_run() -> Run | None:
-        if config.deadline and time.monotonic() - started > config.deadline:
+        # If the starting model cannot be measured, no other can.
+        if Run(None) in failed or config.deadline and time.monotonic() - started > config.deadline:
             return None
         return next(waiting, None)
 
@@ -506,10 +548,9 @@ def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyCo
     else:
         run_in_workers(plan, config.jobs, next_run, report)
     bar.close()
-    left = sum(each not in lines for each in todo)
-    if left:
+    if left := [each for each in todo if each not in lines]:
         reason = "stopped" if status else f"{len(failed)} failed" if failed else "--deadline has passed"
-        say(f"{reason}: {left} run(s) are left; the same command resumes")
+        say(f"{reason}: {counted(left)} left; the same command resumes")
     return status or (1 if failed else 0)
 
 
@@ -517,15 +558,16 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
     """Compute, print, write and draw it."""
     result = verdict(lines, baseline)
     write_json(out / "study.json", result)
-    pictures(result, out)
+    names = pictures(result, out)
     print(report_text(result))
-    print(f"\nin {out}: study.json has all numbers,\n  curves.png and differences.png show them")
+    print(f"\nin {out}: all numbers in study.json,\n  pictures of them in {' and '.join(names)}")
 
 
 def again(args: Namespace) -> int:
     """--from: the verdict of an existing runs.jsonl."""
     file = vars(args)["from"]       # a keyword of Python
-    lines = read_objects(file, {"evaluations": list, "tokens": dict, "end": dict}, "a run's line")
+    lines = read_objects(file, {"evaluations": list, "tokens": dict, "end": dict, "lr": float, "seed": int},
+                         "a run's line")
     out = Path(args.output_dir or Path(file).parent)
     out.mkdir(parents=True, exist_ok=True)
     # Lines are in the order in which runs ended, where several ran at once or the study is not finished.

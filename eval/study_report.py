@@ -30,9 +30,10 @@ def report_text(result: dict) -> str:
                                        subsequent_indent=" " * 14))
     if not result["differences"]:
         return "\n".join([*lines, "", "one contender, so there is nothing to compare"])
+    over = "seeds and examples" if seeds > 1 else "examples"
     lines += ["", f"minus {ending(baseline, 24)}, paired by seed and example, with "
               f"{100 * result['confidence']:g} % intervals",
-              "over seeds and examples; agree: seeds whose own difference has the same sign;",
+              f"over {over}; agree: seeds whose own difference has the same sign;",
               "equal: no seed differs"]
     for (file, measure), rows in by_measure(result["differences"]).items():
         ends = f": {MEASURES[measure]}; {ending(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
@@ -52,13 +53,18 @@ def report_text(result: dict) -> str:
     return "\n".join(lines)
 
 
-def pictures(result: dict, folder: Path) -> None:
-    """Write FOLDER/curves.png and FOLDER/differences.png."""
+def pictures(result: dict, folder: Path) -> list[str]:
+    """Write FOLDER/curves.png and, if there are differences, FOLDER/differences.png. Returns their names."""
     import matplotlib
+    draw = {"curves.png": draw_curves, "differences.png": draw_differences}
+    if not result["differences"]:
+        del draw["differences.png"]
+        # Of an earlier verdict.
+        (folder / "differences.png").unlink(missing_ok=True)
     with matplotlib.rc_context(STYLE):
-        draw_curves(result).savefig(folder / "curves.png", dpi=150)
-        if result["differences"]:
-            draw_differences(result).savefig(folder / "differences.png", dpi=150)
+        for name, of_name in draw.items():
+            of_name(result).savefig(folder / name, dpi=150)
+    return [*draw]
 
 
 def line_styles(result: dict) -> dict[str, dict]:

@@ -74,6 +74,7 @@ class Plan:
     generate: int                           # prompts of each test file
     tasks: list[str]                        # eval.harness's flags, or nothing
     keep_weights: bool
+    keeps_old_weights: bool = False         # of runs that were measured before
 
     def config(self, run: Run) -> train.Config:
         return dataclasses.replace(self.base, **self.contenders[run.contender], lr=run.lr, seed=run.seed,
@@ -276,6 +277,13 @@ def run_here(plan: Plan, next_run: Callable[[], Run | None], report: Callable[[R
 def serve(connection: object, plan: Plan, threads: int) -> None:
     """A worker: runs in, outcomes out."""
     torch.set_num_threads(threads)
+
+    def watch() -> None:
+        # If the study is killed, nobody else ends its workers.
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     with stoppable(), contextlib.suppress(Stopped, EOFError, BrokenPipeError):
         while run := connection.recv():
             connection.send(attempt(plan, run))

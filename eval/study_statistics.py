@@ -5,13 +5,16 @@ Everything here is a pure function of numbers: no model, no file. eval/study.py 
 Shapes: S seeds, E examples.
 """
 import math
+from collections import Counter
 
 import numpy as np
 
 CONFIDENCE = 0.95
 MEANS = ("nll_token_mean", "nll_example_mean")
-# What the verdict calls the data that is not in a test file. No test file has such a name.
+# What the verdict calls the data that is not in a test file. eval.study refuses such a name for one.
 TRAINING, VALIDATION = "training records", "validation records"
+# What is said in words: its name, unit and digits.
+SENTENCES = {"nll_token_mean": ("NLL", "nats a token", 3), "exact_match": ("exact match", "points", 1)}
 Line = dict
 # {lr: {step: validation NLL by seed}} of one contender
 Curves = dict[float, dict[int, list[float]]]
@@ -183,6 +186,11 @@ def verdict(lines: list[Line], baseline: str = "") -> dict:
     """What a study found, as study.json holds it (eval/study.py). lines: of runs.jsonl, in any order;
     baseline: the contender that the others are compared with, "": that of the first line. ValueError if the
     lines do not belong together, or nothing can be compared."""
+    counts = Counter((line["contender"], line["lr"], line["seed"]) for line in lines)
+    [((name, lr, seed), count)] = counts.most_common(1) or [(("", 0, 0), 0)]
+    if count > 1:
+        raise ValueError(f"{count} lines are of one run ({name}, lr {lr:g}, seed {seed}), which would count "
+                         "as several seeds; keep one of them")
     starting_model = [line for line in lines if line["contender"] is None]
     lines = [line for line in lines if line["contender"] is not None]
     if not lines:
@@ -216,13 +224,15 @@ def verdict(lines: list[Line], baseline: str = "") -> dict:
             if measure in MEANS:
                 d = by_example(d, np.array(by_file(tokens)[file]), measure)
             row = {"contender": name, "measure": measure, "file": file, **difference(d)}
+            if measure not in (*MEANS, "task") and row["interval"]:
+                row["interval"] = np.clip(row["interval"], -100, 100).tolist()      # percent
             row["contender_value"], row["baseline_value"], row["start_value"] = (
                 None if x is None else mean_value(x, measure, tokens, file)
                 for x in (own, base, start.get((measure, file))))
             differences.append(row)
     return {"baseline": baseline, "contenders": names, "seeds": seeds, "confidence": CONFIDENCE,
             "choices": choices, "differences": differences,
-            "sentences": [sentence(row) for row in differences if row["measure"] == "nll_token_mean"],
+            "sentences": [sentence(row, baseline) for row in differences if row["measure"] in SENTENCES],
             "curves": learning_curves(chosen), "notes": notes + more}
 
 
@@ -271,24 +281,27 @@ def by_measure(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
-def sentence(row: dict) -> str:
-    """A difference in NLL in words.
+def sentence(row: dict, baseline: str) -> str:
+    """A difference of one of SENTENCES in words.
 
-        im lowers NLL on far by 0.100 [0.070, 0.130]
-        im on far: no difference is shown: -0.010 [-0.030, 0.020]
-        im does not change NLL on far
+        im against it: lowers NLL on far by 0.100 [0.070, 0.130] nats a token
+        im against it: no difference in NLL on far is shown: -0.010 [-0.030, 0.020] nats a token
+        im against it: does not change NLL on far
     """
-    name, file, value, interval = (row[key] for key in ("contender", "file", "value", "interval"))
+    value, interval = row["value"], row["interval"]
+    noun, unit, digits = SENTENCES[row["measure"]]
+    what, who = f"{noun} on {row['file']}", f"{row['contender']} against {baseline}:"
     if interval is None and value == 0:
-        return f"{name} does not change NLL on {file}"
+        return f"{who} does not change {what}"
     if interval is None:
-        return f"{name} changes NLL on {file} by {value:+.3f}; there is no interval from so few numbers"
+        return f"{who} changes {what} by {value:+.{digits}f} {unit}; there is no interval from so few numbers"
     low, high = interval
     if low <= 0 <= high:
-        return f"{name} on {file}: no difference is shown: {value:.3f} [{low:.3f}, {high:.3f}]"
+        return (f"{who} no difference in {what} is shown: {value:.{digits}f} [{low:.{digits}f}, "
+                f"{high:.{digits}f}] {unit}")
     verb = "lowers" if value < 0 else "raises"
     low, high = sorted((abs(low), abs(high)))
-    return f"{name} {verb} NLL on {file} by {abs(value):.3f} [{low:.3f}, {high:.3f}]"
+    return f"{who} {verb} {what} by {abs(value):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}] {unit}"
 
 
 def learning_curves(chosen: dict[str, list[Line]]) -> dict[str, dict[str, list[dict]]]:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 
 import train
 from bench import common, gpu, gpu_checks, gpu_speed, step, training
-from tiny import ROOT, arguments, metrics, run_here, setup
+from tiny import ROOT, arguments, is_running, metrics, run_here, setup, wait_for
 
 # A train.py whose measured steps take SECONDS for 10 tokens, and all others 100 s.
 PROGRAM = """
@@ -188,19 +187,6 @@ def fake_stages(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
     return tmp_path
-
-
-def is_running(pid: int) -> bool:
-    """Not a zombie either, which a dead process is until its parent asks for its status."""
-    stat = Path(f"/proc/{pid}/stat")
-    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_a_stage_that_hangs_or_fails_costs_its_own_results_only(fake_stages, monkeypatch, capsys):

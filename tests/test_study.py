@@ -4,6 +4,9 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +22,7 @@ from eval import study_statistics as statistics
 from eval.study_report import draw_curves, report_text
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
-from tiny import make_records, run_apart, run_module, setup, stop_after, weights
+from tiny import ROOT, is_running, make_records, run_apart, run_module, setup, stop_after, wait_for, weights
 
 # ---------------------------------------------------------------- intervals
 
@@ -35,7 +38,7 @@ def test_a_difference_of_zero_is_called_that():
     lines = [line(name, seed, [[4, 8], [2, 4]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
     result = statistics.verdict(lines)
     shown = report_text(result)
-    assert result["sentences"] and all(text.startswith("im does not change NLL on ")
+    assert result["sentences"] and all(text.startswith("im against it: does not change NLL on ")
                                        for text in result["sentences"])
     rows = [text for text in shown.splitlines() if text.startswith("  im ") and "interval" in text]
     assert rows and all(text.endswith(" equal") for text in rows) and "of 2 agree" not in shown
@@ -177,7 +180,8 @@ def test_a_verdict_worked_out_by_hand():
     assert examples["per_seed"] == pytest.approx([-0.35, -0.4])
     # A = C = 0.0025, B = 0.1225, and both t are 12.7062: the half width is 12.7062 sqrt(0.1225 / 4).
     assert examples["interval"] == pytest.approx([-0.375 - 2.223586, -0.375 + 2.223586], abs=1e-5)
-    assert result["sentences"][0].startswith("im on far: no difference is shown: -0.287 [")
+    assert result["sentences"][0].startswith(
+        "im against it: no difference in NLL on far is shown: -0.287 [")
     assert result["curves"]["far"]["im"][2] == {"step": 20, "epoch": 2.0, "mean": pytest.approx(6.95 / 4),
                                                 "low": pytest.approx(6.9 / 4), "high": pytest.approx(1.75)}
     # The order of lines and the other contender as the baseline change the sign only.
@@ -185,15 +189,28 @@ def test_a_verdict_worked_out_by_hand():
     assert turned["value"] == pytest.approx(0.2875) and turned["contender"] == "it"
 
 
-@pytest.mark.parametrize("row, expected", [
-    ((-0.1, [-0.13, -0.07]), "im lowers NLL on far by 0.100 [0.070, 0.130]"),
-    ((0.1, [0.07, 0.13]), "im raises NLL on far by 0.100 [0.070, 0.130]"),
-    ((-0.01, [-0.03, 0.02]), "im on far: no difference is shown: -0.010 [-0.030, 0.020]"),
-    ((-0.01, None), "im changes NLL on far by -0.010; there is no interval from so few numbers")])
-def test_a_difference_in_words(row, expected):
+@pytest.mark.parametrize("measure, row, expected", [
+    ("nll_token_mean", (-0.1, [-0.13, -0.07]), "lowers NLL on far by 0.100 [0.070, 0.130] nats a token"),
+    ("nll_token_mean", (0.1, [0.07, 0.13]), "raises NLL on far by 0.100 [0.070, 0.130] nats a token"),
+    ("nll_token_mean", (-0.01, [-0.03, 0.02]),
+     "no difference in NLL on far is shown: -0.010 [-0.030, 0.020] nats a token"),
+    ("exact_match", (-3.0, [-5.25, -0.75]), "lowers exact match on far by 3.0 [0.8, 5.2] points"),
+    ("nll_token_mean", (-0.01, None),
+     "changes NLL on far by -0.010 nats a token; there is no interval from so few numbers")])
+def test_a_difference_in_words(measure, row, expected):
     value, interval = row
-    assert statistics.sentence({"contender": "im", "file": "far", "value": value, "interval": interval}
-                               ) == expected
+    row = {"contender": "im", "file": "far", "measure": measure, "value": value, "interval": interval}
+    assert statistics.sentence(row, "it") == f"im against it: {expected}"
+
+
+def test_a_run_counts_once_and_percentages_end_at_100():
+    lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
+    with pytest.raises(ValueError, match=r"2 lines are of one run \(im, lr 0.0001, seed 1\)"):
+        statistics.verdict([*lines, lines[-1]])
+    for each in lines:
+        each["end"] = {"generate": {"far": [int(each["seed"] == 0), int(each["contender"] == "im")]}}
+    rows = statistics.by_measure(statistics.verdict(lines)["differences"])["far", "exact_match"]
+    assert rows[0]["value"] == 50 and rows[0]["interval"] == [-100, 100]
 
 
 def test_a_verdict_has_the_same_seeds_for_all_and_says_what_it_leaves_out():
@@ -412,10 +429,47 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monke
     assert json.loads((folder / "failed" / "study.json").read_text())["choices"]["im"]["lr"] == 0.01
 
 
+def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(folder, capsys):
+    def argv(**more: object) -> list[str]:
+        return arguments(folder, "bound", **{**dict(memorization=0, generate=0, epochs=1, seeds=1), **more})
+
+    make_records(folder / "long.jsonl", 7, seed=3, longest=6)
+    long = [json.loads(text) for text in (folder / "long.jsonl").read_text().splitlines()]
+    for record in long[:4]:
+        record["messages"][0]["content"] = 100 * "red "
+    (folder / "long.jsonl").write_text("".join(json.dumps(record) + "\n" for record in long))
+    with pytest.raises(ValueError, match=r"long.jsonl: 3 of 7 record\(s\) have an answer within --max-length "
+                                         r"120, and 5 must"):
+        study.main(argv(validation_data=folder / "long.jsonl"))
+    make_records(folder / "training records.jsonl", 6, seed=3)
+    with pytest.raises(ValueError, match="results call other data 'training records'"):
+        study.main(argv(eval_data=[folder / "training records.jsonl"]))
+    assert (folder / "bound" / "settings.json").is_file()
+    capsys.readouterr()
+    assert study.main([*argv(lr=0.02, batch_size=4), "--keep-weights"]) == 0
+    printed = capsys.readouterr().out
+    assert "examples with an answer: 24 of 24 to train on, 8 of 8 of" in printed.replace("\n  ", " ")
+    final = folder / "bound" / "runs" / "it-lr0.02-seed0" / "train" / "final"
+    assert final.is_dir() and study.main(argv(lr=0.02, batch_size=4)) == 0 and final.is_dir()
+    with pytest.raises(ValueError, match="was started differently"):
+        study.main(argv(lr=0.02))
+
+
+def test_when_the_starting_model_cannot_be_measured_nothing_is_trained(folder, capsys, monkeypatch):
+    def fails(*_: object) -> None:
+        raise ValueError("no such task")
+    monkeypatch.setattr(study_runs, "measure", fails)
+    monkeypatch.setattr(train, "main", None)
+    assert study.main(arguments(folder, "unmeasured")) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1 and "the starting model: no such task" in captured.err
+    assert "1 failed: 4 run(s) and the starting model left" in captured.out
+
+
 def test_a_deadline_starts_no_more_runs(folder, capsys):
     argv = arguments(folder, "late", memorization=0, generate=0)
     assert study.main([*argv, "--deadline", "0.001"]) == 0
-    assert "4 run(s) are left; the same command resumes" in capsys.readouterr().out
+    assert "4 run(s) left; the same command resumes" in capsys.readouterr().out
     assert results(folder, "late") == [] and not (folder / "late" / "study.json").exists()
 
 
@@ -443,6 +497,35 @@ def test_a_worker_that_dies_costs_its_run_only(tmp_path):
     assert reports[runs[1]] == ("error", "its process was killed, as a system does that is out of memory; "
                                 "give fewer --jobs, or a smaller --micro-batch-tokens")
     assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
+
+
+class Sleeper(study_runs.Plan):
+    """Of runs that never end."""
+
+    def run_folder(self, run: study_runs.Run) -> Path:
+        (self.folder / "pid").write_text(str(os.getpid()))
+        time.sleep(600)
+
+
+SLEEPING_STUDY = """
+from pathlib import Path
+import test_study, train
+from eval import study_runs
+if __name__ == "__main__":
+    plan = test_study.Sleeper(Path("FOLDER"), train.Config(device="cpu"), {}, [], "", "", 0, 0, [], False)
+    waiting = iter([study_runs.Run(None)])
+    study_runs.run_in_workers(plan, 1, lambda: next(waiting, None), print)
+"""
+
+
+def test_workers_end_with_a_study_that_is_killed(tmp_path):
+    (tmp_path / "sleeping.py").write_text(SLEEPING_STUDY.replace("FOLDER", str(tmp_path)))
+    path = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    process = subprocess.Popen([sys.executable, str(tmp_path / "sleeping.py")], stderr=subprocess.DEVNULL,
+                               env=path)
+    wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
+    process.kill()
+    wait_for(lambda: not is_running(int((tmp_path / "pid").read_text())))
 
 
 def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_contender(folder, monkeypatch):

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,15 @@ def flip_a_bit(file: Path) -> None:
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
 
+
+def is_running(pid: int) -> bool:
+    """Not a zombie either, which a dead process is until its parent asks for its status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
