@@ -60,8 +60,6 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
 
     if field.type == list[str]:
         value = [value] if isinstance(value, str) else value
-        if isinstance(value, list):     # JSON may have learning rates as numbers
-            value = [str(item) if type(item) in (int, float) else item for item in value]
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             refuse("one name or a list of names")
         return value
