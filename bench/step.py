@@ -327,7 +327,8 @@ def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number:
     total = sum(times.values())
     # Near 0 if nothing is lost, and nothing counts twice.
     error = lost / total if cuda else abs(total / step["seconds"] - 1)
-    assert cuda or error < 0.05, (total, step)
+    # Python around the step may take some milliseconds.
+    assert cuda or error * step["seconds"] < 0.05 * step["seconds"] + 0.05, (total, step)
     parts = [{"name": name, "forward": times[name, "forward"], "backward": times[name, "backward"],
               "share": (times[name, "forward"] + times[name, "backward"]) / total} for name in PARTS]
     return {"profiled": step, "seconds_of_parts": total, "error": error, "parts": parts}
