@@ -454,7 +454,7 @@ FAULTS = [
           "machine::why_torch_compile_fails_is_told_in_a_line"),
     fault("closed-stream", "closed standard output stops a run", "runtime/start.py",
           "if getattr(sys, name) is None:", "if False:",
-          "start::a_stream_that_is_closed_gets_no_file_and_stops_nothing"),
+          "start::streams_that_are_closed_get_no_file_and_stop_nothing"),
     fault("orphan-stage", "a stage outlives bench.gpu", "bench/gpu.py", "        end_with_parent()\n", "",
           "bench::a_run_that_is_ended_from_outside_has_written_what_was_found"),
     fault("orphan-child", "what is measured outlives its bench", "runtime/start.py",

@@ -49,14 +49,11 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
     assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
 
 
-@pytest.mark.parametrize("closed", ["1", "2"])
-def test_a_stream_that_is_closed_gets_no_file_and_stops_nothing(tmp_path, closed):
+def test_streams_that_are_closed_get_no_file_and_stop_nothing(tmp_path):
     """The shell's `>&-`. The next file that is opened would get its number."""
     flags = f"--max-steps 1 --max-examples 8 --eval-generate 0 --device cpu --output-dir {tmp_path}/run"
-    done = subprocess.run(["sh", "-c", f"{sys.executable} train.py {flags} {closed}>&-"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, "Traceback" in done.stdout + done.stderr) == (0, False)
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    done = subprocess.run(["sh", "-c", f"{sys.executable} train.py {flags} >&- 2>&-"], cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
 def test_a_reader_that_goes_is_one_line():
