@@ -227,7 +227,8 @@ from runtime.folder import append_line, check_identity, lock_folder
 from runtime.report import ending, say
 
 FEW = 5     # validation records; fewer are too few to choose by
-LINE = {"contender", "lr", "seed", "evaluations", "tokens", "end"}     # what a line of runs.jsonl has
+# What a line of runs.jsonl has besides its contender.
+LINE = {"lr": float, "seed": int, "evaluations": list, "tokens": dict, "end": dict}
 
 
 def task_flags(config: StudyConfig) -> list[str]:
@@ -311,10 +312,11 @@ def begun_settings(config: StudyConfig) -> dict:
     return read_settings(config) if begun else {}
 
 
-def check_study(config: StudyConfig, identity: dict, contenders: dict[str, dict]) -> dict[str, dict]:
-    """The contenders that the study in the folder already has. ValueError if the folder holds something else,
-    or a study with other settings."""
-    out, old = Path(config.output_dir), begun_settings(config)
+def check_study(config: StudyConfig, old: dict, identity: dict, contenders: dict[str, dict]
+                ) -> dict[str, dict]:
+    """The contenders that the study in the folder already has. old: begun_settings(). ValueError if they are
+    of a study with other settings."""
+    out = Path(config.output_dir)
     if not old:
         return {}
     fix = "give another --output-dir, or the earlier flags"
@@ -337,7 +339,7 @@ def read_lines(file: Path) -> list[dict]:
     for number, text in enumerate(whole[:whole.rfind("\n") + 1].splitlines(), 1):
         try:
             line = {**parse_json(text)}
-            if missing := LINE - line.keys():
+            if missing := {"contender", *LINE} - line.keys():
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
             lines.append(line)
         except (ValueError, TypeError) as error:
@@ -366,7 +368,7 @@ def probe(config: train.Config, source: train.Source, dataset: train.Dataset, st
     return seconds
 
 
-def counted(runs: list[Run]) -> str:
+def counted_runs(runs: list[Run]) -> str:
     """'4 run(s) and the starting model'"""
     trained = sum(each.contender is not None for each in runs)
     return f"{trained} run(s)" + " and the starting model" * (trained < len(runs))
@@ -379,7 +381,7 @@ def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluat
     trained = [each for each in todo if each.contender]
     total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
     at_once = f", {jobs} runs at a time" if jobs > 1 else ""
-    say(fit(f"{counted(todo)} to do, {len(done)} done: {tokens:,} tokens of training each, about "
+    say(fit(f"{counted_runs(todo)} to do, {len(done)} done: {tokens:,} tokens of training each, about "
             f"{timedelta(seconds=round(total))} in all, at {1 / seconds:,.0f} tokens/s{at_once} and not "
             "counting what is generated"))
     say(f"logs: {plan.folder}/runs/*/log.txt")
@@ -445,7 +447,7 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
         train.micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
                                  config.jobs) for flags in contenders.values())
     identity = study_identity(config, source)
-    known = check_study(config, identity, contenders)
+    known = check_study(config, before, identity, contenders)
     *files, new_files = prepare_data(config)
     plan = make_plan(config, contenders, files)
 
@@ -550,7 +552,7 @@ def run_all(plan: Plan, todo: list[Run], lines: dict[Run, dict], config: StudyCo
     bar.close()
     if left := [each for each in todo if each not in lines]:
         reason = "stopped" if status else f"{len(failed)} failed" if failed else "--deadline has passed"
-        say(f"{reason}: {counted(left)} left; the same command resumes")
+        say(f"{reason}: {counted_runs(left)} left; the same command resumes")
     return status or (1 if failed else 0)
 
 
@@ -566,8 +568,7 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
 def again(args: Namespace) -> int:
     """--from: the verdict of an existing runs.jsonl."""
     file = vars(args)["from"]       # a keyword of Python
-    lines = read_objects(file, {"evaluations": list, "tokens": dict, "end": dict, "lr": float, "seed": int},
-                         "a run's line")
+    lines = read_objects(file, LINE, "a run's line")
     out = Path(args.output_dir or Path(file).parent)
     out.mkdir(parents=True, exist_ok=True)
     # Lines are in the order in which runs ended, where several ran at once or the study is not finished.

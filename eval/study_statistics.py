@@ -186,15 +186,15 @@ def verdict(lines: list[Line], baseline: str = "") -> dict:
     """What a study found, as study.json holds it (eval/study.py). lines: of runs.jsonl, in any order;
     baseline: the contender that the others are compared with, "": that of the first line. ValueError if the
     lines do not belong together, or nothing can be compared."""
-    counts = Counter((line["contender"], line["lr"], line["seed"]) for line in lines)
-    [((name, lr, seed), count)] = counts.most_common(1) or [(("", 0, 0), 0)]
-    if count > 1:
-        raise ValueError(f"{count} lines are of one run ({name}, lr {lr:g}, seed {seed}), which would count "
-                         "as several seeds; keep one of them")
     starting_model = [line for line in lines if line["contender"] is None]
     lines = [line for line in lines if line["contender"] is not None]
     if not lines:
         raise ValueError("no run is finished, so there is nothing to compare yet")
+    runs = Counter((line["contender"], line["lr"], line["seed"]) for line in lines)
+    for (name, lr, seed), count in runs.items():
+        if count > 1:
+            raise ValueError(f"{count} lines are of one run ({name}, lr {lr:g}, seed {seed}), which would "
+                             "count as several seeds; keep one of them")
     names = list(dict.fromkeys(line["contender"] for line in lines))
     if baseline and baseline not in names:
         raise ValueError(f"--baseline {baseline}: is not a contender; these are {', '.join(names)}")

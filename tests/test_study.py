@@ -207,6 +207,9 @@ def test_a_run_counts_once_and_percentages_end_at_100():
     lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) for name in ("it", "im") for seed in (0, 1)]
     with pytest.raises(ValueError, match=r"2 lines are of one run \(im, lr 0.0001, seed 1\)"):
         statistics.verdict([*lines, lines[-1]])
+    # That of the starting model may come twice, from two machines whose files were joined.
+    start = {**lines[0], "contender": None, "lr": 0.0, "seed": 0}
+    assert statistics.verdict([*lines, start, start]) == statistics.verdict(lines)
     for each in lines:
         each["end"] = {"generate": {"far": [int(each["seed"] == 0), int(each["contender"] == "im")]}}
     rows = statistics.by_measure(statistics.verdict(lines)["differences"])["far", "exact_match"]
