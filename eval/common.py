@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import UnionType
 
 import torch
 from tqdm import tqdm
@@ -70,7 +71,8 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 
-def read_objects(file: str, fields: dict[str, type], what: str, limit: int | None = None) -> list[dict]:
+def read_objects(file: str, fields: dict[str, type | UnionType], what: str, limit: int | None = None
+                 ) -> list[dict]:
     """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
     line (in a list the number) of one that is not `what`, because one of `fields` is missing or not of its
     type, or says it is empty."""
@@ -89,8 +91,8 @@ def read_objects(file: str, fields: dict[str, type], what: str, limit: int | Non
                     if not isinstance(objects[-1], dict):
                         raise ValueError("it is not a JSON object")
                     for name, kind in fields.items():
-                        if not isinstance(objects[-1].get(name), kind):
-                            raise ValueError(f"{name} must be of type {kind.__name__}")
+                        if name not in objects[-1] or not isinstance(objects[-1][name], kind):
+                            raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}")
     except (ValueError, OSError, EOFError, zlib.error) as error:
         having = f" with {', '.join(fields)}" if fields else ""
         raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None

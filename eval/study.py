@@ -41,7 +41,7 @@ from config import EMBEDDED, NORMALIZE, PRESETS, Config, check_files, validate
 from config import parse_args as parse_flags
 from records import naming, read_all
 from runtime.files import read_json
-from runtime.flags import check_flag, flag, flag_name, given_flags
+from runtime.flags import flag, flag_name, given_flags
 from runtime.start import answer_flags, fit, world_size
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
@@ -57,7 +57,8 @@ class StudyConfig(Config):
     losses: list[str] = flag(list, "contenders: a loss, or LOSS:NORMALIZE, such as im:span (default it im)",
                              metavar="LOSS")
     variants: list[str] = flag(list, "more contenders: NAME='--flag value ...'", metavar="NAME=FLAGS")
-    lrs: list[str] = flag(list, "learning rates to choose from (default: --lr)", metavar="LR")
+    lrs: list[float] = flag(list, "learning rates to choose from (default: --lr)", above=0, below=100,
+                            metavar="LR")
     seeds: int = flag(5, "seeds of each: --seed and those after it", least=1, below=1000)
     validation_data: str = flag("", "records to choose learning rate and epoch by", metavar="FILE")
     validation_fraction: float = flag(0.1, "without --validation-data: this part of the training records is "
@@ -110,15 +111,11 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
 
 
 def parse_lrs(config: StudyConfig) -> list[float]:
-    """--lrs in rising order. ValueError for a rate that is not one, and for one given twice."""
-    field = next(field for field in dataclasses.fields(Config) if field.name == "lr")
-    try:
-        lrs = [check_flag(field, text) for text in config.lrs] or [config.lr]
-    except ValueError as error:
-        raise ValueError(str(error).replace("--lr ", "--lrs ", 1)) from None
+    """--lrs in rising order, or --lr. ValueError for a rate that is given twice."""
+    lrs = config.lrs or [config.lr]
     # Folders are named by the rate as it is shown.
     if len({f"{lr:g}" for lr in lrs}) < len(lrs):
-        raise ValueError(f"--lrs {' '.join(config.lrs)}: a learning rate is given twice; give each once")
+        raise ValueError(f"--lrs {' '.join(map(str, lrs))}: a learning rate is given twice; give each once")
     return sorted(lrs)
 
 
@@ -227,8 +224,8 @@ from runtime.folder import append_line, check_identity, lock_folder
 from runtime.report import ending, say
 
 FEW = 5     # validation records; fewer are too few to choose by
-# What a line of runs.jsonl has besides its contender.
-LINE = {"lr": float, "seed": int, "evaluations": list, "tokens": dict, "end": dict}
+# What a line of runs.jsonl has, among other things. The starting model is no contender.
+LINE = {"contender": str | None, "lr": float, "seed": int, "evaluations": list, "tokens": dict, "end": dict}
 
 
 def task_flags(config: StudyConfig) -> list[str]:
@@ -339,7 +336,7 @@ def read_lines(file: Path) -> list[dict]:
     for number, text in enumerate(whole[:whole.rfind("\n") + 1].splitlines(), 1):
         try:
             line = {**parse_json(text)}
-            if missing := {"contender", *LINE} - line.keys():
+            if missing := LINE.keys() - line.keys():
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
             lines.append(line)
         except (ValueError, TypeError) as error:
@@ -572,7 +569,7 @@ def again(args: Namespace) -> int:
     out = Path(args.output_dir or Path(file).parent)
     out.mkdir(parents=True, exist_ok=True)
     # Lines are in the order in which runs ended, where several ran at once or the study is not finished.
-    baseline = args.baseline or ("it" if any(line.get("contender") == "it" for line in lines) else "")
+    baseline = args.baseline or ("it" if any(line["contender"] == "it" for line in lines) else "")
     give_verdict(lines, baseline, out)
     return 0
 

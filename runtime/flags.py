@@ -17,6 +17,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_origin
 
 from runtime.foreign import parse_json, read_text, shorten, shown
 from runtime.habits import answer
@@ -50,15 +51,23 @@ def is_boolean(field: dataclasses.Field) -> bool:
     return field.type in (bool, bool | None)
 
 
-def check_flag(field: dataclasses.Field, value: object) -> object:
-    """A flag's value from a command line (text) or from JSON, converted to the flag's type. ValueError names
-    the flag, the value and what it may be."""
+def is_list(field: dataclasses.Field) -> bool:
+    return get_origin(field.type) is list
+
+
+def check_flag(field: dataclasses.Field, value: object, kind: object = None) -> object:
+    """A flag's value from a command line (text) or from JSON, converted to the flag's type, or to kind.
+    ValueError names the flag, the value and what it may be."""
+    kind = kind or field.type
+    if kind == list[float]:
+        return [check_flag(field, item, float) for item in (value if isinstance(value, list) else [value])]
+
     def refuse(limit: str) -> None:
         plain = isinstance(value, str) and value and not is_boolean(field)
         raise ValueError(f"{flag_name(field.name)} {shorten(value, 200) if plain else shown(value)}: must be "
                          f"{limit}")
 
-    if field.type == list[str]:
+    if kind == list[str]:
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
             refuse("one name or a list of names")
@@ -68,13 +77,13 @@ def check_flag(field: dataclasses.Field, value: object) -> object:
             refuse("true or false")
         return value
     choices, (least, above, below) = field.metadata["choices"], field.metadata["limits"]
-    if field.type is str:
+    if kind is str:
         if choices and value not in choices:
             refuse(f"one of {', '.join(choices)}")
         if not isinstance(value, str) or not value:
             refuse("text, and not empty")
         return value
-    kind = int if field.type is int else float
+    kind = int if kind is int else float
     limit = "a whole number" if kind is int else "a finite number"
     limit += (f", {least} or more" if least is not None else f" above {above}" if above is not None else "")
     if below is not None:
@@ -203,7 +212,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
         more = dict(field.metadata["more"])
         if is_boolean(field):
             more["action"] = argparse.BooleanOptionalAction
-        elif field.type == list[str]:
+        elif is_list(field):
             more["nargs"] = "+"
         if field.metadata["choices"]:
             more["metavar"] = "{" + ",".join(field.metadata["choices"]) + "}"
@@ -235,7 +244,7 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
             raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
         return {name: check_flag(fields[name], value) for name, value in saved.items()
                 if fields[name].metadata["in_file"] and value is not None and not (
-                    value == [] and fields[name].type == list[str])}
+                    value == [] and is_list(fields[name]))}
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
         raise ValueError(f"--config {file}: {reason}") from None

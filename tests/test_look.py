@@ -396,7 +396,7 @@ def test_advice_fits_a_terminal_and_ends_with_a_study_of_the_same_data_with_the_
     assert max(map(len, lines)) < 80 and "480 examples" in lines[0]
     command = shlex.split("".join(line.rstrip("\\") for line in lines).partition("python -m eval.study")[2])
     config = study.parse_args(command)
-    assert config.lrs == ["0.00017", "0.0005", "0.0015"] and config.losses == ["it", "im", "im:span"]
+    assert config.lrs == [0.00017, 0.0005, 0.0015] and config.losses == ["it", "im", "im:span"]
     assert vars(config).items() >= dict(
         model="my model", train_data=["a.jsonl", "b.jsonl"], eval_data=["TEST.jsonl"], epochs=4,
         columns=["output=reply"], output_dir="runs/study", compile=None).items()

@@ -562,7 +562,7 @@ def test_tasks_of_the_harness_are_numbers_of_a_run(folder, tmp_path):
 
 
 def test_a_study_may_be_a_file_of_flags(folder, tmp_path):
-    (tmp_path / "study.json").write_text(json.dumps({"losses": ["it", "im"], "lrs": ["1e-3", "1e-2"],
+    (tmp_path / "study.json").write_text(json.dumps({"losses": ["it", "im"], "lrs": [1e-3, "1e-2"],
                                                      "seeds": 3, "variants": ["a=--loss im --kl-weight 1"]}))
     config = train.parse_args(["--config", str(tmp_path / "study.json"), "--model", "x", "--train-data", "y"],
                               study.StudyConfig)
@@ -593,6 +593,15 @@ def test_the_verdict_of_lines_in_another_order_compares_with_it(folder, whole, t
     assert json.loads((tmp_path / "study.json").read_text())["baseline"] == "im"
 
 
+def test_a_line_that_is_no_runs_is_named(folder, whole, tmp_path):
+    first, second, *_ = map(json.loads, (whole / "runs.jsonl").read_text().splitlines())
+    del second["contender"]
+    file = tmp_path / "runs.jsonl"
+    file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
+    with pytest.raises(ValueError, match=f"{file}:2: not a run's line .*contender must be of type str "):
+        study.main(["--from", str(file)])
+
+
 def test_every_contender_trains_on_the_same_examples(folder):
     """train.py leaves out records without a completion under every loss; one that ignores completions would
     train on fewer, where a record has no system message."""
@@ -614,7 +623,7 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(variants="again=--loss im"), "contender again: has the flags of im"),
     (dict(variants="a=--loss im --neftune-alpha -1"), "contender a: --neftune-alpha -1: must be"),
     (dict(lrs=["1e-3", "0"]), "--lrs 0: must be a finite number above 0"),
-    (dict(lrs=["1e-3", "0.001"]), "--lrs 1e-3 0.001: a learning rate is given twice"),
+    (dict(lrs=["1e-3", "0.001"]), "--lrs 0.001 0.001: a learning rate is given twice"),
     (dict(seeds=0), "--seeds 0: must be a whole number, 1 or more"),
     (dict(validation_fraction=0.05), "--validation-fraction 0.05: 2 validation record"),
     (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
