@@ -49,13 +49,22 @@ def advice(ratio: float, examples: int, config: Config) -> str:
     return "\n".join(lines)
 
 
-# What a study decides itself, or compares.
-OF_A_STUDY = {"model", "train_data", "loss", "normalize", "lr", "eval_fraction", "require_completion",
-              *(f"{kind}_weight" for kind in ("template", "system", "instruction", "completion"))}
+# What a study compares, and what it decides itself.
+OF_A_LOSS = ("loss", "normalize",
+             *(f"{kind}_weight" for kind in ("template", "system", "instruction", "completion")))
+OF_A_STUDY = {"model", "train_data", "lr", "eval_fraction", "require_completion", *OF_A_LOSS}
 
 
 def study_flags(config: Config) -> list[list[str]]:
-    """The flags of a study that compares losses for a run's records, otherwise with the run's flags."""
+    """The flags of a study that compares losses for a run's records, the run's own among them, otherwise with
+    the run's flags."""
+    given = {}
+    for field in dataclasses.fields(Config):
+        value = getattr(config, field.name)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        if value != default and not field.metadata["free"]:
+            words = map(str, value if isinstance(value, list) else [value])
+            given[field.name] = [flag_name(field.name), *words]
     flags = [["--model", config.model], ["--train-data", *config.train_data],
              ["--eval-data", *(config.eval_data or ["TEST.jsonl"])]]
     if config.mix:
@@ -63,11 +72,8 @@ def study_flags(config: Config) -> list[list[str]]:
         flags.append(["--validation-data", "VALIDATION.jsonl"])
     rates = (f"{config.lr * factor:.2g}" for factor in (1 / 3, 1, 3))
     flags += [["--losses", "it", "im", "im:span"], ["--lrs", *rates]]
-    for field in dataclasses.fields(Config):
-        value = getattr(config, field.name)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        if value == default or field.metadata["free"] or field.name in OF_A_STUDY:
-            continue
-        words = map(str, value if isinstance(value, list) else [value])
-        flags.append([flag_name(field.name), *words])
+    own = [word for name in OF_A_LOSS for word in given.get(name, [])]
+    if own not in (["--loss", "it"], [], ["--normalize", "span"]):
+        flags.append(["--variants", f"own={shlex.join(own)}"])
+    flags += [words for name, words in given.items() if name not in OF_A_STUDY]
     return [*flags, ["--output-dir", "runs/study"]]

@@ -25,7 +25,7 @@ from data import collate
 from runtime.tokenizer import Tokenizer
 from config import parse_args as parse_flags
 from eval import look, spans, study
-from eval.advice import advice, nearest
+from eval.advice import advice, nearest, study_flags
 from kernels.head import weighted_nll
 from tiny import ROOT, arguments, make_model, metrics, run_here, run_module, setup
 
@@ -400,6 +400,16 @@ def test_advice_fits_a_terminal_and_ends_with_a_study_of_the_same_data_with_the_
     assert vars(config).items() >= dict(
         model="my model", train_data=["a.jsonl", "b.jsonl"], eval_data=["TEST.jsonl"], epochs=4,
         columns=["output=reply"], output_dir="runs/study", compile=None).items()
+
+
+@pytest.mark.parametrize("own, contenders", [
+    ([], {}), (["--loss", "it"], {}), (["--normalize", "span"], {}),
+    (["--loss", "it", "--instruction-weight", "0.3"], {"own": {"loss": "it", "instruction_weight": 0.3}})])
+def test_the_runs_own_loss_is_among_those_of_the_advised_study(own, contenders):
+    run = parse_flags(["--model", "x", "--train-data", "a.jsonl", *own])
+    flags = [word for words in study_flags(run) for word in words]
+    found = study.parse_contenders(study.parse_args(flags))
+    assert {name: found[name] for name in found if name not in ("it", "im", "im:span")} == contenders
 
 
 @pytest.mark.parametrize("main, data", [(spans.main, "--data"), (look.main, "--train-data")])
