@@ -97,7 +97,9 @@ METADATA = "dataset_info.json", "dataset_infos.json"
 # Files that are taken for records, by their first characters, and what to do.
 OTHER_FILES = {"PK": "a zip archive: unpack it", "ARROW1": "an Arrow file: write it with to_parquet() or "
                "to_json()", "<": "a web page or XML, not what the link promised: download it again"}
-OTHER_SPLITS = "test", "valid", "validation", "dev", "eval"
+# Splits by their names in a path: those that are not trained on, and train_sft and the like.
+OTHER_SPLIT = re.compile(r"(?<![a-z])(test|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
+PART_OF_TRAIN = re.compile(r"(?<![a-z])train(_[a-z]+)+", re.IGNORECASE)
 WHITESPACE = re.compile(r"[ \t\r\n]*")
 CHUNK = 2**20
 BATCH_BYTES = 2**24     # of a Parquet file's rows, decoded at once
@@ -158,13 +160,17 @@ def _files_in(folder: str) -> list[str]:
     if any(name.endswith(".arrow") for name in names) or "dataset_dict.json" in names:
         raise ValueError(f"{folder}: was written by save_to_disk(), whose files are not read here; write it "
                          "with load_from_disk(...).to_parquet(FILE) or to_json(FILE)")
-    files = [os.path.join(folder, name) for name in names
-             if RECORDS_FILE.fullmatch(name) and name not in METADATA]
+    files = [os.path.join(folder, name) for name in names if _holds_records(name)]
     files = _of_one_kind(list(filter(os.path.isfile, files)), folder)
     if not files:
         raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
                          f"'{folder.rstrip('/')}/**/*.jsonl'")
     return files
+
+
+def _holds_records(name: str) -> bool:
+    """Whether a file of this name is one of records."""
+    return RECORDS_FILE.fullmatch(name) is not None and name not in METADATA
 
 
 def _of_one_kind(files: list[str], name: str) -> list[str]:
@@ -192,8 +198,8 @@ def _standard_input() -> str:
 @cache
 def _files_on_hub(name: str) -> tuple[str, ...]:
     """The files of owner/name:split@revision. The split's name must be a word in their paths, as in
-    data/train-00000-of-00002.parquet; :folder/split asks for a folder, too. Without a split in the name and
-    in the paths, all files are train."""
+    data/train-00000-of-00002.parquet; :folder/split asks for a folder, too. Without a split in the name, and
+    where no path has the word train, all files are train but those of other splits, such as test_sft."""
     repository, split, revision = HUB_NAME.fullmatch(name).groups()
 
     def files_like(pattern: str) -> dict[str, str]:
@@ -201,7 +207,7 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
         patterns = [f"{pattern}.{kind}{end}" for kind in KINDS_OF_FILE for end in ("", ".gz", ".zst")]
         folder = download(name, repository, revision, patterns, repo_type="dataset")
         return {path.relative_to(folder).as_posix(): str(path) for path in sorted(folder.rglob("*"))
-                if path.is_file() and RECORDS_FILE.fullmatch(path.name)}
+                if path.is_file() and _holds_records(path.name)}
 
     def has(path: str, word: str) -> bool:
         return re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z]|_[a-z])", path, re.IGNORECASE) is not None
@@ -211,10 +217,16 @@ def _files_on_hub(name: str) -> tuple[str, ...]:
     files = [path for path in found if all(has(path, word) for word in words)]
     if not files and not split:
         found = files_like("*")
-        files = [path for path in found if not any(has(path, other) for other in OTHER_SPLITS)]
+        files = [path for path in found if not OTHER_SPLIT.search(path)]
+        # train_sft and train_gen may be the same records for two purposes.
+        if len({match[0].lower() for path in files for match in PART_OF_TRAIN.finditer(path)}) > 1:
+            files = []
     if not files:
-        raise ValueError(f"{name}: holds no {'/'.join(words)} split in {READ}"
-                         + (f"; its files are {', '.join([*found][:8])}" if found else ""))
+        known = ""
+        if found:
+            word = re.match(r"\w*", os.path.basename([*found][-1]))[0]
+            known = f"; its files are {', '.join([*found][:8])}; give the split, as in {repository}:{word}"
+        raise ValueError(f"{name}: holds no {'/'.join(words)} split in {READ}{known}")
     if len(parents := sorted({os.path.dirname(path) for path in files})) > 1:
         raise ValueError(f"{name}: the split is in several folders ({', '.join(parents)}); give one, as in "
                          f"{repository}:{parents[-1]}/{words[-1]}")

@@ -611,6 +611,10 @@ SHARDS = [f"data/{split}-0000{i}-of-00002.jsonl" for split in ("test", "train") 
     (SHARDS, "owner/name", SHARDS[2:]), (SHARDS, "owner/name:test", SHARDS[:2]),
     (SHARDS, "owner/name:test@v1", SHARDS[:2]), (["README.md", "a.jsonl"], "owner/name", ["a.jsonl"]),
     (["a.jsonl", "test.jsonl"], "owner/name", ["a.jsonl"]),
+    (["a.jsonl", "dataset_infos.json"], "owner/name", ["a.jsonl"]),
+    # Without a file of that name, train_prefs is train, and test_prefs is not.
+    (["test_prefs-1.json", "train_prefs-1.json", "train_prefs-2.json"], "owner/name",
+     ["train_prefs-1.json", "train_prefs-2.json"]),
     (["train.json", "pretrain.json", "train_gen.json"], "owner/name", ["train.json"]),
     (["train_gen-1.json", "train_sft-1.json"], "owner/name:train_sft", ["train_sft-1.json"]),
     (["main/train-1.jsonl", "other/train-1.jsonl"], "owner/name:main/train", ["main/train-1.jsonl"]),
@@ -631,6 +635,8 @@ def test_a_split_on_the_hub_is_the_files_named_after_it(files, name, expected, h
 @pytest.mark.parametrize("files, name, says", [
     (SHARDS, "owner/name:dev", "owner/name:dev: holds no dev split in JSON"),
     (["train_gen-1.json", "train_sft-1.json"], "owner/name:train", "its files are train_gen-1.json, train_"),
+    ([f"data/{split}-1.json" for split in ("test_gen", "test_sft", "train_gen", "train_sft")], "owner/name",
+     "holds no train split .*data/train_sft-1.json; give the split, as in owner/name:train_sft"),
     (["main/train-1.jsonl", "other/train-1.jsonl"], "owner/name",
      "in several folders .main, other.; give one, as in owner/name:other/train"),
     (["train.json", "train.csv"], "owner/name", "holds .csv and .json files"),
