@@ -266,7 +266,8 @@ def read_records(path: str | Path, columns: Iterable[str] = ()) -> Iterator[tupl
     columns: KNOWN=NAME gives the record's field NAME the name of a known one (--columns). "train",
     "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other fields that
     would change what is trained or served are refused (REFUSED). null and NaN mean absent, as do empty cells
-    of .csv. A bad record is a ValueError with file, line and what is wrong with it.
+    of .csv and, at any depth, the null fields of Parquet's objects. A bad record is a ValueError with file,
+    line and what is wrong with it.
     """
     names = parse_columns(columns)
     line = None
@@ -351,6 +352,7 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
     pyarrow, number = _pyarrow(path), 0
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+            _check_names(file.schema_arrow.names)
             for group in range(file.num_row_groups):
                 # As many rows as have BATCH_BYTES on average are decoded at once.
                 size = file.metadata.row_group(group)
@@ -358,9 +360,27 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
                 for batch in file.iter_batches(min(max(rows, 1), 256), row_groups=[group]):
                     for record in batch.to_pylist():
                         number += 1
+                        record = {name: _without_nulls(value) for name, value in record.items()}
                         yield record, number, f": record {number}"
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged, after record {number}: {error}") from None
+
+
+def _without_nulls(value: object) -> object:
+    """A value of a Parquet file without the null fields of its objects. Objects of a column all have the same
+    fields there, so null means that this one does not have it: {"a": 1}, {"b": 2} are stored as
+    {"a": 1, "b": null}, {"a": null, "b": 2}."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value
+
+
+def _check_names(columns: list[str]) -> None:
+    """ValueError if two columns of a table have the same name."""
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise ValueError(f"the header has {', '.join(map(repr, twice))} more than once")
 
 
 def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
@@ -373,8 +393,7 @@ def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, 
         while (row := next(rows, None)) is not None:
             if header is None:
                 header = row
-                if twice := sorted({name for name in row if row.count(name) > 1}):
-                    raise ValueError(f"the header has {', '.join(map(repr, twice))} more than once")
+                _check_names(row)
                 if len(row) == 1 and any(other in row[0] for other in ";\t|"):
                     raise ValueError(f"the header is one cell, {shorten(repr(row[0]), 200)}: separate "
                                      "cells with commas, or with tabs in a file named .tsv")

@@ -212,10 +212,34 @@ def test_parquet_has_messages_with_null_for_what_others_have(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "x")      # known by its contents
     assert list(read_records(tmp_path / "x")) == [
         ([MESSAGES[0], {**MESSAGES[1], "weight": 0}], 1), (MESSAGES, 2), (MESSAGES, 3)]
-    bad = pyarrow.table({"prompt": ["Hi", "Hi"], "completion": ["a", None]})
-    pyarrow.parquet.write_table(bad, tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match="bad.parquet: record 2: has none .* and null 'completion'"):
-        list(read_records(tmp_path / "bad.parquet"))
+
+
+def test_fields_that_parquet_adds_to_the_objects_of_a_column_are_absent_at_any_depth(tmp_path):
+    def tool(name: str, **properties: dict) -> dict:
+        return {"function": {"name": name, "parameters": {"properties": properties}}}
+
+    def call(name: str, **arguments: object) -> dict:
+        return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+    messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [
+        call("weather", town="Rome", days=[1, None]), call("add", a=1, b={"x": 0.5})]}]
+    record = {"tools": [tool("weather", town={"type": "string"}), tool("add", a={"type": "number"})],
+              "messages": messages}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
+    assert list(read_records(tmp_path / "x.parquet")) == [(to_messages(record), 1)]
+
+
+@pytest.mark.parametrize("columns, says", [
+    ({"prompt": ["Hi", "Hi"], "completion": ["a", None]}, ": record 2: has none .* and null 'completion'"),
+    ({"prompt": ["Hi"], "completion": ["a"], "Completion": ["b"]}, "has 'completion' more than once"),
+    ({"prompt": ["Hi"], "completion": ["a"], "at": pyarrow.array([10**15], pyarrow.timestamp("s"))},
+     "after record 0: .* too large"),
+])
+def test_a_bad_record_or_column_of_parquet_is_named(columns, says, tmp_path):
+    table = pyarrow.table(columns)
+    pyarrow.parquet.write_table(table.rename_columns([name.lower() for name in columns]), tmp_path / "x")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/x: .*{says}|^{tmp_path}/x{says}"):
+        list(read_records(tmp_path / "x"))
 
 
 def test_without_pyarrow_the_error_says_what_to_install(tmp_path, monkeypatch):
