@@ -559,24 +559,30 @@ def to_messages(record: dict | list) -> list[dict]:
         raise ValueError("holds a pair of preferences, 'chosen' and 'rejected', and pairs are not trained; "
                          + _chosen_alone(record))
     _refuse(record, "the record")
-    *question, answer = _layout(record, nulls)
-    if question:
-        messages = [*_question(record, question), *_side(record, answer, "assistant")]
-    else:
-        messages = _side(record, answer, "")
-    messages = _with_system_prompt(messages, record)
+    layout = _layout(record, nulls)
+    messages = _with_system_prompt(_turns(record, layout), record)
     if not _says_nothing(tools):
-        if messages[0].get("tools") not in (None, tools):
+        own = messages[0].get("tools")
+        if not _says_nothing(own) and own != tools:
             raise ValueError("the record's 'tools' are not those of its first message: keep one of them")
         # A message keeps its fields wherever it goes.
         messages = [{**messages[0], "tools": tools}, *messages[1:]]
     messages = [_message(message, number) for number, message in enumerate(messages, 1)]
-    _check_messages(messages, record, {*question, answer})
+    _check_messages(messages, record, {*layout})
     return messages
 
 
+def _turns(record: dict, layout: tuple[str, ...]) -> list[dict]:
+    """The messages in the fields of a layout."""
+    *question, answer = layout
+    if question:
+        return [*_question(record, question), *_side(record, answer, "assistant")]
+    return _side(record, answer, "")
+
+
 def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
-    """The record's layout: those of its fields that it has. ValueError if it has none, or more than one."""
+    """The record's layout: those of its fields that it has. ValueError if it has none, or several that say
+    different things."""
     fits = []
     for layout in LAYOUTS:
         if all(field in record or field.endswith("?") for field in layout):
@@ -597,10 +603,20 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
                          f"{shorten(', '.join(map(repr, record)), 500) or 'none'}"
                          + (f", and null {', '.join(map(repr, nulls))}" if nulls else "")
                          + f". Known are {known}; --columns {_columns_for(record)} reads others")
-    if len(fits) > 1:
+    if len(fits) > 1 and not _first_says_all(record, fits):
         one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
         raise ValueError(f"has two layouts, {one} and {other}: keep one of them")
     return fits[0]
+
+
+def _first_says_all(record: dict, layouts: list[tuple[str, ...]]) -> bool:
+    """Whether the first of these layouts has the messages of all, as a conversation has that stands next to
+    its question and answer."""
+    try:
+        first, *others = ([turn.items() for turn in _turns(record, layout)] for layout in layouts)
+    except ValueError:
+        return False
+    return all(len(other) == len(first) and all(a <= b for a, b in zip(other, first)) for other in others)
 
 
 def _columns_for(record: dict) -> str:
@@ -687,10 +703,10 @@ def _turn(turn: object, number: int) -> dict:
             "content", content) != content:
         raise ValueError(f"message {number} has 'from' and 'value' in addition to another 'role' or "
                          "'content': keep one of them")
-    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        content = "".join(_text_of_part(_present(part), number) for part in content)
     if role == "function_call":
         return {**turn, "role": "assistant", "content": "", "tool_calls": content}
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        content = "".join(_text_of_part(_present(part), number) for part in content)
     return {**turn, "role": role, "content": content}
 
 
@@ -708,7 +724,7 @@ def _with_system_prompt(messages: list, record: dict) -> list:
         given = [m["content"] for m in messages if m["role"] == "system"]
         if record.get(field) and not given:
             messages = [{"role": "system", "content": record[field]}, *messages]
-        elif record.get(field, "") not in ("", *given):
+        elif record.get(field, "") not in (*EMPTY, *given):
             raise ValueError(f"the record's {field!r} is not what its system message says: keep one of them")
     return messages
 
@@ -736,7 +752,7 @@ def _present(fields: dict) -> dict:
 def _kind(value: object) -> str:
     """What a JSON value is, in words."""
     words = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
-    return words.get(type(value), f"{type(value).__name__} {value}")
+    return words.get(type(value)) or shorten(f"{type(value).__name__} {value}", 100)
 
 
 def _check_text(value: object, field: str) -> None:
@@ -763,11 +779,13 @@ def _message(message: dict, number: int) -> dict:
     fields = _present(message)
     role, content = fields.pop("role", None), fields.pop("content", None)
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"message {number} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+        raise ValueError(f"message {number} has the unknown role {shorten(repr(role), 100)}; known are "
+                         f"{', '.join(ROLES)}")
     switches = {field: fields.pop(field) for field in TRAINS if field in fields}
     for field, value in switches.items():
         if value not in (0, 1):
-            raise ValueError(f"message {number} has {field!r}: {value!r}; it must be 0 or 1, false or true")
+            raise ValueError(f"message {number} has {field!r}: {shorten(repr(value), 100)}; it must be 0 "
+                             "or 1, false or true")
     weights = {int(value == TRAINS[field]) for field, value in switches.items()}
     if len(weights) > 1:
         raise ValueError(f"message {number} is to be trained and not to be trained: "
@@ -818,6 +836,8 @@ def _tool_call(call: dict, number: int) -> dict:
         function = {field: call.pop(field) for field in [*call] if field not in ("id", "type", "index")}
         call = {"type": "function", **call, "function": function}
     function = call["function"]
+    if isinstance(function, dict):
+        function = _present(function)
     if not isinstance(function, dict) or function.keys() - {"name", "arguments"} or (
             not isinstance(function.get("name"), str)):
         raise ValueError(f"message {number} has the tool call {str(function)[:80]}; "

@@ -75,7 +75,12 @@ LAYOUTS = [
     ({"messages": MESSAGES, "system_prompt": "S"}, [{"role": "system", "content": "S"}, *MESSAGES]),
     ({"messages": [{"role": "system", "content": "S"}, *MESSAGES], "system": "S"},
      [{"role": "system", "content": "S"}, *MESSAGES]),
+    # A conversation, and the question and answer that it consists of.
+    ({"instruction": "Hi", "response": "Hello", "conversations": SHAREGPT}, MESSAGES),
+    ({"messages": [MESSAGES[0], {**MESSAGES[1], "id": 3}], "conversations": SHAREGPT},
+     [MESSAGES[0], {**MESSAGES[1], "id": 3}]),
     # null means absent, and so does what is empty or says what holds anyway
+    ({"messages": MESSAGES, "system": [], "system_prompt": {}}, MESSAGES),
     ({"messages": None, "prompt": "Hi", "completion": "Hello", "tools": None, "system": None}, MESSAGES),
     ({"messages": "", "prompt": "Hi", "completion": "Hello", "weight": float("nan")}, MESSAGES),
     ({"instruction": "Hi", "input": None, "output": "Hello", "history": [], "weight": 1, "label": True},
@@ -370,6 +375,13 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ('{"messages": [{"role": "user", "content": "x", "mask": 1, "loss": true}]}',
      "'loss' is True, 'mask' is 1"),
     ('{"messages": [{"role": ["user"], "content": "x"}]}', "unknown role ['user']"),
+    (json.dumps({"messages": [{"role": "user" * 999, "content": "x"}]}), "[...] "),
+    (json.dumps({"messages": [{"role": "user", "content": "x", "weight": "1" * 9999}]}), "[...] "),
+    ('{"messages": [{"role": "user", "content": 1' + "0" * 4000 + "}]}", "[...] "),
+    (json.dumps({"messages": MESSAGES, "prompt": "Hi", "completion": "Hello you"}), "has two layouts"),
+    (json.dumps({"messages": MESSAGES, "conversations": [SHAREGPT[0], {**SHAREGPT[1], "weight": 0}]}),
+     "has two layouts"),
+    (json.dumps({"messages": MESSAGES, "conversations": [*SHAREGPT, *SHAREGPT]}), "has two layouts"),
     ('{"conversations": [{"from": ["human"], "value": "x"}]}', "unknown role ['human']"),
     ('{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}', "surrogate"),
     ('{"messages": [{"role": "system", "content": "S"}], "system": "T"}', "'system' is not what"),
@@ -421,7 +433,7 @@ def test_a_bad_record_is_named_with_file_and_line(line, says, tmp_path):
         list(read_records(file))
     assert says in str(error.value) and "bad.jsonl:2:" in str(error.value)
     # What the JSON reader says ends so before a position, which the line number takes the place of.
-    assert not str(error.value).endswith(" at")
+    assert not str(error.value).endswith(" at") and len(str(error.value)) < 1500
 
 
 def cut(data: bytes) -> bytes:

@@ -243,6 +243,8 @@ LAYOUTS = {
     "an object": call("weather", {"town": "Où", "n": 1}),
     "JSON text": call("weather", '{"town": "Où", "n": 1}'),
     "bare": {"name": "weather", "arguments": {"town": "Où", "n": 1}},
+    "null": {**call("weather", {"town": "Où", "n": 1}, id=None), "function": {
+        "name": "weather", "arguments": {"town": "Où", "n": 1}, "output": None}},
     "bare JSON text": {"name": "weather", "arguments": '{"town":"Où","n":1}', "id": None},
 }
 
@@ -262,13 +264,15 @@ def test_every_layout_of_tools_and_calls_is_one_record(layout, as_text):
 def test_function_call_and_observation_of_sharegpt():
     turns = [("human", "Warm?"), ("function_call", '{"name": "weather", "arguments": {"town": "X"}}'),
              ("observation", "21"), ("function_call", '[{"name": "add", "arguments": {}}]'),
-             ("observation", "3"), ("gpt", "Yes.")]
+             ("observation", "3"), ("function_call", [{"name": "add", "arguments": {}}]),
+             ("observation", "4"), ("gpt", "Yes.")]
     record = {"conversations": [{"from": role, "value": text} for role, text in turns],
               "tools": json.dumps(TOOLS), "system": "S"}
     assert to_messages(record) == [
         {"role": "system", "content": "S", "tools": TOOLS}, {"role": "user", "content": "Warm?"},
         calls(call("weather", {"town": "X"}), content=""), {"role": "tool", "content": "21"},
         calls(call("add", {}), content=""), {"role": "tool", "content": "3"},
+        calls(call("add", {}), content=""), {"role": "tool", "content": "4"},
         {"role": "assistant", "content": "Yes."}]
 
 
@@ -279,6 +283,8 @@ def test_empty_is_absent(nothing):
               "tools": nothing}
     assert to_messages(record) == plain
     assert to_messages({"messages": [{**ASKED, "tools": nothing}, SAID]}) == plain
+    assert to_messages({"messages": [{**ASKED, "tools": nothing}, SAID], "tools": TOOLS}) == [
+        {**ASKED, "tools": TOOLS}, SAID]
 
 
 @pytest.mark.parametrize("tools, message, says", [
