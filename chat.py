@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from difflib import SequenceMatcher
-from functools import cache
+from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,17 @@ class Template:
     def uses_date(self) -> bool:
         return "strftime_now" in self.source
 
+    @cached_property
+    def special_pattern(self) -> re.Pattern:
+        """Matches the special tokens' texts; nothing if there are none."""
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile("(" + ("|".join(map(re.escape, longest_first)) or r"(?!)") + ")")
+
+    def ends_turn(self, token: str) -> bool:
+        """Whether this special token ends an answer. While load_template() tries the template, end_of_turn is
+        not known yet, and any does."""
+        return not self.end_of_turn or token in (self.end_of_turn, self.tokens.get("eos_token"))
+
     def content(self, answer: str) -> str:
         """A generated answer as a message's content: without the text that this template puts before one."""
         return answer.removeprefix(self.lead)
@@ -73,7 +84,7 @@ class Template:
             return messages[-1]["content"]
         prompt = self(messages[:-1], add_generation_prompt=True)
         written = self(messages)[len(prompt):].partition(self.end_of_turn)[0]
-        return self.content(_special_pattern(self.special).sub("", written))
+        return self.content(self.special_pattern.sub("", written))
 
     def __call__(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Render as transformers' apply_chat_template does. The first message may hold the record's "tools".
@@ -211,7 +222,7 @@ def render(messages: list[dict], template: Template, add_generation_prompt: bool
     """
     if len(messages) > MAX_MESSAGES:
         raise ValueError(f"has {len(messages):,} messages, more than {MAX_MESSAGES:,}: split the record")
-    special = _special_pattern(template.special)
+    special = template.special_pattern
     text = template(messages, add_generation_prompt)
     messages = _without_dropped_thoughts(messages, template, text, add_generation_prompt)
     # The template composes these answers of several parts, in its own way.
@@ -277,7 +288,7 @@ def _refuse_special_tokens(messages: list[dict], template: Template, composed: s
     fields = [[m[field] for field in m if field not in ("role", "content", "weight")] for m in messages]
     # The template writes the tags around thoughts itself, so they may be special tokens.
     contents = [_thoughts(messages[i]) for i in composed]
-    token = _special_pattern(template.special).search(str([fields, contents]))
+    token = template.special_pattern.search(str([fields, contents]))
     # This matters only if the template reads the field.
     if token and template(messages) != template([{"role": m["role"], "content": m["content"]}
                                                  for m in messages]):
@@ -316,7 +327,7 @@ def _definitions(literal: str, without: str, template: Template) -> Iterator[tup
     writes only if there are tools. without: the same literal without tools. Special tokens are left out."""
     if literal == without:
         return
-    special = _special_pattern(template.special)
+    special = template.special_pattern
 
     def units(text: str) -> list[str]:
         """Special tokens, newlines, and what stands between them."""
@@ -348,7 +359,7 @@ def _composed_answer(messages: list[dict], i: int, template: Template, text: str
     """(start, end) in the text of answer i, whose tool calls or thoughts the template places itself: from the
     end of its generation prompt to the first token that ends a turn. It must stand in text[first:limit].
     ValueError if it does not, or if something that it holds is left out."""
-    message, special = messages[i], _special_pattern(template.special)
+    message, special = messages[i], template.special_pattern
     place = f"template {template.name} writes message {i + 1}"
     if message.get("weight") != 0 and _thoughts(message)[0].strip() not in text:
         raise ValueError(f"template {template.name} drops the thoughts of message {i + 1}, which would not "
@@ -362,9 +373,8 @@ def _composed_answer(messages: list[dict], i: int, template: Template, text: str
                          f"there cannot be told apart: {_way_out(message)}")
 
     def end_of_turn(rendered: str, limit: int) -> int | None:
-        ends = (template.end_of_turn, template.tokens.get("eos_token"))
-        return next((token.end() for token in special.finditer(rendered, start, limit) if token[0] in ends),
-                    None)
+        return next((token.end() for token in special.finditer(rendered, start, limit)
+                     if template.ends_turn(token[0])), None)
 
     end, end_alone = end_of_turn(text, limit), end_of_turn(alone, len(alone))
     if end is None or end_alone is None:
@@ -398,7 +408,7 @@ def _check_nothing_is_left_out(message: dict, i: int, template: Template, answer
             raise ValueError(f"template {template.name} leaves out or rewrites the {part} of message "
                              f"{i + 1}, which would not be trained: {_way_out(message)}")
     # Where the thoughts are a part of the content, the template must not add anything to it.
-    written = _special_pattern(template.special).sub("", answer)
+    written = template.special_pattern.sub("", answer)
     if not _holds_more_than_a_content(message) and squeezed(written) != squeezed(thoughts + said):
         raise ValueError(f"template {template.name} rewrites the content of message {i + 1}: "
                          f"{_way_out(message)}")
@@ -428,12 +438,8 @@ def _end_of_answer(literal: str, template: Template) -> int:
     """How much of the literal after an answer's content the model must write: up to its first special token,
     or nothing if that token does not end a turn. Some templates end only the last answer, so the next special
     token is another message's."""
-    token = _special_pattern(template.special).search(literal)
-    ends = (template.end_of_turn, template.tokens.get("eos_token"))
-    # While load_template tries the template, end_of_turn is not known yet: any special token counts.
-    if token and (not template.end_of_turn or token[0] in ends):
-        return token.end()
-    return 0
+    token = template.special_pattern.search(literal)
+    return token.end() if token and template.ends_turn(token[0]) else 0
 
 
 def _start_of_answer(before: list[dict], template: Template, text: str, first: int, content: int, end: int
@@ -445,17 +451,10 @@ def _start_of_answer(before: list[dict], template: Template, text: str, first: i
         return content
     start = len(prompt)
     # A special token of the prompt must not come from the content, where it is only text.
-    special = _special_pattern(template.special).finditer(prompt)
+    special = template.special_pattern.finditer(prompt)
     if not first <= start <= end or any(token.end() > content for token in special):
         return content
     return start
-
-
-@cache
-def _special_pattern(special: tuple[str, ...]) -> re.Pattern:
-    """Matches the special tokens' texts; nothing if there are none."""
-    return re.compile(
-        "(" + ("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)") + ")")
 
 
 def _take_apart(text: str, messages: list[dict], template: Template, add_generation_prompt: bool,

@@ -276,7 +276,7 @@ FAULTS = [
           "    return content\n",
           "templates::completion_begins_where_the_served_prompt_ends"),
     fault("next-header", "the next message's header is trained", "chat.py",
-          "if token and (not template.end_of_turn or token[0] in ends):", "if token:",
+          "if token and template.ends_turn(token[0]) else 0", "if token else 0",
           "templates::the_next_messages_first_token_does_not_end_an_answer"),
     fault("one-probe", "prompts are tried with one turn only", "chat.py",
           "for before in ([], [{\"role\": \"system\", \"content\": \"s\"}], PROBE):", "for before in ([],):",
