@@ -105,7 +105,7 @@ class Dataset:
         return np.flatnonzero(usable)
 
 
-# A cache's files, and how they are mapped; first the columns of a Dataset, in its order.
+# A cache's files, and how they are mapped. Those with .bin are the columns of a Dataset, by name.
 CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "offsets.bin": (np.int64, (-1,)),
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "groups.bin": (np.uint64, (-1,)), "report.json": (np.uint8, (-1,))}
@@ -176,8 +176,8 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
             shutil.rmtree(unfinished, ignore_errors=True)
         opened = _open_cache(folder, len(files))
     arrays, report, content = opened
-    return Dataset(files, *arrays.values(), report, key, content,
-                   np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names))))
+    names_of_files = np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names)))
+    return Dataset(files, **arrays, report=report, key=key, content=content, names=names_of_files)
 
 
 def _open_cache(folder: Path, files: int) -> tuple[dict[str, np.ndarray], dict, str]:
@@ -195,10 +195,10 @@ def _open_cache(folder: Path, files: int) -> tuple[dict[str, np.ndarray], dict, 
             with open(file, "rb") as opened:
                 if checksum(opened) != sums[name]:
                     raise ValueError
-                arrays[name] = np.memmap(opened, np.uint8, "r").view(dtype).reshape(shape)
-        report = parse_json(arrays.pop("report.json").tobytes().decode())
+                arrays[file.stem] = np.memmap(opened, np.uint8, "r").view(dtype).reshape(shape)
+        report = parse_json(arrays.pop("report").tobytes().decode())
         file = folder
-        if not _consistent(files, *arrays.values()) or not report.keys() >= NO_RECORDS.keys():
+        if not _consistent(files, **arrays) or not report.keys() >= NO_RECORDS.keys():
             raise ValueError
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
@@ -523,8 +523,16 @@ def collate(dataset: Dataset, examples: np.ndarray, table: np.ndarray) -> Batch:
     source = starts[documents] + positions  # (N,) places in the dataset's flat arrays
     kinds = dataset.kinds[source + 1].astype(np.int64)
     coefficients = table[documents, kinds].astype(np.float32)
-    arrays = (dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,
-              positions, cu_seqlens.astype(np.int32), documents, coefficients, np.flatnonzero(coefficients),
-              np.flatnonzero(coefficients == 0))
-    return Batch(*map(torch.from_numpy, arrays), examples)
+    arrays = {
+        "ids": dataset.ids[source].astype(np.int64),
+        "targets": dataset.ids[source + 1].astype(np.int64),
+        "kinds": kinds,
+        "positions": positions,
+        "cu_seqlens": cu_seqlens.astype(np.int32),
+        "documents": documents,
+        "coefficients": coefficients,
+        "trained": np.flatnonzero(coefficients),
+        "untrained": np.flatnonzero(coefficients == 0),
+    }
+    return Batch(**{name: torch.from_numpy(array) for name, array in arrays.items()}, examples=examples)
 

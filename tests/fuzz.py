@@ -355,7 +355,8 @@ def token_cache(case: tuple, out: Path):
         (out / "crc32.json").write_text(json.dumps({**sums, name: zlib.crc32(raw)}))
     yield [str(out)]
     arrays, report, content = data._open_cache(out, 1)
-    dataset = data.Dataset(["x"], *arrays.values(), report, "", content, data.np.zeros(1, int))
+    dataset = data.Dataset(["x"], **arrays, report=report, key="", content=content,
+                           names=data.np.zeros(1, int))
     for example in range(len(dataset)):
         data.collate(dataset, data.np.array([example]), data.np.ones((1, len(chat.KINDS))))
 

@@ -240,10 +240,7 @@ FAULTS = [
           "kinds = dataset.kinds[source + 1]", "kinds = dataset.kinds[source]",
           "data::batch_shifts_and_counts_positions_within_each_document"),
     fault("positions", "positions go on over documents", "data.py",
-          "(dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,\n"
-          "              positions, cu_seqlens",
-          "(dataset.ids[source].astype(np.int64), dataset.ids[source + 1].astype(np.int64), kinds,\n"
-          "              np.arange(len(source)), cu_seqlens",
+          "\"positions\": positions,", "\"positions\": np.arange(len(source)),",
           "data::batch_shifts_and_counts_positions_within_each_document"),
     fault("one-document", "attention over the whole row", "data.py",
           "cu_seqlens.astype(np.int32)", "cu_seqlens[[0, -1]].astype(np.int32)",

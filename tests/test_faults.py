@@ -218,7 +218,7 @@ def test_the_files_that_were_checked_are_those_that_are_mapped(damaged, monkeypa
             os.replace(wrong, made / "ids.bin")
         return crc
     monkeypatch.setattr(data, "checksum", replace)
-    assert np.array_equal(data._open_cache(made, 1)[0]["ids.bin"], whole)
+    assert np.array_equal(data._open_cache(made, 1)[0]["ids"], whole)
     assert not np.fromfile(made / "ids.bin", np.int32).any()
 
 
