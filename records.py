@@ -577,7 +577,7 @@ def _turns(record: dict, layout: tuple[str, ...]) -> list[dict]:
     *question, answer = layout
     if question:
         return [*_question(record, question), *_side(record, answer, "assistant")]
-    return _side(record, answer, "")
+    return _conversation(record, answer)
 
 
 def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
@@ -623,16 +623,14 @@ def _columns_for(record: dict) -> str:
     """What --columns could be for a record of an unknown layout."""
     capitals = [f"{field.lower()}={field}" for field in record
                 if field.lower() in FIELDS and field not in FIELDS]
-    lists = [f"messages={field}" for field, value in record.items()
-             if isinstance(value, list) and value and _is_message(value[0])]
+    lists = [f"messages={field}" for field, value in record.items() if _are_messages(value)]
     return " ".join(capitals) or next(iter(lists), "prompt=NAME completion=NAME")
 
 
 def _chosen_alone(record: dict) -> str:
     """How to train on the preferred answers of such records alone."""
     chosen = record["chosen"]
-    if isinstance(chosen, list) and chosen and _is_message(chosen[0]) and (
-            _turn(chosen[0], 1)["role"] != "assistant"):
+    if _are_messages(chosen) and _turn(chosen[0], 1)["role"] != "assistant":
         known = "messages"
     else:
         known = next((answer for *question, answer in LAYOUTS if question and all(
@@ -654,26 +652,33 @@ def _question(record: dict, fields: list[str]) -> list[dict]:
     return [{"role": "user", "content": "\n\n".join(record[field] for field in fields if record[field])}]
 
 
-def _side(record: dict, field: str, role: str) -> list:
-    """The messages in a field: a list of them, possibly as JSON in a text. With a role, a text is the content
-    of one message."""
+def _conversation(record: dict, field: str) -> list[dict]:
+    """The messages in a field: a list of them, or a text that holds one as JSON."""
     value = record[field]
-    if isinstance(value, str) and (not role or value.lstrip().startswith("[{")):
-        listed = _from_text(value)
-        if not role and not isinstance(listed, list):
+    if isinstance(value, str):
+        value = _from_text(value)
+        if not isinstance(value, list):
             raise ValueError(f"{field!r} must be a list of messages, or a text that holds one as JSON, not "
-                             f"{value[:60]!r}; to_json and to_parquet write lists that can be read")
-        if isinstance(listed, list) and (not role or all(map(_is_message, listed))):
-            value = listed
-    if role and not (isinstance(value, list) and value and all(map(_is_message, value))):
-        # A list may hold the parts of a content.
-        if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
-            _check_text(value, field)
-        value = [{"role": role, "content": value}]
+                             f"{record[field][:60]!r}; to_json and to_parquet write lists that can be read")
     if not isinstance(value, list):
         raise ValueError(f"{field!r} must be a list of messages, not {_kind(value)}")
     if not value:
         raise ValueError(f"{field!r} holds no messages")
+    return [_turn(turn, number) for number, turn in enumerate(value, 1)]
+
+
+def _side(record: dict, field: str, role: str) -> list[dict]:
+    """The messages in a field for the question or the answer: a list of them, possibly as JSON in a text, or
+    else the content of one message of this role."""
+    value = record[field]
+    if isinstance(value, str) and value.lstrip().startswith("[{"):
+        listed = _from_text(value)
+        value = listed if _are_messages(listed) else value
+    if not _are_messages(value):
+        # A list may hold the parts of a content.
+        if not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+            _check_text(value, field)
+        value = [{"role": role, "content": value}]
     return [_turn(turn, number) for number, turn in enumerate(value, 1)]
 
 
@@ -689,6 +694,10 @@ def _from_text(text: str) -> object:
 
 def _is_message(value: object) -> bool:
     return isinstance(value, dict) and not value.keys().isdisjoint(("role", "from"))
+
+
+def _are_messages(value: object) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_is_message, value))
 
 
 def _turn(turn: object, number: int) -> dict:
