@@ -247,11 +247,14 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check("format", left, right if isinstance(right, tuple) else [right])
         elif operator == "*" and not all(isinstance(x, int | float) for x in (left, right)):
             # A text or a list, repeated.
-            _budget.charge(_size(left if isinstance(right, int) else right)
-                           * max(0, right if isinstance(right, int) else left))
-        elif operator in ("*", "**") and all(isinstance(x, int) for x in (left, right)):
-            digits = left.bit_length(), right.bit_length() if operator == "*" else right
-            _budget.charge(max(0, sum(digits) if operator == "*" else digits[0] * digits[1]))
+            repeated, times = (left, right) if isinstance(right, int) else (right, left)
+            _budget.charge(_size(repeated) * max(0, times))
+        elif isinstance(left, int) and isinstance(right, int):
+            # Numbers may have any number of digits.
+            if operator == "*":
+                _budget.charge(left.bit_length() + right.bit_length())
+            elif operator == "**":
+                _budget.charge(left.bit_length() * max(0, right))
         return _made(super().call_binop(context, operator, left, right))
 
 
