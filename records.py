@@ -265,9 +265,9 @@ def read_records(path: str | Path, columns: Iterable[str] = ()) -> Iterator[tupl
 
     columns: KNOWN=NAME gives the record's field NAME the name of a known one (--columns). "train",
     "training", "trainable" or "loss": false and "mask" or "masked": true mean "weight": 0. Other fields that
-    would change what is trained or served are refused (REFUSED). null and NaN mean absent, as do empty cells
-    of .csv and, at any depth, the null fields of Parquet's objects. A bad record is a ValueError with file,
-    line and what is wrong with it.
+    would change what is trained or served are refused (REFUSED). A field that is null or NaN is absent, at
+    any depth, as is an empty cell of .csv; only the JSON text of tools and of a call's arguments keeps its
+    nulls. A bad record is a ValueError with file, line and what is wrong with it.
     """
     names = parse_columns(columns)
     line = None
@@ -360,21 +360,9 @@ def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
                 for batch in file.iter_batches(min(max(rows, 1), 256), row_groups=[group]):
                     for record in batch.to_pylist():
                         number += 1
-                        record = {name: _without_nulls(value) for name, value in record.items()}
                         yield record, number, f": record {number}"
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: is damaged, after record {number}: {error}") from None
-
-
-def _without_nulls(value: object) -> object:
-    """A value of a Parquet file without the null fields of its objects. Objects of a column all have the same
-    fields there, so null means that this one does not have it: {"a": 1}, {"b": 2} are stored as
-    {"a": 1, "b": null}, {"a": null, "b": 2}."""
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return value
 
 
 def _check_names(columns: list[str]) -> None:
@@ -715,7 +703,7 @@ def _turn(turn: object, number: int) -> dict:
     if role == "function_call":
         return {**turn, "role": "assistant", "content": "", "tool_calls": content}
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
-        content = "".join(_text_of_part(_present(part), number) for part in content)
+        content = "".join(_text_of_part(part, number) for part in content)
     return {**turn, "role": role, "content": content}
 
 
@@ -753,9 +741,14 @@ def _is_null(value: object) -> bool:
     return value is None or value != value
 
 
-def _present(fields: dict) -> dict:
-    """The fields that are not null, which means absent."""
-    return {field: value for field, value in fields.items() if not _is_null(value)}
+def _present(value: object) -> object:
+    """The value without those fields of its objects that are null, which means absent. In a table all objects
+    of a column have the same fields: {"a": 1}, {"b": 2} becomes {"a": 1, "b": null}, {"a": null, "b": 2}."""
+    if isinstance(value, list):
+        return [_present(item) for item in value]
+    if isinstance(value, dict):
+        return {field: _present(item) for field, item in value.items() if not _is_null(item)}
+    return value
 
 
 def _kind(value: object) -> str:
@@ -845,8 +838,6 @@ def _tool_call(call: dict, number: int) -> dict:
         function = {field: call.pop(field) for field in [*call] if field not in ("id", "type", "index")}
         call = {"type": "function", **call, "function": function}
     function = call["function"]
-    if isinstance(function, dict):
-        function = _present(function)
     if not isinstance(function, dict) or function.keys() - {"name", "arguments"} or (
             not isinstance(function.get("name"), str)):
         raise ValueError(f"message {number} has the tool call {str(function)[:80]}; "

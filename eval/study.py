@@ -237,8 +237,22 @@ def task_flags(config: StudyConfig) -> list[str]:
 
 
 def as_line(messages: list[dict]) -> str:
-    """A record's messages as a line of JSON, the same for equal messages in whatever layout."""
-    return json.dumps({"messages": messages}, ensure_ascii=False)
+    """A record's messages as a line of JSON, the same for equal messages in whatever layout. It is read as
+    these messages again: tools and arguments are written as text, in which null stays."""
+    def text(value: object) -> str:
+        return json.dumps(value, ensure_ascii=False)
+
+    def written(call: dict) -> dict:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": text(function["arguments"])}}
+
+    messages = [{**message} for message in messages]
+    for message in messages:
+        if "tools" in message:
+            message["tools"] = text(message["tools"])
+        if "tool_calls" in message:
+            message["tool_calls"] = [written(call) for call in message["tool_calls"]]
+    return text({"messages": messages})
 
 
 def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:

@@ -219,7 +219,8 @@ def test_parquet_has_messages_with_null_for_what_others_have(tmp_path):
         ([MESSAGES[0], {**MESSAGES[1], "weight": 0}], 1), (MESSAGES, 2), (MESSAGES, 3)]
 
 
-def test_fields_that_parquet_adds_to_the_objects_of_a_column_are_absent_at_any_depth(tmp_path):
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl"])
+def test_fields_that_a_table_adds_to_the_objects_of_a_column_are_absent_at_any_depth(name, tmp_path):
     def tool(name: str, **properties: dict) -> dict:
         return {"function": {"name": name, "parameters": {"properties": properties}}}
 
@@ -230,8 +231,20 @@ def test_fields_that_parquet_adds_to_the_objects_of_a_column_are_absent_at_any_d
         call("weather", town="Rome", days=[1, None]), call("add", a=1, b={"x": 0.5})]}]
     record = {"tools": [tool("weather", town={"type": "string"}), tool("add", a={"type": "number"})],
               "messages": messages}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), tmp_path / "x.parquet")
-    assert list(read_records(tmp_path / "x.parquet")) == [(to_messages(record), 1)]
+    table = pyarrow.Table.from_pylist([record])
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    text = json.dumps(table.to_pylist()[0])
+    assert '"town": null' in text
+    write(tmp_path / "x.jsonl", text)
+    ((read, _),) = read_records(tmp_path / name)
+    assert read == [{**MESSAGES[0], "tools": record["tools"]}, messages[1]]
+
+
+def test_null_in_the_json_text_of_tools_and_arguments_stays():
+    tool = {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}
+    asks = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"x": null}'}]}
+    first, second = to_messages({"messages": [MESSAGES[0], asks], "tools": json.dumps([tool])})
+    assert first["tools"] == [tool] and second["tool_calls"][0]["function"]["arguments"] == {"x": None}
 
 
 @pytest.mark.parametrize("columns, says", [

@@ -449,9 +449,11 @@ def test_generation_shows_the_tools_and_expects_the_call(world, tmp_path):
     assert world.ours["qwen"].decode(record["prompt"], skip_special_tokens=False) == prompt
 
 
-def test_a_study_keeps_the_order_in_which_tools_name_their_fields(tmp_path):
+def test_a_study_keeps_the_order_in_which_tools_name_their_fields_and_their_nulls(tmp_path):
     file, again = tmp_path / "calls.jsonl", tmp_path / "again.jsonl"
-    file.write_text(json.dumps({"messages": CONVERSATIONS["one call"], "tools": TOOLS}) + "\n")
+    tools = json.dumps([*TOOLS, {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}])
+    messages = [ASKED, calls(call("f", '{"x": null}')), *CONVERSATIONS["one call"][1:]]
+    file.write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
     again.write_text(read_as_lines([str(file)], [])[0])
     def first(path):
         return json.dumps(next(read_records(path))[0])
