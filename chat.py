@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date as Date
 from difflib import SequenceMatcher
@@ -161,11 +162,9 @@ def load_template(name: str, tokenizer: Tokenizer, date: str = "") -> Template:
     template = replace(template, end_of_turn=answer[-1].text, lead=lead)
     warnings = []
     for before in ([], [{"role": "system", "content": "s"}], PROBE):
-        try:
+        # The template may refuse such a conversation.
+        with suppress(Refused):
             warnings.append(_compare_prompts([*before, *PROBE], template))
-        except Refused:
-            # The template may refuse such a conversation.
-            continue
     return replace(template, warning=next(filter(None, warnings), ""))
 
 
@@ -175,12 +174,12 @@ def _compare_prompts(conversation: list[dict], template: Template) -> str:
     prompt, pieces = _generation_prompt(conversation[:-1], template), render(conversation, template)
     if prompt is None:
         return f"template {template.name} renders no generation prompt: answers are trained without one"
+    if "".join(piece.text for piece in pieces).startswith(prompt):
+        return ""
     kinds = [piece.kind for piece in pieces]
     # The first piece after the last question.
     first = len(kinds) - kinds[::-1].index(INSTRUCTION)
     trained = "".join(piece.text for piece in pieces[:kinds.index(COMPLETION, first)])
-    if "".join(piece.text for piece in pieces).startswith(prompt):
-        return ""
     # Up to the question's end they are usually the same, so that part is not shown.
     asked = "".join(piece.text for piece in pieces[:first])
     start = len(asked) if prompt.startswith(asked) else 0

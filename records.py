@@ -778,7 +778,7 @@ def _refuse(fields: dict, owner: str) -> None:
 def _message(message: dict, number: int) -> dict:
     """A message with "weight": 0 if any of its switches says that it is not trained. ValueError for what is
     wrong with it."""
-    fields = _present(message)
+    fields = {**message}
     role, content = fields.pop("role", None), fields.pop("content", None)
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the unknown role {shorten(repr(role), 100)}; known are "
