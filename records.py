@@ -818,6 +818,11 @@ def _rendered_fields(fields: dict, role: str, number: int) -> dict:
             if not isinstance(function, dict) or not isinstance(function.get("name"), str):
                 raise ValueError(f"'tools' has {str(tool)[:80]}, which has no \"name\"; write it as "
                                  '{"type": "function", "function": {"name", "description", "parameters"}}')
+    # Llama 3's template asks only whether there are "tool_calls", of a question too.
+    if _says_nothing(fields.get("tool_calls")):
+        fields.pop("tool_calls", None)
+    if not fields.get("reasoning_content"):
+        fields.pop("reasoning_content", None)
     if role != "assistant":
         return rendered
     if calls := _objects(fields.pop("tool_calls", None), f"message {number}'s 'tool_calls'"):

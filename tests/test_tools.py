@@ -279,8 +279,8 @@ def test_function_call_and_observation_of_sharegpt():
 @pytest.mark.parametrize("nothing", [None, [], "", "[]", "null", " "])
 def test_empty_is_absent(nothing):
     plain = [ASKED, SAID]
-    record = {"messages": [ASKED, {**SAID, "tool_calls": nothing, "reasoning_content": None}],
-              "tools": nothing}
+    absent = {"tool_calls": nothing, "reasoning_content": None}
+    record = {"messages": [{**ASKED, **absent}, {**SAID, **absent}], "tools": nothing}
     assert to_messages(record) == plain
     assert to_messages({"messages": [{**ASKED, "tools": nothing}, SAID]}) == plain
     assert to_messages({"messages": [{**ASKED, "tools": nothing}, SAID], "tools": TOOLS}) == [
