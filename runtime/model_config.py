@@ -149,16 +149,21 @@ def _check_stops(file: str, content: dict, vocab_size: int) -> None:
 
 
 def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int | None) -> None:
-    """ValueError if a layer's attention has a window shorter than the model's context."""
-    window = get("sliding_window", COUNT) if get("use_sliding_window", FLAG, family == "mistral") else None
-    # In Qwen's models the window starts at this layer, which may not exist.
-    if family in ("qwen2", "qwen3") and get("max_window_layers", WHOLE, 28) >= layers:
-        window = None
-    others = sorted(set(get("layer_types", TEXTS, [])) - {"full_attention"})
+    """ValueError if a layer's attention has a window shorter than the model's context. As in transformers,
+    Llama has no window, Mistral has one unless it is null, and only Qwen asks use_sliding_window."""
+    qwen, types = family in ("qwen2", "qwen3"), get("layer_types", TEXTS)
+    has_window = family == "mistral" or qwen and get("use_sliding_window", FLAG, False)
+    window = get("sliding_window", COUNT) if has_window else None
+    if qwen:
+        # layer_types says which layers have the window. Without it, the window starts at the layer
+        # max_window_layers, which may not exist.
+        slides = "sliding_attention" in types if types else get("max_window_layers", WHOLE, 28) < layers
+        window = window if slides else None
+    others = sorted(set(types or ()) - {"full_attention", "sliding_attention" if window else ""})
     if (window and window < (longest or math.inf)) or others:
         raise ValueError(f"config.json: sliding_window = {window}, layer_types {others}: a sliding window is "
                          "not implemented; if no document is longer than the window, set sliding_window to "
-                         "null")
+                         f"null{' and remove layer_types' * bool(types)}")
 
 
 def _rope(get: _Fields) -> dict:
@@ -167,6 +172,9 @@ def _rope(get: _Fields) -> dict:
     objects = {name: get(name, OBJECT) for name in ("rope_scaling", "rope_parameters")}
     name = next((name for name in objects if objects[name]), "rope_parameters")
     values = objects[name] or {}
+    # As in transformers 5, this field of config.json itself counts more than the object's.
+    if original := get("original_max_position_embeddings", COUNT):
+        values = {**values, "original_max_position_embeddings": original}
     inner = _Fields(values, f"{name}.")
     inner.refuse({"partial_rotary_factor": (1,)})
     if nested := [key for key, value in values.items() if isinstance(value, dict)]:

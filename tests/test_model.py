@@ -228,8 +228,12 @@ def test_recompute_changes_no_gradient(tmp_path):
     (dict(transformers_weights="other.safetensors"), "transformers_weights"),
     (dict(rope_parameters={"full_attention": {"rope_theta": 1e6}}), "rope_parameters.full_attention"),
     (dict(rope_parameters=dict(LLAMA3, high_freq_factor=1.0)), "low_freq_factor is 1.0; it must be less"),
+    (dict(model_type="mistral", sliding_window=64, use_sliding_window=False), "sliding_window = 64"),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64, max_window_layers=1),
      "sliding_window"),
+    (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64,
+          layer_types=["full_attention", "sliding_attention"]),
+     "sliding_window = 64.* to null and remove layer_types"),
     (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     (dict(num_key_value_heads=3), "num_key_value_heads"),
@@ -335,19 +339,27 @@ def test_what_a_family_leaves_out_is_what_transformers_takes(family, given):
     assert mine.max_position_embeddings == 256
 
 
-def test_of_two_rope_objects_the_one_that_transformers_takes_counts(tmp_path):
+@pytest.mark.parametrize("fields", [
+    dict(rope_scaling={"rope_type": "linear", "factor": 4.0}, rope_parameters=dict(LLAMA3, rope_theta=5e5)),
+    dict(rope_scaling=LLAMA3, original_max_position_embeddings=128)])
+def test_of_two_rope_fields_the_one_that_transformers_takes_counts(fields, tmp_path):
     make_reference("llama1-mha").save_pretrained(tmp_path)
     raw = json.loads((tmp_path / "config.json").read_text())
-    raw.update(rope_scaling={"rope_type": "linear", "factor": 4.0},
-               rope_parameters=dict(LLAMA3, rope_theta=5e5))
+    raw.update(fields)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     same_as_transformers(tmp_path)
 
 
 def test_inactive_sliding_windows_are_accepted():
+    used = dict(use_sliding_window=True, sliding_window=64, max_window_layers=1)
     for more in (dict(model_type="mistral", sliding_window=None),
                  dict(model_type="mistral", sliding_window=4096),
-                 dict(model_type="qwen2", use_sliding_window=False, sliding_window=64)):
+                 dict(model_type="llama", **used),
+                 dict(model_type="qwen2", use_sliding_window=False, sliding_window=64),
+                 dict(model_type="qwen2", **{**used, "max_window_layers": 3}),
+                 dict(model_type="qwen3", **used, layer_types=["full_attention"] * 3),
+                 dict(model_type="qwen2", **{**used, "sliding_window": 4096},
+                      layer_types=["full_attention"] + ["sliding_attention"] * 2)):
         ModelConfig.from_dict({**SIZES, "num_key_value_heads": 2, **more})
 
 
