@@ -22,7 +22,7 @@ from records import data_files
 from runtime.distributed import is_main, rank, world_size
 from runtime.files import hash_file, read_json, write_text
 from runtime.foreign import parse_line
-from runtime.model_folder import resolve_model
+from runtime.tokenizer import Tokenizer
 from runtime.weights import model_fingerprint
 
 
@@ -31,12 +31,12 @@ def hash_data(name: str) -> str:
     return " ".join(hash_file(file)[:32] for file in data_files([name]))
 
 
-def made_with(args: Namespace, flags: Iterable[str], template: Template, data: str) -> dict:
+def made_with(args: Namespace, flags: Iterable[str], tokenizer: Tokenizer, template: Template, data: str
+              ) -> dict:
     """All that changes the answers of args.model to the questions in `data`: these flags, and the
     contents of what they name."""
-    folder = resolve_model(args.model)
     return {**{name: getattr(args, name) for name in flags},
-            "weights": model_fingerprint(folder), "tokenizer": hash_file(folder / "tokenizer.json")[:32],
+            "weights": model_fingerprint(tokenizer.folder), "tokenizer": tokenizer.fingerprint,
             "template": sha256(template.source.encode()).hexdigest()[:32],
             "date": template.date if template.uses_date else "", "contents of the data": hash_data(data)}
 

@@ -202,7 +202,7 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
     asked, pieces = read_questions(args, template)
     prompts = [ids for ids, _ in tokenize_batch(pieces, loaded.tokenizer)]
     names = ("model", "data", "columns", "dtype", "max_new_tokens", "temperature", "top_p", "top_k", "seed")
-    settings = made_with(args, names, template, args.data) if args.output else {}
+    settings = made_with(args, names, loaded.tokenizer, template, args.data) if args.output else {}
     answers = Answers(args.output, name_of, settings)
     missing = answers.missing((i, sample) for i in range(len(asked)) for sample in range(args.samples))
     started = time.monotonic()

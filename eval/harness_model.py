@@ -205,10 +205,12 @@ class HarnessModel(TemplateLM):
 
     @property
     def identity(self) -> str:
-        """A hash of all that decides an answer: weights, precision, length and template."""
+        """A hash of all that decides an answer: weights, tokenizer, precision, length, template, and what
+        generation_config.json says of stops and sampling."""
         template = self.loaded.template
-        parts = [model_fingerprint(self.words.folder), str(self.model.head_weight.dtype), self.max_length,
-                 template and template.source]
+        parts = [model_fingerprint(self.words.folder), self.words.fingerprint,
+                 str(self.model.head_weight.dtype), self.max_length, template and template.source,
+                 self.generation_config]
         return sha256(json.dumps(parts).encode()).hexdigest()[:8]
 
     def all_gather(self, tensor: Tensor) -> Tensor:

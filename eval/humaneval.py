@@ -109,7 +109,7 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
     """Lines of {"index", "sample", "task_id", "output"}, generated now or found in --output."""
     names = ("model", "data", "format", "dtype", "max_new_tokens", "temperature", "top_p", "seed")
     answers = Answers(args.output, lambda line: (line["index"], line["sample"]),
-                      made_with(args, names, loaded.template, args.data))
+                      made_with(args, names, loaded.tokenizer, loaded.template, args.data))
     missing = answers.missing((i, n) for i in range(len(problems)) for n in range(args.samples))
     prompts = [prompt_ids(loaded, problems[i]["prompt"], args.format == "chat") for i, _ in missing]
     generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,

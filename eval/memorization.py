@@ -170,7 +170,8 @@ def main(argv: list[str]) -> None:
         tokenizer = Tokenizer(folder)
         targets.append(read_targets(args, tokenizer, load_template(args.template, tokenizer, args.date)))
         asked = hashlib.sha256(json.dumps(targets[-1][0]).encode()).hexdigest()[:32]
-        settings[name] = {"weights": model_fingerprint(folder), "records": asked}
+        settings[name] = {"weights": model_fingerprint(folder), "tokenizer": tokenizer.fingerprint,
+                          "records": asked}
     answers = Answers(args.output, answer_key, settings)
     results = []
     for name, (records, skipped) in zip(args.model, targets):

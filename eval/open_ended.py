@@ -137,7 +137,7 @@ def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict
     template = load_template(args.template, tokenizer, args.date)
     flags = ("benchmark", "model", "dtype", "max_new_tokens", "seed")
     answers = Answers(f"{args.output}.answers", lambda line: (line["question"], line["turn"]),
-                      made_with(args, flags, template, args.questions))
+                      made_with(args, flags, tokenizer, template, args.questions))
     loaded, conversations = None, {question["id"]: [] for question in questions}
     # All first turns before any second one, which continues the first.
     for turn in (0, 1):

@@ -4,6 +4,7 @@ A folder has up to five files that say which tokens are special and what they ar
 transformers decides, so that the tokens trained here are those that it serves.
 """
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import tokenizers
 
-from runtime.files import read_json
+from runtime.files import hash_file, read_json
 from runtime.foreign import read_text, shorten
 
 # What transformers calls special tokens.
@@ -171,6 +172,13 @@ class Tokenizer:
                 f"{self.folder}/tokenizer.json: in a message, {text[:80]!r} becomes the special token "
                 f"{self._forbidden[index]!r} (id {index}), which only the template may write; take the piece "
                 "out of the tokenizer's vocabulary, or give it an unk_token of its own")
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that decides ids and where an answer ends: tokenizer.json, and which tokens the
+        folder's files call special, by which names."""
+        parts = [hash_file(self.folder / "tokenizer.json"), self.named_tokens, self.added_tokens]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         with naming_file(f"{self.folder}/tokenizer.json"):

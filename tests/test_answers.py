@@ -1,11 +1,15 @@
 """The file of answers: what is written when, what is found after an end at any place, what is refused."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
+from chat import load_template
 from eval import answers as module
-from eval.answers import Answers
+from eval.answers import Answers, made_with
+from runtime.tokenizer import Tokenizer
+from tiny import make_model
 
 SETTINGS = {"seed": 1, "data": ["a"]}
 
@@ -71,6 +75,22 @@ def test_what_more_ranks_left_is_found_by_fewer(tmp_path, monkeypatch):
     assert not Path(f"{file}.rank2").read_text().endswith("9")
     answers.merge()
     assert numbers(file) == [1, 2, 3, 4] and not list(tmp_path.glob("*.rank*"))
+
+
+def test_answers_from_before_another_token_ended_them_are_not_resumed(tmp_path):
+    """Which token ends an answer stands in tokenizer_config.json, not in tokenizer.json."""
+    make_model(tmp_path)
+    (tmp_path / "questions.jsonl").write_text("{}\n")
+    for eos in ("<|eot_id|>", "<|end_of_text|>"):
+        content = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**content, "eos_token": eos}))
+        tokenizer = Tokenizer(tmp_path)
+        settings = made_with(Namespace(), (), tokenizer, load_template("llama3", tokenizer),
+                             str(tmp_path / "questions.jsonl"))
+        if eos == "<|eot_id|>":
+            Answers(tmp_path / "x.jsonl", name_of, settings).add({"n": 1})
+    with pytest.raises(ValueError, match="other settings .tokenizer was"):
+        Answers(tmp_path / "x.jsonl", name_of, settings)
 
 
 def test_other_settings_are_named_and_nothing_is_touched(tmp_path):

@@ -361,6 +361,18 @@ def test_kept_answers_are_not_computed_again_and_not_another_checkpoints(folder,
     assert made and other["results"] != first["results"]
 
 
+@pytest.mark.parametrize("file, change", [("generation_config.json", {"eos_token_id": [5]}),
+                                          ("generation_config.json", {"top_k": 7}),
+                                          ("tokenizer_config.json", {"eos_token": "<|begin_of_text|>"})])
+def test_answers_are_not_taken_from_before_a_file_that_decides_them_changed(file, change, tmp_path):
+    make_model(tmp_path)
+    identities = [HarnessModel(tmp_path).identity]
+    content = json.loads((tmp_path / file).read_text())
+    (tmp_path / file).write_text(json.dumps({**content, **change}))
+    identities.append(HarnessModel(tmp_path).identity)
+    assert identities[0] != identities[1]
+
+
 def test_answers_are_kept_as_they_come(folder, monkeypatch):
     """An interrupted run has lost only what was not yet answered."""
     asked, found = [], likelihood.log_likelihoods

@@ -210,14 +210,18 @@ def test_a_resumed_run_asks_only_for_what_is_missing(folder, tmp_path, monkeypat
 @pytest.mark.parametrize("more, says", [
     (dict(max_new_tokens=3), "max_new_tokens was 0, is 3"), (dict(dtype="bf16"), "dtype was fp32, is bf16"),
     (dict(limit=2), "limit was 0, is 2"), (dict(model="other"), "other was None"),
+    (dict(tokenizer="other"), "is .*'tokenizer': 'other'"),
 ])
-def test_a_file_of_other_settings_is_not_resumed(folder, tmp_path, more, says):
+def test_a_file_of_other_settings_is_not_resumed(folder, tmp_path, more, says, monkeypatch):
     pytest.importorskip("sacrebleu")
     if "model" in more:
         more = dict(model=make_model(tmp_path / "other", seed=9), template="llama3")
     file = tmp_path / "answers.jsonl"
     result(folder, output=file)
     text = file.read_bytes()
+    if "tokenizer" in more:
+        more = {}
+        monkeypatch.setattr(Tokenizer, "fingerprint", "other")
     with pytest.raises(ValueError, match=f"other settings .*{says}"):
         result(folder, output=file, **more)
     assert file.read_bytes() == text
