@@ -11,6 +11,7 @@ and NEFTune's noise are functions of (seed, step). Nothing is pickled.
 """
 import contextlib
 import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -100,9 +101,10 @@ def _state_checksum(state: dict) -> int:
 
 
 def find_checkpoints(output: str | Path) -> list[Path]:
-    """Finished checkpoints of a run, oldest first."""
+    """Finished checkpoints of a run, oldest first. Folders with other names, such as a copy of one that a
+    user keeps there, are not the run's: it neither resumes from them nor deletes them."""
     return sorted(p for p in (Path(output) / "checkpoints").glob("step-*")
-                  if p.suffix != ".part" and p.is_dir())
+                  if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
 
 
 def unfinished_checkpoints(output: str | Path) -> list[Path]:

@@ -1,5 +1,6 @@
 """Checkpoints: stopped, killed and damaged runs end bit for bit like whole ones, with any optimizer."""
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable
@@ -126,11 +127,17 @@ def test_no_whole_checkpoint_stops_the_run(folder, monkeypatch):
     assert (folder / "all-damaged" / "metrics.jsonl").read_text() == before
 
 
-def test_only_the_newest_checkpoints_are_kept(folder, monkeypatch):
-    stop_after(monkeypatch, 7)
-    run_here(arguments(folder, "kept", save_every=1, keep_checkpoints=3))
-    assert sorted(p.name for p in (folder / "kept" / "checkpoints").iterdir()) == [
-        f"step-{n:08d}" for n in (5, 6, 7)]
+def test_only_the_newest_checkpoints_are_kept_and_a_users_copy_is_left_alone(folder, monkeypatch, capsys):
+    saved = folder / "kept" / "checkpoints"
+    for steps in (3, 4):
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            run_here(arguments(folder, "kept", save_every=1, keep_checkpoints=3))
+        if steps == 3:
+            shutil.copytree(saved / "step-00000003", saved / "step-00000003-mine")
+    assert f"resuming after step 3 from {saved / 'step-00000003'}\n" in capsys.readouterr().out
+    assert sorted(p.name for p in saved.iterdir()) == [
+        "step-00000003-mine", *(f"step-{n:08d}" for n in (5, 6, 7))]
 
 
 def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
