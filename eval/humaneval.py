@@ -73,6 +73,8 @@ from runtime.start import fit
 FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
 ASK = ("Complete the following Python function. Answer with the whole function in one code block.\n\n"
        "```python\n{}\n```")
+# A block of code, closed or not. The line of the fence may name a language, with space around it.
+BLOCK = re.compile(r"```(?:[^\S\n]*[\w+#.-]*[^\S\n]*\n)?(.*?)(?:```|\Z)", re.S)
 # what ends a function at the start of a line
 AFTER = re.compile(r"^(?:class |def |if |print|assert |@|#|```|<)", re.M)
 
@@ -93,7 +95,7 @@ def program_of(problem: dict, answer: str, chat: bool) -> str:
     if not chat:
         end = AFTER.search(answer)
         return prompt.rstrip() + (answer[:end.start()] if end else answer)
-    blocks = re.findall(r"```(?:\w*\n)?(.*?)(?:```|\Z)", answer, re.S) or [answer]
+    blocks = BLOCK.findall(answer) or [answer]
     code = next((block for block in blocks if f"def {name}" in block), blocks[0])
     before = prompt[:prompt.rindex(f"def {name}")]      # imports and helpers, which answers tend to leave out
     return f"{before}\n{code}" if f"def {name}" in code else prompt + code

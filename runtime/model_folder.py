@@ -143,6 +143,8 @@ def _what_is_wrong(folder: Path, name: str) -> str:
         return ("has no tokenizer.json. Make it of the tokenizer's other files:\n"
                 + _python("from transformers import AutoTokenizer", f"folder = {name!r}",
                           "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"))
+    if not weights and has("config.json") and any(folder.glob("*-of-*.safetensors")):
+        return f"lacks {INDEX}, which names the file of each tensor; copy it from where the weights came from"
     missing = [what for what, present in (("config.json", has("config.json")), ("*.safetensors", weights),
                                           ("tokenizer.json", has("tokenizer.json"))) if not present]
     return (f"lacks {', '.join(missing)}. A model folder needs config.json, tokenizer.json and "

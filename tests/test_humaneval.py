@@ -32,6 +32,11 @@ RIGHT = "    return 2 * x\n"
 ANSWERS = {     # name: (answer, chat, whether it passes)
     "function in a block": (
         "Sure!\n```python\ndef double(x):\n    return 2 * x\n```\nIt doubles.", True, True),
+    "space around the language": (
+        "```python \ndef double(x):\n    return 2 * x\n```", True, True),
+    "lines that end as in Windows": (
+        "``` python3\r\ndef double(x):\r\n    return 2 * x\r\n```\r\n", True, True),
+    "function right behind the fence": ("```def double(x):\n    return 2 * x```", True, True),
     "block that is not closed": ("```python\ndef double(x):\n    return 2 * x", True, True),
     "needs the problem's import": ("```\ndef double(x):\n    return math.prod([2, x])\n```", True, True),
     "second block is it": (

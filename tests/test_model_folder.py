@@ -195,6 +195,9 @@ def test_files_and_other_folders_are_answered_with_what_is_missing(model, tmp_pa
         assert "model.gguf is for serving" in message and "gguf_file='model.gguf'" in message
     assert says(model / "config.json").endswith(f"is a file; give its folder: --model {model}")
     assert "lacks config.json, *.safetensors, tokenizer.json" in says(files(tmp_path / "empty"))
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    message = says(files(tmp_path / "shards", "config.json", "tokenizer.json", *shards))
+    assert "lacks model.safetensors.index.json, which names the file of each tensor; copy it" in message
     bare = shutil.copytree(model, tmp_path / "bare")
     for file in (bare / "tokenizer.json", bare / "tokenizer_config.json"):
         file.unlink()
