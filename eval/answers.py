@@ -31,14 +31,15 @@ def hash_data(name: str) -> str:
     return " ".join(hash_file(file)[:32] for file in data_files([name]))
 
 
-def made_with(args: Namespace, flags: Iterable[str], tokenizer: Tokenizer, template: Template, data: str
-              ) -> dict:
+def made_with(args: Namespace, flags: Iterable[str], tokenizer: Tokenizer, template: Template | None,
+              data: str) -> dict:
     """All that changes the answers of args.model to the questions in `data`: these flags, and the
     contents of what they name."""
     return {**{name: getattr(args, name) for name in flags},
             "weights": model_fingerprint(tokenizer.folder), "tokenizer": tokenizer.fingerprint,
-            "template": sha256(template.source.encode()).hexdigest()[:32],
-            "date": template.date if template.uses_date else "", "contents of the data": hash_data(data)}
+            "template": sha256(template.source.encode()).hexdigest()[:32] if template else "",
+            "date": template.date if template and template.uses_date else "",
+            "contents of the data": hash_data(data)}
 
 
 def as_line(answer: dict) -> str:

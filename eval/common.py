@@ -33,7 +33,7 @@ class Loaded:
     name: str               # as the user gave it
     model: Llama
     tokenizer: Tokenizer
-    template: Template | None       # none was asked for
+    template: Template | None       # none was asked for, or none is needed
     device: torch.device
     autocast: torch.autocast
 
@@ -50,16 +50,21 @@ class Loaded:
     @property
     def stop_ids(self) -> set[int]:
         """Tokens that end an answer."""
-        special, ends = self.tokenizer.special, (self.template.end_of_turn, self.tokenizer.eos_token)
+        special, ends = self.tokenizer.special, [self.tokenizer.eos_token]
+        if self.template:
+            ends.append(self.template.end_of_turn)
         return {special[token] for token in ends if token in special}
 
 
-def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False) -> Loaded:
+def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False, chat: bool = True
+         ) -> Loaded:
     """The checkpoint in a folder or of a hub id. cast: get bf16 by casting the weights, as generation needs,
-    instead of by autocast over fp32 weights, as in training. ValueError for what is wrong with the folder."""
+    instead of by autocast over fp32 weights, as in training; chat: whether a template is needed, so that
+    --template auto must find one. ValueError for what is wrong with the folder."""
     folder = resolve_model(name)
     tokenizer = Tokenizer(folder)
-    template = load_template(args.template, tokenizer, args.date) if args.template else None
+    has_none = args.template == "auto" and tokenizer.chat_template is None and not chat
+    template = load_template(args.template, tokenizer, args.date) if args.template and not has_none else None
     model = load_model(folder, device).requires_grad_(False).eval()
     bf16 = args.dtype == "bf16"
     if cast and bf16:

@@ -4,9 +4,10 @@
     python -m eval.humaneval --model RUN/final --data ... --samples 20 --temperature 0.8 --k 1 10 --execute
 
 Without --execute programs are written but not run. With it each runs isolated (eval/sandbox.py), which needs
-bwrap. --format chat asks for the function in a code block of the answer; with text the checkpoint continues
-the problem's own text until the function ends. --output gets the samples as they come, so that the same
-command resumes, and then their outcomes. Under torchrun the ranks share the problems.
+bwrap. --format chat asks for the function in a code block of the answer; with text the checkpoint, which then
+needs no chat template, continues the problem's own text until the function ends. --output gets the samples as
+they come, so that the same command resumes, and then their outcomes. Under torchrun the ranks share the
+problems.
 
 pass@k is the unbiased estimator of arXiv 2107.03374: of n samples to a problem, c of them right, the chance
 that k drawn without replacement hold a right one, 1 - C(n - c, k) / C(n, k), and its mean over the problems.
@@ -155,7 +156,8 @@ def main(argv: list[str]) -> None:
     if args.execute:
         # before hours of sampling: can programs be isolated at all?
         run_python([], args.seconds, args.megabytes)
-    answers = sample(load(args.model, args, start_ranks(args), cast=True), problems, args)
+    loaded = load(args.model, args, start_ranks(args), cast=True, chat=args.format == "chat")
+    answers = sample(loaded, problems, args)
     lines = [answers.lines[i, n] for i in range(len(problems)) for n in range(args.samples)]
     if not is_main():
         return

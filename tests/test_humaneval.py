@@ -111,11 +111,12 @@ def test_without_a_sandbox_nothing_is_generated(tmp_path, monkeypatch):
 
 
 def arguments(folder, output, format):
-    """Of a run on three problems, two samples each."""
+    """Of a run on three problems, two samples each. The model has no chat template of its own."""
     file = folder / "p.jsonl"
     file.write_text("".join(json.dumps({**PROBLEM, "task_id": f"t/{i}"}) + "\n" for i in range(3)))
-    return ["--model", str(folder / "model"), "--template", "llama3", "--data", str(file), "--output",
-            str(output), "--max-new-tokens", "4", "--samples", "2", "--temperature", "1", "--format", format,
+    template = ["--template", "llama3"] if format == "chat" else []
+    return ["--model", str(folder / "model"), *template, "--data", str(file), "--output", str(output),
+            "--max-new-tokens", "4", "--samples", "2", "--temperature", "1", "--format", format,
             "--k", "1", "2", "--dtype", "fp32", "--device", "cpu"]
 
 
