@@ -288,6 +288,11 @@ def message(error: Exception) -> str | None:
     if isinstance(error, ValueError):
         return str(error)
     text = str(error)
+    # The first is CUDA's, the second the CPU's, a plain RuntimeError.
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+        return (f"rank {rank()} has no memory left ({text.splitlines()[0][:150]}). A smaller "
+                "--micro-batch-tokens needs less, when training --recompute and --shard too, when generating "
+                "a smaller --batch-size")
     if isinstance(error, RuntimeError) and ("gloo" in text or isinstance(error, dist.DistError)):
         return (f"rank {rank()} lost another one, which said nothing: it was killed, or its machine or "
                 f"network failed ({text.splitlines()[0][:150]}). torchrun prints its exit code; the same "

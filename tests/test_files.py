@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import data
 from runtime import checkpoint, distributed, files
@@ -90,5 +91,9 @@ def test_errors_of_the_system_name_their_file():
     assert distributed.message(error.value) == "no/such/file: No such file or directory"
     lost = distributed.message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert lost.startswith("rank 0 lost another one") and "Connection closed by peer" in lost
+    for full in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+                 RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate")):
+        text = distributed.message(full)
+        assert "has no memory left (" in text and "--micro-batch-tokens" in text and "\n" not in text
     assert distributed.message(RuntimeError("shape mismatch")) is None
     assert distributed.message(ValueError("--lr 0")) == "--lr 0"
