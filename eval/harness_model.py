@@ -25,6 +25,7 @@ from eval.engine import Sampling
 from eval.likelihood import log_likelihoods
 from runtime.distributed import rank, wait, world_size
 from runtime.files import read_json
+from runtime.tokenizer import stop_ids
 from runtime.weights import model_fingerprint
 
 log = logging.getLogger("lm_eval.spantune")
@@ -120,8 +121,7 @@ class HarnessModel(TemplateLM):
     @property
     def stop_ids(self) -> set[int]:
         """The tokenizer's eos_token, and what generation_config.json names, or without one config.json."""
-        named = (self.generation_config or self.model.config.raw).get("eos_token_id")
-        return {self.eot_token_id, *([named] if isinstance(named, int) else named or [])}
+        return {self.eot_token_id, *stop_ids(self.generation_config or self.model.config.raw)}
 
     def sampling(self, do_sample: bool, temperature: float = 0.0, top_k: int | None = None,
                  top_p: float | None = None, num_beams: int = 1, **unknown: object) -> Sampling:

@@ -12,6 +12,7 @@ from typing import Self
 
 from runtime.files import read_json
 from runtime.foreign import shorten
+from runtime.tokenizer import stop_ids
 from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal, warn_once
 
 # What it means if a field is absent from config.json, where families differ (transformers' config classes).
@@ -140,10 +141,10 @@ class ModelConfig:
 def _check_stops(file: str, content: dict, vocab_size: int) -> None:
     """ValueError unless eos_token_id, one token or a list of them, is in the vocabulary: a server would never
     stop. (A padding token may be outside; it is never looked up.)"""
-    stops = content.get("eos_token_id")
-    for stop in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+    for stop in stop_ids(content):
         if type(stop) is not int or not 0 <= stop < vocab_size:
-            raise ValueError(f"{file}: eos_token_id is {shorten(repr(stops), 100)}; it must be below "
+            shown = shorten(repr(content["eos_token_id"]), 100)
+            raise ValueError(f"{file}: eos_token_id is {shown}; it must be below "
                              f"vocab_size, {vocab_size:,}: the id of the token that ends an answer, or a "
                              "list of ids")
 

@@ -301,6 +301,12 @@ KEPT = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokeniz
         "model_input_names")
 
 
+def stop_ids(content: dict) -> list:
+    """What a generation_config.json or config.json says ends an answer: a list, one id or null."""
+    stops = content.get("eos_token_id")
+    return stops if isinstance(stops, list) else [] if stops is None else [stops]
+
+
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat_template: str, end_of_turn: str,
                     model_config: dict) -> None:
     """Write all files of a checkpoint folder except the weights: tokenizer, chat template, and in
@@ -339,9 +345,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, chat_template: str, end_
                                     "chat_template": chat_template})
     # Serving stops at eos_token_id: it must name the token that was trained to end a turn.
     generation = read_json(source / "generation_config.json")
-    stops = generation.get("eos_token_id")
-    stops = model_config.get("eos_token_id") if stops is None else stops
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    stops = stop_ids(generation if generation.get("eos_token_id") is not None else model_config)
     end = tokenizer.special[end_of_turn]
     stops = stops if end in stops else [end, *stops]
     generation["eos_token_id"] = stops[0] if len(stops) == 1 else stops

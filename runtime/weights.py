@@ -283,9 +283,9 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
     if not is_main():
         return {}
     if len(files) > 1:
-        weight_map = {name: file_name for file_name, names in zip(file_names, files) for name in names}
+        file_of_tensor = {name: file_name for file_name, names in zip(file_names, files) for name in names}
         (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+            json.dumps({"metadata": {"total_size": total}, "weight_map": file_of_tensor}, indent=2))
     # transformers 5 reads dtype; transformers 4 and many other programs torch_dtype.
     raw = {**model.config.raw, **dict.fromkeys(("dtype", "torch_dtype"), str(dtype).removeprefix("torch."))}
     # transformers 4 writes there which folder it had loaded, somebody's path of another model.
@@ -295,9 +295,9 @@ def save_model(model: nn.Module, folder: str | Path, dtype: torch.dtype | None =
 
 
 def model_fingerprint(folder: str | Path) -> str:
-    """A hash that tells checkpoint folders apart: of config.json, and of each weight file's size, header and
-    64 samples of 64 KB. Reading all of a large model would take minutes. Training changes every tensor, so
-    samples show it."""
+    """A hash that tells checkpoint folders apart: of config.json, and of each weight file's size and 64
+    samples of 64 KB, the first of which is its header. Reading all of a large model would take minutes.
+    Training changes every tensor, so samples show it."""
     digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
     for path in weight_files(folder):
         size = path.stat().st_size
