@@ -115,7 +115,9 @@ def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
-    """check_values(), also for the flags of add_bootstrap_flags()."""
+    """check_values(), also for --data and the flags of add_bootstrap_flags()."""
     check_values(args, files, bootstrap=0, seed=0, **least)
+    if len({os.path.realpath(file) for file in args.data}) < len(args.data):
+        raise ValueError(f"--data {' '.join(args.data)}: a file is given twice; give each once")
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")

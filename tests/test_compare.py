@@ -548,6 +548,7 @@ def test_numbers_are_floats_with_three_decimals_or_whole():
     ([], dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"),
     ([], dict(prompts="nowhere.jsonl"), "nowhere.jsonl: no such file"),
     ([], dict(max_new_tokens=0), "--max-new-tokens 0"), ([], dict(result="x"), "unrecognized"),
+    ([], dict(data=["x.jsonl", "./x.jsonl"]), "--data x.jsonl ./x.jsonl: a file is given twice"),
 ])
 def test_wrong_flags_are_named(runs, folder, argv, more, says):
     with pytest.raises(ValueError, match=says):

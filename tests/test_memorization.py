@@ -267,6 +267,7 @@ def test_a_missing_sacrebleu_is_one_line_before_anything_is_loaded(folder, monke
 @pytest.mark.parametrize("more, says", [
     (dict(limit=-1), "--limit -1"), (dict(batch_size=0), "--batch-size 0"), (dict(output="."), "--output ."),
     (dict(max_new_tokens=-1), "--max-new-tokens -1"), (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such"),
+    (dict(data=["x.jsonl", "./x.jsonl"]), "--data x.jsonl ./x.jsonl: a file is given twice"),
 ])
 def test_wrong_flags_are_named(folder, more, says):
     if "data" in more:

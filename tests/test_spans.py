@@ -253,6 +253,7 @@ def test_table_holds_the_numbers_in_80_columns(folder):
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"), (dict(model="nowhere"), "--model nowhere"),
     (dict(json="nowhere/x.json"), "--json nowhere/x.json"), (dict(per_exampl="x"), "unrecognized"),
     (dict(per_example="."), "--per-example ."),
+    (dict(data=["x.jsonl", "./x.jsonl"]), "--data x.jsonl ./x.jsonl: a file is given twice"),
     (dict(max_length=20, overlong="error"), "more than --max-length"),
 ])
 def test_wrong_flags_are_named(folder, more, says):
