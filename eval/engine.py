@@ -306,7 +306,12 @@ class Engine:
         answers end. Short prompts come first: then documents of similar length run together, which matters
         because a step computes over the longest one's places for all. keys: identifies each prompt for
         Sampling.draws, by default its number; on_token(number, id) is called as tokens come; done(number,
-        ids) may end an answer after any token; lookup: the most tokens to guess (Document.guess)."""
+        ids) may end an answer after any token; lookup: the most tokens to guess (Document.guess). ValueError
+        for a prompt without tokens, and for an id beyond the embedding."""
+        if not all(prompts):
+            raise ValueError(f"prompt {prompts.index([]) + 1} of {len(prompts)} has no token: its messages "
+                             "are empty, and the chat template writes nothing around them; leave the record "
+                             "out")
         check_rows(chain.from_iterable(prompts), self.model.config.vocab_size, "a prompt holds")
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's

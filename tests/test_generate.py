@@ -143,6 +143,13 @@ def test_highest_is_the_first_of_the_highest(vocabulary, dtype):
     assert torch.equal(engine.highest(logits), expected)
 
 
+@pytest.mark.parametrize("prompts", [[[]], [[5, 6], []]])
+def test_a_prompt_without_tokens_is_refused(mine, prompts):
+    """Nothing would predict the first token of its answer."""
+    with pytest.raises(ValueError, match=f"prompt {len(prompts)} of {len(prompts)} has no token"):
+        next(Engine(mine).answers(prompts, set(), 4))
+
+
 def test_stop_and_max_new_tokens_end_an_answer(mine):
     prompt = make_prompts()[1]
     free = generate(Engine(mine), [prompt], NEVER, 12)[0]
