@@ -127,12 +127,14 @@ def progress(items: Iterable, total: int, unit: str) -> Iterable:
                 disable=not shows_progress())
 
 
-def mean_and_error(groups: list[list[float]]) -> tuple[float, float]:
-    """The mean of all values and its standard error; values of one group may depend on each other."""
+def mean_and_error(groups: list[list[float]]) -> tuple[float, float | None]:
+    """The mean of all values and its standard error, None for a single group; values of one group may depend
+    on each other."""
     count = sum(map(len, groups))
     mean = sum(map(sum, groups)) / count
     squares = sum((sum(group) - mean * len(group)) ** 2 for group in groups)
-    return mean, math.sqrt(squares * len(groups) / max(1, len(groups) - 1)) / count
+    n = len(groups)
+    return mean, math.sqrt(squares * n / (n - 1)) / count if n > 1 else None
 
 
 def write_json(file: str | Path | None, result: dict) -> None:

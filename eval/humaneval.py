@@ -173,7 +173,8 @@ def main(argv: list[str]) -> None:
     for k in args.k:
         mean, error = mean_and_error([[pass_at_k(args.samples, n, k)] for n in right])
         result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
-        print(f"pass@{k}: {mean:.1%} (standard error {error:.1%}) of {len(problems)} problems, "
+        shown = "unknown" if error is None else f"{error:.1%}"
+        print(f"pass@{k}: {mean:.1%} (standard error {shown}) of {len(problems)} problems, "
               f"{args.samples} sample(s) each")
     write_json(args.json, result)
 

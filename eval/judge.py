@@ -175,5 +175,6 @@ def print_summary(result: dict, name: str, title: str) -> None:
     rows = {**result[f"{name}_by_category"], **result[f"{name}_by_turn"], "all": result[name]}
     for label, mean in rows.items():
         print(f"  {printable(label):<22}{mean:>10.2f}")
-    print(f"standard error of the mean {result[f'{name}_standard_error']:.2f}, "
+    error = result[f"{name}_standard_error"]
+    print(f"standard error of the mean {'unknown' if error is None else f'{error:.2f}'}, "
           f"{result[f'{name}_count']:,} judged")
