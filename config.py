@@ -256,9 +256,13 @@ def validate(config: Config) -> None:
 
 
 def check_inputs(config: Config) -> None:
-    """check_files(), and ValueError for an --output-dir that cannot be written to."""
+    """check_files(), and ValueError for an --output-dir that cannot be written to or would hold the cache."""
     if is_main():
         check_writable("--output-dir", config.output_dir, folder=True)
+    out, cache_dir = (Path(folder).expanduser().resolve() for folder in (config.output_dir, config.cache_dir))
+    if cache_dir.is_relative_to(out):
+        raise ValueError(f"--cache-dir {config.cache_dir}: is in --output-dir, which is for the run's own "
+                         "files; give another folder")
     check_files(config)
 
 

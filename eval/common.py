@@ -23,6 +23,7 @@ from runtime.machine import (Crowding, keep_freed_memory, resolve_dtype, sleep_w
                              warn_of_emulation)
 from model import Llama, load_model
 from runtime.model_folder import resolve_model
+from runtime.weights import model_fingerprint
 from runtime.start import raise_interrupts
 from runtime.distributed import from_all, is_main, join_ranks, leave, report_error, shows_progress, wait
 
@@ -141,6 +142,13 @@ def write_json(file: str | Path | None, result: dict) -> None:
     """On rank 0, if a file was asked for; by renaming, so that no reader sees half of it."""
     if file and is_main():
         write_text(file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_result(file: str | Path | None, result: dict, models: list[str]) -> None:
+    """write_json() of what was found of these checkpoints, with a hash of their weights."""
+    if file and is_main():
+        weights = {name: model_fingerprint(resolve_model(name)) for name in models}
+        write_json(file, result | {"weights": weights})
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:

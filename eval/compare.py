@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
         examples = read_examples(args.prompts or args.data[0], args.answers, args.columns)
         if finished := [run for run in runs if run.final]:
             result, responses = ask_checkpoints(finished, examples, args, start_ranks(args), notes)
-            cells |= result_cells(result, "--data", runs)
+            cells |= result_cells(result, "--data", runs)[0]
     if not is_main():
         return
     letters = [one.letter for one in runs]

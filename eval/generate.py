@@ -62,7 +62,7 @@ from itertools import islice
 from chat import Template, render, tokenize, tokenize_batch
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
-from eval.common import Loaded, load, progress, run, start_ranks, write_json
+from eval.common import Loaded, load, progress, run, start_ranks, write_result
 from eval.engine import Engine, Sampling
 from model import Llama
 from records import naming, read_all, to_messages
@@ -237,7 +237,7 @@ def main(argv: list[str]) -> None:
     loaded = load(args.model, args, start_ranks(args), cast=True)
     if args.data:
         result = answer_file(loaded, args)
-        write_json(args.json, result)
+        write_result(args.json, result, [args.model])
         if is_main():
             print(f"{result['new_answers']:,} answers of {result['new_tokens']:,} tokens in "
                   f"{result['seconds']:.1f} s, {result['new_tokens_per_second']:.0f} tokens/s; "

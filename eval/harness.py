@@ -78,7 +78,7 @@ import tempfile
 from pathlib import Path
 
 from eval import paper_suite
-from eval.common import read_objects, run, write_json
+from eval.common import read_objects, run, write_result
 from runtime.distributed import is_main
 
 
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> None:
             print(make_table(results, table))
     if paper:
         print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
-    write_json(args.json, json.loads(json.dumps(results, default=handle_non_serializable)))
+    write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)), [args.model])
 
 
 if __name__ == "__main__":

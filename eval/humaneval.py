@@ -65,7 +65,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from chat import render, tokenize
 from eval.answers import Answers, made_with
-from eval.common import Loaded, load, mean_and_error, progress, read_objects, run, start_ranks, write_json
+from eval.common import Loaded, load, mean_and_error, progress, read_objects, run, start_ranks, write_result
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main
@@ -176,7 +176,7 @@ def main(argv: list[str]) -> None:
         shown = "unknown" if error is None else f"{error:.1%}"
         print(f"pass@{k}: {mean:.1%} (standard error {shown}) of {len(problems)} problems, "
               f"{args.samples} sample(s) each")
-    write_json(args.json, result)
+    write_result(args.json, result, [args.model])
 
 
 if __name__ == "__main__":

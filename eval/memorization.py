@@ -54,7 +54,7 @@ from chat import COMPLETION, Template, load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers
 from eval.bootstrap import interval, resampled_sums
-from eval.common import Loaded, load, progress, run, start_ranks, write_json
+from eval.common import Loaded, load, progress, run, start_ranks, write_result
 from eval.likelihood import shared_prefix
 from records import naming, read_all
 from runtime.distributed import is_main
@@ -184,7 +184,7 @@ def main(argv: list[str]) -> None:
         print(f"BLEU: {results[0]['signature']}")
     flags = ("data", "limit", "max_length", "max_new_tokens", "template", "dtype", "bootstrap", "confidence",
              "seed")
-    write_json(args.json, {**{name: getattr(args, name) for name in flags}, "results": results})
+    write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": results}, args.model)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ from chat import load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.chat_model import ChatModel
-from eval.common import load, progress, read_objects, run, start_ranks, write_json
+from eval.common import load, progress, read_objects, run, start_ranks, write_result
 from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
 from records import naming
@@ -219,10 +219,10 @@ def main(argv: list[str]) -> None:
                   f"{result['mean_tokens']:.0f} tokens on average; {result['finished']:,} ended within "
                   f"--max-new-tokens {args.max_new_tokens}"), flush=True)
     if not args.judge:
-        return write_json(args.json, result)
+        return write_result(args.json, result, [args.model])
     verdicts, reasons = judge(model, questions, answers, prompts, reference, args)
     result |= verdicts
-    write_json(args.json, result)
+    write_result(args.json, result, [args.model])
     if is_main():
         print_summary(result, "score", "grade, 1 to 10")
         print_summary(result, "win_rate", "win rate, %")

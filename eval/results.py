@@ -18,6 +18,7 @@ from config import Config
 from runtime.files import distinct_endings, read_json
 from runtime.folder import is_evaluation, is_step, read_log
 from runtime.foreign import is_number, parse_json, read_text
+from runtime.weights import model_fingerprint
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
 MEANS = {"nll_token_mean": "mean over tokens", "nll_example_mean": "mean over examples"}
@@ -139,11 +140,12 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> Cells:
         if file.name.endswith(".settings.json"):    # the settings of a file of answers
             continue
         try:
-            of_file = result_cells(parse_json(read_text(file)), file.name, runs)
+            of_file, changed = result_cells(parse_json(read_text(file)), file.name, runs)
         except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
             notes.append(f"{file}: not a result of an evaluation command ({error!r})")
             continue
-        if not of_file:
+        notes += [f"{file}: left out, {model} has other weights than were measured" for model in changed]
+        if not of_file and not changed:
             notes.append(f'{file}: its "model" is not one of these runs')
         elif cells.keys() & of_file.keys():
             notes.append(f"{file}: left out, another {file.name} has results of the same run; rename one")
@@ -152,16 +154,26 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> Cells:
     return cells
 
 
-def result_cells(result: dict, name: str, runs: list[Run]) -> Cells:
-    """What one file says about the runs: all its numbers and texts. The file's name is the title, so files of
+def result_cells(result: dict, name: str, runs: list[Run]) -> tuple[Cells, list[str]]:
+    """What one file says about the runs: all its numbers and texts; and the runs' models that were trained
+    again since, of which it says nothing. The file's name is the title, so files of
     one name become one table. They have one of these forms:
 
         {"results": [{"model", "data", "span", "nll_token_mean", ...}, ...], "seed", ...}   eval.spans
         {"results": [{"model", "bleu", "bleu_interval", ...}, ...], "seed", ...}            eval.memorization
         {"results": {task: {"acc,none", "acc_stderr,none", ...}}, "config"}                 eval.harness
         {"model", "pass@1", "pass@1_standard_error", ...}                                   all others
+
+    and a hash of every model's "weights".
     """
     letters = {folder.resolve(): run.letter for run in runs for folder in (run.folder, run.folder / "final")}
+    hashes = {run.letter: run.final and model_fingerprint(run.final) for run in runs}
+    result, changed = {**result}, []
+    for model, measured in result.pop("weights", {}).items():
+        folder = Path(model).expanduser().resolve()
+        if folder in letters and measured != hashes[letters[folder]]:
+            del letters[folder]
+            changed.append(model)
 
     def letter_of(entry: dict) -> str | None:
         model = entry["config"]["model_args"]["pretrained"] if "config" in entry else entry.get("model")
@@ -189,7 +201,7 @@ def result_cells(result: dict, name: str, runs: list[Run]) -> Cells:
             # The difference is from the file's first model, which need not be the first run.
             if f"{mean}_minus_first" in values and letter_of(entries[0]) == first:
                 cells[title, span, f"{letter} - {first}"] = values[f"{mean}_minus_first"]
-    return cells
+    return cells, changed
 
 
 def scores(values: dict) -> dict[str, dict]:

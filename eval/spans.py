@@ -44,7 +44,7 @@ from chat import KINDS, load_template
 from runtime.tokenizer import Tokenizer
 from data import Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import interval, resampled_sums
-from eval.common import Loaded, load, run, start_ranks, write_json
+from eval.common import Loaded, load, run, start_ranks, write_result
 from kernels.head import nll
 from model import Llama
 from runtime.model_folder import resolve_model
@@ -249,7 +249,7 @@ def main(argv: list[str]) -> None:
     if args.per_example:
         write_examples(args.per_example, data, sums, args)
     flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
-    write_json(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows})
+    write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows}, args.model)
 
 
 if __name__ == "__main__":

@@ -319,7 +319,8 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
 def begun_settings(config: StudyConfig) -> dict:
     """read_settings() of a study in which a run has begun; {} before, when nothing has to stay the same."""
     out = Path(config.output_dir)
-    begun = (out / "runs.jsonl").is_file() or any(out.glob("runs/*/train"))
+    lines = out / "runs.jsonl"
+    begun = (lines.is_file() and lines.stat().st_size > 0) or any(out.glob("runs/*/train"))
     return read_settings(config) if begun else {}
 
 

@@ -41,6 +41,7 @@ from runtime.files import read_json, write_text
 from runtime.folder import is_step, read_log
 from runtime.machine import keep_freed_memory, return_freed_memory
 from runtime.distributed import join_ranks
+from runtime.start import stop_signals
 
 
 class Run(NamedTuple):
@@ -90,16 +91,15 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise Stopped in here. While train.py is in its loop it answers them itself."""
+    """stop_signals() raise Stopped in here. While train.py is in its loop it answers them itself."""
     def stop(number: int, _: object) -> None:
         raise Stopped(128 + number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, stop) for number in numbers]
+    before = {number: signal.signal(number, stop) for number in stop_signals()}
     try:
         yield
     finally:
-        for number, handler in zip(numbers, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.machine import share_threads
-from runtime.start import is_main, launched, local_rank, print_error, rank, world_size
+from runtime.start import UNREAD, is_main, launched, local_rank, print_error, rank, world_size
 
 
 # ---------------------------------------------------------------- meeting
@@ -280,6 +280,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 def message(error: Exception) -> str | None:
     """One line for an error that a user can fix; None for one that only a programmer can."""
+    if isinstance(error, BrokenPipeError):
+        return UNREAD
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

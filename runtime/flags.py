@@ -200,10 +200,12 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
     the dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
+    parser.fields = fields = {field.name: field for field in dataclasses.fields(flags)}
+    own = [flag_name(name) for name, field in fields.items() if not field.metadata["in_file"]]
     parser.add_argument("--config", metavar="FILE",
                         help="flags in a .json, .toml or .yaml file, such as a run's run_config.json, which "
-                        "repeats it; flags on the command line override it")
-    parser.fields = fields = {field.name: field for field in dataclasses.fields(flags)}
+                        "repeats it; flags on the command line override it"
+                        + (f"; {' and '.join(own)} count there only" if own else ""))
     for field in fields.values():
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"]

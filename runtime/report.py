@@ -14,14 +14,18 @@ from tqdm import tqdm
 from runtime.distributed import is_main, shows_progress
 from runtime.foreign import printable
 from runtime.machine import Crowding
-from runtime.start import WIDTH
+from runtime.start import WIDTH, silence, stop_signals
 
 
 def say(text: str = "") -> None:
-    """Print on rank 0, above the progress bar."""
+    """Print on rank 0, above the progress bar. If the terminal or the reader (`| tee`) is gone, the run goes
+    on: one Ctrl-C may have asked both to end, and the run has to save."""
     if is_main():
-        tqdm.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        try:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
 
 
 def ending(text: str, width: int) -> str:
@@ -83,14 +87,13 @@ def describe_data(config: object, dataset: object, usable: Sized, held_out: Size
 
 
 class StopSignal:
-    """Notes SIGTERM and Ctrl-C within a `with` block, which ends with the earlier handlers back in place. The
+    """Notes stop_signals() within a `with` block, which ends with the earlier handlers back in place. The
     loop asks between steps, so the current step is finished and saved. number: of the signal, 0 if none has
     come; doing: what the user is told will happen first."""
 
     def __enter__(self) -> "StopSignal":
         self.number, self.doing = 0, "finishing this step, then saving"
-        self.earlier = {number: signal.signal(number, self._note)
-                        for number in (signal.SIGTERM, signal.SIGINT)}
+        self.earlier = {number: signal.signal(number, self._note) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

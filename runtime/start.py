@@ -20,9 +20,11 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from runtime.foreign import printable, shorten
 
+UNREAD = "nobody reads the output any more"
 WIDTH = 79      # columns of what programs print; a terminal has at least 80
 
 # What a program was started without (`>&-`) would else be the next file that is opened, a checkpoint, say.
@@ -141,6 +143,17 @@ def fit(message: str) -> str:
     return "\n".join(lines)
 
 
+def stop_signals() -> list[int]:
+    """What asks a program to stop: Ctrl-C, SIGTERM and, but not under nohup, the end of the terminal."""
+    terminal_ends = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * terminal_ends
+
+
+def silence(stream: TextIO) -> None:
+    """From now on what is written to it is lost: nobody reads it any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def raise_stops() -> None:
     """From now on SIGTERM and the end of the terminal (SIGHUP) raise SystemExit, so that what was started
     ends, too, and temporary folders are deleted. A program that is to ignore them, under nohup, does."""
@@ -165,8 +178,8 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
         sys.stdout.flush()
     except BrokenPipeError:
         # Python would try to write the rest when it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        line, status = "nobody reads the output any more", 1
+        silence(sys.stdout)
+        line, status = UNREAD, 1
     except KeyboardInterrupt:
         line, status = "interrupted", 128 + signal.SIGINT
     except ValueError as error:

@@ -33,14 +33,16 @@ def whole_run(folder) -> Path:
     return folder / "whole"
 
 
-@pytest.mark.parametrize("step", [2, 3, 4, 5, 7])  # within, at and after the end of the first epoch
+# Within, at and after the end of the first epoch.
+@pytest.mark.parametrize("step, number", [(2, signal.SIGTERM), (3, signal.SIGHUP), (4, signal.SIGINT),
+                                          (5, signal.SIGTERM), (7, signal.SIGTERM)])
 def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(
-        folder, whole_run, step, monkeypatch, capsys):
+        folder, whole_run, step, number, monkeypatch, capsys):
     out = folder / f"stopped-{step}"
     with monkeypatch.context() as patch:
-        stop_after(patch, step)
-        assert run_here(arguments(folder, out, **SCHEDULED)) == 128 + signal.SIGTERM
-    assert "SIGTERM: finishing this step" in capsys.readouterr().out
+        stop_after(patch, step, number)
+        assert run_here(arguments(folder, out, **SCHEDULED)) == 128 + number
+    assert f"{number.name}: finishing this step" in capsys.readouterr().out
     assert len(metrics(out)) == step and not (out / "final").exists()
     assert run_here(arguments(folder, out, **SCHEDULED)) == 0
     assert f"resuming after step {step}" in capsys.readouterr().out

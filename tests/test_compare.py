@@ -14,6 +14,7 @@ import transformers
 
 from chat import KINDS, render, tokenize
 from runtime.tokenizer import Tokenizer
+from runtime.weights import model_fingerprint
 from eval import compare, examples, spans
 from eval.common import load
 from eval.compare import cell_texts, picture, shade, visible
@@ -375,6 +376,17 @@ def test_results_find_their_runs_by_the_folder_in_them(runs, folder, monkeypatch
                                 "gsm exact_match,strict-match": {"B": {"value": 0.25}}}
     assert tables["w.json"]["win_rate"] == {"A": {"value": 12.5, "error": 1.5}}
     assert set(tables["w.json"]) == {"benchmark", "mean_tokens", "win_rate"} and "99.5" not in page
+
+
+def test_results_of_weights_that_a_run_no_longer_has_are_left_out(runs, folder):
+    """After --overwrite the folder eval/ is still there."""
+    hashes = {f"{runs}/it": model_fingerprint(runs / "it" / "final"), f"{runs}/im": "another"}
+    write(runs / "it" / "eval" / "m.json", {"weights": hashes, "results": [
+        {"model": model, "bleu": 1.5} for model in hashes]})
+    _, result = compared(runs, folder)
+    assert result["tables"]["m.json"] == {"bleu": {"A": {"value": 1.5}}}
+    [note] = result["notes"]
+    assert note.endswith(f"m.json: left out, {runs}/im has other weights than were measured")
 
 
 def test_settings_are_shown_where_the_runs_differ(runs, folder):

@@ -16,6 +16,15 @@ from runtime.report import Progress, print_change
 from tiny import ROOT, arguments, make_records, run_here, setup
 
 
+def test_a_run_whose_reader_is_gone_goes_on(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        report.say("step 1")
+        report.say("step 2")
+
+
 def record(step: int, value: float) -> dict:
     """A line of metrics.jsonl as far as it is shown."""
     return {"step": step, "loss": value, "nll_completion": value, "nll_instruction": value,

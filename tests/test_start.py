@@ -40,6 +40,9 @@ def imported(stderr: str) -> set[str]:
        "another\n") for name, place, why in (
            ("README.md/x", f"{ROOT}/README.md", "Not a directory"),
            ("/proc/x", "/proc", "No such file or directory"), ("n" * 300, ROOT, "File name too long"))),
+    (["--output-dir", "runs/x", "--cache-dir", "runs/x/cache"],
+     "error: --cache-dir runs/x/cache: is in --output-dir, which is for the run's own files; give another "
+     "folder\n"),
     (["--completion-weight", "0", "--loss", "it"],
      "error: all span weights are 0, so there is nothing to train; raise --completion-weight\n")])
 def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, says):

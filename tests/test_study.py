@@ -20,6 +20,7 @@ from chat import load_template
 from eval import study, study_runs
 from eval import study_statistics as statistics
 from eval.study_report import draw_curves, report_text
+from runtime.start import stop_signals
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
 from tiny import ROOT, is_running, make_records, run_apart, run_module, setup, stop_after, wait_for, weights
@@ -384,9 +385,9 @@ def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch):
 
 
 def test_the_signal_handlers_come_back(folder, whole):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in stop_signals()]
     assert study.main([*arguments(folder, "whole"), "--keep-weights"]) == 0
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in stop_signals()] == before
 
 
 def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys):
@@ -448,6 +449,8 @@ def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(
     with pytest.raises(ValueError, match="results call other data 'training records'"):
         study.main(argv(eval_data=[folder / "training records.jsonl"]))
     assert (folder / "bound" / "settings.json").is_file()
+    assert study.main([*argv(lr=0.5), "--deadline", "1e-9"]) == 0
+    assert (folder / "bound" / "runs.jsonl").is_file()
     capsys.readouterr()
     assert study.main([*argv(lr=0.02, batch_size=4), "--keep-weights"]) == 0
     printed = capsys.readouterr().out

@@ -573,7 +573,7 @@ def test_a_mix_trains_on_its_shares_and_resumes_bit_for_bit(folder, repeated, mo
 
 def test_the_signal_handlers_come_back_however_a_run_ends(folder, monkeypatch):
     def handlers() -> list:
-        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
     before = handlers()
     assert run_here(arguments(folder, "ends", max_steps=2)) == 0 and handlers() == before

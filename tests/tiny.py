@@ -168,15 +168,15 @@ def copies_of_meta_tensors(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # ---------------------------------------------------------------- stop and resume
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Send this process SIGTERM in step `steps` - 1 when the ranks have agreed to go on,
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int, number: int = signal.SIGTERM) -> None:
+    """Send this process a signal in step `steps` - 1 when the ranks have agreed to go on,
     so it ends after `steps`."""
     original, calls = torch.nn.utils.clip_grad_norm_, []
 
     def clip(*args, **kwargs):
         calls.append(1)
         if len(calls) == steps - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(*args, **kwargs)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
 
