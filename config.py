@@ -34,6 +34,8 @@ PRESETS = {
 NORMALIZE = ("token", "example", "span")
 # --track: the package that each needs.
 TRACKERS = ("tensorboard", "wandb")
+# Flags that name records, as data_files() reads them.
+RECORDS = "train_data", "eval_data", "validation_data", "data", "prompts"
 CACHE_DIR = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spantune")
 QUICKSTART = Path(__file__).resolve().parent / "quickstart"
 
@@ -266,18 +268,21 @@ def check_inputs(config: Config) -> None:
     check_files(config)
 
 
+def local_files(name: str) -> list[str]:
+    """The files that a name of records stands for; [] for one on the hub, which only a download would tell.
+    ValueError as data_files()."""
+    on_hub = HUB_NAME.fullmatch(name) and not RECORDS_FILE.fullmatch(name) and not os.path.lexists(name)
+    return [] if on_hub else data_files([name])
+
+
 def check_files(args: object) -> None:
     """ValueError for a --model that cannot be used, for files and folders that do not exist, as far as that
     is known without the network, and for an --output_path that cannot be written. args: flags; those that a
     command does not have are not checked."""
-    def check_records(name: str) -> None:
-        if RECORDS_FILE.fullmatch(name) or not HUB_NAME.fullmatch(name):
-            data_files([name])
-
     models = getattr(args, "model", [])
     for model in [models] if isinstance(models, str) else models:
         check_model(model)
-    checks = {check_records: ("train_data", "eval_data", "validation_data", "data", "prompts"),
+    checks = {local_files: RECORDS,
               check_file: ("questions", "judge_prompts", "reference", "results", "from")}
     for check, names in checks.items():
         for name in names:

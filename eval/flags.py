@@ -9,11 +9,13 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
-from config import CACHE_DIR, COMPUTE_DTYPES, Config, check_files
+from config import CACHE_DIR, COMPUTE_DTYPES, RECORDS, Config, check_files, local_files
 from runtime import flags
 from runtime.files import check_writable
 from runtime.foreign import shorten
+from runtime.model_folder import HUB_FILES, INDEX
 from runtime.start import answer_flags, is_main
 
 # Of the flags of a run, some of which the commands have too.
@@ -73,10 +75,32 @@ class Parser(flags.Parser):
         self.add_argument("--json", metavar="FILE", help="write the result there too")
 
 
+# What is read in the folder of a model, a checkpoint or a run that a flag names.
+READ_IN_FOLDERS = (*HUB_FILES, INDEX, "*.safetensors", "state.json", "identity.json", "run_config.json",
+                   "metrics.jsonl", "eval.jsonl")
+
+
+def files_read(name: str, value: str) -> list[str | Path]:
+    """The files on this disk that a flag's value stands for, as far as a program reads them. name: of the
+    flag. ValueError if there are none of the records that it names."""
+    if name in RECORDS:
+        try:
+            return local_files(value)
+        except ValueError as error:
+            raise ValueError(f"{flags.flag_name(name)} {error}") from None
+    if name == "local":
+        value = value.partition("=")[2]
+    if not os.path.isdir(value):
+        return [value]
+    # Results are eval.compare's only.
+    patterns = (*READ_IN_FOLDERS, *["eval/*.json"] * (name == "runs"))
+    return [file for pattern in patterns for file in Path(value).glob(pattern)]
+
+
 def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float | tuple[float, float]
                  ) -> None:
     """ValueError that names the flag: a number outside its limits, `least` or (least, most); an output file
-    that could not be written, or that is another flag's file and would be lost."""
+    that could not be written, or that another flag's value stands for and that would be lost."""
     for name, limit in limits.items():
         value = getattr(args, name)
         least, most = limit if isinstance(limit, tuple) else (limit, math.inf)
@@ -84,16 +108,19 @@ def check_values(args: argparse.Namespace, files: Iterable[str], **limits: float
         if value is not None and not least <= value <= most:
             raise ValueError(f"{flags.flag_name(name)} {value}: must be {flags.bounds(least, most)}")
     # Now, not when all has been computed.
-    for name in files:
-        file = getattr(args, name)
-        if file and is_main():
-            check_writable(flags.flag_name(name), file)
-        for other, value in vars(args).items() if file else ():
-            named = value if isinstance(value, list) else [value]
-            if other != name and os.path.realpath(file) in (
-                    os.path.realpath(each) for each in named if isinstance(each, str) and each):
-                raise ValueError(f"{flags.flag_name(name)} {file}: {flags.flag_name(other)} names this "
-                                 "file, too; give another")
+    outputs = {name: os.path.realpath(file) for name in files if (file := getattr(args, name))}
+    for name in outputs if is_main() else ():
+        check_writable(flags.flag_name(name), getattr(args, name))
+    for other, value in vars(args).items() if outputs else ():
+        given = [each for each in (value if isinstance(value, list) else [value])
+                 if isinstance(each, str) and each]
+        taken = {os.path.realpath(file) for each in given for file in files_read(other, each)}
+        for name, file in outputs.items():
+            if other != name and file in taken:
+                # The only one without a flag.
+                by = "RUN" if other == "runs" else flags.flag_name(other)
+                raise ValueError(f"{flags.flag_name(name)} {getattr(args, name)}: {by} names this file, too; "
+                                 "give another")
 
 
 def add_data_flags(parser: Parser) -> None:
@@ -116,8 +143,8 @@ def add_bootstrap_flags(parser: argparse.ArgumentParser) -> None:
 
 def check_flags(args: argparse.Namespace, files: tuple[str, ...], **least: int) -> None:
     """check_values(), also for --data and the flags of add_bootstrap_flags()."""
-    check_values(args, files, bootstrap=0, seed=0, **least)
     if len({os.path.realpath(file) for file in args.data}) < len(args.data):
         raise ValueError(f"--data {' '.join(args.data)}: a file is given twice; give each once")
+    check_values(args, files, bootstrap=0, seed=0, **least)
     if not 0 < args.confidence < 1:
         raise ValueError(f"--confidence {args.confidence}: must be above 0 and below 1")

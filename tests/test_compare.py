@@ -555,6 +555,8 @@ def test_numbers_are_floats_with_three_decimals_or_whole():
 @pytest.mark.parametrize("argv, more, says", [
     (["{runs}/it"], {}, "given twice"), (["{runs}/nowhere"], {}, "nowhere: not an output folder"),
     (["{runs}/it/final"], {}, "final: not an output folder .* no run_config.json; give the folder"),
+    ([], dict(output="{runs}/it/metrics.jsonl"), "--output .*/metrics.jsonl: RUN names this file, too; give"),
+    ([], dict(json="{runs}/im/run_config.json"), "--json .*/run_config.json: RUN names this file, too; give"),
     ([], dict(output="nowhere/x.html"), "--output nowhere/x.html"), ([], dict(answers=-1), "--answers -1"),
     ([], dict(results="nowhere.json"), "--results nowhere.json: no such file"),
     ([], dict(data="nowhere.jsonl"), "nowhere.jsonl: no such file"),
@@ -564,7 +566,7 @@ def test_numbers_are_floats_with_three_decimals_or_whole():
 ])
 def test_wrong_flags_are_named(runs, folder, argv, more, says):
     with pytest.raises(ValueError, match=says):
-        compare.main([word.format(runs=runs, folder=folder) for word in argv] + command(runs, folder, **more))
+        compare.main([word.format(runs=runs) for word in argv + command(runs, folder, **more)])
     assert not (runs / "page.html").exists()
 
 

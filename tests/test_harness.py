@@ -456,6 +456,7 @@ def test_a_task_without_examples_needs_no_file_for_their_split(folder):
     (dict(model_args="peft=x"), "peft"),
     (dict(tasks="nothing.yaml"), "--tasks nothing.yaml"), (dict(gen_kwargs="{"), "--gen_kwargs {"),
     (dict(local="a"), "write TASK=FILE"), (dict(local="tiny_choice=nowhere.jsonl"), "nowhere.jsonl: no such"),
+    (dict(local="tiny_choice=x.json", json="x.json"), "--local names this file, too"),
     (dict(max_batch_size=3), "--max_batch_size"), (dict(batch_size=0), "--batch_size 0"),
     (dict(max_length=3), "--max_length 3: unrecognized"), (dict(log_samples=True), "--output_path"),
     (dict(micro_batch_tokens=0), "--micro_batch_tokens 0"), (dict(model="nowhere"), "nowhere")])

@@ -192,9 +192,16 @@ def test_what_a_run_refuses_is_refused_in_the_same_words(folder, more):
 
 
 def test_it_refuses_what_only_it_is_asked_for(folder):
+    records = folder / "records"
+    records.mkdir()
+    shutil.copy(folder / "train.jsonl", records / "a.jsonl")
     for more, says in ((dict(json="nowhere/x.json"), "--json nowhere/x.json"),
                        (dict(export="nowhere/x.jsonl"), "--export nowhere/x.jsonl"),
                        (dict(export=folder / "train.jsonl"), "--train-data names this file, too"),
+                       *((dict(train_data=name, export=records / "a.jsonl"), "--train-data names this file")
+                         for name in (records, f"{records}/*.jsonl")),
+                       (dict(eval_data=records, json=records / "a.jsonl"), "--eval-data names this file"),
+                       (dict(json=folder / "model" / "config.json"), "--model names this file, too"),
                        (dict(ranks=-1), "--ranks -1"), (dict(bogus=1), "eval.look --help")):
         with pytest.raises(ValueError, match=says):
             look.main(arguments(folder, "own", **more))

@@ -262,10 +262,11 @@ def test_wrong_flags_are_named(folder, more, says):
 
 
 @pytest.mark.parametrize("flag", ["json", "per_example"])
-def test_an_output_may_not_be_a_file_that_is_read(folder, flag):
+@pytest.mark.parametrize("data", ["b.jsonl", "", "?.jsonl"])
+def test_an_output_may_not_be_a_file_that_is_read(folder, flag, data):
     before = (folder / "b.jsonl").read_bytes()
     with pytest.raises(ValueError, match="--data names this file, too"):
-        spans.main(arguments(folder, **{flag: folder / "b.jsonl"}))
+        spans.main(arguments(folder, data=f"{folder}/{data}", **{flag: folder / "b.jsonl"}))
     assert (folder / "b.jsonl").read_bytes() == before
 
 
