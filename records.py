@@ -28,8 +28,8 @@ from types import ModuleType
 from typing import BinaryIO, NoReturn
 
 from chat import ROLES
-from runtime.foreign import (MAX_LINE, TOO_DEEP, about_pointer, check_depth, check_file, parse_json, shorten,
-                             shown)
+from runtime.foreign import (MAX_LINE, TOO_DEEP, about_pointer, check_depth, check_file, is_file, parse_json,
+                             shorten, shown)
 from runtime.model_folder import download
 from runtime.start import world_size
 
@@ -136,7 +136,7 @@ def data_files(names: Iterable[str]) -> list[str]:
 def _files_of(name: str) -> list[str]:
     if name == "-":
         return [_standard_input()]
-    if os.path.isfile(name):
+    if is_file(name):
         return [name]
     if os.path.isdir(name):
         return _files_in(name)
@@ -144,7 +144,7 @@ def _files_of(name: str) -> list[str]:
         # Raises: it is neither.
         check_file(name)
     if glob.has_magic(name):
-        found = sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
+        found = sorted(filter(is_file, glob.glob(name, recursive=True)))
         if not found:
             raise ValueError(f"{name}: no file matches")
         return found
@@ -161,7 +161,7 @@ def _files_in(folder: str) -> list[str]:
         raise ValueError(f"{folder}: was written by save_to_disk(), whose files are not read here; write it "
                          "with load_from_disk(...).to_parquet(FILE) or to_json(FILE)")
     files = [os.path.join(folder, name) for name in names if _holds_records(name)]
-    files = _of_one_kind(list(filter(os.path.isfile, files)), folder)
+    files = _of_one_kind(list(filter(is_file, files)), folder)
     if not files:
         raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
                          f"'{folder.rstrip('/')}/**/*.jsonl'")

@@ -3,7 +3,6 @@
 One process without torchrun is rank 0 of 1, for all functions here.
 """
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runtime.machine import share_threads
-from runtime.start import UNREAD, is_main, launched, local_rank, print_error, rank, world_size
+from runtime.start import is_main, launched, line_of, local_rank, print_error, rank, world_size
 
 
 # ---------------------------------------------------------------- meeting
@@ -280,15 +279,8 @@ def sync_gradients(model: nn.Module, now: bool) -> None:
 
 def message(error: Exception) -> str | None:
     """One line for an error that a user can fix; None for one that only a programmer can."""
-    if isinstance(error, BrokenPipeError):
-        return UNREAD
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return (f"{where}{error.strerror or error}"
-                + ("; make room there and give the same command again" if full else ""))
-    if isinstance(error, ValueError):
-        return str(error)
+    if isinstance(error, ValueError | OSError):
+        return line_of(error)
     text = str(error)
     # The first is CUDA's, the second the CPU's, a plain RuntimeError.
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:

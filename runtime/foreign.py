@@ -44,6 +44,17 @@ def check_file(path: str | Path) -> None:
                          f"{path}: is a pipe or device, not a file; write what it gives to a file")
 
 
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file. Unlike for os.path.isfile(), one in a folder that may not be entered
+    is a PermissionError, so that nobody is told that it does not exist."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+
+
 def about_pointer(path: str | Path) -> str:
     """What is wrong with a file that `git clone` without Git LFS left as a pointer; "" if it is none."""
     with open(path, "rb") as file:

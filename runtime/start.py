@@ -11,6 +11,7 @@ with one line at Ctrl-C, and answers --help and wrong flags. Also how programs p
         run_program(main)
 """
 import contextlib
+import errno
 import json
 import os
 import re
@@ -93,14 +94,14 @@ def answer_interrupts_of_modules() -> None:
 
 def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
     """In the program itself (name is its __name__), end with one line and status 1 if check(argv) raises
-    ValueError for the flags."""
+    ValueError for the flags, or OSError for a file or folder that they name."""
     if name != "__main__":
         return
     try:
         check(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if is_main():
-            print_error(str(error))
+            print_error(line_of(error))
         else:
             # Rank 0 has the same error; torchrun ends the others when it has reported.
             time.sleep(5)
@@ -108,6 +109,16 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
 
 
 # ---------------------------------------------------------------- errors and the end
+
+
+def line_of(error: ValueError | OSError) -> str:
+    """The line for an error that a user can fix; of the operating system's errors it names the file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (f"{where}{error.strerror or error}"
+            + ("; make room there and give the same command again" if full else ""))
 
 
 def print_error(message: str) -> None:
@@ -168,8 +179,8 @@ def raise_stops() -> None:
 
 def run_program(main: Callable[[list[str]], int | None]) -> None:
     """main(argv) as a program, which exits with the status that it returns: one line and status 1 for a
-    ValueError or when nobody reads its output any more, one line and status 130 at Ctrl-C, status 143 or 129
-    at SIGTERM or SIGHUP. Of several ranks, rank 0 prints."""
+    ValueError, an OSError or when nobody reads its output any more, one line and status 130 at Ctrl-C, status
+    143 or 129 at SIGTERM or SIGHUP. Of several ranks, rank 0 prints."""
     raise_interrupts()
     raise_stops()
     line = ""
@@ -182,8 +193,8 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
         line, status = UNREAD, 1
     except KeyboardInterrupt:
         line, status = "interrupted", 128 + signal.SIGINT
-    except ValueError as error:
-        line, status = str(error), 1
+    except (ValueError, OSError) as error:
+        line, status = line_of(error), 1
     if line and is_main():
         print_error(line)
     sys.exit(status)

@@ -2,6 +2,7 @@
 import ast
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def imported(stderr: str) -> set[str]:
     (["--config", "nowhere"], "error: --config nowhere: no such file\n"),
     (["--model", "/nowhere", "--train-data", "x.jsonl"],
      "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),
+    (["--model", "n" * 300, "--train-data", "x.jsonl"], f"error: {'n' * 300}: File name too long\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere.jsonl"],
      "error: --train-data nowhere.jsonl: no such file or folder\n"),
     (["--model", "quickstart/model", "--train-data", "nowhere/*.csv.gz"],
@@ -50,6 +52,31 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
     assert done.returncode == bool(says) and "torch" not in imported(done.stderr)
     assert re.sub(r"^import time:.*\n", "", done.stderr, flags=re.M) == says
     assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
+
+
+# A superuser reads everything, unless started so.
+UNPRIVILEGED = [] if os.getuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
+                                       "--inh-caps=-dac_override,-dac_read_search"]
+
+
+@pytest.mark.skipif(bool(UNPRIVILEGED) and not shutil.which("setpriv"), reason="needs setpriv for root")
+@pytest.mark.parametrize("closed, mode, argv, names", [
+    *(("M/" + name, 0, "--model M --train-data D", "M/" + name)
+      for name in ("model.safetensors", "config.json", "tokenizer.json")),
+    ("M", 0, "--model M --train-data D", "M/model.safetensors"), ("D", 0, "--model M --train-data D", "D"),
+    ("D", 0o600, "--model M --train-data D", "D/a.jsonl"),
+    *(("D", 0, f"--model M --train-data D/{name}", f"D/{name}") for name in ("a.jsonl", "*.jsonl"))])
+def test_what_may_not_be_read_is_one_line(closed, mode, argv, names, tmp_path):
+    shutil.copytree(ROOT / "quickstart" / "model", tmp_path / "M")
+    (tmp_path / "D").mkdir()
+    (tmp_path / "D" / "a.jsonl").write_text("")
+    words = [str(tmp_path / word) if word[0] in "MD" else word for word in argv.split()]
+    (tmp_path / closed).chmod(mode)
+    done = subprocess.run([*UNPRIVILEGED, sys.executable, "train.py", *words], cwd=ROOT, text=True,
+                          capture_output=True, timeout=60)
+    (tmp_path / closed).chmod(0o700)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"{tmp_path}/{names}: Permission denied\n") and done.stderr.count("\n") == 1
 
 
 def test_streams_that_are_closed_get_no_file_and_stop_nothing(tmp_path):
