@@ -122,7 +122,7 @@ class Config:
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", least=0)
     beta1: float = flag(0.9, "AdamW's", least=0, below=1)
     beta2: float = flag(0.98, "AdamW's", least=0, below=1)
-    adam_eps: float = flag(1e-6, "AdamW's", above=0)
+    adam_eps: float = flag(1e-6, "AdamW's; far less would be 0 in fp32, and 0 / 0 an update", least=1e-30)
     clip_grad_norm: float = flag(1.0, "largest gradient norm; 0: no clipping", least=0)
     seed: int = flag(0, "seed of the order of examples and of NEFTune's noise", least=0, below=2**32)
     # machine

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from runtime.distributed import from_all, from_main, is_main
 from runtime.files import checksum, commit, writing
 from runtime.foreign import parse_json, read_text, shorten
-from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, save_model,
-                             stored_tensors, write_tensors)
+from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, first_above,
+                             save_model, stored_tensors, write_tensors)
 
 # The fields of state.json, apart from its own checksum.
 STATE = {"step": int, "identity": dict, "optimizer": str, "crc32": dict, "numbers": dict}
@@ -57,8 +57,12 @@ def save_checkpoint(output: str | Path, step: int, model: nn.Module, optimizer: 
                     state: dict, keep: int) -> Path:
     """Write OUTPUT/checkpoints/step-N after `step` finished steps, then delete all but the newest `keep`.
     state: JSON-able, returned by read_state. All ranks call, rank 0 writes. Returns the folder. ValueError as
-    optimizer_state()."""
+    optimizer_state(), and for a weight that is not finite."""
     folder = Path(output) / "checkpoints" / f"step-{step:08d}"
+    # A step checks its loss and gradient before the update; after the last one nothing else would.
+    if name := first_above(dict(model.named_parameters()), torch.finfo(torch.float32).max):
+        raise ValueError(f"step {step}: {name} holds NaN or Inf after the update, so nothing is saved: "
+                         "lower --lr or raise --adam-eps")
     tensors, numbers = optimizer_state(model, optimizer)
     with new_folder(folder) as part:
         sums = save_model(model, part, torch.float32)

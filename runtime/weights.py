@@ -158,10 +158,11 @@ def stream_rows(x: Tensor) -> Iterator[Tensor]:
 
 
 def first_above(tensors: dict[str, Tensor], limit: float) -> str:
-    """The name of the first tensor with a number above limit or below -limit; "" if there is none. All ranks
-    must call, each checks its own rows, and all get the same answer."""
+    """The name of the first tensor with a NaN or a number above limit or below -limit; "" if there is none.
+    All ranks must call, each checks its own rows, and all get the same answer."""
+    # Written so that NaN, which is then both edges, is found.
     own = next((name for name, x in tensors.items() if local_rows(x).numel()
-                and max(abs(edge.item()) for edge in local_rows(x).aminmax()) > limit), "")
+                and not max(abs(edge.item()) for edge in local_rows(x).aminmax()) <= limit), "")
     return next(filter(None, from_all(own)), "")
 
 

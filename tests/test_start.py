@@ -29,6 +29,7 @@ def imported(stderr: str) -> set[str]:
 
 @pytest.mark.parametrize("argv, says", [
     (["--help"], ""), (["--lr", "x"], "error: --lr x: must be a finite number above 0 and below 100\n"),
+    (["--adam-eps", "1e-50"], "error: --adam-eps 1e-50: must be a finite number, 1e-30 or more\n"),
     (["--config", "nowhere"], "error: --config nowhere: no such file\n"),
     (["--model", "/nowhere", "--train-data", "x.jsonl"],
      "error: --model /nowhere: no such folder, nor a hub id (owner/name)\n"),

@@ -618,6 +618,22 @@ def test_what_is_not_finite_stops_the_run_before_the_weights_change(
     assert len(stepped) == 2 and len(metrics(folder / f"not-finite-{what}")) == 2
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_an_update_that_is_not_finite_is_an_error_and_not_saved(folder, monkeypatch, value):
+    """Also the last one, whose weights no loss is computed with."""
+    original = torch.optim.AdamW.step
+
+    def step(self, *a):
+        original(self, *a)
+        with torch.no_grad():
+            self.param_groups[0]["params"][-1][-1, -1] = value
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    out = folder / f"not-finite-{value}"
+    with pytest.raises(ValueError, match=r"^step 1: \S+ holds NaN or Inf after the update.*--lr"):
+        run_here(arguments(folder, out.name, max_steps=1))
+    assert not (out / "final").exists() and not list(out.glob("checkpoints/*"))
+
+
 def test_the_records_whose_loss_is_not_finite_are_named_with_their_lines(folder, monkeypatch):
     """Two of a step of several micro-batches, behind one with nothing to train on; told by a letter that only
     they have."""
