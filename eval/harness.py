@@ -150,6 +150,7 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        import jinja2
         import lm_eval.tasks
         from lm_eval.loggers import EvaluationTracker
         from lm_eval.utils import (handle_non_serializable, make_table, setup_logging,
@@ -177,15 +178,22 @@ def main(argv: list[str]) -> None:
         # Most of the suite's tasks have examples, so all of them need the split that theirs come from.
         read_from_files(args.local, manager, folder, 1 if paper else args.num_fewshot)
         suite, why_not = paper_suite.load_tasks(manager) if paper else ([], {})
-        results = lm_eval.simple_evaluate(
-            model=model, model_args=model_args, tasks=suite + tasks, task_manager=manager,
-            evaluation_tracker=tracker, num_fewshot=args.num_fewshot, limit=args.limit,
-            batch_size=args.batch_size, gen_kwargs=args.gen_kwargs,
-            apply_chat_template=args.apply_chat_template, system_instruction=args.system_instruction,
-            fewshot_as_multiturn=args.apply_chat_template and args.fewshot_as_multiturn == "true",
-            use_cache=f"{args.use_cache}_{model.identity}" if args.use_cache else None,
-            log_samples=args.log_samples, confirm_run_unsafe_code=args.confirm_run_unsafe_code,
-            **(dict.fromkeys(SEEDS, args.seed) if args.seed is not None else {}))
+        try:
+            results = lm_eval.simple_evaluate(
+                model=model, model_args=model_args, tasks=suite + tasks, task_manager=manager,
+                evaluation_tracker=tracker, num_fewshot=args.num_fewshot, limit=args.limit,
+                batch_size=args.batch_size, gen_kwargs=args.gen_kwargs,
+                apply_chat_template=args.apply_chat_template, system_instruction=args.system_instruction,
+                fewshot_as_multiturn=args.apply_chat_template and args.fewshot_as_multiturn == "true",
+                use_cache=f"{args.use_cache}_{model.identity}" if args.use_cache else None,
+                log_samples=args.log_samples, confirm_run_unsafe_code=args.confirm_run_unsafe_code,
+                **(dict.fromkeys(SEEDS, args.seed) if args.seed is not None else {}))
+        except (jinja2.UndefinedError, KeyError) as error:
+            # What reads a document's fields are the task's templates and functions.
+            if not args.local:
+                raise
+            raise ValueError(f"--local {' '.join(args.local)}: a document lacks a field that its task reads: "
+                             f"{error}; give the records that the task is made for") from None
     # The other ranks have none.
     if not results:
         return

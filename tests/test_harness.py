@@ -473,7 +473,8 @@ def test_without_the_harness_one_line_says_what_to_install(folder, monkeypatch):
 
 def test_bad_local_files_are_named_with_their_line(tmp_path, folder):
     for text, says in (('{"a": 1}\n{"a"\n', "bad.jsonl:2"), ("[1, 2]", "not a JSON object"),
-                       ("\n", "is empty")):
+                       ("\n", "is empty"),
+                       ('{"a": "b"}', "--local tiny_choice=.*/bad.jsonl: a doc.* 'question' is undefined")):
         (tmp_path / "bad.jsonl").write_text(text)
         with pytest.raises(ValueError, match=says):
             harness.main(arguments(folder, local=f"tiny_choice={tmp_path / 'bad.jsonl'}"))
