@@ -27,6 +27,7 @@ from kernels.layers import compute_dtype
 from model import Llama
 from runtime.machine import to_device
 from runtime.model_config import ModelConfig
+from runtime.start import print_message
 from runtime.tokenizer import check_rows
 
 ROW = 8192      # tokens of prompts in a step, or one prompt more; other free slots wait for the next
@@ -313,6 +314,11 @@ class Engine:
                              "are empty, and the chat template writes nothing around them; leave the record "
                              "out")
         check_rows(chain.from_iterable(prompts), self.model.config.vocab_size, "a prompt holds")
+        positions = self.model.config.max_position_embeddings
+        if positions and (longer := [len(ids) for ids in prompts if len(ids) > positions]):
+            print_message(f"warning: {len(longer)} of {len(prompts)} prompt(s) longer than the model's "
+                          f"max_position_embeddings, {positions}, the longest {max(longer)} tokens; the "
+                          "answers may be empty or senseless: shorten them")
         waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         running: list[Document | None] = [None] * min(batch_size, len(prompts))     # each slot's
         cache = Cache(self.model.config, len(running), self.dtype, self.device)

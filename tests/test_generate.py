@@ -150,6 +150,16 @@ def test_a_prompt_without_tokens_is_refused(mine, prompts):
         next(Engine(mine).answers(prompts, set(), 4))
 
 
+def test_prompts_longer_than_the_models_positions_are_warned_of(mine, capsys):
+    positions = mine.config.max_position_embeddings
+    warning = (f"warning: 1 of 2 prompt(s) longer than the model's max_position_embeddings, {positions}, the "
+               f"longest {positions + 1} tokens; ")
+    for more, says in ((0, ""), (1, warning)):
+        generate(Engine(mine), [[5], [5] * (positions + more)], NEVER, 1)
+        err = capsys.readouterr().err
+        assert err.startswith(says) and err.count("\n") == bool(says)
+
+
 def test_stop_and_max_new_tokens_end_an_answer(mine):
     prompt = make_prompts()[1]
     free = generate(Engine(mine), [prompt], NEVER, 12)[0]
