@@ -25,7 +25,6 @@ from typing import TextIO
 
 from runtime.foreign import printable, shorten
 
-UNREAD = "nobody reads the output any more"
 WIDTH = 79      # columns of what programs print; a terminal has at least 80
 
 # What a program was started without (`>&-`) would else be the next file that is opened, a checkpoint, say.
@@ -125,6 +124,8 @@ def line_of(error: ValueError | OSError) -> str:
     """The line for an error that a user can fix; of the operating system's errors it names the file."""
     if not isinstance(error, OSError):
         return str(error)
+    if isinstance(error, BrokenPipeError):
+        return "nobody reads the output any more"
     where = f"{error.filename}: " if error.filename else ""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return (f"{where}{error.strerror or error}"
@@ -197,13 +198,12 @@ def run_program(main: Callable[[list[str]], int | None]) -> None:
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Python would try to write the rest when it ends.
-        silence(sys.stdout)
-        line, status = UNREAD, 1
     except KeyboardInterrupt:
         line, status = "interrupted", 128 + signal.SIGINT
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Python would try to write the rest when it ends.
+            silence(sys.stdout)
         line, status = line_of(error), 1
     if line and is_main():
         print_error(line)
