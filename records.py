@@ -729,11 +729,23 @@ def _with_system_prompt(messages: list, record: dict) -> list:
 def _check_messages(messages: list[dict], record: dict, used: set[str]) -> None:
     """ValueError if the record holds text that is in none of its messages. used: the fields of its layout."""
     for field in CONVERSATION_FIELDS:
-        text = record.get(field)
-        if field not in used and isinstance(text, str) and not any(
-                text.strip() in m["content"] for m in messages):
-            raise ValueError(f"the record's {field!r} is in none of its messages and would not be trained: "
-                             "write it into them, or remove the field")
+        values = [] if field in used else _values(record.get(field))
+        texts = [value for value in values if isinstance(value, str)]
+        # Next to texts, numbers are their ids and scores.
+        for value in texts or values:
+            if not any(isinstance(said, str) and str(value).strip() in said for said in _values(messages)):
+                raise ValueError(f"the record's {field!r} has {shown(value, 80)}, which is in none of its "
+                                 "messages and would not be trained: write it into them, or remove the field")
+
+
+def _values(value: object) -> list:
+    """The texts and numbers in a JSON value that say something, but for the roles of messages and the types
+    of a content's parts: {"role": "user", "content": ["Hi", ""]} -> ["Hi"]"""
+    if isinstance(value, dict):
+        value = [item for field, item in value.items() if field not in ("role", "from", "type")]
+    if isinstance(value, list):
+        return [inner for item in value for inner in _values(item)]
+    return [] if _says_nothing(value) else [value]
 
 
 def _is_null(value: object) -> bool:
