@@ -373,9 +373,12 @@ def _check_names(columns: list[str]) -> None:
 
 def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
     csv.field_size_limit(MAX_LINE)
-    text = io.TextIOWrapper(raw, "utf-8-sig", newline="")
+    # Decoding runs ahead of the rows, so what is not UTF-8 passes as surrogates until its line is reached.
+    text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
     # Never more of a line at once than a cell may have.
-    rows = csv.reader(iter(partial(text.readline, MAX_LINE), ""), delimiter=delimiter, strict=True)
+    lines = iter(partial(text.readline, MAX_LINE), "")
+    lines = (line.encode(errors="surrogateescape").decode() for line in lines)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header, line = None, 1
     try:
         while (row := next(rows, None)) is not None:
@@ -393,7 +396,8 @@ def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, 
             # A cell may have several lines.
             line = rows.line_num + 1
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}:{line}: {_not_text(error)}") from None
+        # A row may have several lines.
+        raise ValueError(f"{path}:{rows.line_num + 1}: {_not_text(error)}") from None
     except (csv.Error, ValueError) as error:
         raise ValueError(f"{path}:{line}: {error}") from None
 

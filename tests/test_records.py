@@ -191,7 +191,10 @@ def test_csv_may_have_cells_of_several_lines_and_empty_ones(tmp_path):
     ("prompt,completion\nHi,\"Hello\n", ":2: unexpected end of data"),
     ("prompt;completion\nHi;Hello\n", ":1: the header is one cell, 'prompt;completion': separate cells with"),
     ("prompt,completion\nHi,\n", ":2: has none of the known layouts"),
-    ("prompt,completion\nHi,\udcff\n", "is not text in UTF-8 (byte 0xff"),
+    ("prompt,completion\nHi,\udcff\n", ":2: is not text in UTF-8 (byte 0xff"),
+    pytest.param("prompt,completion\n" + 499 * "Hé,Hello\n" + "\udce9,Hello\n",
+                 ":501: is not text in UTF-8 (byte 0xe9", id="a line far down"),
+    ("prompt,completion\nHi,\"two\r\nlines \udcff\"\n", ":3: is not text in UTF-8 (byte 0xff"),
     ("prompt,completion\n", ": holds no records"), ("", ": holds no records"),
     ("messages\n[{'role': 'user'} {'role': 'assistant'}]\n", ":2: 'messages' must be a list of messages, or"),
 ])
