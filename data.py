@@ -53,7 +53,7 @@ BATCH, BATCH_CHARACTERS = 512, 2**22
 @dataclass
 class Dataset:
     """Tokenized examples in memory-mapped files. Targets are shifted per example: target t is ids[t + 1]."""
-    files: list[str]        # of records
+    files: list[str]        # of records, as messages name them
     ids: np.ndarray         # (all tokens,) int32
     kinds: np.ndarray       # (all tokens,) uint8
     offsets: np.ndarray     # (E + 1,) int64: example e is ids[offsets[e]:offsets[e + 1]]
@@ -166,7 +166,7 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
             with writing(unfinished):
                 _write_cache(unfinished, files, tokenizer, template, max_length, overlong, progress, columns)
                 if [hash_file(file) for file in files] != parts["data"]:
-                    raise ValueError(f"{', '.join(files)}: changed while being read; start again")
+                    raise ValueError(f"{', '.join(map(str, files))}: changed while being read; start again")
                 commit(unfinished, folder)
         except OSError:
             # If the folder exists, another process was first, with the same bytes.
@@ -177,7 +177,8 @@ def load_dataset(names: list[str], tokenizer: Tokenizer, template: Template, max
         opened = _open_cache(folder, len(files))
     arrays, report, content = opened
     names_of_files = np.repeat(np.arange(len(files_of_names)), list(map(len, files_of_names)))
-    return Dataset(files, **arrays, report=report, key=key, content=content, names=names_of_files)
+    return Dataset(list(map(str, files)), **arrays, report=report, key=key, content=content,
+                   names=names_of_files)
 
 
 def _open_cache(folder: Path, files: int) -> tuple[dict[str, np.ndarray], dict, str]:
@@ -234,8 +235,8 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template: Template, max_length: int,
-                 overlong: str, progress: bool, columns: Iterable[str]) -> None:
+def _write_cache(folder: Path, files: list[str | os.PathLike], tokenizer: Tokenizer, template: Template,
+                 max_length: int, overlong: str, progress: bool, columns: Iterable[str]) -> None:
     """Tokenize files into the cache's files; as load_dataset()."""
     offsets, origins, counts, groups = [0], [], [], []
     report = Counter(NO_RECORDS)
@@ -261,7 +262,7 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
             counts.append(np.bincount(kinds[1:], minlength=len(KINDS)))
             groups.append(group)
     if not origins:
-        raise ValueError(f"{', '.join(files)}: no example left of {report['records']} records "
+        raise ValueError(f"{', '.join(map(str, files))}: no example left of {report['records']} records "
                          f"({report['dropped_overlong']} longer than --max-length {max_length}, "
                          f"{report['dropped_empty']} empty)")
     for name, values in (("offsets.bin", offsets), ("origins.bin", origins), ("counts.bin", counts),
@@ -272,7 +273,7 @@ def _write_cache(folder: Path, files: list[str], tokenizer: Tokenizer, template:
     (folder / "crc32.json").write_text(json.dumps(sums))
 
 
-def _tokenized(files: list[str], tokenizer: Tokenizer, template: Template, progress: bool,
+def _tokenized(files: list[str | os.PathLike], tokenizer: Tokenizer, template: Template, progress: bool,
                columns: Iterable[str]) -> Iterator[tuple[list[int], list[int], int, int, int]]:
     """Yields each record's ids and kinds, the number of its file, its line, and its instruction_hash()."""
     rendered, checked = _rendered(files, template, progress, columns), 0
@@ -305,7 +306,7 @@ def _batch(rendered: Iterator[tuple[list[Piece], int, int, int]]) -> list[tuple[
     return batch
 
 
-def _rendered(files: list[str], template: Template, progress: bool, columns: Iterable[str]
+def _rendered(files: list[str | os.PathLike], template: Template, progress: bool, columns: Iterable[str]
               ) -> Iterator[tuple[list[Piece], int, int, int]]:
     """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
     for number, file in enumerate(files):

@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from functools import cache, partial
 from itertools import chain
-from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, NoReturn
 
@@ -117,7 +116,24 @@ def naming(place: str) -> Iterator[None]:
 # ---------------------------------------------------------------- names -> files
 
 
-def data_files(names: Iterable[str]) -> list[str]:
+class _StandardInput(os.PathLike):
+    """A copy of standard input: a path for whoever opens it, and a name in messages."""
+
+    def __init__(self) -> None:
+        with tempfile.TemporaryFile() as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+            file.flush()
+            # The file has no name, so it is freed when this process ends, however it ends.
+            self.path = f"/dev/fd/{os.dup(file.fileno())}"
+
+    def __fspath__(self) -> str:
+        return self.path
+
+    def __str__(self) -> str:
+        return "standard input"
+
+
+def data_files(names: Iterable[str | os.PathLike]) -> list[str | os.PathLike]:
     """The files that these names of --train-data, --eval-data or --data stand for, in a fixed order. A name
     is, in the order in which it is tried:
 
@@ -130,10 +146,10 @@ def data_files(names: Iterable[str]) -> list[str]:
     The files of a folder and matches are sorted. ValueError if a name stands for nothing, or for files of
     several kinds.
     """
-    return [file for name in names for file in _files_of(str(name))]
+    return [file for name in names for file in _files_of(os.fspath(name))]
 
 
-def _files_of(name: str) -> list[str]:
+def _files_of(name: str) -> list[str | os.PathLike]:
     if name == "-":
         return [_standard_input()]
     if is_file(name):
@@ -183,15 +199,11 @@ def _of_one_kind(files: list[str], name: str) -> list[str]:
 
 
 @cache
-def _standard_input() -> str:
-    """Standard input as a file that can be read more than once: its name."""
+def _standard_input() -> os.PathLike:
+    """Standard input as a file that can be read more than once."""
     if world_size() > 1:
         raise ValueError("-: standard input reaches only one rank; write it to a file that all can read")
-    with tempfile.TemporaryFile() as file:
-        shutil.copyfileobj(sys.stdin.buffer, file)
-        file.flush()
-        # The file has no name, so it is freed when this process ends, however it ends.
-        return f"/dev/fd/{os.dup(file.fileno())}"
+    return _StandardInput()
 
 
 # Within a process a name stands for the same files, even if the repository changes.
@@ -241,10 +253,10 @@ def read_all(names: Iterable[str], columns: Iterable[str] = ()) -> Iterator[tupl
     columns, errors: as for read_records()."""
     for file in data_files(names):
         for messages, line in read_records(file, columns):
-            yield messages, file, line
+            yield messages, str(file), line
 
 
-def read_records(path: str | Path, columns: Iterable[str] = ()) -> Iterator[tuple[list[dict], int]]:
+def read_records(path: str | os.PathLike, columns: Iterable[str] = ()) -> Iterator[tuple[list[dict], int]]:
     """Yield (messages, line) for every record of a file. line counts from 1; in a list and in a Parquet file
     it is the record's number. messages is [{"role", "content"}, ...], with "weight": 0 on messages that are
     not to be trained, and with the other fields of the record's messages, which the template may read.
@@ -272,7 +284,7 @@ def read_records(path: str | Path, columns: Iterable[str] = ()) -> Iterator[tupl
     names = parse_columns(columns)
     line = None
     try:
-        for record, line, place in _raw_records(str(path)):
+        for record, line, place in _raw_records(path):
             with naming(f"{path}{place}"):
                 messages = to_messages(_renamed(record, names))
             yield messages, line
@@ -313,7 +325,7 @@ def _renamed(record: object, names: dict[str, str]) -> object:
     return others | given
 
 
-def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
+def _raw_records(path: str | os.PathLike) -> Iterator[tuple[object, int, str]]:
     """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
     What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
     check_file(path)
@@ -322,7 +334,7 @@ def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
     with open(path, "rb") as raw:
         start = raw.read(4)
         raw.seek(0)
-        plain_name = re.sub(r"\.(gz|zst)$", "", path.lower())
+        plain_name = re.sub(r"\.(gz|zst)$", "", str(path).lower())
         if start == b"PAR1":
             yield from _from_parquet(path)
             return
@@ -331,14 +343,14 @@ def _raw_records(path: str) -> Iterator[tuple[object, int, str]]:
         if start[:2] == b"\x1f\x8b":
             raw = gzip.open(raw)
         elif start == b"\x28\xb5\x2f\xfd":
-            raw = _pyarrow(path).input_stream(path, compression="zstd")
+            raw = _pyarrow(path).input_stream(os.fspath(path), compression="zstd")
         if plain_name.endswith((".csv", ".tsv")):
             yield from _from_csv(path, raw, "\t" if plain_name.endswith(".tsv") else ",")
         else:
             yield from _from_json(_JsonStream(path, raw))
 
 
-def _pyarrow(path: str) -> ModuleType:
+def _pyarrow(path: str | os.PathLike) -> ModuleType:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -348,10 +360,11 @@ def _pyarrow(path: str) -> ModuleType:
     return pyarrow
 
 
-def _from_parquet(path: str) -> Iterator[tuple[dict, int, str]]:
+def _from_parquet(path: str | os.PathLike) -> Iterator[tuple[dict, int, str]]:
     pyarrow, number = _pyarrow(path), 0
     try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True) as file:
+        with pyarrow.parquet.ParquetFile(os.fspath(path), memory_map=True,
+                                         page_checksum_verification=True) as file:
             _check_names(file.schema_arrow.names)
             for group in range(file.num_row_groups):
                 # As many rows as have BATCH_BYTES on average are decoded at once.
@@ -371,7 +384,7 @@ def _check_names(columns: list[str]) -> None:
         raise ValueError(f"the header has {', '.join(map(repr, twice))} more than once")
 
 
-def _from_csv(path: str, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
+def _from_csv(path: str | os.PathLike, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
     csv.field_size_limit(MAX_LINE)
     # Decoding runs ahead of the rows, so what is not UTF-8 passes as surrogates until its line is reached.
     text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
@@ -421,7 +434,7 @@ class _JsonStream:
     """Decodes the JSON values of a file one after the other, of which it holds one and a chunk."""
     decode = json.JSONDecoder(object_pairs_hook=_object).raw_decode
 
-    def __init__(self, path: str, raw: BinaryIO) -> None:
+    def __init__(self, path: str | os.PathLike, raw: BinaryIO) -> None:
         self.path, self.raw, self.to_text = path, raw, codecs.getincrementaldecoder("utf-8-sig")()
         # The text that was read and not used, where it goes on, and in which line that is.
         self.text, self.at, self.line, self.ended = "", 0, 1, False

@@ -118,7 +118,7 @@ def hash_file(path: str | Path) -> str:
     check_file(path)
     try:
         state = os.stat(path)
-        return _hash_once(str(path), state.st_ino, state.st_size, state.st_mtime_ns)
+        return _hash_once(os.fspath(path), state.st_ino, state.st_size, state.st_mtime_ns)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 

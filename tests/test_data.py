@@ -1,6 +1,8 @@
 """Token cache, step plan, packed batches."""
+import io
 import json
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -140,6 +142,26 @@ def test_data_that_changes_while_it_is_read_is_not_cached_under_its_old_hash(fol
     with pytest.raises(ValueError, match="grows.jsonl: changed while being read"):
         load(tmp_path, "grows.jsonl")
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("content, says", [
+    (b"", ": holds no records"), (b"PAR1", ": is damaged, after record 0"), (b"{", ":1: is not JSON"),
+    (b"\n{}", ":2: has none of the known layouts"), (b"\x1f\x8b", ": cannot be read, or is damaged"),
+    (json.dumps(MESSAGES * 100).encode(), ": no example left of 1 records"),
+    (json.dumps(MESSAGES).encode(), ""),
+])
+def test_standard_input_is_called_so(folder, content, says, monkeypatch):
+    records._standard_input.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    tokenizer = Tokenizer(folder / "model")
+    asked = tokenizer, load_template("llama3", tokenizer), 120, "drop", folder / "cache"
+    if says:
+        with pytest.raises(ValueError, match=f"^standard input{says}"):
+            load_dataset(["-"], *asked)
+    else:
+        dataset = load_dataset(["-"], *asked)
+        assert dataset.files == ["standard input"] and dataset.where(0) == "standard input:1"
+    records._standard_input.cache_clear()
 
 
 def test_a_killed_writer_leaves_no_cache_behind(folder, monkeypatch):

@@ -731,12 +731,12 @@ from records import data_files, read_records
 assert data_files(["-"]) == [file]
 first, second = list(read_records(file)), list(read_records(file))
 assert first == second and len(hash_file(file)) == 64
-print(first, os.listdir(tempfile.gettempdir()))
+print(first, os.listdir(tempfile.gettempdir()), file)
 """
     data = gzip.compress(json.dumps(MESSAGES).encode())
     done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, cwd=ROOT,
                           env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert done.stdout.decode().strip() == f"{[(MESSAGES, 1)]} []", done.stderr.decode()
+    assert done.stdout.decode().strip() == f"{[(MESSAGES, 1)]} [] standard input", done.stderr.decode()
 
 
 def test_standard_input_is_refused_where_it_cannot_be_read_again(monkeypatch, tmp_path):
