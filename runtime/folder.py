@@ -99,16 +99,18 @@ def keep_lines(path: Path, last_step: int, fits: Callable[[dict], bool]) -> None
 # ---------------------------------------------------------------- what must be the same
 
 
-def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, skip: tuple = ()) -> None:
-    """ValueError that names every flag and file in which two runs differ. old: the saved identity; new: this
-    run's, or a part of it; settings: this run's flags; where, fix: how the message begins and ends; skip:
-    names that may differ."""
+def check_identity(run: Path, old: dict, new: dict, settings: dict, where: str, fix: str,
+                   skip: tuple = ()) -> None:
+    """ValueError that names every flag and file in which two runs differ. run: the folder of the earlier one;
+    old: the saved identity; new: this run's, or a part of it; settings: this run's flags; where, fix: how the
+    message begins and ends; skip: names that may differ."""
     files = settings["train_data"]
-    # What a hash stands for.
-    words = {"model": f"--model {settings['model']}: other weights or another config.json",
-             "tokenizer": f"--model {settings['model']}: another tokenizer",
-             "template": f"--template {settings['template']}: its text has changed",
-             "tokens": "the same records give other tokens (data.py or a library has changed)"}
+    # What a hash stands for: the flag and its contents.
+    hashes = {"model": ("model", "other weights or another config.json"),
+              "tokenizer": ("model", "another tokenizer"), "template": ("template", "another text")}
+    own, flags = {}, {}
+    with suppress(ValueError):
+        own, flags = read_json(run / "identity.json"), read_json(run / "run_config.json")
     differ = []
     for name in sorted(new.keys() - {*skip}):
         was, now = old.get(name), new[name]
@@ -121,9 +123,18 @@ def check_identity(old: dict, new: dict, settings: dict, where: str, fix: str, s
             differ.append(f"--train-data {' '.join(changed)}: other contents")
         elif name == "train_data":
             differ.append(f"--train-data: {len(now)} file(s), not those of before")
+        elif name == "tokens":
+            differ.append("the same records give other tokens (data.py or a library has changed)")
+        elif name in hashes:
+            flag, contents = hashes[name]
+            value = settings[flag]
+            # A checkpoint that was copied into the folder is not of this run.
+            before = flags.get(flag, value) if own.get(name) == was else value
+            change = f" {value}" if before == value else f" was {before}, is {value}"
+            differ.append(f"{flag_name(flag)}{change}: {contents}")
         else:
             was, now = ("not given" if value is None else value for value in (was, now))
-            differ.append(words.get(name, f"{flag_name(name)} was {was}, is {now}"))
+            differ.append(f"{flag_name(name)} was {was}, is {now}")
     if differ:
         raise ValueError(f"{where}: was started differently ({'; '.join(differ)}); {fix}")
 
@@ -220,7 +231,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
         # A run that ended before its first step has nothing to lose.
         return "start"
     fix = "give another --output-dir, or --overwrite to delete it and start from scratch"
-    check_identity(old, identity, settings, f"--output-dir {out}", fix, LENGTH)
+    check_identity(out, old, identity, settings, f"--output-dir {out}", fix, LENGTH)
     if finished and all(old.get(name) == identity[name] for name in LENGTH):
         raise ValueError(f"--output-dir {out}: holds a finished run; {fix}")
     if "finished_after" in old and not finished:
@@ -253,7 +264,7 @@ def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: di
         state = read_state(named)
     except ValueError as error:
         raise ValueError(f"--resume {error}; name one like RUN/checkpoints/step-00000100") from None
-    check_identity(state["identity"], identity, settings, f"--resume {named}",
+    check_identity(named.parent.parent, state["identity"], identity, settings, f"--resume {named}",
                    "give the flags it was started with", LENGTH)
 
 
@@ -281,7 +292,7 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     if start:
         state = read_state(start)
         step = state["step"]
-        check_identity(state["identity"], identity, settings, str(start),
+        check_identity(out, state["identity"], identity, settings, str(start),
                        "it is another run's: delete it, or give another --output-dir", LENGTH)
         if reason := other_length(state["identity"], step):
             result = "" if action != "resume" or not (out / "final").is_dir() else (

@@ -344,13 +344,23 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     refused(folder, r"--train-data: 1 file\(s\), not those of before\)", "named",
             **{**base, "train_data": data[:1]})
     refused(folder, "--date was 2026-01-05, is 2026-02-01[)]", "named", **{**base, "date": "2026-02-01"})
-    refused(folder, "--template .*: its text has changed[)]", "named", **{**base, "template": "llama3"})
+    refused(folder, r"--template was \S*/dated.jinja, is llama3: another text\)", "named",
+            **{**base, "template": "llama3"})
+    refused(folder, r"--template was \S*/dated.jinja, is alpaca: another text\)", "resumed",
+            resume=folder / "named" / "checkpoints" / "step-00000002", **{**base, "template": "alpaca"})
+    text = dated.read_text()
+    dated.write_text(text + " ")
+    refused(folder, r"--template \S*/dated.jinja: another text\)", "named", **base)
+    dated.write_text(text)
     refused(folder, "--max-length was 120, is 90[)]", "named", **base, max_length=90)
     tokenizer = folder / "model" / "tokenizer.json"
     text = tokenizer.read_text()
     tokenizer.write_text(text + " ")
     refused(folder, "--model .*: another tokenizer[)]", "named", **base)
     tokenizer.write_text(text)
+    make_model(folder / "other" / "model", seed=1)
+    refused(folder, r"--model was .*/model, is \S*/other/model: other weights or another\b", "named",
+            **base, model=folder / "other" / "model")
     # files may have moved, and the date is that of the start
     (folder / "moved").mkdir()
     moved = [shutil.copy(file, folder / "moved") for file in data]
