@@ -25,6 +25,7 @@ from runtime.habits import answer
 LARGEST = 2**20     # characters of a --config file
 # What a number may be at most where a flag does not say: far beyond any use, and nothing overflows.
 BELOW = {int: 2**31, float: 1e9}
+NEGATIVE = re.compile(r"-([0-9]|\.[0-9]|inf(inity)?$|nan$)", re.IGNORECASE)
 
 
 def flag(default: object, help: str, *, choices: tuple[str, ...] = (), least: float | None = None,
@@ -129,6 +130,11 @@ class Parser(argparse.ArgumentParser):
     flags that check_flag() checks, by their names."""
     fields: dict[str, dataclasses.Field] = {}
 
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**settings)
+        # argparse takes -5 for a value, but -1e-5 and -inf for flags.
+        self._negative_number_matcher = NEGATIVE
+
     @property
     def flags(self) -> dict[str, argparse.Action]:
         """Every flag of the program, --no-NAME too."""
@@ -228,6 +234,8 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
     """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
     give (to delete a run, say) are ignored."""
     fields = parser.fields
+    if not file:
+        raise ValueError('--config "": is empty; give a file, such as run_config.json in the folder of a run')
     try:
         saved: dict[str, object] = {}
         unknown = []
@@ -291,7 +299,16 @@ def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
             raise ValueError("must be one mapping, flag: value")
         if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
             raise ValueError("must be one mapping, flag: value, in which every flag is text")
-        return [(str(key.value), loader.construct_object(value, deep=True)) for key, value in node.value]
+        pairs = []
+        for key, value in node.value:
+            try:
+                pairs.append((str(key.value), loader.construct_object(value, deep=True)))
+            except (ValueError, LookupError, AttributeError) as error:
+                # What PyYAML raises for 2024-99-01, !!bool x and !!timestamp x.
+                name = flag_name(str(key.value).removeprefix("--"))
+                written = shorten(text[value.start_mark.index:value.end_mark.index], 200)
+                raise ValueError(f"{name} {written}: cannot be read ({error}); put text in quotes") from None
+        return pairs
     except yaml.YAMLError as error:
         raise ValueError("is not YAML: " + " ".join(str(error).split())) from None
     except RecursionError:

@@ -104,6 +104,11 @@ BOMB = b"[&a [x], " + b", ".join(
     ("c.yaml", b"- rate\n", "must be one mapping"), ("c.yaml", b"[" * 20_000, "is nested too deep"),
     ("c.yaml", b"rate: !!python/name:os.system\n", "is not YAML"),
     ("c.yaml", b"count: 2026-01-05 10:00:00\n", "--count 2026-01-05T10:00:00: must be a whole number"),
+    ("c.yaml", b"rate: 1\n--name: 2024-99-01\n", "--name 2024-99-01: cannot be read .month must be in 1..12"),
+    ("c.yaml", b"files: [a, 2024-01-01 25:00:00]",
+     r"--files \[a, 2024-01-01 25:00:00\]: cannot be read .hour"),
+    ("c.yaml", b"fast: !!bool x", "--fast !!bool x: cannot be read"),
+    ("c.yaml", b"name: !!timestamp x", "--name !!timestamp x: cannot be read"),
     ("c.yaml", b"count: " + BOMB, r"--count \[\[\"x\"\], .{180,220}: must be a whole number"),
     ("c.yaml", b"? " + BOMB + b"\n: 1\n", "in which every flag is text"),
     ("c.json", b'{"config": "d.json"}', "unknown flags:\n  config: a file of flags cannot name another one"),
@@ -191,6 +196,10 @@ def test_flags_config_file_and_their_errors(tmp_path):
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
+                       (["--config", ""], '--config "": is empty'), (["--config="], '--config "": is empty'),
+                       (["--lr", "-1e-5"], "--lr -1e-5: must be a finite number above 0"),
+                       (["--lr", "-.5"], "--lr -.5: must be"), (["--lr", "-inf"], "--lr -inf: must be"),
+                       (["--seed", "-1E3"], "--seed -1E3: must be a whole"), (["--lr", "-x"], "expected one"),
                        (["--max-length", "1"], "--max-length 1"),
                        (["--shard", "--eval-generate", "5"], "--eval-generate 5: must be 0 with --shard")):
         with pytest.raises(ValueError, match=says):
