@@ -17,7 +17,7 @@ from pathlib import Path
 from config import Config
 from runtime.files import distinct_endings, read_json
 from runtime.folder import is_evaluation, is_step, read_log
-from runtime.foreign import is_number, parse_json, read_text
+from runtime.foreign import is_number
 from runtime.weights import model_fingerprint
 
 SPANS = ["completion", "instruction", "system", "template", "context"]      # as tables list them
@@ -140,9 +140,16 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> Cells:
         if file.name.endswith(".settings.json"):    # the settings of a file of answers
             continue
         try:
-            of_file, changed = result_cells(parse_json(read_text(file)), file.name, runs)
-        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError, OSError) as error:
-            notes.append(f"{file}: not a result of an evaluation command ({error!r})")
+            result = read_json(file)
+        except (ValueError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error).removeprefix(f"{file}: ")
+            notes.append(f"{file}: not a result of an evaluation command ({reason})")
+            continue
+        try:
+            of_file, changed = result_cells(result, file.name, runs)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else "its fields hold other values"
+            notes.append(f"{file}: not a result of an evaluation command ({reason})")
             continue
         notes += [f"{file}: left out, {model} has other weights than were measured" for model in changed]
         if not of_file and not changed:

@@ -424,10 +424,16 @@ def test_files_that_fit_no_run_are_named(runs, folder):
     other = write(runs / "other.json", {"model": "elsewhere", "x": 1.5})
     rows = write(runs / "rows.json", {"results": [{"span": "completion", "model": str(runs / "it")}]})
     plain = write(runs / "plain.json", [1])
-    (runs / "broken.json").write_text('{"model": ')
-    page, result = compared(runs, folder, results=[other, rows, plain, runs / "broken.json"])
-    assert [note.split(":")[0] for note in result["notes"]] == [str(other), str(rows), str(plain),
-                                                               str(runs / "broken.json")]
+    typed = write(runs / "typed.json", {"model": [1]})
+    broken = runs / "broken.json"
+    broken.write_text('{"model": ')
+    page, result = compared(runs, folder, results=[other, rows, plain, typed, broken])
+    unlike = "not a result of an evaluation command"
+    assert result["notes"] == [
+        f'{other}: its "model" is not one of these runs', f"{rows}: {unlike} (it lacks 'data')",
+        f"{plain}: {unlike} (holds a JSON list, not an object)",
+        f"{typed}: {unlike} (its fields hold other values)",
+        f"{broken}: {unlike} (is not JSON, or is cut off: Expecting value: line 1 column 11 (char 10))"]
     assert all(note in Page(page).text for note in result["notes"])
     assert set(result["tables"]) == {"configuration", "training", "held-out NLL when training ended"}
 
