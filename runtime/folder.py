@@ -10,6 +10,7 @@ Only rank 0 writes here. Nothing is changed before it is known that this run may
 """
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -219,6 +220,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
     _check_ownership(out, old)
+    _check_kinds(out)
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         _check_named_checkpoint(Path(resume), out, identity, settings, overwrite)
 
@@ -251,6 +253,20 @@ def _check_ownership(out: Path, old: dict) -> None:
     if "launch" not in old and present:
         raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
                          "or delete it")
+
+
+def _check_kinds(out: Path) -> None:
+    """ValueError for a file where the run writes a folder, or a folder where it writes a file: it would train
+    and then fail to save."""
+    saved = [path for path in (out / "checkpoints").glob("step-*")
+             if re.fullmatch(r"step-\d{8,}(\.part)?", path.name)]
+    folders = out / "checkpoints", out / "final", out / "final.part", *sorted(saved)
+    files = out / "metrics.jsonl", out / "eval.jsonl"
+    for path in (*folders, *files):
+        kind, fits = ("folder", path.is_dir()) if path in folders else ("file", path.is_file())
+        if os.path.lexists(path) and not fits:
+            raise ValueError(f"--output-dir {out}: {path} is not a {kind}, and the run writes a {kind} of "
+                             "this name; move it away")
 
 
 def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: dict, overwrite: bool) -> None:
