@@ -332,7 +332,7 @@ def check_study(config: StudyConfig, old: dict, identity: dict, contenders: dict
     if not old:
         return {}
     fix = "give another --output-dir, or the earlier flags"
-    check_identity(old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
+    check_identity(out, old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
         if (was := old["contenders"].get(name, flags)) != flags:
             raise ValueError(f"--output-dir {out}: contender {name} was {was}, is {flags}; give it another "

@@ -263,11 +263,12 @@ def test_wrong_flags_are_named(folder, more, says):
 
 @pytest.mark.parametrize("flag", ["json", "per_example"])
 @pytest.mark.parametrize("data", ["b.jsonl", "", "?.jsonl"])
-def test_an_output_may_not_be_a_file_that_is_read(folder, flag, data):
-    before = (folder / "b.jsonl").read_bytes()
+def test_an_output_may_not_be_a_file_that_is_read(folder, tmp_path, flag, data):
+    file = tmp_path / "b.jsonl"
+    file.write_bytes((folder / "b.jsonl").read_bytes())
     with pytest.raises(ValueError, match="--data names this file, too"):
-        spans.main(arguments(folder, data=f"{folder}/{data}", **{flag: folder / "b.jsonl"}))
-    assert (folder / "b.jsonl").read_bytes() == before
+        spans.main(arguments(folder, data=f"{tmp_path}/{data}", **{flag: file}))
+    assert file.read_bytes() == (folder / "b.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("more, says", [
