@@ -748,9 +748,10 @@ def _check_messages(messages: list[dict], record: dict, used: set[str]) -> None:
     for field in CONVERSATION_FIELDS:
         values = [] if field in used else _values(record.get(field))
         texts = [value for value in values if isinstance(value, str)]
+        said = [text for text in _values(messages) if isinstance(text, str)] if values else []
         # Next to texts, numbers are their ids and scores.
         for value in texts or values:
-            if not any(isinstance(said, str) and str(value).strip() in said for said in _values(messages)):
+            if not any(str(value).strip() in text for text in said):
                 raise ValueError(f"the record's {field!r} has {shown(value, 80)}, which is in none of its "
                                  "messages and would not be trained: write it into them, or remove the field")
 

@@ -12,6 +12,7 @@ the runs example by example; otherwise it is one number minus the other.
 """
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from config import Config
@@ -36,6 +37,11 @@ class Run:
     metrics: list[dict]         # metrics.jsonl, one entry a step
     evaluations: list[dict]     # eval.jsonl
     final: Path | None          # None if training has not ended
+
+    @cached_property
+    def weights(self) -> str | None:
+        """A hash of final/'s weights, None without it."""
+        return model_fingerprint(self.final) if self.final else None
 
 
 # ---------------------------------------------------------------- the runs' own files
@@ -163,8 +169,8 @@ def read_results(runs: list[Run], given: list[str], notes: list[str]) -> Cells:
 
 def result_cells(result: dict, name: str, runs: list[Run]) -> tuple[Cells, list[str]]:
     """What one file says about the runs: all its numbers and texts; and the runs' models that were trained
-    again since, of which it says nothing. The file's name is the title, so files of
-    one name become one table. They have one of these forms:
+    again since, of which it says nothing. The file's name is the title, so files of one name become one
+    table. They have one of these forms:
 
         {"results": [{"model", "data", "span", "nll_token_mean", ...}, ...], "seed", ...}   eval.spans
         {"results": [{"model", "bleu", "bleu_interval", ...}, ...], "seed", ...}            eval.memorization
@@ -173,18 +179,18 @@ def result_cells(result: dict, name: str, runs: list[Run]) -> tuple[Cells, list[
 
     and a hash of every model's "weights".
     """
-    letters = {folder.resolve(): run.letter for run in runs for folder in (run.folder, run.folder / "final")}
-    hashes = {run.letter: run.final and model_fingerprint(run.final) for run in runs}
+    owners = {folder.resolve(): run for run in runs for folder in (run.folder, run.folder / "final")}
     result, changed = {**result}, []
     for model, measured in result.pop("weights", {}).items():
         folder = Path(model).expanduser().resolve()
-        if folder in letters and measured != hashes[letters[folder]]:
-            del letters[folder]
+        if folder in owners and measured != owners[folder].weights:
+            del owners[folder]
             changed.append(model)
 
     def letter_of(entry: dict) -> str | None:
         model = entry["config"]["model_args"]["pretrained"] if "config" in entry else entry.get("model")
-        return letters.get(Path(model).expanduser().resolve()) if model else None
+        owner = owners.get(Path(model).expanduser().resolve()) if model else None
+        return owner and owner.letter
 
     first, cells, settings, entries = runs[0].letter, {}, {}, [result]
     if isinstance(result.get("results"), list):

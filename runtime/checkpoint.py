@@ -27,6 +27,8 @@ from runtime.foreign import parse_json, read_text, shorten
 from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, first_above,
                              save_model, stored_tensors, write_tensors)
 
+# The name of a finished checkpoint's folder.
+STEP_FOLDER = re.compile(r"step-\d{8,}")
 # The fields of state.json, apart from its own checksum.
 STATE = {"step": int, "identity": dict, "optimizer": str, "crc32": dict, "numbers": dict}
 
@@ -108,7 +110,7 @@ def find_checkpoints(output: str | Path) -> list[Path]:
     """Finished checkpoints of a run, oldest first. Folders with other names, such as a copy of one that a
     user keeps there, are not the run's: it neither resumes from them nor deletes them."""
     return sorted(p for p in (Path(output) / "checkpoints").glob("step-*")
-                  if re.fullmatch(r"step-\d{8,}", p.name) and p.is_dir())
+                  if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
 
 
 def unfinished_checkpoints(output: str | Path) -> list[Path]:

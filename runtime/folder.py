@@ -10,7 +10,6 @@ Only rank 0 writes here. Nothing is changed before it is known that this run may
 """
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -19,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state, unfinished_checkpoints
+from runtime.checkpoint import (STEP_FOLDER, check_files, find_checkpoints, newest_whole, read_state,
+                                unfinished_checkpoints)
 from runtime.distributed import from_all
 from runtime.files import check_writable, lock, read_json, write_text, writing
 from runtime.flags import flag_name
@@ -258,13 +258,12 @@ def _check_ownership(out: Path, old: dict) -> None:
 def _check_kinds(out: Path) -> None:
     """ValueError for a file where the run writes a folder, or a folder where it writes a file: it would train
     and then fail to save."""
-    saved = [path for path in (out / "checkpoints").glob("step-*")
-             if re.fullmatch(r"step-\d{8,}(\.part)?", path.name)]
-    folders = out / "checkpoints", out / "final", out / "final.part", *sorted(saved)
-    files = out / "metrics.jsonl", out / "eval.jsonl"
-    for path in (*folders, *files):
-        kind, fits = ("folder", path.is_dir()) if path in folders else ("file", path.is_file())
-        if os.path.lexists(path) and not fits:
+    saved = sorted(path for path in (out / "checkpoints").glob("step-*")
+                   if STEP_FOLDER.fullmatch(path.name.removesuffix(".part")))
+    kinds = {**dict.fromkeys((out / "checkpoints", out / "final", out / "final.part", *saved), "folder"),
+             **dict.fromkeys((out / "metrics.jsonl", out / "eval.jsonl"), "file")}
+    for path, kind in kinds.items():
+        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
             raise ValueError(f"--output-dir {out}: {path} is not a {kind}, and the run writes a {kind} of "
                              "this name; move it away")
 

@@ -758,7 +758,7 @@ FAULTS = [
           "            silence(sys.stdout)\n", "            raise\n",
           "report::a_run_whose_reader_is_gone_goes_on"),
     fault("stale-results", "results of deleted weights are shown as a new run's", "eval/results.py",
-          "            del letters[folder]\n", "            pass\n",
+          "            del owners[folder]\n", "            pass\n",
           "compare::results_of_weights_that_a_run_no_longer_has_are_left_out"),
     fault("study-retrain", "a lost line stops a study for good", "eval/study_runs.py",
           "        shutil.rmtree(out)\n", "        pass\n", "study::a_study_that_is_stopped_resumes_exactly"),
