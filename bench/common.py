@@ -41,12 +41,14 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def hardware(*packages: str) -> dict:
-    """CPU, cores, memory in GiB, GPUs as the driver names them, and the installed versions of packages."""
+    """CPU, cores, memory, GPUs as the driver names them, and the installed versions of packages."""
     memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     gpus: list[str] = []
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+        done = subprocess.run(command, capture_output=True, text=True)
+        # Without a driver or a card it prints why, there too.
+        gpus = [] if done.returncode else done.stdout.splitlines()
     versions = {}
     for package in ("torch", *packages):
         try:
@@ -55,8 +57,8 @@ def hardware(*packages: str) -> dict:
             continue
     special = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
                if name in cpu_field("flags").split()]
-    return {"cpu": cpu_name(), "cores": cores(), "instructions": special, "memory_gb": memory, "gpus": gpus,
-            "python": platform.python_version(), "versions": versions}
+    return {"cpu": cpu_name(), "cores": cores(), "instructions": special, "memory_gib": memory,
+            "gpus": gpus, "python": platform.python_version(), "versions": versions}
 
 
 def print_machine(machine: dict, threads: int) -> None:

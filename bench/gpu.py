@@ -160,7 +160,7 @@ class Run:
         self.processes: dict[str, subprocess.Popen] = {}
         self.ending = False
         self.machine = hardware("triton", "transformers", "accelerate", "trl", "liger-kernel", "numpy")
-        if device == "cuda" and not self.machine["gpus"] and not has_cuda():
+        if device == "cuda" and not has_cuda():
             raise ValueError("--device cuda: PyTorch finds no CUDA device; cpu tries every stage with tiny "
                              "shapes")
         self.logs.mkdir(exist_ok=True)
@@ -335,6 +335,8 @@ def markdown(results: dict) -> str:
                       (("peak_gb", 1), ("peak_over_estimate", 2))]
             cells = [*of, shown(row["value"]), f"{data['mfu']:.1%}", *memory]
             lines.append(f"| {' | '.join(cells)} |")
+        elif row["value"] == "out of memory":
+            lines.append(f"| {' | '.join([*row['name'].split(), row['value']])} | | | |")
     for section in (11, 12, 13, 2):
         rows = [row for row in rows_of(section) if row["value"] is not None and row["passed"] is None]
         if rows:

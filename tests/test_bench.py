@@ -46,11 +46,23 @@ def test_two_checkouts_are_compared_by_the_steps_after_the_warm_up_and_before_th
     assert lines[-1].endswith("2.50 (2.50-2.50)")
 
 
-@pytest.mark.parametrize("batch_tokens", [4096, 120])   # one micro-batch a step, and several
-def test_the_step_that_is_measured_is_the_step_of_train(tmp_path, batch_tokens):
+def test_what_was_measured_before_a_failure_is_printed(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(PROGRAM.replace("SECONDS", "2"))     # takes a batch size of 3 only
+    monkeypatch.setattr(training, "REPOSITORY", tmp_path)
+    with pytest.raises(ValueError, match="AssertionError"):
+        training.main(["--model", "m", "--train-data", "d", "--batch-size", "3", "4", "--rounds", "1", "--",
+                       "--lr", "1"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    done, failed = json.loads(last)["results"]
+    assert [run["tokens_per_second"] for run in done["runs"]["train.py"]] == [5.0]
+    assert failed["runs"] == {"train.py": []} and lines[-1].startswith("train.py") and " 2.00 " in lines[-1]
+
+
+@pytest.mark.parametrize("batch_tokens, kl", [(4096, 0), (120, 0), (4096, 1)])  # several micro-batches; KL
+def test_the_step_that_is_measured_is_the_step_of_train(tmp_path, batch_tokens, kl):
     setup(tmp_path)
     flags = arguments(tmp_path, "run", schedule="constant", warmup_ratio=0, max_steps=4,
-                      micro_batch_tokens=batch_tokens)
+                      micro_batch_tokens=batch_tokens, kl_weight=kl)
     assert run_here(flags) == 0
     _, one_step = step.training(train.parse_args(flags))
     for number, line in enumerate(metrics(tmp_path / "run")):
@@ -65,6 +77,13 @@ def test_the_products_of_a_step_are_timed_with_the_flags_of_its_run():
         run = ["--model", "m", *data, "--loss", "it"]
         args, config = step.parse_args(["limit", "--tokens", "8", "--", *run])
         assert (args.tokens, config.model, config.loss) == (8, "m", "it")
+
+
+def test_the_embedded_default_is_measured_where_no_model_is_named():
+    for words in (["limit", "--tokens", "8"], ["speed", "--document", "8"]):
+        assert step.parse_args(words)[1].model.endswith("quickstart/model")
+    _, config = step.parse_args(["limit", "--", "--model", "m", "--train-data=a.jsonl"])
+    assert config.train_data == ["a.jsonl"]
 
 
 def test_synthetic_documents_have_the_length_that_was_asked_for():
@@ -126,6 +145,7 @@ def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
     ("training", "--model m --train-data d --threads -5", "--threads -5: must be a whole number, 1 or more"),
     ("training", "--model m --train-data d --steps 1.5", "--steps 1.5: must be a whole number, 1 or more"),
     ("training", "--model m --train-data d -- --output-dir x", "--output-dir: is set for every run"),
+    ("training", "--model m --train-data d -- --batch-size 8", "--batch-size: is a flag of this program"),
     ("training", "--model m --train-data d --variant=--max-steps=2", "--max-steps=2: is set for every run"),
     ("generation", "--model m --data d --prompts 0", "--prompts 0: must be a whole number, 1 or more"),
     ("generation", "--model m --data d --only x", "--only x: must be one of equality, speed"),
@@ -154,6 +174,66 @@ def test_a_child_ends_with_the_program_that_is_stopped(tmp_path):
     process.terminate()
     assert process.wait(30) == 128 + signal.SIGTERM
     assert not is_running(int((tmp_path / "pid").read_text()))
+
+
+def test_a_peer_runs_on_the_device_of_the_run(tmp_path, monkeypatch):
+    """On a machine that has a GPU, too."""
+    with monkeypatch.context() as with_gpu:
+        with_gpu.setattr(torch.cuda, "is_available", lambda: True)
+        peers = importlib.reload(importlib.import_module("bench.peers"))
+    model = gpu_speed.COMMON | gpu_speed.SHAPES["1B"] | gpu_speed.TINY
+    peers.main(["transformers", "--steps", "2", "--document", "16", "--config", json.dumps(model), "--result",
+                str(tmp_path / "result"), "--", *gpu_speed.flags("it", 64, True), "--device", "cpu"])
+    result = json.loads((tmp_path / "result").read_text())
+    assert result["tokens"] == [8 * 16] * 2 and result["trained"] == [8 * 9] * 2
+
+
+@pytest.mark.parametrize("only", ["equality", "speed"])
+def test_the_prompts_of_a_generation_are_those_that_the_file_had(monkeypatch, capsys, only):
+    from bench import generation
+    run = {"outputs": [[1], [2, 3]], "seconds": 1.0, "new_tokens": 5, "prompt_tokens": 7}
+    monkeypatch.setattr(generation, "json_child", lambda *_: run)
+    generation.main(["--model", "m", "--data", "d", "--prompts", "50", "--only", only])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+
+
+def test_attention_is_measured_on_a_row_shorter_than_a_record(capsys):
+    from bench import attention
+    attention.main("--tokens 20 --lengths 10 --heads 2 --key-heads 1 --head-dim 8 --repeats 1".split())
+    [ten, records] = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert ten["documents"] == [10, 10] and len(records["documents"]) == 1
+
+
+def test_the_soak_test_shows_why_an_undisturbed_run_failed(tmp_path, monkeypatch):
+    from bench import faults
+    monkeypatch.setattr(faults, "REPOSITORY", tmp_path)
+    (tmp_path / "train.py").write_text("raise SystemExit(1)")
+    with pytest.raises(ValueError, match="(?s)an undisturbed run failed:\n.*train.py FAILED"):
+        faults.main(["--runs", "1", "--ranks", "1", "--attempts", "1"])
+
+
+def test_the_soak_test_leaves_alone_what_is_in_a_folder(tmp_path, monkeypatch):
+    from bench import faults
+    began = []
+    monkeypatch.setattr(faults, "soak", began.append)
+    faults.main(["--folder", str(tmp_path / "new")])
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(ValueError, match=f"^--folder {tmp_path}: is not an empty folder; give another$"):
+        faults.main(["--folder", str(tmp_path)])
+    assert len(began) == 1
+
+
+@pytest.mark.parametrize("says, status, gpus", [
+    ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", 9, []),
+    ("a card", 0, ["a card"])])
+def test_a_gpu_is_what_the_driver_names_and_pytorch_can_use(tmp_path, monkeypatch, says, status, gpus):
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\necho "{says}"\nexit {status}\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(gpu, "has_cuda", lambda: False)
+    assert common.hardware()["gpus"] == gpus
+    with pytest.raises(ValueError, match="--device cuda: PyTorch finds no CUDA device"):
+        gpu.main(["--only", "versions", "--output", str(tmp_path / "results.json")])
 
 
 # ---------------------------------------------------------------- bench.gpu
@@ -221,7 +301,7 @@ def row(section, name, value=None, passed=None, data=None):
 def test_the_tables_of_the_documentation_are_those_of_a_results_file(tmp_path):
     data = {"mfu": 0.501, "peak_gb": 30.14, "peak_over_estimate": 1.071}
     rows = [row(3, "good", 0.5, True), row(3, "bad", 2.0, False), row(11, "1B: tiled", 45.123),
-            row(10, "1B IM 4,096: MFU 50.1%", 66805.4, data=data)]
+            row(10, "1B IM 4,096: MFU 50.1%", 66805.4, data=data), row(10, "1B IM 65,536", "out of memory")]
     machine = {"gpus": ["a card"], "versions": {"torch": "2"}}
     results = {"hardware": machine, "seconds": 1, "budget": 2, "rows": rows}
     file = tmp_path / "gpu.md"
@@ -233,7 +313,7 @@ def test_the_tables_of_the_documentation_are_those_of_a_results_file(tmp_path):
         assert lines[-2:] == ["<!-- end of results -->", "after"]
         assert "old" not in lines and "| fp32 against the CPU | 1 of 2 | bad |" in lines
         assert "| 1B | IM | 4,096 | 66,805 | 50.1% | 30.1 | 1.07 |" in lines
-        assert "| 1B: tiled | 45.1 |" in lines
+        assert "| 1B | IM | 65,536 | out of memory | | | |" in lines and "| 1B: tiled | 45.1 |" in lines
     file.write_text("no markers")
     with pytest.raises(ValueError, match="end of results"):
         gpu.write_markdown(results, file)

@@ -55,6 +55,11 @@ def test_no_record_and_no_family_is_on_both_sides_of_the_split(tmp_path):
     assert families("t0-families") == {"family1", "family3"}
 
 
+def test_a_record_is_read_once_where_the_last_line_has_no_end(tmp_path):
+    (tmp_path / "set.jsonl").write_text('{"a": 1}\n{"a": 2}\n{"a": 1}')
+    assert prepare.read(tmp_path / "set.jsonl") == [{"a": 1}, {"a": 2}]
+
+
 def test_a_missing_set_is_named(tmp_path):
     with pytest.raises(ValueError, match="t0_long_to_short_3k.jsonl is not in it"):
         prepare.prepare(tmp_path, tmp_path / "out")
@@ -163,6 +168,19 @@ def test_epochs_are_compared_with_each_other(tmp_path):
     cells = page.partition("<!-- end -->")[0].split(" | ")
     [cell] = [cell for cell in cells if cell.startswith(("-0.", "+0."))]
     assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and "agrees" in page
+
+
+def test_epochs_are_compared_over_the_seeds_that_both_losses_have(tmp_path):
+    # As above, and every seed loses as many nats more as it has in its number.
+    change = {"it": 0.3, "im": 0.1}
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * (change[name] + seed))
+                          for name, seeds in (("it", (0, 1, 2)), ("im", (1, 2, 3))) for seed in seeds])
+    page = page_of({"name": "epochs", "kind": "epochs", "studies": ["t0"], "contenders": ["it", "im"],
+                    "primary": PRIMARY | {"between": [1, 2]}, "expected": -1}, tmp_path)
+    assert "6 of 8 runs; seeds 1, 2." in page
+    cells = page.partition("<!-- end -->")[0].split(" | ")
+    [cell] = [cell for cell in cells if cell.startswith(("-0.", "+0."))]
+    assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and cell.endswith("2 of 2 seeds")
 
 
 def test_a_frontier_compares_at_the_same_loss_near(tmp_path):

@@ -3,6 +3,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -269,6 +270,22 @@ def test_a_study_reads_every_file_once(folder, monkeypatch, validation):
         train_data=files[:1], eval_data=files[1:2], validation_data="".join(files[2:]),
         validation_fraction=0.2, output_dir=str(folder / "once")))
     assert sorted(names) == sorted(files)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_test_file_that_holds_validation_records_is_named(tmp_path, capsys, given):
+    """Given twice under one name it would be refused."""
+    rows = [json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(40)]
+    for name, lines in {"train": rows[:30], "validation": rows[30:], "test": rows[-4:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    training, validation, test = (str(tmp_path / f"{name}.jsonl") for name in ("train", "validation", "test"))
+    study.prepare_data(study.StudyConfig(
+        train_data=[training if given else validation], validation_data=validation if given else "",
+        validation_fraction=0.5, eval_data=[test], output_dir=str(tmp_path / "out")))
+    said = " ".join(capsys.readouterr().out.split())
+    count = re.search(r"warning: (\d) record\(s\) of \S+/test.jsonl are validation records, too", said)
+    known = re.search(r"warning: (\d) record\(s\) of \S+/test.jsonl are training records, too", said)
+    assert int(count[1]) + int(known[1] if known else 0) == 4 and bool(known) != given
 
 
 def test_the_split_keeps_every_record_as_it_is(folder):
