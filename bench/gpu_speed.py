@@ -365,7 +365,7 @@ PEERS = (("transformers, sdpa, batch", "transformers", ("transformers",)),
 def peers(report: Report, device: str, tiny: bool) -> None:
     """Other trainers, where they are installed, on the data of the other measurements, 4,096 tokens a
     micro-batch."""
-    of_run = flags("im", 64 if tiny else 4096, tiny)
+    of_run = [*flags("im", 64 if tiny else 4096, tiny), "--device", device]
     config = train.parse_args(of_run)
     for name, (what, peer, needs) in itertools.product(["1B"] if tiny else ["0.13B", "1B"], PEERS):
         missing = [module for module in needs if importlib.util.find_spec(module) is None]
@@ -383,4 +383,4 @@ def peers(report: Report, device: str, tiny: bool) -> None:
             continue
         # Without the first step.
         report.row(13, f"{name}: {what}", sum(run["tokens"][1:]) / sum(run["seconds"][1:]), "tokens/s",
-                   note=f"{run['note']}; {run['peak_memory_gb'] * 1.073741824:.1f} GB at the peak")
+                   note=f"{run['note']}; {run['peak_memory_gib'] * 2**30 / 1e9:.1f} GB at the peak")

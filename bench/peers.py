@@ -13,10 +13,9 @@ What follows `--` are flags of train.py. With --document N the records are rando
 --config the model has random weights. All use PyTorch's sdpa: given packed rows, transformers masks other
 documents by their positions. TRL advises flash-attn for that, a package of its own.
 
-Each peer trains on the ids and targets that train.py makes of the
-records, with its optimizer settings and precision, and as near to --batch-size records a step as its
-micro-batches allow. The result has, for each step, seconds (loading its data included), real tokens and
-trained tokens; and the peak memory.
+Each peer trains on the ids and targets that train.py makes of the records, on its device, with its optimizer
+settings and precision, and as near to --batch-size records a step as its micro-batches allow. The result has,
+for each step, seconds (loading its data included), real tokens and trained tokens; and the peak memory.
 """
 from argparse import Namespace
 
@@ -59,9 +58,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import train
 from bench.step import synthetic
+from runtime.distributed import join_ranks
 from runtime.machine import peak_memory_mb
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_records(config: train.Config, args: Namespace) -> list[dict]:
@@ -85,8 +83,8 @@ def read_records(config: train.Config, args: Namespace) -> list[dict]:
 class Meter:
     """Counts what each micro-batch holds and times steps of `micro_batches`."""
 
-    def __init__(self, micro_batches: int) -> None:
-        self.micro_batches = micro_batches
+    def __init__(self, micro_batches: int, device: torch.device) -> None:
+        self.micro_batches, self.device = micro_batches, device
         self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.trained: list[int] = []
@@ -98,7 +96,7 @@ class Meter:
         self.trained.append(trained)
 
     def end_step(self) -> None:
-        if DEVICE.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.monotonic()
         self.seconds.append(now - self.began)
@@ -111,7 +109,7 @@ class Meter:
             return [sum(counts[i * size:(i + 1) * size]) for i in range(len(self.seconds))]
 
         return {"seconds": self.seconds, "tokens": by_step(self.tokens), "trained": by_step(self.trained),
-                "peak_memory_gb": peak_memory_mb(DEVICE) / 1024, "note": note}
+                "peak_memory_gib": peak_memory_mb(self.device) / 1024, "note": note}
 
 
 def padded(records: list[dict], pad_id: int) -> dict[str, Tensor]:
@@ -131,7 +129,7 @@ def load_model(config: train.Config, args: Namespace) -> tuple[torch.nn.Module, 
     """The model in fp32, with its id for padding."""
     how = dict(dtype=torch.float32, attn_implementation="sdpa")
     if args.config:
-        with DEVICE:
+        with args.device:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(args.config)), **how), 0
     pad_id = AutoConfig.from_pretrained(config.model).pad_token_id or 0
     return AutoModelForCausalLM.from_pretrained(config.model, **how), pad_id
@@ -159,11 +157,11 @@ def run_trainer(config: train.Config, args: Namespace, trl: bool, packed: bool, 
         rows = max(1, config.micro_batch_tokens // (config.max_length - 1))
         mean = sum(len(record["input_ids"]) for record in records) / len(records)
         rows_a_step = mean * config.batch_size / config.max_length
-    meter = Meter(max(1, round(rows_a_step / rows)))
+    meter = Meter(max(1, round(rows_a_step / rows)), args.device)
     settings = dict(
         output_dir=args.folder, per_device_train_batch_size=rows, max_steps=args.steps,
         gradient_accumulation_steps=meter.micro_batches, bf16=config.compute_dtype == torch.bfloat16,
-        use_cpu=DEVICE.type == "cpu", learning_rate=config.lr, adam_beta1=config.beta1,
+        use_cpu=args.device.type == "cpu", learning_rate=config.lr, adam_beta1=config.beta1,
         adam_beta2=config.beta2, adam_epsilon=config.adam_eps, weight_decay=config.weight_decay,
         max_grad_norm=config.clip_grad_norm, optim="adamw_torch_fused", lr_scheduler_type="constant",
         save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=10**6, seed=config.seed,
@@ -207,9 +205,9 @@ def run_transformers(config: train.Config, args: Namespace) -> dict:
     starts = torch.randperm(len(records) // config.batch_size or 1,
                             generator=torch.Generator().manual_seed(config.seed)).tolist()
     model, pad_id = load_model(config, args)
-    model.train().to(DEVICE)
+    model.train().to(args.device)
     optimizer = train.make_optimizer(model, config)
-    meter = Meter(1)
+    meter = Meter(1, args.device)
     for step in range(args.steps):
         start = starts[step % len(starts)] * config.batch_size
         chosen = records[start:start + config.batch_size]
@@ -226,8 +224,8 @@ def run_transformers(config: train.Config, args: Namespace) -> dict:
             batch = padded(micro_batch, pad_id)
             if batch["attention_mask"].all():
                 del batch["attention_mask"]
-            batch = {name: x.to(DEVICE) for name, x in batch.items()}
-            with train.autocast(config, DEVICE):
+            batch = {name: x.to(args.device) for name, x in batch.items()}
+            with train.autocast(config, args.device):
                 loss = model(**batch, use_cache=False, num_items_in_batch=trained).loss
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
@@ -246,6 +244,7 @@ RUNS = {"trl": partial(run_trainer, trl=True, packed=True),
 
 def main(argv: list[str]) -> None:
     args, config = parse_args(argv)
+    args.device = join_ranks(config.device)
     with tempfile.TemporaryDirectory() as args.folder:
         Path(args.result).write_text(json.dumps(RUNS[args.peer](config, args)))
 

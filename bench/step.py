@@ -34,7 +34,8 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
     parser.add_argument("--result", metavar="FILE", help="write the JSON object there instead of printing it")
     own, passed = split_flags(argv)
     args = parser.parse_args(own)
-    if "--train-data" not in passed and (args.document or args.what == "limit"):
+    names = {word.partition("=")[0] for word in passed}
+    if "--model" in names and "--train-data" not in names and (args.document or args.what == "limit"):
         passed += ["--train-data", "synthetic"]
     return args, parse_flags(passed)
 
@@ -63,7 +64,7 @@ import train
 from chat import COMPLETION, INSTRUCTION, KINDS
 from data import Dataset
 from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
-from runtime.machine import keep_freed_memory, peak_memory_mb
+from runtime.machine import deterministic, keep_freed_memory, peak_memory_mb
 from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
 
@@ -96,6 +97,8 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
     rate stays at --lr. document: tokens of synthetic documents; 0: the records of --train-data. raw_model:
     what to train, prepared already; by default --model."""
     keep_freed_memory()
+    if config.deterministic:
+        deterministic()
     device = join_ranks(config.device)
     model_config = raw_model.config if raw_model else read_config(resolve_model(config.model))
     config.micro_batch_tokens = train.micro_batch_tokens(config, model_config, device, world_size())
@@ -107,6 +110,9 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
         dataset, usable, _ = train.load_data(config, source)
     steps = train.make_steps(config, dataset, usable, rank(), world_size())
     raw_model = raw_model or train.prepare_model(config, resolve_model(config.model), device)
+    reference = None
+    if config.kl_weight:
+        reference = train.prepare_model(config, resolve_model(config.model), device).requires_grad_(False)
     optimizer = train.make_optimizer(raw_model, config)
     with train.autocast(config, device):
         model = data_parallel(raw_model, device)
@@ -115,7 +121,7 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
         began = time.monotonic()
         with part(OTHER):
             micro_batches, counts = steps[step]
-            sums, _ = train.accumulate_gradients(model, None, dataset, micro_batches, config, step)
+            sums, _ = train.accumulate_gradients(model, reference, dataset, micro_batches, config, step)
             with part(CLIP):
                 limit = config.clip_grad_norm or math.inf
                 norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit))
@@ -138,7 +144,7 @@ def speed(config: train.Config, args: Namespace) -> dict:
     later = steps[args.warmup:]
     return {"tokens_per_second": sum(x["tokens"] for x in later) / sum(x["seconds"] for x in later),
             "step_seconds": statistics.median(x["seconds"] for x in later),
-            "peak_memory_gb": peak_memory_mb(model.head_weight.device) / 1024, "steps": steps}
+            "peak_memory_gib": peak_memory_mb(model.head_weight.device) / 1024, "steps": steps}
 
 
 # ---------------------------------------------------------------- limit
