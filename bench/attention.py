@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
     print_machine(machine, args.threads)
     drawn = np.random.default_rng(0).lognormal(4.9, 0.8, 1000).clip(8, 1024).astype(int)
     rows = {str(n): [n] * max(1, args.tokens // n) for n in args.lengths}
-    rows["records"] = drawn[:int((drawn.cumsum() <= args.tokens).sum())].tolist()
+    rows["records"] = drawn[:max(1, int((drawn.cumsum() <= args.tokens).sum()))].tolist()
     results, table = [], []
     for name, lengths in rows.items():
         n, cu_seqlens = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).int()

@@ -216,7 +216,9 @@ def soak(args: Namespace) -> None:
         if key not in undisturbed:
             undisturbed[key] = train(args, "-".join(map(str, key)), "none", *key)
             if undisturbed[key]["weights"] is None:
-                raise RuntimeError(f"an undisturbed run did not finish: {args.folder}/{key[0]}-{key[1]}.log")
+                log = Path(f"{args.folder}/{key[0]}-{key[1]}.log").read_text(errors="replace")
+                how = f"took over --timeout {args.timeout:g}" if undisturbed[key]["hung"] else "failed"
+                raise ValueError(f"an undisturbed run {how}:\n{log.strip()[-2000:]}")
         if (run := disturbed(args, f"run-{i:03d}", cause, *key, seed, undisturbed[key])) is None:
             print(f"{cause:<{widths[0]}} left out: mounting a tmpfs is not allowed here")
             continue
@@ -242,6 +244,8 @@ def main(argv: list[str]) -> None:
                         help="seconds until a command counts as hung")
     parser.add_argument("--folder", type=Path, help="an empty one, to keep the runs in")
     args = parser.parse_args(argv)
+    if args.folder and args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise ValueError(f"--folder {args.folder}: is not an empty folder; give another")
     with tempfile.TemporaryDirectory(prefix="faults-") as temporary:
         args.folder = (args.folder or Path(temporary)).resolve()
         args.folder.mkdir(parents=True, exist_ok=True)

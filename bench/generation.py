@@ -101,12 +101,12 @@ def main(argv: list[str]) -> None:
 
     machine = hardware("transformers")
     print_machine(machine, args.threads)
-    result: dict = {"hardware": machine, "prompts": args.prompts, "batch_size": args.batch_size,
+    result: dict = {"hardware": machine, "batch_size": args.batch_size,
                     "max_new_tokens": args.max_new_tokens}
     if args.only != "speed":
         runs = {(who, size): run(who, "fp32", size)["outputs"]
                 for who in ("ours", "transformers") for size in (args.batch_size, 1)}
-        result["prompts"] = prompts = len(runs["ours", 1])      # the file may have fewer
+        result["prompts"] = prompts = len(runs["ours", 1])      # the file may have fewer than --prompts
         pairs = [("ours", args.batch_size, "transformers", args.batch_size), ("ours", 1, "transformers", 1),
                  ("ours", args.batch_size, "ours", 1), ("transformers", args.batch_size, "transformers", 1)]
         result["equal"] = {f"{a} x {m} = {b} x {n}": sum(x == y for x, y in zip(runs[a, m], runs[b, n]))
@@ -124,7 +124,8 @@ def main(argv: list[str]) -> None:
                 speeds[who].append(each["new_tokens"] / each["seconds"])
         ratios = {who: [a / b for a, b in zip(speeds[who], speeds["transformers"])]
                   for who in ("ours", "no guesses")}
-        result.update(new_tokens_per_second=speeds, ratios=ratios, prompt_tokens=each["prompt_tokens"],
+        result.update(new_tokens_per_second=speeds, ratios=ratios, prompts=len(each["outputs"]),
+                      prompt_tokens=each["prompt_tokens"],
                       ratio={who: statistics.median(values) for who, values in ratios.items()})
         print_table([f"{dtype}, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
                     [[who, *(f"{x:.1f}" for x in values)] for who, values in speeds.items()]

@@ -14,8 +14,9 @@ described in bench/peers.py, --limit and --profile in bench/step.py.
 tokens/s counts real tokens, never padding; trained/s counts those that the loss is on. first/later: the first
 step's time over the median of the measured ones. peak: memory of rank 0. limit: share of the step's time that
 its matrix products alone take. Of several rounds medians are shown, with ranges in brackets. The last line
-printed is one JSON object with all of it.
+printed is one JSON object with all of it. A failure or Ctrl-C loses nothing of what was measured before.
 """
+import contextlib
 import itertools
 import json
 import math
@@ -53,7 +54,7 @@ def run_train(checkout: Path, flags: list[str], args: Namespace, ranks: int, fol
 def run_peer(name: str, flags: list[str], args: Namespace) -> dict:
     run = json_child(["-m", "bench.peers", name, "--steps", str(args.warmup + args.steps), "--padded-rows",
                       str(args.padded_rows)], args.threads, flags)
-    columns = (run[key] for key in ("seconds", "tokens", "trained", "peak_memory_gb"))
+    columns = (run[key] for key in ("seconds", "tokens", "trained", "peak_memory_gib"))
     return {**summary(*columns, args.warmup), "note": run["note"]}
 
 
@@ -67,14 +68,14 @@ def add_limit(run: dict, flags: list[str], args: Namespace) -> None:
     run.update(limit=limit, limit_share=micro_batches * limit["seconds"] / mean_step)
 
 
-def summary(seconds: list[float], tokens: list[int], trained: list[int], peak_gb: float, warmup: int) -> dict:
-    """What a run is judged by: its steps after the first `warmup` ones."""
+def summary(seconds: list[float], tokens: list[int], trained: list[int], peak: float, warmup: int) -> dict:
+    """What a run is judged by: its steps after the first `warmup` ones. peak: GiB."""
     later = seconds[warmup:]
     return {"tokens_per_second": sum(tokens[warmup:]) / sum(later),
             "trained_tokens_per_second": sum(trained[warmup:]) / sum(later),
             "tokens_per_step": statistics.mean(tokens[warmup:]),
             "trained_per_step": statistics.mean(trained[warmup:]), "step_seconds": statistics.median(later),
-            "first_over_later": seconds[0] / statistics.median(later), "peak_memory_gb": peak_gb,
+            "first_over_later": seconds[0] / statistics.median(later), "peak_memory_gib": peak,
             "all_seconds": seconds}
 
 
@@ -83,10 +84,10 @@ def commit(checkout: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown commit"
 
 
-def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str) -> dict[str, list[dict]]:
-    """Run all contenders once a round. One that fails is left out from then on; if train.py fails, this ends.
-    """
-    runs: dict[str, list[dict]] = {name: [] for name in contenders}
+def measure(contenders: dict[str, Callable[[], dict]], runs: dict[str, list[dict]], rounds: int, setting: str
+            ) -> None:
+    """Run all contenders once a round, adding to `runs`. One that fails is left out from then on; if train.py
+    fails, this ends."""
     for number in range(rounds):
         for name in in_turn(list(contenders), number):
             try:
@@ -100,17 +101,18 @@ def measure(contenders: dict[str, Callable[[], dict]], rounds: int, setting: str
             runs[name].append(run)
             note = f" ({run['note']})" if "note" in run else ""
             print(f"{setting}, round {number + 1}: {name}: {run['tokens_per_second']:,.1f} tokens/s, "
-                  f"{run['peak_memory_gb']:.2f} GB{note}", flush=True)
-    return runs
+                  f"{run['peak_memory_gib']:.2f} GiB{note}", flush=True)
 
 
 def table_rows(runs: dict[str, list[dict]], setting: list[str]) -> list[list[str]]:
     rows = []
     for name, of_name in runs.items():
+        if not of_name:     # it was stopped before
+            continue
         speeds = {who: [run["tokens_per_second"] for run in runs[who]] for who in (THIS, name)}
         ratios = [a / b for a, b in zip(*speeds.values())] if name != THIS else []
         shown = [("tokens_per_step", 0), ("trained_tokens_per_second", 1), ("step_seconds", 2),
-                 ("first_over_later", 2), ("peak_memory_gb", 2)]
+                 ("first_over_later", 2), ("peak_memory_gib", 2)]
         cells = [f"{statistics.median(run[key] for run in of_name):,.{digits}f}" for key, digits in shown]
         limits = [100 * run["limit_share"] for run in of_name if "limit_share" in run]
         rows.append([name, *setting, spread(speeds[name], 1), *cells, spread(limits, 0) if limits else "",
@@ -126,6 +128,21 @@ def print_profile(result: dict) -> None:
     rows = [[part["name"], f"{part['forward']:.3f}", f"{part['backward']:.3f}", f"{part['share']:.1%}"]
             for part in [*result["parts"], {"name": "sum", **total}]]
     print_table(["part", "forward s", "backward s", "share"], rows, [28, 12, 12, 9])
+
+
+def print_results(found: dict) -> None:
+    """The tables, and all of it as JSON; nothing where nothing was measured."""
+    rows = [row for each in found["results"]
+            for row in table_rows(each["runs"], [str(each["ranks"]), str(each["batch_size"])])]
+    if not rows:
+        return
+    print()
+    width = 2 + max(len(row[0]) for row in rows)
+    print_table(["", "ranks", "batch", "tokens/s", "tokens/step", "trained/s", "step s", "first/later",
+                 "peak GiB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 28, 13, 11, 9, 13, 9, 12, 19])
+    for each in found["profiles"]:
+        print_profile(each)
+    print(json.dumps(found))
 
 
 def main(argv: list[str]) -> None:
@@ -151,6 +168,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     own, passed = split_flags(argv)
     args = parser.parse_args(own)
+    for flag in passed:
+        if flag.partition("=")[0] in parser.flags:
+            raise ValueError(f"{flag}: is a flag of this program, too; give it in front of --")
     for flag in itertools.chain(passed, *map(str.split, args.variant)):
         if flag.partition("=")[0] in SET_HERE:
             raise ValueError(f"{flag}: is set for every run by this program; leave it out")
@@ -165,9 +185,12 @@ def main(argv: list[str]) -> None:
     print_machine(machine, args.threads)
     commits = {str(checkout): commit(checkout) for checkout in (REPOSITORY, *args.compare)}
     print(", ".join(f"{checkout}: {name}" for checkout, name in commits.items()))
-    results, rows, profiles = [], [], []
-    with tempfile.TemporaryDirectory(prefix="bench-") as temporary:
-        folder = Path(temporary)
+    settings = {name: str(value) for name, value in vars(args).items()}
+    found: dict = {"hardware": machine, "commits": commits, "settings": settings, "passed": passed,
+                   "results": [], "profiles": []}
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(print_results, found)
+        folder = Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         for ranks, batch_size in itertools.product(args.ranks, args.batch_size):
             flags = ["--model", args.model, "--train-data", *args.train_data, "--loss", args.loss,
                      "--max-length", str(args.max_length), "--micro-batch-tokens",
@@ -183,21 +206,13 @@ def main(argv: list[str]) -> None:
             contenders = {name: partial(ours, *of_name) for name, of_name in checkouts.items()}
             if ranks == 1:
                 contenders |= {name: partial(run_peer, name, flags, args) for name in args.peers}
-            runs = measure(contenders, args.rounds, f"ranks {ranks}, batch {batch_size}")
-            rows += table_rows(runs, [str(ranks), str(batch_size)])
-            results.append({"ranks": ranks, "batch_size": batch_size, "runs": runs})
+            runs: dict[str, list[dict]] = {name: [] for name in contenders}
+            found["results"].append({"ranks": ranks, "batch_size": batch_size, "runs": runs})
+            measure(contenders, runs, args.rounds, f"ranks {ranks}, batch {batch_size}")
             if args.profile and ranks == 1:
-                profiles.append(json_child(["-m", "bench.step", "profile", "--warmup", str(args.warmup),
-                                            "--repeats", str(args.steps)], args.threads, flags))
-    print()
-    width = 2 + max(len(row[0]) for row in rows)
-    print_table(["", "ranks", "batch", "tokens/s", "tokens/step", "trained/s", "step s", "first/later",
-                 "peak GB", "limit %", f"{THIS} / this"], rows, [width, 6, 7, 28, 13, 11, 9, 13, 9, 12, 19])
-    for each in profiles:
-        print_profile(each)
-    settings = {name: str(value) for name, value in vars(args).items()}
-    print(json.dumps({"hardware": machine, "commits": commits, "settings": settings, "passed": passed,
-                      "results": results, "profiles": profiles}))
+                found["profiles"].append(json_child(
+                    ["-m", "bench.step", "profile", "--warmup", str(args.warmup), "--repeats",
+                     str(args.steps)], args.threads, flags))
 
 
 if __name__ == "__main__":
