@@ -268,7 +268,7 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
     for messages, _, _ in read_all(config.train_data, config.columns):
         records.append(as_line(messages))
         groups.append(instruction_hash(messages))
-    train_files, validation, new = config.train_data, config.validation_data, {}
+    train_files, validation, held_out, new = config.train_data, config.validation_data, [], {}
     if validation:
         held_out = read_as_lines([validation], config.columns)
     elif config.validation_fraction:
@@ -287,12 +287,15 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
     if not records:
         raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
                          "give less")
-    others = {file: read_as_lines([file], config.columns) for file in config.eval_data}
-    if config.validation_data:
-        others[config.validation_data] = held_out
+    tests = {file: read_as_lines([file], config.columns) for file in config.eval_data}
+    others = tests | ({config.validation_data: held_out} if config.validation_data else {})
     for file, lines in others.items():
         if both := len({*lines} & {*records}):
             say(fit(f"warning: {both} record(s) of {file} are training records, too"))
+    for file, lines in tests.items():
+        if both := len({*lines} & {*held_out}):
+            say(fit(f"warning: {both} record(s) of {file} are validation records, too, so the choice of "
+                    "learning rate and epoch sees them"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
     new[sample] = [records[i] for i in order[:max(config.train_sample, config.memorization)]]

@@ -33,7 +33,8 @@ def read(path: Path) -> list[dict]:
         raise ValueError(f"--data {path.parent}: {path.name} is not in it; studies/prepare.py "
                          "lists what is needed")
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-        return list({line: json.loads(line) for line in file}.values())
+        # The last line may have no end.
+        return list({line: json.loads(line) for line in map(str.rstrip, file)}.values())
 
 
 def messages(prompt: str, answer: str) -> dict:

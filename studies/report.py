@@ -199,9 +199,10 @@ def epochs(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object
     wanted, primary, tables, curves = analysis["primary"], None, {}, {}
     first, last = wanted["between"]
     names = analysis["contenders"]
-    for study, lines, _ in found:
-        by_name = {name: sorted((line for line in lines if line["contender"] == name),
-                                key=lambda line: line["seed"]) for name in names}
+    for study, lines, result in found:
+        by_name = {name: sorted((line for line in lines if line["contender"] == name
+                                 and line["seed"] in result["seeds"]), key=lambda line: line["seed"])
+                   for name in names}
         steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
         values = {epoch: {name: nll_values(by_name[name], step) for name in names}
                   for epoch, step in steps.items()}
