@@ -44,6 +44,8 @@ def make_task(args: argparse.Namespace, folder: Path) -> int:
     from runtime.model_folder import resolve_model
     encode, chosen, total, text = Tokenizer(resolve_model(args.model)).reference.encode, [], 0, ""
     for messages, _ in read_records(args.data):
+        if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+            continue
         text, answer = text + messages[-2]["content"], messages[-1]["content"].strip()
         size = len(encode(text).ids)
         if size < args.context or not answer:

@@ -1,4 +1,5 @@
 """The benchmarks measure what they say: train.py's own step, and the steps after the warm-up."""
+import argparse
 import functools
 import importlib
 import json
@@ -195,6 +196,15 @@ def test_the_prompts_of_a_generation_are_those_that_the_file_had(monkeypatch, ca
     monkeypatch.setattr(generation, "json_child", lambda *_: run)
     generation.main(["--model", "m", "--data", "d", "--prompts", "50", "--only", only])
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["prompts"] == 2
+
+
+def test_records_without_an_answer_are_no_questions(tmp_path):
+    from bench import harness
+    (tmp_path / "data.jsonl").write_text('{"messages": [{"role": "user", "content": "Who?"}]}\n')
+    args = argparse.Namespace(model=str(ROOT / "quickstart/model"), data=str(tmp_path / "data.jsonl"),
+                              questions=1, context=1)
+    with pytest.raises(ValueError, match="^--questions 1: .* is enough for 0 of --context 1 tokens"):
+        harness.make_task(args, tmp_path)
 
 
 def test_attention_is_measured_on_a_row_shorter_than_a_record(capsys):
