@@ -80,6 +80,11 @@ def program(argv: list[str], env: dict[str, str], cwd: str, outputs: list[str], 
         target = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(target, number)
         os.close(target)
+    if Path(cwd) != ROOT:
+        # A copy of the trainer has modules of its own, to be imported instead of the server's.
+        own = {path.stem for path in Path(cwd).glob("*.py")} | {path.parent.name for path in Path(cwd).glob("*/*.py")}
+        for name in [name for name in sys.modules if name.partition(".")[0] in own]:
+            del sys.modules[name]
     torch.set_num_threads(1)    # OMP_NUM_THREADS was read long ago
     # A module that the server has imported runs a second time as __main__, of which runpy warns.
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")

@@ -1,14 +1,12 @@
 """README's table "To change": each row is done in a copy of the core, and three steps are trained with it."""
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 from tiny import ROOT, arguments, difference, metrics, run_here, setup, weights
 
 # Runs in the copy's own process, and here for the core as it is.
@@ -65,8 +63,7 @@ class Copy:
                  arguments(self.data, step["out"], max_steps=3, log_every=1,
                            **{name: value for name, value in step.items() if name != "out"})
                  for step in steps]
-        done = subprocess.run([sys.executable, "-c", PROGRAM, json.dumps(given)], cwd=self.root, text=True,
-                              capture_output=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = forks.run(["-c", PROGRAM, json.dumps(given)], cwd=self.root)
         assert done.returncode == 0, done.stderr[-3000:]
         return [json.loads(line) for line in done.stderr.splitlines() if line.startswith("[")]
 
