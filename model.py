@@ -160,6 +160,9 @@ class Llama(nn.Module):
         passes without gradients. Generation does not use them."""
         # Otherwise sizes that happen to be equal in the first row are assumed to be equal in all rows.
         torch.fx.experimental._config.use_duck_shape = False
+        # Otherwise a layer of more than 1 MB is cut into several graphs under DDP, between which more has to
+        # be kept. DDP sums a layer's gradients during the next layer's backward pass all the same.
+        torch._dynamo.config.optimize_ddp = False
         # On a CPU it takes less time to recompute the outputs of norms and SwiGLU, and the copies of weights
         # in bf16, than to keep them.
         if self.head_weight.device.type == "cpu":

@@ -17,6 +17,7 @@ from kernels import attention as attention_kernels
 from kernels.attention import attention_reference
 from model import Llama, load_model
 from references import FAMILIES, LLAMA3, SIZES, make_reference, packed, pad_rows, same_as_transformers
+from runtime.distributed import data_parallel
 from runtime.model_config import ModelConfig, read_config
 
 
@@ -153,6 +154,24 @@ def test_layers_are_compiled_as_one_graph_whatever_the_rows(varlen, monkeypatch)
     # Generation runs the layers of its copy, with its own attention.
     answers = [next(Engine(model).answers([[5, 6, 7] * 8], set(), 4)) for model in (compiled, plain)]
     assert answers[0] == answers[1] and len(graphs) == 2
+
+
+def test_a_large_layer_is_one_graph_under_ddp_too(tmp_path, monkeypatch):
+    """By itself torch.compile cuts what DDP wraps where a megabyte of parameters is reached: here each of the
+    MLP's matrices."""
+    config = ModelConfig.from_dict({**SIZES, "model_type": "llama", "intermediate_size": 10_000})
+    assert config.intermediate_size * config.hidden_size * 4 > 2**20
+    model = Llama(config)
+    model_module.init_weights(model, 0)
+    graphs = count_graphs(monkeypatch)
+    model.compile_layers()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = data_parallel(model, torch.device("cpu"))
+        wrapped(*packed([torch.arange(30), torch.arange(20)])).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert wrapped is not model and len(graphs) == 1
 
 
 def test_recomputation_leaves_the_random_state_alone(monkeypatch):
