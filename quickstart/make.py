@@ -55,6 +55,7 @@ from runtime.flags import Parser, number
 from runtime.start import run_program
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
+LEAST_UNSEEN = 0.05  # of the names: six people and two towns, whose reports answer six questions or more
 DOCUMENTS = 48_000  # of the pretraining text
 VOCABULARY = 1536  # enough for every word of this small language to become one token
 POSITIONS = 1024
@@ -118,8 +119,11 @@ def mean_words(records: list[dict]) -> tuple[float, float]:
 
 def write_records(args: argparse.Namespace, folder: Path) -> None:
     """Write the files that the arguments ask for; print and check the lengths. ValueError for lengths that
-    cannot be made, and for files that exist without --overwrite."""
+    cannot be made, for too few unseen names, and for files that exist without --overwrite."""
     world, lengths = make_world(), wanted_lengths(args)
+    if 0 < args.unseen_names < LEAST_UNSEEN:
+        raise ValueError(f"--unseen-names {args.unseen_names:g}: must be 0, or from {LEAST_UNSEEN} to 0.8: "
+                         "with fewer names there is no report that answers a record's questions")
     unseen = unseen_names(world, args.unseen_names, args.seed)
     seen_entities = [entity for entity in world if entity["name"] not in unseen]
     sets = {part: (seen_entities, [entity for entity in seen_entities if entity["part"] == part])

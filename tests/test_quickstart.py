@@ -94,6 +94,10 @@ def test_instructions_and_answers_are_as_long_as_asked(tmp_path, instruction, an
     ("--instruction-words 300 --answer-words 19 --unseen-names 0.8", "--instruction-words 300: .*have 1"),
     ("--examples 0", "--examples 0: must be a whole number from 1 to 100,000"),
     ("--unseen-names 1", "--unseen-names 1: must be a number from 0 to 0.8"),
+    # no town; fewer than half a name, which would be no file; reports of too few people for six questions
+    ("--unseen-names 0.01", "--unseen-names 0.01: must be 0, or from 0.05 to 0.8"),
+    ("--unseen-names 0.004", "--unseen-names 0.004: must be 0, or from 0.05 to 0.8"),
+    ("--unseen-names 0.03 --instruction-words 60 --answer-words 6", "--unseen-names 0.03: must be 0, or"),
 ])
 def test_lengths_that_cannot_be_met_are_refused_and_nothing_is_written(tmp_path, argv, says):
     with pytest.raises(ValueError, match=says):
