@@ -77,11 +77,15 @@ def memory(config: ModelConfig, packed: dict[str, int], dtype: torch.dtype, rank
     # On CUDA nothing as large as the logits is in fp32, and the head's gradient is added to in place.
     on_cpu = 0 if cuda else 1
     exact, exact_other = (on_cpu * 4 * min(n, CACHED_LOGITS) for n in (of_trained, of_other))
+    # KL, in the backward pass of a chunk: five numbers a logit; two when the chunk's gradient of the head is
+    # made. From the second chunk on, there is the sum of those before, too, and adding makes another one.
+    of_kl = logits(packed["trained"], large=False)
+    summed = 4 * head * (of_kl < vocabulary * packed["trained"])
+    kl = max(5 * 4 * of_kl + cast * head + summed, 2 * 4 * of_kl + 4 * head + 2 * summed)
     loss = max(
         size * (of_trained + on_cpu * min(HEAD_ROWS, vocabulary) * width) + (exact if cast else 0),
         size * of_other + 2 * exact_other,                          # the NLL of other spans
-        # log p, log q, p, ... for KL
-        reference * ((2 * size + 8 * 4) * logits(packed["trained"], large=False) + 4 * head))
+        reference * kl)
 
     # A layer's backward pass. FSDP has the layer as received and as used, its whole gradient, and what it
     # sends of that. Without FSDP autograd keeps the copies that linear layers compute with.

@@ -10,7 +10,9 @@ from bench.gpu_speed import shape_of
 from eval import estimate
 from eval.estimate import activation_bytes
 from kernels.attention import VARLEN_KEYWORDS
+from kernels import head as head_kernels
 from kernels.head import weighted_nll
+from loss import kl_divergence
 from model import Llama, init_weights
 from runtime.model_config import ModelConfig
 
@@ -130,18 +132,26 @@ def test_a_step_on_a_gpu_takes_the_memory_that_is_estimated(name, monkeypatch):
         assert sum(parts.values()) / 1e9 == pytest.approx(measured, rel=0.03), (loss, tokens)
 
 
-def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool) -> int:
+def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool, kl: bool = False
+                   ) -> int:
     """Bytes that forward and backward pass have at most, without parameters and gradients. The documents have
     a length that attention does not pad."""
-    model = Llama(config)
-    init_weights(model, 0)
+    model, reference = Llama(config), Llama(config).requires_grad_(False)
+    for each in (model, reference):
+        init_weights(each, 0)
     model.recompute = recompute
     ids, positions = torch.arange(tokens) % config.vocab_size, torch.arange(96).repeat(tokens // 96)
 
     def passes() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden = model(ids, positions, torch.arange(0, tokens + 1, 96, dtype=torch.int32))
-            loss, _ = weighted_nll(hidden, model.head_weight, ids, torch.full((tokens,), 1 / tokens))
+            cu_seqlens = torch.arange(0, tokens + 1, 96, dtype=torch.int32)
+            hidden, coefficients = model(ids, positions, cu_seqlens), torch.full((tokens,), 1 / tokens)
+            loss, _ = weighted_nll(hidden, model.head_weight, ids, coefficients)
+            if kl:
+                with torch.no_grad():
+                    start = reference(ids, positions, cu_seqlens)
+                loss = loss + kl_divergence(hidden, model.head_weight, start, reference.head_weight,
+                                            coefficients)
         loss.backward()
 
     passes()
@@ -172,3 +182,21 @@ def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
     state = {"parameters", "gradients", "AdamW's averages", "reference model"}
     estimated = sum(size for name, size in parts.items() if name not in state)
     assert estimated / peak_of_a_step(config, 288, dtype, recompute) == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width, vocabulary, tokens, rows", [
+    (32, 6000, 96, 96), (256, 2000, 288, 24), (256, 2000, 288, 288)])
+def test_a_step_with_kl_takes_the_memory_that_is_estimated(width, vocabulary, tokens, rows, dtype,
+                                                           monkeypatch):
+    """Where the logits are most; and with a larger head, in twelve chunks and in one."""
+    monkeypatch.setattr(head_kernels, "CHUNK_LOGITS", rows * vocabulary)
+    config = ModelConfig.from_dict(dict(
+        model_type="llama", vocab_size=vocabulary, hidden_size=width, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        tie_word_embeddings=True))
+    packed = {"largest": tokens, "trained": tokens, "other": 0}
+    parts = estimate.memory(config, packed, dtype, 1, False, False, True)
+    state = {"parameters", "gradients", "AdamW's averages", "reference model"}
+    estimated = sum(size for name, size in parts.items() if name not in state)
+    assert estimated / peak_of_a_step(config, tokens, dtype, False, kl=True) == pytest.approx(1.0, abs=0.1)
