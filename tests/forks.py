@@ -82,7 +82,8 @@ def program(argv: list[str], env: dict[str, str], cwd: str, outputs: list[str], 
         os.close(target)
     if Path(cwd) != ROOT:
         # A copy of the trainer has modules of its own, to be imported instead of the server's.
-        own = {path.stem for path in Path(cwd).glob("*.py")} | {path.parent.name for path in Path(cwd).glob("*/*.py")}
+        files = [*Path(cwd).glob("*.py"), *Path(cwd).glob("*/*.py")]
+        own = {file.relative_to(cwd).parts[0].removesuffix(".py") for file in files}
         for name in [name for name in sys.modules if name.partition(".")[0] in own]:
             del sys.modules[name]
     torch.set_num_threads(1)    # OMP_NUM_THREADS was read long ago

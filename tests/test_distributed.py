@@ -72,7 +72,8 @@ def on_ranks(folder, alone) -> None:
         run_many(folder, [
             *(flags_of(folder, name, f"{mode}-{ranks}-{name}", **more)
               for name in RUNS for mode, more in MODES.items()),
-            *(flags_of(folder, "it", f"{mode}-{ranks}-compiled", compile=True, **more)
+            # Without evaluations, which would be compiled as a second graph.
+            *(arguments(folder, folder / f"{mode}-{ranks}-compiled", compile=True, **{**RUNS["it"], **more})
               for mode, more in MODES.items() if ranks == 2),
             *(resumed(folder, start, f"{start}-to-{mode}-{ranks}", **more)
               for start in starts for mode, more in MODES.items()),
