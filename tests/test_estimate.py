@@ -1,4 +1,5 @@
 """The memory that eval.look prints: by hand, and against what PyTorch's profiler sees of a step."""
+import copy
 from functools import partial
 
 import numpy as np
@@ -132,14 +133,22 @@ def test_a_step_on_a_gpu_takes_the_memory_that_is_estimated(name, monkeypatch):
         assert sum(parts.values()) / 1e9 == pytest.approx(measured, rel=0.03), (loss, tokens)
 
 
+def estimate_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool, kl: bool = False
+                       ) -> int:
+    """The estimate of what peak_of_a_step() measures."""
+    packed = {"largest": tokens, "trained": tokens, "other": 0}
+    parts = estimate.memory(config, packed, dtype, 1, False, recompute, kl)
+    state = {"parameters", "gradients", "AdamW's averages", "reference model"}
+    return sum(size for name, size in parts.items() if name not in state)
+
+
 def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompute: bool, kl: bool = False
                    ) -> int:
     """Bytes that forward and backward pass have at most, without parameters and gradients. The documents have
     a length that attention does not pad."""
-    model, reference = Llama(config), Llama(config).requires_grad_(False)
-    for each in (model, reference):
-        init_weights(each, 0)
-    model.recompute = recompute
+    model = Llama(config)
+    init_weights(model, 0)
+    model.recompute, reference = recompute, copy.deepcopy(model).requires_grad_(False)
     ids, positions = torch.arange(tokens) % config.vocab_size, torch.arange(96).repeat(tokens // 96)
 
     def passes() -> None:
@@ -177,11 +186,8 @@ def peak_of_a_step(config: ModelConfig, tokens: int, dtype: torch.dtype, recompu
 def test_a_step_takes_the_memory_that_is_estimated(shape, dtype, recompute):
     config = ModelConfig.from_dict({**shape, "model_type": "llama", "num_attention_heads": 4,
                                     "num_key_value_heads": 2, "tie_word_embeddings": True})
-    packed = {"largest": 288, "trained": 288, "other": 0}
-    parts = estimate.memory(config, packed, dtype, 1, False, recompute, False)
-    state = {"parameters", "gradients", "AdamW's averages", "reference model"}
-    estimated = sum(size for name, size in parts.items() if name not in state)
-    assert estimated / peak_of_a_step(config, 288, dtype, recompute) == pytest.approx(1.0, abs=0.1)
+    step = config, 288, dtype, recompute
+    assert estimate_of_a_step(*step) / peak_of_a_step(*step) == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -195,8 +201,5 @@ def test_a_step_with_kl_takes_the_memory_that_is_estimated(width, vocabulary, to
         model_type="llama", vocab_size=vocabulary, hidden_size=width, intermediate_size=64,
         num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         tie_word_embeddings=True))
-    packed = {"largest": tokens, "trained": tokens, "other": 0}
-    parts = estimate.memory(config, packed, dtype, 1, False, False, True)
-    state = {"parameters", "gradients", "AdamW's averages", "reference model"}
-    estimated = sum(size for name, size in parts.items() if name not in state)
-    assert estimated / peak_of_a_step(config, tokens, dtype, False, kl=True) == pytest.approx(1.0, abs=0.1)
+    step = config, tokens, dtype, False, True
+    assert estimate_of_a_step(*step) / peak_of_a_step(*step) == pytest.approx(1.0, abs=0.1)
