@@ -502,7 +502,11 @@ class _JsonStream:
                     reason = error.msg.removesuffix(" at").removesuffix(" starting")
                     if self.line == 1 and not offset:
                         reason += self.other_file()
-                    self.fail(self.at + offset, f"is not JSON{', or is cut short' * cut}: {reason}")
+                    # Not in an empty line at the end.
+                    place = min(self.at + offset, len(self.text.rstrip()))
+                    if self.text.count("\n", self.at, place):
+                        reason += f", in the record that begins in line {self.line}"
+                    self.fail(place, f"is not JSON{', or is cut short' * cut}: {reason}")
             except RecursionError:
                 self.fail(self.at, TOO_DEEP)
             except ValueError as error:

@@ -264,8 +264,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         cut_off = config.require_completion and train_set.without_completion == len(train_set)
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
                          f"{config.template}: " + (
-                             f"no completion is left of any (--max-length {config.max_length} cut off "
-                             f"{train_set.report['truncated']:,}); --no-require-completion trains without"
+                             f"no completion is left of any; raise --max-length {config.max_length}, which "
+                             f"cut off {train_set.report['truncated']:,}, or give records that have "
+                             "completions (--no-require-completion trains without)"
                              if cut_off else "every target's span has weight 0"))
     return train_set, usable, eval_sets
 

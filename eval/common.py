@@ -101,7 +101,8 @@ def read_objects(file: str, fields: dict[str, type | UnionType], what: str, limi
                             raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}")
     except (ValueError, OSError, EOFError, zlib.error) as error:
         having = f" with {', '.join(fields)}" if fields else ""
-        raise ValueError(f"{file}:{number}: not {what}{having} ({error})") from None
+        line = f":{number}" if number else ""
+        raise ValueError(f"{file}{line}: not {what}{having} ({error})") from None
     if not objects:
         raise ValueError(f"{file}: is empty")
     return objects

@@ -82,16 +82,31 @@ from eval.common import read_objects, run, write_result
 from runtime.distributed import is_main
 
 
-def find_tasks(words: list[str], manager: object) -> list[str]:
-    """The names that patterns stand for, and .yaml files as they are. manager: the harness's TaskManager."""
+def open_tasks(args: Namespace) -> tuple[object, list[str], dict]:
+    """The harness's TaskManager; the names that the patterns of --tasks stand for, .yaml files as they are,
+    without "paper"; and the arguments of HarnessModel. ValueError for a task that does not exist, and where
+    packages are missing."""
+    try:
+        import lm_eval.loggers  # noqa: F401
+        import lm_eval.tasks
+        from lm_eval.utils import simple_parse_args_string
+    except ImportError as error:
+        # It is there, but not all that it needs.
+        raise ValueError(f"eval.harness: {error}: pip install -r requirements-eval.txt") from None
+    model_args = {"pretrained": args.model, "dtype": args.dtype, "date": args.date,
+                  "template": (args.template or "auto") if args.apply_chat_template else None,
+                  "micro_batch_tokens": args.micro_batch_tokens, **simple_parse_args_string(args.model_args)}
+    manager = lm_eval.tasks.TaskManager(include_path=args.include_path, metadata=model_args)
     found = []
-    for word in words:
+    for word in args.tasks:
+        if word == "paper":
+            continue
         is_file = word.endswith(".yaml") and Path(word).is_file()
         names = [word] if is_file else manager.match_tasks([word])
         if not names:
             raise ValueError(f"--tasks {word}: the harness has no such task (lm-eval ls tasks lists them)")
         found += names
-    return list(dict.fromkeys(found))
+    return manager, list(dict.fromkeys(found)), model_args
 
 
 # ---------------------------------------------------------------- documents from files
@@ -149,30 +164,21 @@ def local_fields(task: str, files: dict[str, str], config: dict, shots: int | No
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    try:
-        import jinja2
-        import lm_eval.tasks
-        from lm_eval.loggers import EvaluationTracker
-        from lm_eval.utils import (handle_non_serializable, make_table, setup_logging,
-                                   simple_parse_args_string)
-    except ImportError as error:
-        # It is there, but not all that it needs.
-        raise ValueError(f"eval.harness: {error}: pip install -r requirements-eval.txt") from None
+    manager, tasks, model_args = open_tasks(args)
+    import jinja2
+    import lm_eval
+    from lm_eval.loggers import EvaluationTracker
+    from lm_eval.utils import handle_non_serializable, make_table, setup_logging
 
     from eval.harness_model import HarnessModel
     setup_logging(logging.WARNING if is_main() else logging.ERROR)
-    model_args = {"pretrained": args.model, "dtype": args.dtype, "date": args.date,
-                  "template": (args.template or "auto") if args.apply_chat_template else None,
-                  "micro_batch_tokens": args.micro_batch_tokens, **simple_parse_args_string(args.model_args)}
     try:
         model = HarnessModel(**model_args, batch_size=args.batch_size, device=args.device)
     except TypeError as error:
         # An argument that it does not have.
         raise ValueError(f"--model_args {args.model_args}: {error}") from None
 
-    manager = lm_eval.tasks.TaskManager(include_path=args.include_path, metadata=model_args)
     paper = "paper" in args.tasks
-    tasks = find_tasks([task for task in args.tasks if task != "paper"], manager)
     tracker = EvaluationTracker(output_path=args.output_path)
     with tempfile.TemporaryDirectory() as folder:
         # Most of the suite's tasks have examples, so all of them need the split that theirs come from.

@@ -61,7 +61,9 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
     if not run.evaluations:
         notes.append(f"{letter} was not evaluated while it trained (no eval.jsonl)")
     if not run.final:
-        notes.append(f"{letter} has no final/: it was interrupted or is still training")
+        finished = "finished_after" in read_json(folder / "identity.json")
+        notes.append(f"{letter} has no final/: " + (
+            "it was deleted" if finished else "it was interrupted or is still training"))
     return run
 
 

@@ -40,14 +40,14 @@ from eval.flags import Parser, need
 from config import EMBEDDED, NORMALIZE, PRESETS, Config, check_files, validate
 from config import parse_args as parse_flags
 from records import naming, read_all
-from runtime.files import read_json
+from runtime.files import check_writable, read_json
 from runtime.flags import flag, flag_name, given_flags
 from runtime.start import answer_flags, fit, world_size
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
-CONTENDER_FLAGS = ("loss", "template_weight", "system_weight", "instruction_weight", "completion_weight",
-                   "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio", "weight_decay",
-                   "beta1", "beta2", "adam_eps", "clip_grad_norm")
+OF_WEIGHTS = "loss", "template_weight", "system_weight", "instruction_weight", "completion_weight"
+CONTENDER_FLAGS = (*OF_WEIGHTS, "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio",
+                   "weight_decay", "beta1", "beta2", "adam_eps", "clip_grad_norm")
 
 
 @dataclass
@@ -94,19 +94,24 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
                              "NAME")
         with naming(f"--variants {text}"):
             given_by.append(("--variants", name, shlex.split(given)))
-    contenders = {}
+    contenders: dict[str, dict] = {}
+    meanings: dict[str, list] = {}
     for flag_, name, argv in given_by:
         if name in contenders:
             raise ValueError(f"{flag_} {name}: is given twice; give each contender its own name")
         with naming(f"contender {name}"):
             given = given_flags(Config, argv, "train.py", "")
+            own = dataclasses.replace(config, **given)
             if others := sorted(given.keys() - {*CONTENDER_FLAGS}):
                 raise ValueError(f"{', '.join(map(flag_name, others))} must be the same for all contenders; "
                                  f"one may have {', '.join(map(flag_name, CONTENDER_FLAGS))}")
-            validate(dataclasses.replace(config, **given))
-            if twice := next((other for other, flags in contenders.items() if flags == given), None):
-                raise ValueError(f"has the flags of {twice}; leave one of them out")
-        contenders[name] = given
+            validate(own)
+            # All names of a loss stand for weights, so those of one contender are compared, not its words.
+            trains = [own.span_weights.tolist(), *(getattr(own, flag) for flag in CONTENDER_FLAGS
+                                                   if flag not in OF_WEIGHTS)]
+            if twice := next((other for other, same in meanings.items() if same == trains), None):
+                raise ValueError(f"trains as {twice} does; leave one of them out")
+        contenders[name], meanings[name] = given, trains
     return contenders
 
 
@@ -172,8 +177,7 @@ def read_settings(config: StudyConfig) -> dict:
     """What settings.json says in the study's folder, {} if that is new. ValueError if the folder holds
     something else."""
     out = Path(config.output_dir)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--output-dir {out}: is a file; give a folder")
+    check_writable("--output-dir", out, folder=True)
     settings = read_json(out / "settings.json")
     if not settings and out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
         raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
@@ -493,7 +497,7 @@ def conduct(config: StudyConfig) -> int:
     contenders, lrs = parse_contenders(config), parse_lrs(config)
     check(config, lrs)
     if config.tasks:
-        harness.parse_args(["--model", "x", *task_flags(config)])
+        harness.open_tasks(harness.parse_args(["--model", "x", *task_flags(config)]))
     for name, several in (("loss", "losses"), ("lr", "lrs")):
         value = getattr(config, name)
         if getattr(config, several) and value not in (getattr(Config, name), EMBEDDED.get(name)):
@@ -585,6 +589,7 @@ def again(args: Namespace) -> int:
     file = vars(args)["from"]       # a keyword of Python
     lines = read_objects(file, LINE, "a run's line")
     out = Path(args.output_dir or Path(file).parent)
+    check_writable("--output-dir", out, folder=True)
     out.mkdir(parents=True, exist_ok=True)
     # Lines are in the order in which runs ended, where several ran at once or the study is not finished.
     baseline = args.baseline or ("it" if any(line["contender"] == "it" for line in lines) else "")

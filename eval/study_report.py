@@ -92,7 +92,8 @@ def draw_curves(result: dict) -> object:
         for name, points in of_file.items():
             style = line_styles(result)[name]
             epochs = [point["epoch"] for point in points]
-            axes.plot(epochs, [point["mean"] for point in points], label=name, marker=".", **style)
+            axes.plot(epochs, [point["mean"] for point in points], label=ending(name, 24), marker=".",
+                      **style)
             axes.fill_between(epochs, [point["low"] for point in points], [point["high"] for point in points],
                               color=style["color"], alpha=0.2, linewidth=0)
             chosen = next(point for point in points if point["step"] == result["choices"][name]["step"])
@@ -104,7 +105,9 @@ def draw_curves(result: dict) -> object:
         axes.set_xlabel("epoch")
     figure.supylabel("NLL of completions, nats a token")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(6, len(labels)))
+    # An inch has about 14 letters, and a label's line and the space around it take 0.7 inches.
+    beside = figure.get_figwidth() / (max(map(len, labels)) / 14 + 0.7)
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, min(len(labels), int(beside))))
     return figure
 
 
@@ -127,10 +130,10 @@ def draw_differences(result: dict) -> object:
             axes.plot(row["value"], place, "o", color=colour, markersize=5)
         axes.axvline(0, color=GREY, linewidth=1)
         axes.set_yticks(range(len(ordered)), [
-            f"{row['contender']}   {ending(row['file'], 24)}: {MEASURES[row['measure']]}"
+            f"{ending(row['contender'], 16)}   {ending(row['file'], 24)}: {MEASURES[row['measure']]}"
             for row in ordered])
         axes.set_ylim(len(ordered) - 0.4, -0.6)
         in_nats = rows[0]["measure"] in MEANS
-        axes.set_xlabel(f"minus {result['baseline']}, " + (
+        axes.set_xlabel(f"minus {ending(result['baseline'], 12)}, " + (
             "nats a token (left: lower NLL)" if in_nats else "percentage points or score"))
     return figure

@@ -124,6 +124,9 @@ def check_identity(run: Path, old: dict, new: dict, settings: dict, where: str, 
             differ.append(f"--train-data {' '.join(changed)}: other contents")
         elif name == "train_data":
             differ.append(f"--train-data: {len(now)} file(s), not those of before")
+        elif name in ("eval_data", "validation_data"):
+            # Of a study.
+            differ.append(f"{flag_name(name)}: other files, or other contents")
         elif name == "tokens":
             differ.append("the same records give other tokens (data.py or a library has changed)")
         elif name in hashes:

@@ -1,6 +1,7 @@
 """What a run says: lines on the terminal or in a log file, the progress bar, the tables at its end; and the
 signals that ask it to stop."""
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -14,18 +15,21 @@ from tqdm import tqdm
 from runtime.distributed import is_main, shows_progress
 from runtime.foreign import printable
 from runtime.machine import Crowding
-from runtime.start import WIDTH, silence, stop_signals
+from runtime.start import WIDTH, print_message, silence, stop_signals
 
 
 def say(text: str = "") -> None:
     """Print on rank 0, above the progress bar. If the terminal or the reader (`| tee`) is gone, the run goes
-    on: one Ctrl-C may have asked both to end, and the run has to save."""
+    on: one Ctrl-C may have asked both to end, and the run has to save. So it does, with a warning, where
+    output is a file on a full disk."""
     if is_main():
         try:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-        except OSError:
+        except OSError as error:
             silence(sys.stdout)
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                print_message(f"warning: standard output: {error.strerror}; nothing more is printed there")
 
 
 def ending(text: str, width: int) -> str:

@@ -507,7 +507,7 @@ def test_what_is_missing_is_a_note(runs, folder):
         "A has no final/: it was interrupted or is still training",
         "it/metrics.jsonl: 1 damaged line(s) were left out",
         "B was not evaluated while it trained (no eval.jsonl)",
-        "B has no final/: it was interrupted or is still training"]
+        "B has no final/: it was deleted"]
     assert all(note in Page(page).text for note in result["notes"])
     assert values(result["tables"]["training"]["steps"]) == {"B": 5, "C": 8}
     assert "Answers" in page and "NLL by token" not in page     # there is no second run to compare with

@@ -461,6 +461,18 @@ def test_a_bad_record_is_named_with_file_and_line(line, says, tmp_path):
     assert not str(error.value).endswith(" at") and len(str(error.value)) < 1500
 
 
+@pytest.mark.parametrize("text, place", [
+    ('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": "b"\n\n', r":2: .*delimiter$"),
+    ('{"prompt": "a", "completion": "b"\n{"prompt": "c", "completion": "d"}\n',
+     ":2: is not JSON: Expecting ',' delimiter, in the record that begins in line 1$"),
+    ('[{"prompt": "a", "completion": "b"},\n {"prompt": "a",\n "completion": "b",\n}]\n',
+     ":4: .*in the record that begins in line 2$")])
+def test_of_a_record_that_goes_on_in_the_next_line_its_first_line_is_named(text, place, tmp_path):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(ValueError, match=place):
+        list(read_records(tmp_path / "bad.json"))
+
+
 def cut(data: bytes) -> bytes:
     return data[:-9]
 

@@ -25,6 +25,17 @@ def test_a_run_whose_reader_is_gone_goes_on(monkeypatch):
         report.say("step 2")
 
 
+def test_a_log_on_a_full_disk_is_a_warning_and_the_run_goes_on(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        stdout = open("/dev/full", "w")
+        patch.setattr(sys, "stdout", stdout)
+        report.say("step 1")
+        report.say("step 2")
+        stdout.close()
+    assert capsys.readouterr().err == ("warning: standard output: No space left on device; nothing more is "
+                                       "printed there\n")
+
+
 def record(step: int, value: float) -> dict:
     """A line of metrics.jsonl as far as it is shown."""
     return {"step": step, "loss": value, "nll_completion": value, "nll_instruction": value,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import tiny
 import train
@@ -20,7 +21,7 @@ from data import load_dataset
 from chat import load_template
 from eval import study, study_runs
 from eval import study_statistics as statistics
-from eval.study_report import draw_curves, report_text
+from eval.study_report import draw_curves, draw_differences, report_text
 from runtime.start import stop_signals
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
@@ -59,6 +60,18 @@ def test_curves_of_one_epoch_are_seen_from_the_start():
         low, high = axes.get_ylim()
         assert curve.get_marker() not in ("", "None")
         assert all(low <= y <= high for y in curve.get_ydata())
+
+
+def test_pictures_hold_their_labels_however_long_names_are():
+    names = "it", *(f"a-contender-with-a-name-of-forty-letters-{i}" for i in range(8))
+    lines = [line(name, seed, [[4, 8], [2 + i, 4 + seed]], [3, 1]) | {"end": {"tasks": {"acc": 0.1 * i}}}
+             for i, name in enumerate(names) for seed in (0, 1)]
+    for baseline in ("it", names[1]):
+        result = statistics.verdict(lines, baseline)
+        for figure in (draw_curves(result), draw_differences(result)):
+            FigureCanvasAgg(figure).draw()
+            drawn, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+            assert drawn.x0 >= 0 and drawn.y0 >= 0 and drawn.x1 <= width and drawn.y1 <= height
 
 
 def test_an_interval_worked_out_by_hand():
@@ -620,6 +633,8 @@ def test_a_line_that_is_no_runs_is_named(folder, whole, tmp_path):
     file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
     with pytest.raises(ValueError, match=f"{file}:2: not a run's line .*contender must be of type str "):
         study.main(["--from", str(file)])
+    with pytest.raises(ValueError, match="study.json: not a run's line .*it is not a list"):
+        study.main(["--from", str(whole / "study.json")])
 
 
 def test_every_contender_trains_on_the_same_examples(folder):
@@ -640,7 +655,9 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(variants="a=--loss im --loss-of 3"), "contender a: --loss-of 3: unrecognized"),
     (dict(variants="a=--epochs 3"), "contender a: --epochs must be the same for all contenders"),
     (dict(variants="a b=--loss im"), "--variants a b=--loss im: write NAME="),
-    (dict(variants="again=--loss im"), "contender again: has the flags of im"),
+    (dict(variants="again=--loss im --completion-weight 1"), "contender again: trains as im does"),
+    (dict(variants="again=--loss it --instruction-weight 1 --system-weight 1 --weight-decay 0"),
+     "contender again: trains as im does"),
     (dict(variants="a=--loss im --neftune-alpha -1"), "contender a: --neftune-alpha -1: must be"),
     (dict(lrs=["1e-3", "0"]), "--lrs 0: must be a finite number above 0"),
     (dict(lrs=["1e-3", "0.001"]), "--lrs 0.001 0.001: a learning rate is given twice"),
@@ -651,7 +668,8 @@ def test_every_contender_trains_on_the_same_examples(folder):
     (dict(overwrite=True), "--overwrite: a study decides this itself"),
     (dict(eval_fraction=0.1), "--eval-fraction: a study decides this itself"),
     (dict(train_data=None, mix="a.jsonl=1"), "--mix a.jsonl=1: a study holds out records of --train-data"),
-    (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks")])
+    (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks"),
+    (dict(tasks="nothing"), "--tasks nothing: the harness has no such task")])
 def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, message, monkeypatch):
     if "validation_data" in flags:
         flags = dict(validation_data=folder / "near.jsonl")
@@ -669,11 +687,15 @@ def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
     refused("--epochs was 2, is 3", epochs=3)
     refused("--memorization was 4, is 5", memorization=5)
     refused("--validation-fraction was 0.2, is 0.3", validation_fraction=0.3)
-    refused("--eval-data was", eval_data=[folder / "near.jsonl"])
+    refused("--eval-data: other files, or other contents.;", eval_data=[folder / "near.jsonl"])
     (folder / "foreign").mkdir()
     (folder / "foreign" / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="is not empty and is not a study's folder"):
         study.main(arguments(folder, "foreign"))
+    for more in (arguments(folder, "foreign/thesis.txt"),
+                 ["--from", str(whole / "runs.jsonl"), "--output-dir", str(folder / "foreign/thesis.txt/x")]):
+        with pytest.raises(ValueError, match="--output-dir .*thesis.txt is not a writable folder"):
+            study.main(more)
 
 
 @pytest.mark.parametrize("missing, seeds, rates", [
