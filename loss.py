@@ -154,11 +154,12 @@ def check_finite(step: int, totals: dict, grad_norm: float, nll_by_batch: list[t
 
 
 def step_record(step: int, epoch: float, totals: dict, counts: np.ndarray, weights: np.ndarray,
-                log_untrained: bool, *, lr: float, grad_norm: float, seconds: float,
+                log_untrained: bool, *, lr: float, grad_norm: float, padding: int, seconds: float,
                 **more: float | str | None) -> dict[str, float | str | None]:
     """A line of metrics.jsonl. loss is sum(coefficient * NLL), without KL; the NLLs are token means in nats,
     null for kinds that were not computed or have no target. totals: the step's sums by name; counts: (E, K)
-    its targets; weights: (K,); more: what else the line has."""
+    its targets; weights: (K,); padding: positions beside them that the layers computed; more: what else
+    the line has."""
     of_kind = counts.sum(0)
     numbers, tokens = dict(totals), int(of_kind.sum())
     nll_sums = numbers.pop("nll")
@@ -168,5 +169,5 @@ def step_record(step: int, epoch: float, totals: dict, counts: np.ndarray, weigh
         known = of_kind[k] > 0 and (log_untrained or weights[k] != 0)
         record[f"nll_{kind}"] = nll_sums[k] / int(of_kind[k]) if known else None
     return record | numbers | {
-        "tokens": tokens, "trained_tokens": int(of_kind[weights != 0].sum()), "padding_tokens": 0,
+        "tokens": tokens, "trained_tokens": int(of_kind[weights != 0].sum()), "padding_tokens": padding,
         "tokens_per_second": tokens / seconds, **more, "seconds": seconds}

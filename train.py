@@ -42,6 +42,7 @@ from eval.estimate import memory
 from eval.generate import answer_records
 from eval.spans import summary, sums_by_file
 from kernels.head import nll, weighted_nll
+from kernels.layers import padding
 from loss import check_finite, coefficients, kl_divergence, neftune_noise, step_record, sums_by_kind
 from model import Llama, load_model, parameter_count, stored_weights
 from runtime.card import model_card
@@ -516,10 +517,14 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
             # One sum over the ranks, and the only place where the host waits for the device.
             # (torch.tensor() would wait for a copy to the device.)
-            sums.add({"stop": torch.full((), float(stop.number), device=device)})
+            padded = sum(padding(int(train_set.lengths[examples].sum()), device)
+                         for examples, _ in micro_batches)
+            sums.add({"stop": torch.full((), float(stop.number), device=device),
+                      "padding": torch.full((), float(padded), device=device)})
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
             totals, [grad_norm] = sums.over_ranks(whole(norm))
             stopping = totals.pop("stop") > 0 and step + 1 < total_steps
+            padded = int(totals.pop("padding"))
             check_finite(step + 1, totals, grad_norm, nll_by_batch, train_set, config.lr)
 
             lr = learning_rate(config, step, total_steps)
@@ -535,7 +540,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
             step += 1
 
             record = step_record(step, step / steps.per_epoch, totals, counts, weights, log_untrained, lr=lr,
-                                 grad_norm=grad_norm, seconds=time.monotonic() - began,
+                                 grad_norm=grad_norm, padding=padded, seconds=time.monotonic() - began,
                                  peak_memory_mb=peak_memory_mb(device),
                                  peak_reserved_mb=peak_reserved_mb(device),
                                  attention="varlen_attn" if raw_model.varlen else "tiled products")

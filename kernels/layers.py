@@ -45,12 +45,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 ROWS, LEAST_PADDED = 128, 1024
 
 
+def padding(rows: int, device: torch.device) -> int:
+    """How many rows padded_rows() adds to so many: on a CPU up to a multiple of ROWS; none if there are few,
+    and on CUDA, where they would only take time."""
+    return -rows % ROWS if device.type == "cpu" and rows >= LEAST_PADDED else 0
+
+
 def padded_rows(x: Tensor) -> Tensor:
-    """x, (N, ...), followed by rows of zeros up to a multiple of ROWS on a CPU. As it is on CUDA, or if it is
-    short, where they would take time."""
-    if x.device.type != "cpu" or len(x) < LEAST_PADDED:
-        return x
-    return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, -len(x) % ROWS))
+    """x, (N, ...), followed by padding() rows of zeros."""
+    more = padding(len(x), x.device)
+    return nn.functional.pad(x, (*[0, 0] * (x.dim() - 1), 0, more)) if more else x
 
 
 class Recipe(NamedTuple):

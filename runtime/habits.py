@@ -62,7 +62,7 @@ _ANSWERS: tuple[tuple[str, str | tuple[str, str]], ...] = (
     ("train-on-inputs train-on-input train-on-prompt dataset.train-on-input",
      ("here it is --loss lm, or im for all but the template's own tokens", "here it is --loss it")),
     ("train-on-eos", "always so: the token that ends an answer is trained"),
-    ("ignore-pad-token-for-loss", "not needed; nothing is padded"),
+    ("ignore-pad-token-for-loss", "not needed; examples are packed, and no target is padding"),
     ("mask-history", "here a message of a record is left out with \"weight\": 0"),
     ("roles-to-train", "here --loss it trains on assistant messages, --loss im on all messages"),
     ("neftune-noise-alpha", "here it is --neftune-alpha {}"),

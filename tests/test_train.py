@@ -351,6 +351,17 @@ def test_metrics_say_which_attention_ran_and_what_a_gpu_reserved(folder, monkeyp
         assert row["peak_memory_mb"] > 100
 
 
+def test_padding_is_what_the_layers_compute_beside_the_tokens(folder, monkeypatch):
+    monkeypatch.setattr("kernels.layers.LEAST_PADDED", 100)
+    forward, rows = model_module.Layer.forward, []
+    monkeypatch.setattr(model_module.Layer, "forward", lambda self, x, *others: (
+        rows.append(len(x)) or forward(self, x, *others)))
+    run_here(arguments(folder, "padded", max_steps=1, micro_batch_tokens=150))
+    [line] = metrics(folder / "padded")
+    layers = len(model_module.load_model(folder / "model").model.layers)
+    assert len(rows) > layers and line["padding_tokens"] == sum(rows) / layers - line["tokens"] > 0
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("loss", ["it", "im", "lm"])
 @pytest.mark.parametrize("as_on_cuda", [False, True])
