@@ -166,7 +166,8 @@ def accumulate_gradients(model: torch.nn.Module, reference: Llama | None, datase
                                                              log_untrained)
         # DDP and FSDP average gradients over the ranks; the step's loss is the ranks' sum.
         (loss * world_size()).backward()
-        sums.add(statistics)
+        padded = torch.full((), float(padding(len(batch.ids), device)), device=device)
+        sums.add(statistics | {"padding": padded})
         nll_by_batch.append((batch, trained_nll))
     release(reference)
     return sums, nll_by_batch
@@ -517,10 +518,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 
             # One sum over the ranks, and the only place where the host waits for the device.
             # (torch.tensor() would wait for a copy to the device.)
-            padded = sum(padding(int(train_set.lengths[examples].sum()), device)
-                         for examples, _ in micro_batches)
-            sums.add({"stop": torch.full((), float(stop.number), device=device),
-                      "padding": torch.full((), float(padded), device=device)})
+            sums.add({"stop": torch.full((), float(stop.number), device=device)})
             norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
             totals, [grad_norm] = sums.over_ranks(whole(norm))
             stopping = totals.pop("stop") > 0 and step + 1 < total_steps
