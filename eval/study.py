@@ -110,7 +110,7 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
             trains = [own.span_weights.tolist(), *(getattr(own, flag) for flag in CONTENDER_FLAGS
                                                    if flag not in OF_WEIGHTS)]
             if twice := next((other for other, same in meanings.items() if same == trains), None):
-                raise ValueError(f"trains as {twice} does; leave one of them out")
+                raise ValueError(f"trains exactly as contender {twice}; leave one of them out")
         contenders[name], meanings[name] = given, trains
     return contenders
 
