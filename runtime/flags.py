@@ -21,6 +21,7 @@ from typing import get_origin
 
 from runtime.foreign import parse_json, read_text, shorten, shown
 from runtime.habits import answer
+from runtime.start import warn_once
 
 LARGEST = 2**20     # characters of a --config file
 # What a number may be at most where a flag does not say: far beyond any use, and nothing overflows.
@@ -232,7 +233,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
 
 def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
     """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
-    give (to delete a run, say) are ignored."""
+    give (to delete a run, say) are ignored, with a warning if they are not what they are by default."""
     fields = parser.fields
     if not file:
         raise ValueError('--config "": is empty; give a file, such as run_config.json in the folder of a run')
@@ -252,6 +253,10 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
                 unknown.append(answer(given, text, parser.flags, parser.limit))
         if unknown:
             raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
+        for name, value in saved.items():
+            if not fields[name].metadata["in_file"] and value not in (None, fields[name].default):
+                warn_once(f"--config {file}: {flag_name(name)} counts on the command line only; the "
+                          "file's is ignored")
         return {name: check_flag(fields[name], value) for name, value in saved.items()
                 if fields[name].metadata["in_file"] and value is not None and not (
                     value == [] and is_list(fields[name]))}
