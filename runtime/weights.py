@@ -238,7 +238,7 @@ def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[
         elif stored.shape != wanted[name]:
             problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
         elif DTYPE_BY_NAME.get(stored.dtype) not in DTYPES.values():
-            problems.append(f"{name} is {stored.dtype}")
+            problems.append(f"{name} is {stored.dtype}, should be F32, BF16 or F16")
     problems += [f"missing {name}" for name in wanted if name not in found]
     if HEAD in wanted and HEAD not in found:
         problems[-1] += " (if the head is the embedding, config.json must say tie_word_embeddings: true)"
