@@ -162,7 +162,7 @@ class Parser(argparse.ArgumentParser):
                 answers.append(answer(name, value if equals else following, known, self.limit))
         if answers:
             raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
-        self._refuse_repeated_lists(argv)
+        self._refuse_repeated(argv)
         args, others = self.parse_known_args(argv)
         if others and "--config" in known and Path(others[0]).suffix in (".json", ".toml", ".yaml", ".yml"):
             raise ValueError(f"{shorten(others[0], 200)}: a file of flags is given as --config FILE")
@@ -193,13 +193,15 @@ class Parser(argparse.ArgumentParser):
             return str(error).rpartition(": must be ")[2] if ": must be " in str(error) else "a number"
         return ""
 
-    def _refuse_repeated_lists(self, argv: list[str]) -> None:
-        """ValueError for a flag that takes several values and is given more than once: argparse would keep
-        the last values only, and a run would silently train on the last file."""
+    def _refuse_repeated(self, argv: list[str]) -> None:
+        """ValueError for --config, and for a flag that takes several values, if it is given more than once:
+        argparse would keep the last only, and a run would silently train on the last file."""
         given = [word.partition("=")[0] for word in argv]
         for name, action in self.flags.items():
-            if action.nargs == "+" and given.count(name) > 1:
-                raise ValueError(f"{name} is given more than once; write all its values behind one {name}")
+            several = action.nargs == "+"
+            if given.count(name) > 1 and (several or name == "--config"):
+                fix = f"write all its values behind one {name}" if several else "write all flags in one file"
+                raise ValueError(f"{name} is given more than once; {fix}")
 
 
 def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:

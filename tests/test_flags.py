@@ -199,6 +199,7 @@ def test_flags_config_file_and_their_errors(tmp_path):
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
+                       (["--config", "a", "--config=b"], "--config is given more than once; write all flags"),
                        (["--config", ""], '--config "": is empty'), (["--config="], '--config "": is empty'),
                        (["--lr", "-1e-5"], "--lr -1e-5: must be a finite number above 0"),
                        (["--lr", "-.5"], "--lr -.5: must be"), (["--lr", "-inf"], "--lr -inf: must be"),
