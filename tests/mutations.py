@@ -540,7 +540,8 @@ FAULTS = [
           "check_identity(out, identity, identity, settings, str(start),",
           "folder::every_checkpoint_is_compared_before_it_is_used"),
     fault("late-lock", "what is found before the lock counts", "runtime/folder.py",
-          "!= (action, saved):", "!= (action, saved) and False:",
+          "if (check_folder(out, identity, settings, model_folder), find_checkpoints(out)) "
+          "!= (action, saved):", "if False:",
           "folder::what_another_process_trains_until_the_folder_is_locked_is_not_deleted"),
     fault("never-advances", "--resume F starts at F each time", "runtime/folder.py",
           "if named and own and own[-1].resolve() != named.resolve():", "if False:",
