@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, check_template_flags
-from records import HUB_NAME, RECORDS_FILE, data_files, parse_columns
+from records import data_files, is_on_hub, parse_columns
 from runtime.files import check_writable
 from runtime.flags import BELOW, flag, flag_name, given_flags
 from runtime.foreign import check_file
@@ -269,10 +269,8 @@ def check_inputs(config: Config) -> None:
 
 
 def local_files(name: str) -> list[str]:
-    """The files that a name of records stands for; [] for one on the hub, which only a download would tell.
-    ValueError as data_files()."""
-    on_hub = HUB_NAME.fullmatch(name) and not RECORDS_FILE.fullmatch(name) and not os.path.lexists(name)
-    return [] if on_hub else data_files([name])
+    """The files that a name of records stands for; [] for one on the hub. ValueError as data_files()."""
+    return [] if is_on_hub(name) else data_files([name])
 
 
 def check_files(args: object) -> None:

@@ -164,11 +164,16 @@ def _files_of(name: str) -> list[str | os.PathLike]:
         if not found:
             raise ValueError(f"{name}: no file matches")
         return found
-    # The name of a file, and a path into a folder that exists, are only misspelled.
-    misspelled = RECORDS_FILE.fullmatch(name) or os.path.isdir(name.partition("/")[0])
-    if HUB_NAME.fullmatch(name) and not misspelled:
+    if is_on_hub(name):
         return list(_files_on_hub(name))
     raise ValueError(f"{name}: no such file or folder")
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name stands for a dataset on the hub, which only a download would tell more of."""
+    # The name of a file, and a path into a folder that exists, are only misspelled.
+    misspelled = RECORDS_FILE.fullmatch(name) or os.path.isdir(name.partition("/")[0])
+    return HUB_NAME.fullmatch(name) is not None and not misspelled and not os.path.lexists(name)
 
 
 def _files_in(folder: str) -> list[str]:

@@ -250,8 +250,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
 
     names = result_names([*config.eval_data, *([HELD_OUT] if config.eval_fraction else [])])
     with first_of_machine():
-        train_set = load(config.train_data)
+        # First what is usually smaller: a bad record there is named before the training data is tokenized.
         eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
+        train_set = load(config.train_data)
     held_out = None
     if config.eval_fraction:
         held_out = hold_out(train_set.groups, config.eval_fraction, config.split_seed)

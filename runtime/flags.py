@@ -21,6 +21,7 @@ from typing import get_origin
 
 from runtime.foreign import parse_json, read_text, shorten, shown
 from runtime.habits import answer
+from runtime.start import warn_once
 
 LARGEST = 2**20     # characters of a --config file
 # What a number may be at most where a flag does not say: far beyond any use, and nothing overflows.
@@ -161,7 +162,7 @@ class Parser(argparse.ArgumentParser):
                 answers.append(answer(name, value if equals else following, known, self.limit))
         if answers:
             raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
-        self._refuse_repeated_lists(argv)
+        self._refuse_repeated(argv)
         args, others = self.parse_known_args(argv)
         if others and "--config" in known and Path(others[0]).suffix in (".json", ".toml", ".yaml", ".yml"):
             raise ValueError(f"{shorten(others[0], 200)}: a file of flags is given as --config FILE")
@@ -192,13 +193,15 @@ class Parser(argparse.ArgumentParser):
             return str(error).rpartition(": must be ")[2] if ": must be " in str(error) else "a number"
         return ""
 
-    def _refuse_repeated_lists(self, argv: list[str]) -> None:
-        """ValueError for a flag that takes several values and is given more than once: argparse would keep
-        the last values only, and a run would silently train on the last file."""
+    def _refuse_repeated(self, argv: list[str]) -> None:
+        """ValueError for --config, and for a flag that takes several values, if it is given more than once:
+        argparse would keep the last only, and a run would silently train on the last file."""
         given = [word.partition("=")[0] for word in argv]
         for name, action in self.flags.items():
-            if action.nargs == "+" and given.count(name) > 1:
-                raise ValueError(f"{name} is given more than once; write all its values behind one {name}")
+            several = action.nargs == "+"
+            if given.count(name) > 1 and (several or name == "--config"):
+                fix = f"write all its values behind one {name}" if several else "write all flags in one file"
+                raise ValueError(f"{name} is given more than once; {fix}")
 
 
 def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:
@@ -232,7 +235,7 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
 
 def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
     """The flags in a --config file. null and an empty list mean absent; flags that only a command line may
-    give (to delete a run, say) are ignored."""
+    give (to delete a run, say) are ignored, with a warning if they are not what they are by default."""
     fields = parser.fields
     if not file:
         raise ValueError('--config "": is empty; give a file, such as run_config.json in the folder of a run')
@@ -252,6 +255,10 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
                 unknown.append(answer(given, text, parser.flags, parser.limit))
         if unknown:
             raise ValueError("unknown flags:\n  " + "\n  ".join(unknown))
+        for name, value in saved.items():
+            if not fields[name].metadata["in_file"] and value not in (None, fields[name].default):
+                warn_once(f"--config {file}: {flag_name(name)} counts on the command line only; the "
+                          "file's is ignored")
         return {name: check_flag(fields[name], value) for name, value in saved.items()
                 if fields[name].metadata["in_file"] and value is not None and not (
                     value == [] and is_list(fields[name]))}

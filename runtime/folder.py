@@ -300,7 +300,7 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     identity: what must be the same to resume; settings: every flag; room: bytes that the run will write;
     other_length(identity, n): why the first n steps of a run with that identity, of another length, are not
     the first n of this one, or "". ValueError as check_folder(), or if another process writes there."""
-    action = check_folder(out, identity, settings, model_folder)
+    action, saved = check_folder(out, identity, settings, model_folder), find_checkpoints(out)
     if restarted(out, identity):
         say("started again by torchrun")
     if action == "finished":
@@ -324,6 +324,9 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
 
     # Until here nothing has been changed.
     lock_folder(out, say)
+    if (check_folder(out, identity, settings, model_folder), find_checkpoints(out)) != (action, saved):
+        # Another process has trained here until now.
+        return claim(out, identity, settings, model_folder, room, other_length, say)
     _prepare(out, action, start, step, say)
     if (free := shutil.disk_usage(out).free) < room:
         say(f"warning: --output-dir {out}: {free / 1e6:,.0f} MB are free, the run will write "

@@ -12,8 +12,9 @@ from typing import Self
 
 from runtime.files import read_json
 from runtime.foreign import shorten
+from runtime.start import warn_once
 from runtime.tokenizer import stop_ids
-from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal, warn_once
+from runtime.weights import EMBEDDING, HEAD, checkpoint_tensors, equal
 
 # What it means if a field is absent from config.json, where families differ (transformers' config classes).
 # null is different: no grouping of heads, a head size of hidden_size / num_attention_heads, no window.

@@ -20,6 +20,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TextIO
 
@@ -151,6 +152,13 @@ def print_message(message: str) -> str:
     message = printable(shorten(message, 4000))
     print(fit(message) if sys.stderr.isatty() else message, file=sys.stderr)
     return message
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Print a warning once a run, although flags and folders are read several times."""
+    if is_main():
+        print_message(f"warning: {text}")
 
 
 def fit(message: str) -> str:

@@ -282,7 +282,8 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
 def _read_chat_template(folder: Path, config: dict) -> str | None:
     if os.path.lexists(folder / "chat_template.jinja"):
         return read_text(folder / "chat_template.jinja")
-    template = read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    # chat_template.json is a processor's: transformers' tokenizers do not read it.
+    template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     # There may be several with names.
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)

@@ -14,7 +14,8 @@ from pathlib import Path
 class Tracker:
     def __init__(self, kind: str, out: Path, settings: dict, first_step: int, evaluates_first: bool) -> None:
         """kind: --track, or "none"; out: the run's folder; settings: its flags; first_step: how many steps
-        are trained already; evaluates_first: whether that step is evaluated (again)."""
+        are trained already; evaluates_first: whether that step is evaluated (again). ValueError if wandb
+        refuses to start, as without a login."""
         self.writers, self.run = {}, None
         if kind == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -26,8 +27,11 @@ class Tracker:
             import wandb
             # wandb keeps a run's folder under its id. It ignores steps that the run has already.
             before = sorted((out / "wandb").glob("*run-*-*"))
-            self.run = wandb.init(dir=str(out), name=out.name, config=settings, resume="allow",
-                                  id=before[-1].name.rpartition("-")[2] if before else None)
+            try:
+                self.run = wandb.init(dir=str(out), name=out.name, config=settings, resume="allow",
+                                      id=before[-1].name.rpartition("-")[2] if before else None)
+            except wandb.Error as error:
+                raise ValueError(f"--track wandb: {error} (WANDB_MODE=offline needs no login)") from None
 
     def add(self, file: str, record: dict) -> None:
         """Add a line of a file: metrics or eval."""

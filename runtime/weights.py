@@ -12,7 +12,6 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from runtime.distributed import from_all, is_main, rank
 from runtime.model_folder import INDEX, SINGLE, weight_map
-from runtime.start import print_message
+from runtime.start import warn_once
 
 PIECE = 2**26               # bytes read, sent or written at once
 MAX_FILE_BYTES = 5 * 10**9  # of a weight file
@@ -194,13 +193,6 @@ def write_tensors(file: str | Path, tensors: dict[str, Tensor], dtype: torch.dty
 
 # ---------------------------------------------------------------- checkpoint folders
 
-@cache
-def warn_once(text: str) -> None:
-    """Print a warning once a run, although a folder is read several times."""
-    if is_main():
-        print_message(f"warning: {text}")
-
-
 def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, sorted: model.safetensors, or those that the index names.
     Where a folder has both, the index is ignored, as in transformers. ValueError if a file is missing."""
@@ -246,7 +238,7 @@ def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[
         elif stored.shape != wanted[name]:
             problems.append(f"{name} is {stored.shape}, should be {wanted[name]}")
         elif DTYPE_BY_NAME.get(stored.dtype) not in DTYPES.values():
-            problems.append(f"{name} is {stored.dtype}")
+            problems.append(f"{name} is {stored.dtype}, should be F32, BF16 or F16")
     problems += [f"missing {name}" for name in wanted if name not in found]
     if HEAD in wanted and HEAD not in found:
         problems[-1] += " (if the head is the embedding, config.json must say tie_word_embeddings: true)"

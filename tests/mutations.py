@@ -540,6 +540,10 @@ FAULTS = [
           "check_identity(out, state[\"identity\"], identity, settings, str(start),",
           "check_identity(out, identity, identity, settings, str(start),",
           "folder::every_checkpoint_is_compared_before_it_is_used"),
+    fault("late-lock", "what is found before the lock counts", "runtime/folder.py",
+          "if (check_folder(out, identity, settings, model_folder), find_checkpoints(out)) "
+          "!= (action, saved):", "if False:",
+          "folder::what_another_process_trains_until_the_folder_is_locked_is_not_deleted"),
     fault("never-advances", "--resume F starts at F each time", "runtime/folder.py",
           "if named and own and own[-1].resolve() != named.resolve():", "if False:",
           "folder::the_same_command_with_a_named_checkpoint_advances"),

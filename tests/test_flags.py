@@ -1,5 +1,6 @@
 """Flags: one check for the command line and for --config's file, and names that could mean something else."""
 import json
+import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,13 +133,15 @@ def test_yaml_without_pyyaml_says_what_else_will_do(tmp_path, monkeypatch):
         given_flags(Some, ["--config", str(tmp_path / "c.yaml")], "some.py", "")
 
 
-def test_deleting_and_resuming_are_never_read_from_a_file(tmp_path):
+def test_deleting_and_resuming_are_never_read_from_a_file(tmp_path, capsys):
     """A saved run_config.json of a run that was started with --overwrite would delete what it repeats."""
     config = train.Config(model="m", train_data=["t.jsonl"], lr=0.5, overwrite=True, resume="never",
                           output_dir="o", date="2026-01-05")
     (tmp_path / "run_config.json").write_text(json.dumps(vars(config)))
     again = train.parse_args(["--config", str(tmp_path / "run_config.json")])
     assert (again.overwrite, again.resume, again.lr) == (False, "auto", 0.5)
+    warned = re.findall(r"run_config.json: (--\S+) counts on the command line only", capsys.readouterr().err)
+    assert warned == ["--overwrite", "--resume"]
     asked = train.parse_args(["--config", str(tmp_path / "run_config.json"), "--overwrite"])
     assert asked.overwrite
 
@@ -196,6 +199,7 @@ def test_flags_config_file_and_their_errors(tmp_path):
                        (["--loss", "rl"], "--loss"), (["--epochs", "x"], "--epochs"),
                        (["--beta2", "1"], "--beta2"), (["--train-data", "x"], "--model"),
                        (["--config", "nowhere"], "--config nowhere"),
+                       (["--config", "a", "--config=b"], "--config is given more than once; write all flags"),
                        (["--config", ""], '--config "": is empty'), (["--config="], '--config "": is empty'),
                        (["--lr", "-1e-5"], "--lr -1e-5: must be a finite number above 0"),
                        (["--lr", "-.5"], "--lr -.5: must be"), (["--lr", "-inf"], "--lr -inf: must be"),

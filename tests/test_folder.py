@@ -169,6 +169,20 @@ def test_a_restart_does_not_take_the_run_that_is_being_deleted_for_its_own(folde
     assert len(steps) == 8 and "finished before" not in capsys.readouterr().out
 
 
+def test_what_another_process_trains_until_the_folder_is_locked_is_not_deleted(folder, whole, monkeypatch):
+    """Two launches of a command at once: the one that looks first locks the folder when the other has
+    finished."""
+    original = run_folder.lock_folder
+
+    def late(out: Path, say) -> None:
+        shutil.copytree(whole, out)
+        original(out, say)
+    monkeypatch.setattr(run_folder, "lock_folder", late)
+    with pytest.raises(ValueError, match="holds a finished run"):
+        run_here(arguments(folder, "raced", save_every=1, keep_checkpoints=99))
+    assert same_weights(folder / "raced", whole)
+
+
 def test_a_folder_without_an_identity_is_never_deleted_or_written_to(folder):
     """Other programs have files of these names too."""
     for name in ("checkpoints/epoch=3.ckpt", "final/model.bin", "metrics.jsonl", "eval.jsonl",

@@ -21,6 +21,7 @@ import pytest
 
 import records
 import train
+from config import local_files
 from data import Dataset
 from eval import generate, memorization, spans, study
 from eval.examples import read_examples
@@ -651,10 +652,12 @@ def test_names_without_records_say_why(tmp_path):
                        ("x" * 300, "no such file"), ("gone/x.jsonl", "no such file or folder")):
         with pytest.raises(ValueError, match=says):
             data_files([f"{tmp_path}/{name}"])
-    # What looks like a name on the hub, and is only misspelled.
+    # What looks like a name on the hub, and is only misspelled, before anything is tokenized.
     for name in ("data/train.jsonl", "tests/none"):
-        with pytest.raises(ValueError, match=f"^{name}: no such file or folder$"):
-            data_files([name])
+        for find in (lambda name: data_files([name]), local_files):
+            with pytest.raises(ValueError, match=f"^{name}: no such file or folder$"):
+                find(name)
+    assert local_files("owner/none") == []
 
 
 @pytest.fixture

@@ -902,9 +902,13 @@ def test_auto_takes_the_checkpoints_template(tmp_path):
     for value in (one, [{"name": "tool_use", "template": two}, {"name": "default", "template": one}]):
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
         assert load_template("auto", Tokenizer(folder)).source == one
-    (folder / "chat_template.jinja").write_text(two)  # the file wins, as in transformers
-    assert load_template("auto", Tokenizer(folder)).source == two
-    assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == two
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": one}))
+    # the first file is a processor's, the second one wins, as in transformers
+    for name, content, wanted in (("chat_template.json", json.dumps({"chat_template": two}), one),
+                                  ("chat_template.jinja", two, two)):
+        (folder / name).write_text(content)
+        assert load_template("auto", Tokenizer(folder)).source == wanted
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == wanted
 
 
 @pytest.mark.parametrize("name, tokenizer, reason", [

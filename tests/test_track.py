@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from runtime.track import Tracker
 from tiny import arguments, flags, metrics, run_here, setup, stop_after
 
 
@@ -72,6 +73,16 @@ def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(name, mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda asked: None if asked == name else find(asked))
     with pytest.raises(ValueError, match=f"--track {name}: it is not installed: pip install {name}$"):
         train.parse_args(flags(model="m", train_data="t.jsonl", track=name))
+
+
+def test_without_a_login_wandb_says_so_in_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def init(**_: object) -> None:
+        raise wandb.errors.UsageError("No API key configured.")
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ValueError, match="^--track wandb: No API key configured. .WANDB_MODE=offline"):
+        Tracker("wandb", tmp_path, {}, 0, False)
 
 
 def test_wandb_offline_gets_the_lines_and_a_resumed_run_keeps_its_id(folder, monkeypatch):

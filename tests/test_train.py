@@ -490,6 +490,14 @@ def test_what_is_held_out_is_evaluated_and_never_trained_on(folder, repeated, he
         capsys.readouterr()
 
 
+def test_a_bad_held_out_record_is_named_before_the_training_data_is_tokenized(folder, tmp_path):
+    bad, cache = tmp_path / "bad.jsonl", tmp_path / "cache"
+    bad.write_text('{"prompt": "Hi"}')
+    with pytest.raises(ValueError, match="bad.jsonl:1: has none of the known layouts"):
+        run_here(arguments(folder, "bad", eval_data=bad, cache_dir=cache))
+    assert not list(cache.iterdir())
+
+
 def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated, held_out_file):
     run_here(arguments(folder, "two-names", train_data=repeated, eval_fraction=0.25, max_steps=1,
                        eval_data=held_out_file))

@@ -222,6 +222,7 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
     make_reference("llama1-mha").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = torch.ones(7)
+    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].double()
     del tensors["lm_head.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.9.extra"] = torch.ones(1)
     # Old checkpoints carry it: no fault.
@@ -230,6 +231,7 @@ def test_weights_that_do_not_fit_are_all_listed(tmp_path):
     with pytest.raises(ValueError) as error:
         load_model(tmp_path)
     for part in ("model.norm.weight is [7], should be [32]", "missing lm_head.weight",
+                 "model.embed_tokens.weight is F64, should be F32, BF16 or F16",
                  "surplus model.layers.9.extra", "missing model.layers.1.mlp.up_proj.weight"):
         assert part in str(error.value)
     assert "inv_freq" not in str(error.value)
