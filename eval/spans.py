@@ -40,14 +40,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from chat import KINDS, load_template
-from runtime.tokenizer import Tokenizer
+from chat import KINDS
 from data import Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import interval, resampled_sums
-from eval.common import Loaded, load, run, start_ranks, write_result
+from eval.common import Loaded, load, open_checkpoint, run, start_ranks, write_result
 from kernels.head import nll
 from model import Llama
-from runtime.model_folder import resolve_model
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
 from runtime.files import write_text
 from runtime.report import ending
@@ -149,8 +147,7 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
     data = []
     with first_of_machine():
         for name in args.model:
-            tokenizer = Tokenizer(resolve_model(name))
-            template = load_template(args.template, tokenizer, args.date)
+            _, tokenizer, template = open_checkpoint(name, args)
             data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong,
                                       args.cache_dir, shows_progress(), args.columns) for file in args.data])
     return data

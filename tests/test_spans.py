@@ -261,6 +261,15 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
+def test_a_damaged_second_checkpoint_is_found_before_the_first_is_evaluated(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "two", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.setattr(spans, "evaluate", None)
+    with pytest.raises(ValueError, match="cut/model.safetensors: not a readable safetensors file"):
+        spans.main(arguments(folder, model=[folder / "one", tmp_path / "cut"]))
+
+
 @pytest.mark.parametrize("flag", ["json", "per_example"])
 @pytest.mark.parametrize("data", ["b.jsonl", "", "?.jsonl"])
 def test_an_output_may_not_be_a_file_that_is_read(folder, tmp_path, flag, data):
