@@ -207,19 +207,21 @@ def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]])
             for name, kinds in zip(names, checkpoints) for kind, row in kinds.items()]
 
 
-def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
+def write_examples(output: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
                    args: argparse.Namespace) -> None:
-    """Write a line for each checkpoint, file and example: its place, NLL sums (nats) and targets by kind."""
+    """Write a line for each checkpoint, name of --data and example: the file and line of its record, which a
+    name may have several of, its NLL sums (nats) and its targets by kind."""
     lines = []
     for m, name in enumerate(args.model):
         for path, dataset, of_file in zip(args.data, data[m], sums[m]):
-            for (_, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
-                                               dataset.counts.tolist()):
+            for (file, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
+                                                  dataset.counts.tolist()):
                 kinds = [k for k in range(len(KINDS)) if counts[k]]
-                lines.append(json.dumps({"model": name, "data": path, "line": line,
+                lines.append(json.dumps({"model": name, "data": path,
+                                         "file": dataset.files[file], "line": line,
                                          "nll": {KINDS[k]: nats[k] for k in kinds},
                                          "tokens": {KINDS[k]: counts[k] for k in kinds}}) + "\n")
-    write_text(file, "".join(lines))
+    write_text(output, "".join(lines))
 
 
 def main(argv: list[str]) -> None:

@@ -261,6 +261,17 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
+def test_examples_of_a_folder_are_told_apart_by_their_files(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(folder / name, tmp_path / "data")
+    spans.main(arguments(folder, data=tmp_path / "data", model=folder / "one",
+                         per_example=tmp_path / "examples.jsonl"))
+    places = [(line["file"], line["line"]) for line in map(json.loads, open(tmp_path / "examples.jsonl"))]
+    assert places == [(str(tmp_path / "data" / name), line)
+                      for name, count in (("a.jsonl", 20), ("b.jsonl", 7)) for line in range(1, count + 1)]
+
+
 def test_a_damaged_second_checkpoint_is_found_before_the_first_is_evaluated(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "two", tmp_path / "cut")
     file = tmp_path / "cut" / "model.safetensors"
