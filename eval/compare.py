@@ -216,19 +216,22 @@ def main(argv: list[str]) -> None:
         return
     letters = [one.letter for one in runs]
     tables = make_tables(cells | results, letters)
-    for one in runs:
-        print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
-    for title, rows in tables.items():
-        print_table(title, rows, letters)
-    print()
-    for note in notes:
-        print(f"note: {ending(note, len(note))}")
-    pictures = {name: picture(points) for name, points in curves(runs).items()}
-    write_text(output, make_page(runs=runs, letters=letters, notes=notes, tables=tables, pictures=pictures,
-                                 examples=examples, responses=responses))
+    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
+        write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
+        pictures = {name: picture(points) for name, points in curves(runs).items()}
+        write_text(output, make_page(runs=runs, letters=letters, notes=notes, tables=tables,
+                                     pictures=pictures, examples=examples, responses=responses))
+    finally:
+        for one in runs:
+            print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
+        for title, rows in tables.items():
+            print_table(title, rows, letters)
+        print()
+        for note in notes:
+            print(f"note: {ending(note, len(note))}")
     print(f"{output} is the page")
-    result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
-    write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

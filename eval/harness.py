@@ -219,12 +219,16 @@ def main(argv: list[str]) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
-    for table in ("results", "groups"):
-        if table in results:
-            print(make_table(results, table))
-    if paper:
-        print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
-    write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)), [args.model])
+    # The file first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)),
+                     [args.model])
+    finally:
+        for table in ("results", "groups"):
+            if table in results:
+                print(make_table(results, table))
+        if paper:
+            print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
 
 
 if __name__ == "__main__":

@@ -234,21 +234,25 @@ def main(argv: list[str]) -> None:
     sums = [evaluate(load(name, args, device), datasets, args) for name, datasets in zip(args.model, data)]
     if not is_main():
         return
-    print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
-    if len(args.model) > 1:
-        print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
-    for m, name in enumerate(args.model):
-        print(f"  {m + 1}  {name}")
-    rows = []
-    for i, (file, dataset) in enumerate(zip(args.data, data[0])):
-        of_file = compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap,
-                          args.confidence, args.seed)
-        print_table(file, dataset, of_file, args.confidence)
-        rows += result_rows(file, args.model, of_file)
-    if args.per_example:
-        write_examples(args.per_example, data, sums, args)
+    compared = [compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap, args.confidence,
+                        args.seed) for i, dataset in enumerate(data[0])]
+    rows = [row for file, of_file in zip(args.data, compared)
+            for row in result_rows(file, args.model, of_file)]
     flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
-    write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows}, args.model)
+    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows},
+                     args.model)
+        if args.per_example:
+            write_examples(args.per_example, data, sums, args)
+    finally:
+        print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
+        if len(args.model) > 1:
+            print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
+        for m, name in enumerate(args.model):
+            print(f"  {m + 1}  {name}")
+        for file, dataset, of_file in zip(args.data, data[0], compared):
+            print_table(file, dataset, of_file, args.confidence)
 
 
 if __name__ == "__main__":

@@ -601,14 +601,20 @@ def test_a_page_that_cannot_be_written_is_refused_before_anything_is_evaluated(r
         compare.main(command(runs, folder, output=None, data=folder / "test.jsonl"))
 
 
-def test_a_page_that_fails_in_the_end_costs_no_table(runs, folder, monkeypatch, capsys):
-    def full(*_: object) -> None:
+def test_a_page_that_cannot_be_written_in_the_end_costs_no_table(runs, folder, monkeypatch, capsys):
+    def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compare, "write_text", full)
-    with pytest.raises(OSError, match="No space left"):
-        compare.main(command(runs, folder, data=folder / "test.jsonl", answers=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_text", fails)
+        with pytest.raises(OSError, match="No space left"):
+            compare.main(command(runs, folder, data=folder / "test.jsonl", answers=1))
     assert "--data: NLL of test.jsonl, mean over tokens" in capsys.readouterr().out
+    # Nor does a reader of the output that is gone cost a file.
+    monkeypatch.setattr(compare, "print_table", fails)
+    with pytest.raises(OSError, match="No space left"):
+        compare.main(command(runs, folder))
+    assert (runs / "page.html").is_file() and (runs / "out.json").is_file()
 
 
 def test_a_prompt_that_the_template_refuses_is_found_before_the_nll_is_computed(runs, folder, monkeypatch):

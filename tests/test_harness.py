@@ -472,6 +472,16 @@ def test_wrong_flags_are_named(folder, more, says):
         harness.main(arguments(folder, **more))
 
 
+def test_a_reader_that_is_gone_costs_no_result(folder, tmp_path, monkeypatch):
+    def gone(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("lm_eval.utils.make_table", gone)
+    with pytest.raises(BrokenPipeError):
+        harness.main(arguments(folder, tasks="tiny_choice", json=tmp_path / "out.json"))
+    assert json.loads((tmp_path / "out.json").read_text())["results"]["tiny_choice"]
+
+
 def test_without_the_harness_one_line_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     with pytest.raises(ValueError, match="pip install -r requirements-eval.txt"):

@@ -261,6 +261,24 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
+def test_neither_a_reader_that_is_gone_nor_a_full_disk_costs_the_other_result(folder, tmp_path, monkeypatch,
+                                                                              capsys):
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spans, "print_table", fails)
+        with pytest.raises(OSError, match="No space left"):
+            spans.main(arguments(folder, json=tmp_path / "out.json", per_example=tmp_path / "each.jsonl"))
+    assert json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len((tmp_path / "each.jsonl").read_text().splitlines()) == 2 * (20 + 7)
+    monkeypatch.setattr(spans, "write_examples", fails)
+    capsys.readouterr()
+    with pytest.raises(OSError, match="No space left"):
+        spans.main(arguments(folder, per_example=tmp_path / "each.jsonl"))
+    assert capsys.readouterr().out.count("completion: ") == 2
+
+
 def test_examples_of_a_folder_are_told_apart_by_their_files(folder, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
