@@ -21,7 +21,8 @@ from runtime.files import write_text
 from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
 from runtime.machine import (Crowding, keep_freed_memory, resolve_dtype, sleep_while_crowded,
                              warn_of_emulation)
-from model import Llama, load_model
+from model import Llama, load_model, stored_weights
+from runtime.model_config import read_config
 from runtime.model_folder import resolve_model
 from runtime.weights import model_fingerprint
 from runtime.start import raise_interrupts
@@ -57,23 +58,33 @@ class Loaded:
         return {special[token] for token in ends if token in special}
 
 
-def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False, chat: bool = True
-         ) -> Loaded:
-    """The checkpoint in a folder or of a hub id. cast: get bf16 by casting the weights, as generation needs,
-    instead of by autocast over fp32 weights, as in training; chat: whether a template is needed, so that
-    --template auto must find one. ValueError for what is wrong with the folder."""
+def open_checkpoint(name: str, args: argparse.Namespace, chat: bool = True
+                    ) -> tuple[Path, Tokenizer, Template | None]:
+    """The folder, tokenizer and template of a checkpoint, given as a folder or a hub id. chat: whether a
+    template is needed, so that --template auto must find one. ValueError for what is wrong with the folder,
+    except for the weights' values, of which only the files' headers are read: so a command finds out about
+    its last checkpoint before it works on the first."""
     folder = resolve_model(name)
-    tokenizer = Tokenizer(folder)
+    tokenizer, config = Tokenizer(folder), read_config(folder)
     has_none = args.template == "auto" and tokenizer.chat_template is None and not chat
     template = load_template(args.template, tokenizer, args.date) if args.template and not has_none else None
+    stored_weights(folder, config)
+    if template:
+        check_vocabulary(config.vocab_size, tokenizer, template)
+    return folder, tokenizer, template
+
+
+def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool = False, chat: bool = True
+         ) -> Loaded:
+    """open_checkpoint() with the weights. cast: get bf16 by casting the weights, as generation needs, instead
+    of by autocast over fp32 weights, as in training."""
+    folder, tokenizer, template = open_checkpoint(name, args, chat)
     model = load_model(folder, device).requires_grad_(False).eval()
     bf16 = args.dtype == "bf16"
     if cast and bf16:
         model.to(torch.bfloat16)
     model.choose_attention(torch.bfloat16 if bf16 else torch.float32)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16 and not cast)
-    if template:
-        check_vocabulary(model.config.vocab_size, tokenizer, template)
     return Loaded(name, model, tokenizer, template, device, autocast)
 
 

@@ -63,7 +63,7 @@ from eval.common import load, run, start_ranks, write_json
 from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
-from runtime.files import write_text
+from runtime.files import check_writable, write_text
 from runtime.report import ending
 from runtime.start import WIDTH
 
@@ -88,14 +88,15 @@ def ask_checkpoints(runs: list[Run], examples: list[Example], args: argparse.Nam
     sums, responses = {}, {}
     for one, name, datasets in zip(runs, args.model, data):
         loaded = load(name, args, device)
+        # First, because it takes less time: the template may refuse a record of --prompts.
+        if examples:
+            responses[one.letter] = respond(loaded, examples, args)
         try:
             spans.check_tokens(args.data, (args.model[0], name), data[0], datasets)
         except ValueError as error:
             notes.append(f"{one.letter} is left out of the NLL on --data. {error}")
         else:
             sums[name] = spans.evaluate(loaded, datasets, args)
-        if examples:
-            responses[one.letter] = respond(loaded, examples, args)
         # Free this model before the next one is loaded.
         del loaded
     rows = []
@@ -200,6 +201,10 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     notes: list[str] = []
     runs = [read_run(letter, name, notes) for letter, name in zip(ascii_uppercase, args.runs)]
+    output = args.output or runs[0].folder / "page.html"
+    if is_main():
+        # That of --output is checked with the flags.
+        check_writable("--output", output)
     cells, results = run_cells(runs), read_results(runs, args.results, notes)
     responses, examples = {}, []
     if args.prompts or args.data:
@@ -211,21 +216,22 @@ def main(argv: list[str]) -> None:
         return
     letters = [one.letter for one in runs]
     tables = make_tables(cells | results, letters)
-    pictures = {name: picture(points) for name, points in curves(runs).items()}
-    page = make_page(runs=runs, letters=letters, notes=notes, tables=tables, pictures=pictures,
-                     examples=examples, responses=responses)
-    output = args.output or runs[0].folder / "page.html"
-    write_text(output, page)
-    for one in runs:
-        print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
-    for title, rows in tables.items():
-        print_table(title, rows, letters)
-    print()
-    for note in notes:
-        print(f"note: {ending(note, len(note))}")
+    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
+        write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
+        pictures = {name: picture(points) for name, points in curves(runs).items()}
+        write_text(output, make_page(runs=runs, letters=letters, notes=notes, tables=tables,
+                                     pictures=pictures, examples=examples, responses=responses))
+    finally:
+        for one in runs:
+            print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
+        for title, rows in tables.items():
+            print_table(title, rows, letters)
+        print()
+        for note in notes:
+            print(f"note: {ending(note, len(note))}")
     print(f"{output} is the page")
-    result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
-    write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
 
 
 if __name__ == "__main__":

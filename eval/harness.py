@@ -17,29 +17,30 @@ from argparse import Namespace
 
 from eval.flags import Parser, answer_command, check_values, need
 from records import naming
+from runtime.flags import number
 from runtime.start import world_size
 
 SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 def parse_args(argv: list[str]) -> Namespace:
-    def number(text: str) -> int:
-        return 16 if text == "auto" else int(text)
+    def at_once(text: str) -> int:
+        return 16 if text == "auto" else number(int, 1)(text)
 
     parser = Parser("harness", __doc__)
     parser.add_model_flags()
     parser.set_defaults(template=None)
     parser.add_argument("--local", nargs="+", default=[], metavar="TASK=FILE",
                         help="read a task's documents from a .json or .jsonl file")
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096,
+    parser.add_argument("--micro-batch-tokens", type=number(int, 1), default=4096,
                         help="tokens of a row of log-likelihoods")
     flag = parser.add_argument_group("options of lm-evaluation-harness (see lm-eval run --help)").add_argument
     flag("--tasks", nargs="+", required=True, metavar="TASK",
          help="names, patterns or .yaml files, with commas or spaces between; paper: the paper's suite")
     flag("--include_path", metavar="DIR", help="a folder of further tasks")
-    flag("--num_fewshot", type=int, help="examples in front of each question")
+    flag("--num_fewshot", type=number(int, 0), help="examples in front of each question")
     flag("--limit", type=float, help="use only so many documents of each task; below 1: that share")
-    flag("--batch_size", default="auto", type=number, help="answers generated at once; auto: 16")
+    flag("--batch_size", default="auto", type=at_once, help="answers generated at once; auto: 16")
     flag("--model_args", default="", metavar="max_length=N", help="the most tokens of an input")
     flag("--gen_kwargs", metavar="NAME=VALUE,...", help="change how tasks generate; or a JSON object")
     flag("--apply_chat_template", action="store_true", help="write prompts as conversations, by --template")
@@ -49,7 +50,7 @@ def parse_args(argv: list[str]) -> Namespace:
     flag("--use_cache", metavar="FILE", help="save answers there and resume from them")
     flag("--output_path", metavar="DIR", help="write results there")
     flag("--log_samples", action="store_true", help="write each document's prompt and answers there too")
-    flag("--seed", type=int, help="for random, numpy, torch and choosing examples")
+    flag("--seed", type=number(int, 0), help="for random, numpy, torch and choosing examples")
     flag("--confirm_run_unsafe_code", action="store_true", help="run tasks that execute a model's code")
     args = parser.parse_args(argv)
     if args.gen_kwargs and args.gen_kwargs.startswith("{"):
@@ -60,6 +61,9 @@ def parse_args(argv: list[str]) -> Namespace:
         raise ValueError(f"--template {args.template}: needs --apply_chat_template; give that too")
     if args.log_samples and not args.output_path:
         raise ValueError("--log_samples: needs --output_path DIR to write them to; give that too")
+    if args.limit is not None and not args.limit > 0:
+        raise ValueError(f"--limit {args.limit:g}: must be above 0: a number of documents or, "
+                         "below 1, a share of them")
     if args.limit is not None and 1 <= args.limit < world_size():
         raise ValueError(f"--limit {args.limit:g}: must be at least {world_size()}, one for each rank")
     if "paper" in args.tasks and args.num_fewshot is not None:
@@ -93,9 +97,14 @@ def open_tasks(args: Namespace) -> tuple[object, list[str], dict]:
     except ImportError as error:
         # It is there, but not all that it needs.
         raise ValueError(f"eval.harness: {error}: pip install -r requirements-eval.txt") from None
+    given = simple_parse_args_string(args.model_args)
+    # Others would replace what the flags say.
+    if given.keys() - {"max_length"} or not all(isinstance(n, int) and n > 0 for n in given.values()):
+        raise ValueError(f"--model_args {args.model_args}: must be max_length=N with N 1 or more; "
+                         "everything else has a flag of its own")
     model_args = {"pretrained": args.model, "dtype": args.dtype, "date": args.date,
                   "template": (args.template or "auto") if args.apply_chat_template else None,
-                  "micro_batch_tokens": args.micro_batch_tokens, **simple_parse_args_string(args.model_args)}
+                  "micro_batch_tokens": args.micro_batch_tokens, **given}
     manager = lm_eval.tasks.TaskManager(include_path=args.include_path, metadata=model_args)
     found = []
     for word in args.tasks:
@@ -172,12 +181,7 @@ def main(argv: list[str]) -> None:
 
     from eval.harness_model import HarnessModel
     setup_logging(logging.WARNING if is_main() else logging.ERROR)
-    try:
-        model = HarnessModel(**model_args, batch_size=args.batch_size, device=args.device)
-    except TypeError as error:
-        # An argument that it does not have.
-        raise ValueError(f"--model_args {args.model_args}: {error}") from None
-
+    model = HarnessModel(**model_args, batch_size=args.batch_size, device=args.device)
     paper = "paper" in args.tasks
     tracker = EvaluationTracker(output_path=args.output_path)
     with tempfile.TemporaryDirectory() as folder:
@@ -200,6 +204,11 @@ def main(argv: list[str]) -> None:
                 raise
             raise ValueError(f"--local {' '.join(args.local)}: a document lacks a field that its task reads: "
                              f"{error}; give the records that the task is made for") from None
+        except AssertionError as error:
+            if "fewshot" not in str(error):
+                raise
+            raise ValueError(f"a task has too few examples to put in front of its questions ({error}); give "
+                             "a smaller --num_fewshot") from None
     # The other ranks have none.
     if not results:
         return
@@ -210,12 +219,16 @@ def main(argv: list[str]) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
-    for table in ("results", "groups"):
-        if table in results:
-            print(make_table(results, table))
-    if paper:
-        print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
-    write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)), [args.model])
+    # The file first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)),
+                     [args.model])
+    finally:
+        for table in ("results", "groups"):
+            if table in results:
+                print(make_table(results, table))
+        if paper:
+            print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ SENTINEL = "\ue000continued\ue000"
 class HarnessModel(TemplateLM):
     """pretrained: checkpoint folder or hub id; template: chat template, as train.py's --template; batch_size:
     answers generated at once; max_length: tokens of context and continuation; micro_batch_tokens: tokens of a
-    row of log-likelihoods. ValueError for a bad value of any of them."""
+    row of log-likelihoods. ValueError for a bad checkpoint or template."""
 
     def __init__(self, pretrained: str, template: str | None = None, date: str = "", dtype: str = "auto",
                  device: str = "auto", batch_size: int = 16, max_length: int | None = None,
@@ -53,9 +53,6 @@ class HarnessModel(TemplateLM):
                              "is not a token of the tokenizer; name the one that ends an answer")
         self.batch_size, self.micro_batch_tokens = batch_size, micro_batch_tokens
         self.max_length = max_length or self.model.config.max_position_embeddings or MAX_LENGTH
-        for name in ("batch_size", "max_length", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         self.generation_config = read_json(self.words.folder / "generation_config.json")
         if self.generation_config.get("repetition_penalty") not in (None, 1):
             log.warning("generation_config.json sets repetition_penalty. `hf` applies it to answers, but "

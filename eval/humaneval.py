@@ -55,6 +55,8 @@ def parse_args(argv: list[str]) -> Namespace:
         raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
     for k in args.k:
         pass_at_k(args.samples, 0, k)
+    if args.json and not args.execute:
+        raise ValueError(f"--json {args.json}: without --execute there is no result to write; give that too")
     return args
 
 

@@ -50,15 +50,14 @@ import json
 
 import numpy as np
 
-from chat import COMPLETION, Template, load_template, render, tokenize
+from chat import COMPLETION, Template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers
 from eval.bootstrap import interval, resampled_sums
-from eval.common import Loaded, load, progress, run, start_ranks, write_result
+from eval.common import Loaded, load, open_checkpoint, progress, run, start_ranks, write_result
 from eval.likelihood import shared_prefix
 from records import naming, read_all
 from runtime.distributed import is_main
-from runtime.model_folder import resolve_model
 from runtime.start import fit
 from runtime.weights import model_fingerprint
 
@@ -163,12 +162,11 @@ def main(argv: list[str]) -> None:
     device = start_ranks(args)
     settings = {name: getattr(args, name) for name in ("limit", "max_new_tokens", "max_length", "template",
                                                        "dtype")}
-    # All checkpoints' records are read first, so that bad input is found before the first answer.
+    # All checkpoints and their records first, so that bad input is found before the first answer.
     targets = []
     for name in args.model:
-        folder = resolve_model(name)
-        tokenizer = Tokenizer(folder)
-        targets.append(read_targets(args, tokenizer, load_template(args.template, tokenizer, args.date)))
+        folder, tokenizer, template = open_checkpoint(name, args)
+        targets.append(read_targets(args, tokenizer, template))
         asked = hashlib.sha256(json.dumps(targets[-1][0]).encode()).hexdigest()[:32]
         settings[name] = {"weights": model_fingerprint(folder), "tokenizer": tokenizer.fingerprint,
                           "records": asked}

@@ -62,17 +62,15 @@ import time
 
 import torch
 
-from chat import load_template, render, tokenize
-from runtime.tokenizer import Tokenizer
+from chat import render, tokenize
 from eval.answers import Answers, as_line, made_with
 from eval.chat_model import ChatModel
-from eval.common import load, progress, read_objects, run, start_ranks, write_result
+from eval.common import load, open_checkpoint, progress, read_objects, run, start_ranks, write_result
 from eval.engine import Sampling
 from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
 from records import naming
 from runtime.distributed import is_main
 from runtime.files import write_text
-from runtime.model_folder import resolve_model
 from runtime.start import fit
 
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
@@ -133,8 +131,7 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
 def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict[int, list[dict]]:
     """{question: [{"question", "turn", "output", "tokens", "finished"}, one per turn]}; read from
     OUTPUT.answers or generated."""
-    tokenizer = Tokenizer(resolve_model(args.model))
-    template = load_template(args.template, tokenizer, args.date)
+    _, tokenizer, template = open_checkpoint(args.model, args)
     flags = ("benchmark", "model", "dtype", "max_new_tokens", "seed")
     answers = Answers(f"{args.output}.answers", lambda line: (line["question"], line["turn"]),
                       made_with(args, flags, tokenizer, template, args.questions))

@@ -40,14 +40,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from chat import KINDS, load_template
-from runtime.tokenizer import Tokenizer
+from chat import KINDS
 from data import Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import interval, resampled_sums
-from eval.common import Loaded, load, run, start_ranks, write_result
+from eval.common import Loaded, load, open_checkpoint, run, start_ranks, write_result
 from kernels.head import nll
 from model import Llama
-from runtime.model_folder import resolve_model
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
 from runtime.files import write_text
 from runtime.report import ending
@@ -149,8 +147,7 @@ def load_data(args: argparse.Namespace) -> list[list[Dataset]]:
     data = []
     with first_of_machine():
         for name in args.model:
-            tokenizer = Tokenizer(resolve_model(name))
-            template = load_template(args.template, tokenizer, args.date)
+            _, tokenizer, template = open_checkpoint(name, args)
             data.append([load_dataset([file], tokenizer, template, args.max_length, args.overlong,
                                       args.cache_dir, shows_progress(), args.columns) for file in args.data])
     return data
@@ -210,19 +207,21 @@ def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]])
             for name, kinds in zip(names, checkpoints) for kind, row in kinds.items()]
 
 
-def write_examples(file: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
+def write_examples(output: str, data: list[list[Dataset]], sums: list[list[np.ndarray]],
                    args: argparse.Namespace) -> None:
-    """Write a line for each checkpoint, file and example: its place, NLL sums (nats) and targets by kind."""
+    """Write a line for each checkpoint, name of --data and example: the file and line of its record, which a
+    name may have several of, its NLL sums (nats) and its targets by kind."""
     lines = []
     for m, name in enumerate(args.model):
         for path, dataset, of_file in zip(args.data, data[m], sums[m]):
-            for (_, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
-                                               dataset.counts.tolist()):
+            for (file, line), nats, counts in zip(dataset.origins.tolist(), of_file.tolist(),
+                                                  dataset.counts.tolist()):
                 kinds = [k for k in range(len(KINDS)) if counts[k]]
-                lines.append(json.dumps({"model": name, "data": path, "line": line,
+                lines.append(json.dumps({"model": name, "data": path,
+                                         "file": dataset.files[file], "line": line,
                                          "nll": {KINDS[k]: nats[k] for k in kinds},
                                          "tokens": {KINDS[k]: counts[k] for k in kinds}}) + "\n")
-    write_text(file, "".join(lines))
+    write_text(output, "".join(lines))
 
 
 def main(argv: list[str]) -> None:
@@ -235,21 +234,25 @@ def main(argv: list[str]) -> None:
     sums = [evaluate(load(name, args, device), datasets, args) for name, datasets in zip(args.model, data)]
     if not is_main():
         return
-    print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
-    if len(args.model) > 1:
-        print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
-    for m, name in enumerate(args.model):
-        print(f"  {m + 1}  {name}")
-    rows = []
-    for i, (file, dataset) in enumerate(zip(args.data, data[0])):
-        of_file = compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap,
-                          args.confidence, args.seed)
-        print_table(file, dataset, of_file, args.confidence)
-        rows += result_rows(file, args.model, of_file)
-    if args.per_example:
-        write_examples(args.per_example, data, sums, args)
+    compared = [compare(np.stack([each[i] for each in sums]), dataset.counts, args.bootstrap, args.confidence,
+                        args.seed) for i, dataset in enumerate(data[0])]
+    rows = [row for file, of_file in zip(args.data, compared)
+            for row in result_rows(file, args.model, of_file)]
     flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
-    write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows}, args.model)
+    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
+    try:
+        write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows},
+                     args.model)
+        if args.per_example:
+            write_examples(args.per_example, data, sums, args)
+    finally:
+        print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
+        if len(args.model) > 1:
+            print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
+        for m, name in enumerate(args.model):
+            print(f"  {m + 1}  {name}")
+        for file, dataset, of_file in zip(args.data, data[0], compared):
+            print_table(file, dataset, of_file, args.confidence)
 
 
 if __name__ == "__main__":

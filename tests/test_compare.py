@@ -594,6 +594,40 @@ def test_a_run_alone_has_its_own_page_in_its_folder(runs, folder, capsys):
     assert "Answers" in text and "NLL by token" not in text
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_anything_is_evaluated(runs, folder, monkeypatch):
+    (runs / "it" / "page.html").mkdir()
+    monkeypatch.setattr(compare, "ask_checkpoints", None)
+    with pytest.raises(ValueError, match="--output .*/it/page.html: give a file"):
+        compare.main(command(runs, folder, output=None, data=folder / "test.jsonl"))
+
+
+def test_a_page_that_cannot_be_written_in_the_end_costs_no_table(runs, folder, monkeypatch, capsys):
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "write_text", fails)
+        with pytest.raises(OSError, match="No space left"):
+            compare.main(command(runs, folder, data=folder / "test.jsonl", answers=1))
+    assert "--data: NLL of test.jsonl, mean over tokens" in capsys.readouterr().out
+    # Nor does a reader of the output that is gone cost a file.
+    monkeypatch.setattr(compare, "print_table", fails)
+    with pytest.raises(OSError, match="No space left"):
+        compare.main(command(runs, folder))
+    assert (runs / "page.html").is_file() and (runs / "out.json").is_file()
+
+
+def test_a_prompt_that_the_template_refuses_is_found_before_the_nll_is_computed(runs, folder, monkeypatch):
+    file, short = runs / "prompts.jsonl", runs / "short.jinja"
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant") * 20]
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    short.write_text("{% if messages | length > 30 %}{{ raise_exception('too many turns') }}{% endif %}"
+                     + (Path(compare.__file__).parent.parent / "templates" / "llama3.jinja").read_text())
+    monkeypatch.setattr(spans, "evaluate", None)
+    with pytest.raises(ValueError, match="prompts.jsonl:1: .*too many turns"):
+        compare.main(command(runs, folder, data=folder / "test.jsonl", prompts=file, template=short))
+
+
 def test_more_runs_than_letters_are_refused(runs):
     with pytest.raises(ValueError, match="27 runs: give at most 26"):
         compare.main([str(runs / str(i)) for i in range(27)])

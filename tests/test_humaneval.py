@@ -102,6 +102,12 @@ def test_limits_that_would_not_hold_are_refused(tmp_path, flag, value, says):
         humaneval.main([*arguments(tmp_path, tmp_path / "out.jsonl", "chat"), f"--{flag}={value}"])
 
 
+def test_a_result_without_execution_is_refused_rather_than_left_out(tmp_path):
+    with pytest.raises(ValueError, match="result.json: without --execute there is no result"):
+        humaneval.main([*arguments(tmp_path, tmp_path / "out.jsonl", "chat"),
+                        "--json", str(tmp_path / "result.json")])
+
+
 def test_without_a_sandbox_nothing_is_generated(tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -1,5 +1,6 @@
 """Greedy answers to training prompts against transformers, their scores against sacrebleu and by hand."""
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,17 @@ def arguments(folder: Path, **more: object) -> list[str]:
 def result(folder: Path, **more: object) -> list[dict]:
     memorization.main(arguments(folder, json=folder / "out.json", **more))
     return json.loads((folder / "out.json").read_text())["results"]
+
+
+def test_a_second_checkpoint_that_does_not_fit_is_found_before_the_first_answers(folder, tmp_path,
+                                                                                 monkeypatch):
+    shutil.copytree(folder / "model", tmp_path / "gpt2")
+    config = tmp_path / "gpt2" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "gpt2"}))
+    monkeypatch.setattr(memorization, "answer", None)
+    with pytest.raises(ValueError, match="model_type 'gpt2' is not implemented"):
+        memorization.main(arguments(folder, model=[folder / "run" / "final", tmp_path / "gpt2"],
+                                    template="llama3"))
 
 
 def rows_of(file: Path) -> list[dict]:

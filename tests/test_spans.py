@@ -261,6 +261,44 @@ def test_wrong_flags_are_named(folder, more, says):
         spans.main(arguments(folder, **more))
 
 
+def test_neither_a_reader_that_is_gone_nor_a_full_disk_costs_the_other_result(folder, tmp_path, monkeypatch,
+                                                                              capsys):
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(spans, "print_table", fails)
+        with pytest.raises(OSError, match="No space left"):
+            spans.main(arguments(folder, json=tmp_path / "out.json", per_example=tmp_path / "each.jsonl"))
+    assert json.loads((tmp_path / "out.json").read_text())["results"]
+    assert len((tmp_path / "each.jsonl").read_text().splitlines()) == 2 * (20 + 7)
+    monkeypatch.setattr(spans, "write_examples", fails)
+    capsys.readouterr()
+    with pytest.raises(OSError, match="No space left"):
+        spans.main(arguments(folder, per_example=tmp_path / "each.jsonl"))
+    assert capsys.readouterr().out.count("completion: ") == 2
+
+
+def test_examples_of_a_folder_are_told_apart_by_their_files(folder, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        shutil.copy(folder / name, tmp_path / "data")
+    spans.main(arguments(folder, data=tmp_path / "data", model=folder / "one",
+                         per_example=tmp_path / "examples.jsonl"))
+    places = [(line["file"], line["line"]) for line in map(json.loads, open(tmp_path / "examples.jsonl"))]
+    assert places == [(str(tmp_path / "data" / name), line)
+                      for name, count in (("a.jsonl", 20), ("b.jsonl", 7)) for line in range(1, count + 1)]
+
+
+def test_a_damaged_second_checkpoint_is_found_before_the_first_is_evaluated(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder / "two", tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.setattr(spans, "evaluate", None)
+    with pytest.raises(ValueError, match="cut/model.safetensors: not a readable safetensors file"):
+        spans.main(arguments(folder, model=[folder / "one", tmp_path / "cut"]))
+
+
 @pytest.mark.parametrize("flag", ["json", "per_example"])
 @pytest.mark.parametrize("data", ["b.jsonl", "", "?.jsonl"])
 def test_an_output_may_not_be_a_file_that_is_read(folder, tmp_path, flag, data):
