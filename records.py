@@ -30,7 +30,7 @@ from chat import ROLES
 from runtime.foreign import (MAX_LINE, TOO_DEEP, about_pointer, check_depth, check_file, is_file, parse_json,
                              shorten, shown)
 from runtime.model_folder import download
-from runtime.start import world_size
+from runtime.start import warn_once, world_size
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant",
                   "observation": "tool"}
@@ -186,6 +186,10 @@ def _files_in(folder: str) -> list[str]:
     if not files:
         raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
                          f"'{folder.rstrip('/')}/**/*.jsonl'")
+    below = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))
+    if left_out := next((file for file in below if _holds_records(os.path.basename(file))), None):
+        warn_once(f"{folder}: folders within it are not read, such as {os.path.dirname(left_out)}; for their "
+                  f"files, too, give '{folder.rstrip('/')}/**/*.jsonl'")
     return files
 
 

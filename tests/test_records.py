@@ -660,6 +660,21 @@ def test_names_without_records_say_why(tmp_path):
     assert local_files("owner/none") == []
 
 
+def test_files_in_folders_within_a_folder_are_not_left_out_silently(tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"messages": MESSAGES}))
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "notes.txt").write_text("")
+    data_files([str(tmp_path)])
+    assert capsys.readouterr().err == ""
+    (tmp_path / "more" / "two.jsonl").write_text((tmp_path / "one.jsonl").read_text())
+    found = data_files([str(tmp_path)]), data_files([str(tmp_path)])
+    warning = capsys.readouterr().err
+    assert found == ([str(tmp_path / "one.jsonl")],) * 2
+    assert warning.count("\n") == 1 and f"such as {tmp_path}/more;" in warning
+    pattern = re.search("'(.*)'", warning)[1]
+    assert [Path(file).name for file in data_files([pattern])] == ["two.jsonl", "one.jsonl"]
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """hub(files...) puts a dataset's files into a local stand-in for the hub; returns the list of calls."""
