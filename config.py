@@ -57,6 +57,8 @@ def span_weights(loss: str, template: float | None = None, system: float | None 
     return weights
 
 
+# The flags that override a preset's weights.
+WEIGHT_FLAGS = tuple(f"{kind}_weight" for kind in KINDS if kind != "context")
 COMPUTE_DTYPES = "auto", "bf16", "fp32"
 # What --micro-batch-tokens 0 chooses from; on a CPU the first, because more is no faster there.
 MICRO_BATCH_TOKENS = 4096, 8192, 16384, 32768, 65536

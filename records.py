@@ -183,13 +183,14 @@ def _files_in(folder: str) -> list[str]:
                          "with load_from_disk(...).to_parquet(FILE) or to_json(FILE)")
     files = [os.path.join(folder, name) for name in names if _holds_records(name)]
     files = _of_one_kind(list(filter(is_file, files)), folder)
+    with_folders_within = f"'{folder.rstrip('/')}/**/*.jsonl'"
     if not files:
         raise ValueError(f"{folder}: this folder holds no {READ}; for files in folders within it give "
-                         f"'{folder.rstrip('/')}/**/*.jsonl'")
+                         f"{with_folders_within}")
     below = sorted(glob.glob(os.path.join(glob.escape(folder), "*", "*")))
     if left_out := next((file for file in below if _holds_records(os.path.basename(file))), None):
         warn_once(f"{folder}: folders within it are not read, such as {os.path.dirname(left_out)}; for their "
-                  f"files, too, give '{folder.rstrip('/')}/**/*.jsonl'")
+                  f"files, too, give {with_folders_within}")
     return files
 
 

@@ -11,7 +11,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from config import Config
+from config import WEIGHT_FLAGS, Config
 from runtime.flags import flag_name
 from runtime.start import WIDTH
 
@@ -50,8 +50,7 @@ def advice(ratio: float, examples: int, config: Config) -> str:
 
 
 # What a study compares, and what it decides itself.
-OF_A_LOSS = ("loss", "normalize",
-             *(f"{kind}_weight" for kind in ("template", "system", "instruction", "completion")))
+OF_A_LOSS = ("loss", "normalize", *WEIGHT_FLAGS)
 OF_A_STUDY = {"model", "train_data", "lr", "eval_fraction", "require_completion", *OF_A_LOSS}
 
 

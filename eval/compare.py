@@ -202,8 +202,7 @@ def main(argv: list[str]) -> None:
     notes: list[str] = []
     runs = [read_run(letter, name, notes) for letter, name in zip(ascii_uppercase, args.runs)]
     output = args.output or runs[0].folder / "page.html"
-    if is_main():
-        # That of --output is checked with the flags.
+    if is_main() and not args.output:      # one that is given is checked with the flags
         check_writable("--output", output)
     cells, results = run_cells(runs), read_results(runs, args.results, notes)
     responses, examples = {}, []

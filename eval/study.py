@@ -37,7 +37,7 @@ from pathlib import Path
 # First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
 from eval.flags import Parser, need
 
-from config import EMBEDDED, NORMALIZE, PRESETS, Config, check_files, validate
+from config import EMBEDDED, NORMALIZE, PRESETS, WEIGHT_FLAGS, Config, check_files, validate
 from config import parse_args as parse_flags
 from records import naming, read_all
 from runtime.files import check_writable, read_json
@@ -45,9 +45,9 @@ from runtime.flags import flag, flag_name, given_flags
 from runtime.start import answer_flags, fit, world_size
 
 # What a contender may set: what is optimized. The data and the length are the same for all.
-OF_WEIGHTS = "loss", "template_weight", "system_weight", "instruction_weight", "completion_weight"
-CONTENDER_FLAGS = (*OF_WEIGHTS, "normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio",
-                   "weight_decay", "beta1", "beta2", "adam_eps", "clip_grad_norm")
+OTHER_FLAGS = ("normalize", "neftune_alpha", "kl_weight", "schedule", "warmup_ratio", "weight_decay", "beta1",
+               "beta2", "adam_eps", "clip_grad_norm")
+CONTENDER_FLAGS = "loss", *WEIGHT_FLAGS, *OTHER_FLAGS
 
 
 @dataclass
@@ -94,24 +94,26 @@ def parse_contenders(config: StudyConfig) -> dict[str, dict]:
                              "NAME")
         with naming(f"--variants {text}"):
             given_by.append(("--variants", name, shlex.split(given)))
+
+    def optimized(given: dict) -> list:
+        own = dataclasses.replace(config, **given)
+        # --loss is a name for weights, so that equal ones may be given in several ways.
+        return [own.span_weights.tolist(), *(getattr(own, name) for name in OTHER_FLAGS)]
+
     contenders: dict[str, dict] = {}
-    meanings: dict[str, list] = {}
     for flag_, name, argv in given_by:
         if name in contenders:
             raise ValueError(f"{flag_} {name}: is given twice; give each contender its own name")
         with naming(f"contender {name}"):
             given = given_flags(Config, argv, "train.py", "")
-            own = dataclasses.replace(config, **given)
             if others := sorted(given.keys() - {*CONTENDER_FLAGS}):
                 raise ValueError(f"{', '.join(map(flag_name, others))} must be the same for all contenders; "
                                  f"one may have {', '.join(map(flag_name, CONTENDER_FLAGS))}")
-            validate(own)
-            # All names of a loss stand for weights, so those of one contender are compared, not its words.
-            trains = [own.span_weights.tolist(), *(getattr(own, flag) for flag in CONTENDER_FLAGS
-                                                   if flag not in OF_WEIGHTS)]
-            if twice := next((other for other, same in meanings.items() if same == trains), None):
+            validate(dataclasses.replace(config, **given))
+            if twice := next((other for other, flags in contenders.items()
+                              if optimized(flags) == optimized(given)), None):
                 raise ValueError(f"trains exactly as contender {twice}; leave one of them out")
-        contenders[name], meanings[name] = given, trains
+        contenders[name] = given
     return contenders
 
 

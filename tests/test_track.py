@@ -1,7 +1,9 @@
 """--track: what TensorBoard and wandb hold is what metrics.jsonl and eval.jsonl hold, each step once."""
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -76,11 +78,13 @@ def test_a_tracker_that_is_not_installed_is_named_with_what_installs_it(name, mo
 
 
 def test_without_a_login_wandb_says_so_in_one_line(tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    """A stand-in for wandb, so that this is tested where it is not installed."""
+    class Error(Exception):
+        pass
 
     def init(**_: object) -> None:
-        raise wandb.errors.UsageError("No API key configured.")
-    monkeypatch.setattr(wandb, "init", init)
+        raise Error("No API key configured.")
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Error=Error))
     with pytest.raises(ValueError, match="^--track wandb: No API key configured. .WANDB_MODE=offline"):
         Tracker("wandb", tmp_path, {}, 0, False)
 
