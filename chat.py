@@ -100,6 +100,12 @@ def _holds_more_than_a_content(message: dict) -> bool:
     return bool(message.get("tool_calls") or message.get("reasoning_content"))
 
 
+def has_empty_answer(messages: list[dict]) -> bool:
+    """Whether an assistant's message that is trained holds nothing, so that only its end is."""
+    return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip()
+               and not _holds_more_than_a_content(m) for m in messages)
+
+
 def _tools(messages: list[dict]) -> list[dict]:
     """The definitions of a record's tools, which its first message holds."""
     return messages[0].get("tools", []) if messages else []

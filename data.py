@@ -33,8 +33,8 @@ import records
 import runtime.foreign
 import runtime.jinja
 import runtime.tokenizer
-from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, matches_serving, render, tokenize,
-                  tokenize_batch)
+from chat import (COMPLETION, INSTRUCTION, KINDS, ROLES, Piece, Template, has_empty_answer, matches_serving,
+                  render, tokenize, tokenize_batch)
 from records import data_files, naming, read_records
 from runtime.files import check_writable, checksum, commit, delete_left, hash_file, writing
 from runtime.foreign import check_file, parse_json
@@ -110,7 +110,7 @@ CACHE_FILES = {"ids.bin": (np.int32, (-1,)), "kinds.bin": (np.uint8, (-1,)), "of
                "origins.bin": (np.int32, (-1, 2)), "counts.bin": (np.int32, (-1, len(KINDS))),
                "groups.bin": (np.uint64, (-1,)), "report.json": (np.uint8, (-1,))}
 # What report.json counts.
-NO_RECORDS = {"records": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0}
+NO_RECORDS = {"records": 0, "empty_answers": 0, "truncated": 0, "dropped_overlong": 0, "dropped_empty": 0}
 # The code that turns records into tokens.
 CODE = tuple(map(Path, (chat.__file__, records.__file__, runtime.foreign.__file__, runtime.jinja.__file__,
                         runtime.tokenizer.__file__, __file__)))
@@ -241,8 +241,9 @@ def _write_cache(folder: Path, files: list[str | os.PathLike], tokenizer: Tokeni
     offsets, origins, counts, groups = [0], [], [], []
     report = Counter(NO_RECORDS)
     with open(folder / "ids.bin", "wb") as ids_file, open(folder / "kinds.bin", "wb") as kinds_file:
-        for ids, kinds, file, line, group in _tokenized(files, tokenizer, template, progress, columns):
+        for ids, kinds, file, line, group, empty in _tokenized(files, tokenizer, template, progress, columns):
             report["records"] += 1
+            report["empty_answers"] += empty
             if len(ids) > max_length:
                 if overlong == "error":
                     raise ValueError(f"{files[file]}:{line}: {len(ids)} tokens, more than --max-length "
@@ -274,8 +275,8 @@ def _write_cache(folder: Path, files: list[str | os.PathLike], tokenizer: Tokeni
 
 
 def _tokenized(files: list[str | os.PathLike], tokenizer: Tokenizer, template: Template, progress: bool,
-               columns: Iterable[str]) -> Iterator[tuple[list[int], list[int], int, int, int]]:
-    """Yields each record's ids and kinds, the number of its file, its line, and its instruction_hash()."""
+               columns: Iterable[str]) -> Iterator[tuple[list[int], list[int], int, int, int, bool]]:
+    """Yields each record's ids and kinds, and the rest of what _rendered() yields."""
     rendered, checked = _rendered(files, template, progress, columns), 0
     # The tokenizer uses all cores on a batch.
     while batch := _batch(rendered):
@@ -283,19 +284,19 @@ def _tokenized(files: list[str | os.PathLike], tokenizer: Tokenizer, template: T
             examples = tokenize_batch([pieces for pieces, *_ in batch], tokenizer)
         except ValueError:
             # Again one by one, to name the record.
-            for pieces, file, line, _ in batch:
+            for pieces, file, line, *_ in batch:
                 with naming(f"{files[file]}:{line}"):
                     tokenize(pieces, tokenizer)
             raise
-        for (pieces, file, line, group), (ids, kinds) in zip(batch, examples):
+        for (pieces, file, line, *rest), (ids, kinds) in zip(batch, examples):
             # The first records show whether the ids are those that serving gives.
             if checked < 64:
                 with naming(f"{files[file]}:{line}"):
                     checked += matches_serving(pieces, ids, tokenizer)
-            yield ids, kinds, file, line, group
+            yield ids, kinds, file, line, *rest
 
 
-def _batch(rendered: Iterator[tuple[list[Piece], int, int, int]]) -> list[tuple[list[Piece], int, int, int]]:
+def _batch(rendered: Iterator[tuple]) -> list[tuple]:
     """The next BATCH records, or fewer with BATCH_CHARACTERS, so that memory is bounded."""
     batch, characters = [], 0
     for record in itertools.islice(rendered, BATCH):
@@ -307,15 +308,16 @@ def _batch(rendered: Iterator[tuple[list[Piece], int, int, int]]) -> list[tuple[
 
 
 def _rendered(files: list[str | os.PathLike], template: Template, progress: bool, columns: Iterable[str]
-              ) -> Iterator[tuple[list[Piece], int, int, int]]:
-    """Yields each record's pieces, the number of its file, its line, and its instruction_hash()."""
+              ) -> Iterator[tuple[list[Piece], int, int, int, bool]]:
+    """Yields each record's pieces, the number of its file, its line, its instruction_hash(), and whether an
+    answer that is trained is empty."""
     for number, file in enumerate(files):
         bar = tqdm(read_records(file, columns), f"tokenizing {ending(str(file), 24)}", unit=" records",
                    leave=False, dynamic_ncols=True, disable=not progress)
         for messages, line in bar:
             with naming(f"{file}:{line}"):
                 pieces = render(messages, template)
-            yield pieces, number, line, instruction_hash(messages)
+            yield pieces, number, line, instruction_hash(messages), has_empty_answer(messages)
 
 
 def check_embedding(dataset: Dataset, rows: int, tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cache, partial
 from itertools import chain
 from types import ModuleType
@@ -87,15 +87,16 @@ REFUSED = {
 }
 
 KINDS_OF_FILE = "jsonl", "ndjson", "json", "csv", "tsv", "parquet"
-RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.IGNORECASE)
+RECORDS_FILE = re.compile(rf".+\.({'|'.join(KINDS_OF_FILE)})(\.gz|\.zst)?", re.IGNORECASE | re.DOTALL)
 READ = "JSON, JSON Lines, .csv and .parquet files, plain or as .gz or .zst"
 # owner/name:split@revision
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w./-]+))?(?:@([\w./-]+))?")
 # What dataset tools write next to records.
 METADATA = "dataset_info.json", "dataset_infos.json"
 # Files that are taken for records, by their first characters, and what to do.
-OTHER_FILES = {"PK": "a zip archive: unpack it", "ARROW1": "an Arrow file: write it with to_parquet() or "
-               "to_json()", "<": "a web page or XML, not what the link promised: download it again"}
+OTHER_FILES = {"PK": "a zip archive: unpack it, or, if it is a workbook, save it as CSV in UTF-8",
+               "ARROW1": "an Arrow file: write it with to_parquet() or to_json()",
+               "<": "a web page or XML, not what the link promised: download it again"}
 # Splits by their names in a path: those that are not trained on, and train_sft and the like.
 OTHER_SPLIT = re.compile(r"(?<![a-z])(test|valid|validation|dev|eval)(?![a-z])", re.IGNORECASE)
 PART_OF_TRAIN = re.compile(r"(?<![a-z])train(_[a-z]+)+", re.IGNORECASE)
@@ -395,6 +396,8 @@ def _check_names(columns: list[str]) -> None:
 
 
 def _from_csv(path: str | os.PathLike, raw: BinaryIO, delimiter: str) -> Iterator[tuple[dict, int, str]]:
+    """Rows without text, which spreadsheets leave, and columns without a name, such as the numbers of rows
+    that pandas writes, are left out."""
     csv.field_size_limit(MAX_LINE)
     # Decoding runs ahead of the rows, so what is not UTF-8 passes as surrogates until its line is reached.
     text = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
@@ -406,16 +409,16 @@ def _from_csv(path: str | os.PathLike, raw: BinaryIO, delimiter: str) -> Iterato
     try:
         while (row := next(rows, None)) is not None:
             if header is None:
-                header = row
-                _check_names(row)
+                header = [name.strip() for name in row]
+                _check_names(list(filter(None, header)))
                 if len(row) == 1 and any(other in row[0] for other in ";\t|"):
                     raise ValueError(f"the header is one cell, {shorten(repr(row[0]), 200)}: separate "
                                      "cells with commas, or with tabs in a file named .tsv")
-            elif row:
+            elif any(row):
                 if len(row) != len(header):
                     raise ValueError(f"has {len(row)} cell{'s' * (len(row) != 1)}, and the header has "
                                      f"{len(header)}")
-                yield {name: cell for name, cell in zip(header, row) if cell}, line, f":{line}"
+                yield {name: cell or None for name, cell in zip(header, row) if name}, line, f":{line}"
             # A cell may have several lines.
             line = rows.line_num + 1
     except UnicodeDecodeError as error:
@@ -426,8 +429,8 @@ def _from_csv(path: str | os.PathLike, raw: BinaryIO, delimiter: str) -> Iterato
 
 
 def _not_text(error: UnicodeDecodeError) -> str:
-    return (f"is not text in UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); records are "
-            f"read from {READ}")
+    return (f"is not text in UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); save "
+            f"it as UTF-8. Records are read from {READ}")
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict:
@@ -601,10 +604,10 @@ def _turns(record: dict, layout: tuple[str, ...]) -> list[dict]:
 
 def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
     """The record's layout: those of its fields that it has. ValueError if it has none, or several that say
-    different things."""
+    different things. nulls: fields that it has without a value."""
     fits = []
     for layout in LAYOUTS:
-        if all(field in record or field.endswith("?") for field in layout):
+        if _has(record, layout):
             fields = [field.removesuffix("?") for field in layout]
             fits.append(tuple(field for field in fields if field in record))
     # Of Alpaca's fields two are a layout of their own.
@@ -617,15 +620,23 @@ def _layout(record: dict, nulls: list[str]) -> tuple[str, ...]:
                          "(pretraining) is not trained. Write {\"prompt\": ..., \"completion\": ...} or "
                          "{\"messages\": [...]}")
     if not fits:
+        if named := [layout for layout in LAYOUTS if _has({*record, *nulls}, layout)]:
+            layout = max(named, key=lambda layout: len({*record} & {*layout}))
+            empty = " and ".join(repr(field) for field in layout if field in nulls)
+            raise ValueError(f"{empty} holds nothing: write it, or leave the record out")
         known = ", ".join(" + ".join(map(repr, layout)).replace("?'", "' (optional)") for layout in LAYOUTS)
         raise ValueError(f"has none of the known layouts; its fields are "
-                         f"{shorten(', '.join(map(repr, record)), 500) or 'none'}"
-                         + (f", and null {', '.join(map(repr, nulls))}" if nulls else "")
-                         + f". Known are {known}; --columns {_columns_for(record)} reads others")
+                         f"{shorten(', '.join(map(repr, record)), 500) or 'none'}. Known are {known}; "
+                         f"--columns {_columns_for(record)} reads others")
     if len(fits) > 1 and not _first_says_all(record, fits):
         one, other = (" + ".join(map(repr, layout)) for layout in fits[:2])
         raise ValueError(f"has two layouts, {one} and {other}: keep one of them")
     return fits[0]
+
+
+def _has(fields: Container[str], layout: Iterable[str]) -> bool:
+    """Whether all that a layout must have is among these fields."""
+    return all(field in fields or field.endswith("?") for field in layout)
 
 
 def _first_says_all(record: dict, layouts: list[tuple[str, ...]]) -> bool:
@@ -652,8 +663,7 @@ def _chosen_alone(record: dict) -> str:
     if _are_messages(chosen) and _turn(chosen[0], 1)["role"] != "assistant":
         known = "messages"
     else:
-        known = next((answer for *question, answer in LAYOUTS if question and all(
-            field in record or field.endswith("?") for field in question)), "")
+        known = next((answer for *question, answer in LAYOUTS if question and _has(record, question)), "")
     if not known:
         return "write the chosen one as {\"messages\": [...]}"
     return f"--columns {known}=chosen trains on the chosen answers alone"

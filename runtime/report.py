@@ -67,9 +67,12 @@ def describe_data(config: object, dataset: object, usable: Sized, held_out: Size
     held = f", {len(held_out):,} held out for evaluation" if held_out else ""
     lines = [f"data: {counted(len(usable), 'example')}, {counted(int(lengths[usable].sum()), 'token')}; "
              f"{counted(total_steps, 'step')}, {steps.per_epoch:,} an epoch",
-             f"  of {counted(report['records'], 'record')} {report['truncated']:,} were truncated, "
+             f"  {counted(report['records'], 'record')}: {report['truncated']:,} truncated, "
              f"{report['dropped_overlong']:,} dropped as too long, {report['dropped_empty']:,} as empty,",
              f"  {left_out:,} left out{held}"]
+    if report["empty_answers"]:
+        lines += [f"warning: {counted(report['empty_answers'], 'record')} with an empty answer: only its end "
+                  "is trained"]
     if steps.draws:
         sizes = np.bincount(dataset.names_of(usable))
         lines += [f"  an epoch has {counted(draw, 'example')} of {file}, which has {size:,}"

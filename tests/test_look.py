@@ -20,7 +20,7 @@ import forks
 import model
 import tokenizers_for_tests
 import train
-from chat import CONTEXT, KINDS
+from chat import CONTEXT, KINDS, has_empty_answer
 from data import collate
 from runtime.tokenizer import Tokenizer
 from config import parse_args as parse_flags
@@ -87,6 +87,18 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert f"{instruction / completion:.3g} tokens of instruction for each" in printed.replace("\n  ", " ")
     assert "data: 1 example, " in printed and "packed on 1 rank(s): 1 micro-batch an epoch" in printed
     assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
+
+
+def test_it_says_how_many_answers_are_empty(folder, capsys):
+    asks = {"role": "user", "content": "red"}
+    answers = [{"content": "blue"}, {"content": " "}, {"content": "", "weight": 0},
+               {"content": "", "tool_calls": [{"name": "f", "arguments": {}}]}]
+    assert [has_empty_answer([asks, {"role": "assistant"} | answer]) for answer in answers] == [0, 1, 0, 0]
+    (folder / "empty.jsonl").write_text('{"prompt": "red", "completion": ""}\n'
+                                        '{"prompt": "red", "completion": "blue"}\n')
+    numbers = numbers_of(folder, arguments(folder, "empty", train_data=folder / "empty.jsonl"))
+    assert numbers["empty_answers"] == 1
+    assert "warning: 1 record with an empty answer: only its end is trained\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

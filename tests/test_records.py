@@ -185,13 +185,18 @@ def test_csv_may_have_cells_of_several_lines_and_empty_ones(tmp_path):
             (MESSAGES, 4), (MESSAGES, 5)]
 
 
+def test_a_table_may_look_as_spreadsheets_leave_it(tmp_path):
+    text = "prompt, completion,,\r\nHi,Hello,,\r\n,,,\r\n\r\nHi,Hello,,\r\n"
+    assert list(read_records(write(tmp_path / "x.csv", text))) == [(MESSAGES, 2), (MESSAGES, 5)]
+
+
 @pytest.mark.parametrize("text, says", [
     ("prompt,completion\nHi,Hello\na,b,c\n", ":3: has 3 cells, and the header has 2"),
     ("prompt,completion\nHi,Hello\na\n", ":3: has 1 cell, and the header has 2"),
     ("prompt,prompt\nHi,Hello\n", ":1: the header has 'prompt' more than once"),
     ("prompt,completion\nHi,\"Hello\n", ":2: unexpected end of data"),
     ("prompt;completion\nHi;Hello\n", ":1: the header is one cell, 'prompt;completion': separate cells with"),
-    ("prompt,completion\nHi,\n", ":2: has none of the known layouts"),
+    ("prompt,completion\nHi,\n", ":2: 'completion' holds nothing: write it, or leave the record out"),
     ("prompt,completion\nHi,\udcff\n", ":2: is not text in UTF-8 (byte 0xff"),
     pytest.param("prompt,completion\n" + 499 * "Hé,Hello\n" + "\udce9,Hello\n",
                  ":501: is not text in UTF-8 (byte 0xe9", id="a line far down"),
@@ -254,7 +259,7 @@ def test_null_in_the_json_text_of_tools_and_arguments_stays():
 
 
 @pytest.mark.parametrize("columns, says", [
-    ({"prompt": ["Hi", "Hi"], "completion": ["a", None]}, ": record 2: has none .* and null 'completion'"),
+    ({"prompt": ["Hi", "Hi"], "completion": ["a", None]}, ": record 2: 'completion' holds nothing: write it"),
     ({"prompt": ["Hi"], "completion": ["a"], "Completion": ["b"]}, "has 'completion' more than once"),
     ({"prompt": ["Hi"], "completion": ["a"], "at": pyarrow.array([10**15], pyarrow.timestamp("s"))},
      "after record 0: .* too large"),
@@ -404,7 +409,6 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ('{"conversations": [{"from": ["human"], "value": "x"}]}', "unknown role ['human']"),
     ('{"messages": [{"role": "user", "content": "x", "name": "\\ud800"}]}', "surrogate"),
     ('{"messages": [{"role": "system", "content": "S"}], "system": "T"}', "'system' is not what"),
-    ('{"prompt": "x", "completion": null}', "known layouts"),
     ('{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}', "tool_calls"),
     ('{"messages": [{"role": "user", "content": "x"}], "tools": [1]}', "'tools'"),
     ('{"prompt": "capital", "input": "of France", "completion": "Paris"}',
@@ -423,7 +427,7 @@ def test_records_that_are_a_pointer_of_git_lfs_say_how_to_get_them(tmp_path):
     ('{"instruction": "a", "input": "b", "output": "c", "response": "d"}',
      "two layouts, 'instruction' + 'input' + 'output' and 'instruction' + 'response'"),
     ('{"prompt": "x"}', "its fields are 'prompt'"),
-    ('{"prompt": "x", "completion": null}', "null 'completion'"),
+    ('{"prompt": "x", "completion": null}', "'completion' holds nothing: write it, or leave the record out"),
     ('{"prompt": "x", "completion": 4}', "'completion' must be text, not int 4"),
     ('{"prompt": "x", "completion": []}', "'content' is a list"),
     ('{"question": "a", "answer": "b", "instruction": "Translate."}', "'instruction' has \"Translate.\","),
@@ -516,7 +520,7 @@ def test_a_damaged_file_is_one_line_that_names_it(damage, name, tmp_path):
     ("x.json", b'["x"]', "record 1: a record must be a JSON object or a list of messages, not a text"),
     ("x.jsonl.gz", b"no gzip", "x.jsonl.gz:1: is not JSON"),
     ("x.png", b"\x89PNG\r\n", "x.png:1: is not text"),
-    ("x.json", "\ufeffé".encode("utf-16"), "x.json:1: is not text in UTF-8 .byte 0xff"),
+    ("x.json", "\ufeffé".encode("utf-16"), "x.json:1: is not text in UTF-8 .*save it as UTF-8"),
     ("x.parquet", b"{}", "x.parquet: is not a Parquet file"), ("x.parquet", b"PAR1", "x.parquet: is damaged"),
     ("x.yaml", b"prompt: Hi\n", "x.yaml:1: is not JSON: Expecting value; JSON, JSON Lines, .csv and"),
     ("x.jsonl", b"PK\x03\x04", "x.jsonl:1: is not JSON.*; it is a zip archive: unpack it"),
