@@ -856,8 +856,8 @@ def _message(message: dict, number: int) -> dict:
     try:
         (content + json.dumps(fields, ensure_ascii=False, default=str)).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, "
-                         "which is not text") from None
+        raise ValueError(f"message {number} ({role}) holds half a surrogate pair, or bytes "
+                         "that are not UTF-8, which is not text") from None
     return {"role": role, "content": content, **fields, **({"weight": 0} if weights == {0} else {})}
 
 

@@ -153,12 +153,12 @@ def chat(loaded: Loaded, messages: list[dict], args: Namespace) -> None:
     with suppress(ImportError):
         # Gives input() line editing.
         import readline  # noqa: F401
-    print("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
+    print("/reset starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer or else ends", file=sys.stderr)
     start = messages
     while True:
         try:
             text = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             return print()
         if text.strip() == "/quit":
             return

@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -395,15 +396,8 @@ def test_wrong_flags_are_named(folder, more, says):
 
 
 def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatch, capsys):
-    asked, typed = [], iter(["red", "", "blue", "/reset", "plum"])
-
-    def type_in(prompt):
-        for text in typed:
-            return text
-        raise EOFError
-
-    reply = module.reply
-    monkeypatch.setattr("builtins.input", type_in)
+    asked, reply = [], module.reply
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["red", "", "blue", "/reset", "plum", EOFError]))
     monkeypatch.setattr(module, "reply", lambda loaded, messages, *a: asked.append(
         [m["content"] for m in messages]) or reply(loaded, messages, *a))
     module.main(flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=5,
@@ -414,7 +408,7 @@ def test_a_conversation_sends_what_was_said_until_it_is_reset(folder, monkeypatc
 
 
 def test_ctrl_c_ends_an_answer_but_not_the_conversation(folder, monkeypatch):
-    answers, reply, typed, seen, said = Engine.answers, module.reply, iter(["red", "blue"]), [], []
+    answers, reply, seen, said = Engine.answers, module.reply, [], []
 
     def interrupted(self, prompts, stop, most, size, sampling, keys, on_token, **named):
         def watched(i, token):
@@ -424,14 +418,10 @@ def test_ctrl_c_ends_an_answer_but_not_the_conversation(folder, monkeypatch):
                 raise KeyboardInterrupt
         return answers(self, prompts, NEVER, most, size, sampling, keys, watched, **named)
 
-    def type_in(prompt):
-        for text in typed:
-            return text
-        raise EOFError
-
     monkeypatch.setattr(Engine, "answers", interrupted)
     monkeypatch.setattr(module, "reply", lambda *a: said.append(reply(*a)) or said[-1])
-    monkeypatch.setattr("builtins.input", type_in)
+    # At the prompt it does.
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["red", "blue", KeyboardInterrupt]))
     module.main(flags(model=folder / "model", template="llama3", dtype="fp32", device="cpu", max_new_tokens=5,
                       chat=True))
     tokenizer = Tokenizer(folder / "model")
@@ -491,8 +481,7 @@ def test_what_a_template_puts_in_front_of_an_answer_is_no_part_of_it(answer, tmp
     loaded = SimpleNamespace(tokenizer=tokenizer, template=template, engine=Scripted(), stop_ids=set())
     args = SimpleNamespace(max_new_tokens=9, temperature=0, top_p=1, top_k=0, seed=0, chat=True,
                            prompt_lookup_num_tokens=0)
-    lines = iter(["Name a colour.", "And another?"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/quit"))
+    monkeypatch.setattr("builtins.input", Mock(side_effect=["Name a colour.", "And another?", "/quit"]))
     module.chat(loaded, [], args)
     assert len(loaded.engine.prompts) == 2
     assert tokenizer.decode(loaded.engine.prompts[1], skip_special_tokens=False) == (
