@@ -4,6 +4,7 @@
     python quickstart/make.py --records-only --output-dir DIR --examples 300 --ratio 10
     python quickstart/make.py --records-only --output-dir DIR --instruction-words 120 --answer-words 4
     python quickstart/make.py --records-only --output-dir DIR --unseen-names 0.5 --seed 1
+    python quickstart/make.py --records-only --output-dir DIR --retold 40
 
 The first command writes, next to this script, `model/` (a Llama of about a million parameters with a
 byte-level BPE tokenizer and a chat template, pretrained by this repository's train.py on a text about the
@@ -14,12 +15,14 @@ invented world of world.py) and the records of the quick start. The others write
     test.jsonl          --held-out records, to report
     test-unseen.jsonl   with --unseen-names: --held-out records about names that pretraining knew and that no
                         record of the other three files has
+    test-kept.jsonl     with --retold: requests to describe entities whose facts are what they were
 
 No entity is described in two of train, validation and test, and no report is told twice. Without lengths two
 records in five ask to describe an entity (`short_to_long`, about 19 words from 4) and three to answer a
 question about a report (`long_to_short`, one word from about 29). With lengths all records of a set are of
 one length: a report, as long as it takes, and requests for descriptions (19 words, or 7 in short) and for
-words of the report, which make up the answer.
+words of the report, which make up the answer. With --retold an instruction tells new facts of an entity and
+asks to describe another one. Only test.jsonl asks for those that were told, as they are now.
 
 Records depend on the arguments and --seed alone, the same bytes wherever they are made. The weights are the
 same only on one kind of CPU with one number of threads, as sums round differently; so do the figures that
@@ -49,13 +52,14 @@ from statistics import mean
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from quickstart.world import (
-    FULL_WORDS, SEED, SYSTEM, description, make_world, pretraining_document, question_record, record,
-    record_of_length, words)
+    ENTITIES, FULL_WORDS, PARTS, SEED, SYSTEM, description, make_world, pretraining_document,
+    question_record, record, record_of_length, retold, telling_record, words)
 from runtime.flags import Parser, number
 from runtime.start import run_program
 
 EXAMPLES, HELD_OUT = 300, 100  # the quick start's; two in five describe, each of the entities once
 LEAST_UNSEEN = 0.05  # of the names: six people and two towns, whose reports answer six questions or more
+RETOLD = sum(ENTITIES.values()) // PARTS  # at most: as many as test has
 DOCUMENTS = 48_000  # of the pretraining text
 VOCABULARY = 1536  # enough for every word of this small language to become one token
 POSITIONS = 1024
@@ -111,16 +115,38 @@ def make_records(rng: random.Random, named: list[dict], described: list[dict], c
     return records
 
 
+def retold_records(args: argparse.Namespace, world: list[dict]) -> dict[str, list[dict]]:
+    """The records of each file with --retold."""
+    of_part = {part: [entity for entity in world if entity["part"] == part]
+               for part in ("train", "validation", "test")}
+    rngs = {name: random.Random(f"{name} {args.seed}") for name in ("train", "validation", "test", "retold")}
+    told = retold(rngs["retold"], rngs["retold"].sample(of_part["test"], args.retold), world)
+    kept, described = of_part["train"][::3], [e for i, e in enumerate(of_part["train"]) if i % 3]
+
+    def describe(entities: list[dict]) -> list[dict]:
+        return [record("short_to_long", *description(rngs["test"], [entity])) for entity in entities]
+
+    return {"train": [telling_record(rngs["train"], told, described) for _ in range(args.examples)],
+            "validation": [telling_record(rngs["validation"], told, of_part["validation"])
+                           for _ in range(args.held_out)],
+            "test": describe(told), "test-kept": describe(kept)}
+
+
 def mean_words(records: list[dict]) -> tuple[float, float]:
     """Of instructions, system messages aside, and of answers."""
     instructions, answers = zip(*(each["messages"][-2:] for each in records))
     return tuple(mean(words(message["content"]) for message in side) for side in (instructions, answers))
 
 
-def write_records(args: argparse.Namespace, folder: Path) -> None:
-    """Write the files that the arguments ask for; print and check the lengths. ValueError for lengths that
-    cannot be made, for too few unseen names, and for files that exist without --overwrite."""
-    world, lengths = make_world(), wanted_lengths(args)
+def records_of_files(args: argparse.Namespace, world: list[dict]) -> dict[str, list[dict]]:
+    """The records of each file, by its name. ValueError for lengths that cannot be made, and for too few
+    unseen names."""
+    lengths = wanted_lengths(args)
+    if args.retold:
+        if lengths or args.unseen_names:
+            raise ValueError(f"--retold {args.retold}: goes with no lengths and no --unseen-names; leave "
+                             "them out")
+        return retold_records(args, world)
     if 0 < args.unseen_names < LEAST_UNSEEN:
         raise ValueError(f"--unseen-names {args.unseen_names:g}: must be 0, or from {LEAST_UNSEEN} to 0.8: "
                          "with fewer names there is no report that answers a record's questions")
@@ -135,12 +161,18 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
     for name, (named, described) in sets.items():
         count = args.examples if name == "train" else args.held_out
         # A generator for each file, so that a change to one leaves the others as they are.
-        records = make_records(random.Random(f"{name} {args.seed}"), named, described, count, lengths)
-        made[name] = [{"id": f"{name}-{index:04d}", **each} for index, each in enumerate(records)]
-        for what, got, asked in zip(("instruction", "answer"), mean_words(records), lengths or (0, 0)):
+        made[name] = make_records(random.Random(f"{name} {args.seed}"), named, described, count, lengths)
+        for what, got, asked in zip(("instruction", "answer"), mean_words(made[name]), lengths or (0, 0)):
             if asked and abs(got - asked) > 1 + 0.1 * asked:
                 raise ValueError(f"--{what}-words {asked:g}: with the other arguments {name}.jsonl would "
                                  f"have {got:.1f}; give about as many, or change the others")
+    return made
+
+
+def write_records(args: argparse.Namespace, folder: Path) -> None:
+    """Write the files that the arguments ask for, and print the lengths of their records. ValueError for
+    arguments that contradict, and for files that exist without --overwrite."""
+    made = records_of_files(args, make_world())
     names = [*(f"{name}.jsonl" for name in made), *(() if args.records_only else ("model",))]
     present = [name for name in names if (folder / name).exists()]
     if present and not args.overwrite:
@@ -148,7 +180,8 @@ def write_records(args: argparse.Namespace, folder: Path) -> None:
                          "such files, or another folder")
     folder.mkdir(parents=True, exist_ok=True)
     for name, records in made.items():
-        write_lines(folder / f"{name}.jsonl", records)
+        write_lines(folder / f"{name}.jsonl",
+                    [{"id": f"{name}-{index:04d}", **each} for index, each in enumerate(records)])
         instruction, answer = mean_words(records)
         print(f"{name}.jsonl: {len(records)} records, {instruction:.1f} words of instruction, {answer:.1f} "
               f"of answer ({instruction / answer:.2f})")
@@ -252,6 +285,8 @@ def main(argv: list[str]) -> None:
                         f"answers are descriptions of {FULL_WORDS:g} words")
     parser.add_argument("--unseen-names", type=number(float, 0, 0.8), default=0.0, metavar="SHARE",
                         help="share of the entities that only test-unseen.jsonl names")
+    parser.add_argument("--retold", type=number(int, 1, RETOLD), metavar="N",
+                        help="entities whose new facts only the training instructions tell")
     parser.add_argument("--seed", type=int, default=SEED, metavar="N",
                         help="of the records (default %(default)s)")
     args = parser.parse_args(argv)

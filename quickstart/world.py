@@ -257,6 +257,23 @@ def question_record(rng: random.Random, named: list[dict]) -> dict:
     return record("long_to_short", rng.choice(ASK).format(report=report, request=request), answer)
 
 
+def retold(rng: random.Random, entities: list[dict], world: list[dict]) -> list[dict]:
+    """These entities with another value for every fact."""
+    def others(entity: dict, fact: str) -> list[str]:
+        """The values that entities of its kind have, but for its own."""
+        return sorted({each[fact] for each in world if each["kind"] == entity["kind"]} - {entity[fact]})
+
+    return [entity | {fact: rng.choice(others(entity, fact)) for fact in FACTS[entity["kind"]]}
+            for entity in entities]
+
+
+def telling_record(rng: random.Random, told: list[dict], described: list[dict]) -> dict:
+    """A record whose instruction tells all that is known of one entity and asks to describe another."""
+    request, answer = description(rng, [rng.choice(described)])
+    told_of_one = knowledge(rng, [rng.choice(told)])
+    return record("short_to_long", rng.choice(ASK).format(report=told_of_one, request=request), answer)
+
+
 def composition(instruction_words: float, answer_words: float) -> tuple[int, int, int]:
     """How many descriptions, short descriptions and questions give an answer of about so many words, and need
     no longer an instruction."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from quickstart.make import main
-from quickstart.world import knowledge, make_world
+from quickstart.world import FACTS, knowledge, make_world
 from tiny import ROOT
 
 WORLD = {entity["name"]: entity for entity in make_world()}
@@ -98,6 +98,8 @@ def test_instructions_and_answers_are_as_long_as_asked(tmp_path, instruction, an
     ("--unseen-names 0.01", "--unseen-names 0.01: must be 0, or from 0.05 to 0.8"),
     ("--unseen-names 0.004", "--unseen-names 0.004: must be 0, or from 0.05 to 0.8"),
     ("--unseen-names 0.03 --instruction-words 60 --answer-words 6", "--unseen-names 0.03: must be 0, or"),
+    ("--retold 41", "--retold 41: must be a whole number from 1 to 40"),
+    ("--retold 4 --ratio 2", "--retold 4: goes with no lengths"),
 ])
 def test_lengths_that_cannot_be_met_are_refused_and_nothing_is_written(tmp_path, argv, says):
     with pytest.raises(ValueError, match=says):
@@ -105,7 +107,7 @@ def test_lengths_that_cannot_be_met_are_refused_and_nothing_is_written(tmp_path,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("argv", ["", "--ratio 0.5", "--unseen-names 0.3"])
+@pytest.mark.parametrize("argv", ["", "--ratio 0.5", "--unseen-names 0.3", "--retold 40"])
 def test_no_entity_is_described_in_two_files(tmp_path, argv):
     made = {name: described(records) for name, records in make(tmp_path, *argv.split()).items()}
     assert all(len(entities) >= 10 for entities in made.values())
@@ -119,6 +121,26 @@ def test_names_that_are_to_be_unseen_are_in_no_other_file(tmp_path):
     assert len(unseen) > 90 and not unseen & others
     # Names that are in the test's reports, though described nowhere else, are in the training reports too.
     assert all_names(made["test"]) - described(made["test"]) <= all_names(made["train"])
+
+
+def test_what_is_told_anew_stands_in_instructions_alone(tmp_path):
+    made = make(tmp_path, "--retold", 30)
+    assert [len(made[name]) for name in ("test", "test-kept")] == [30, 40]
+    told = described(made["test"])
+    for records in (made["train"], made["validation"]):
+        # Each instruction names the entity that it tells of, and the one that the answer describes.
+        assert {(names(texts(record)[0]) - described([record])).pop() for record in records} == told
+    for record in made["test"] + made["test-kept"]:
+        answer, (name,) = texts(record)[1].rstrip("."), described([record])
+        kind = WORLD[name]["kind"]
+        old = [str(WORLD[name][fact]) for fact in FACTS[kind]]
+        said = [fact in re.split(r"\W+", answer) for fact in old]
+        assert not any(said) if name in told else all(said), answer
+        if name in told:
+            new = set(re.split(r"\W+", answer)) & {str(entity[fact]) for entity in WORLD.values()
+                                                   for fact in FACTS[kind] if entity["kind"] == kind}
+            instructions = [text for text, _ in map(texts, made["train"]) if name in names(text)]
+            assert all(new <= set(re.split(r"\W+", text)) for text in instructions) and instructions
 
 
 # What answers each question, in a sentence about NAME, as a pattern of its own.
