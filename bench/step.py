@@ -16,7 +16,7 @@ the name of the autograd node. So the parts add up to the step, or to the device
 """
 from argparse import Namespace
 
-from bench.common import make_parser, split_flags
+from bench.common import document_length, make_parser, split_flags
 from config import Config
 from config import parse_args as parse_flags
 from runtime.start import answer_flags, run_program
@@ -26,7 +26,7 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
     """Its own flags, and train.py's."""
     parser = make_parser("step", __doc__, "WHAT [flags] -- flags of train.py")
     parser.add_argument("what", choices=("speed", "limit", "profile"))
-    parser.add_argument("--document", type=int, default=0, help="tokens of synthetic documents")
+    parser.add_argument("--document", type=document_length, default=0, help="tokens of synthetic documents")
     parser.add_argument("--tokens", type=int, default=4096, help="limit: of the micro-batch")
     parser.add_argument("--trained", type=int, default=2600, help="limit: trained targets of the micro-batch")
     parser.add_argument("--repeats", type=int, default=4, help="steps measured")

@@ -150,6 +150,8 @@ def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
     ("training", "--model m --train-data d --variant=--max-steps=2", "--max-steps=2: is set for every run"),
     ("generation", "--model m --data d --prompts 0", "--prompts 0: must be a whole number, 1 or more"),
     ("generation", "--model m --data d --only x", "--only x: must be one of equality, speed"),
+    ("step", "speed --document 10000000",
+     "--document 10000000: must be a whole number from 1 to 1,000,000"),
     ("faults", "--ranks 1 0", "--ranks 0: must be a whole number, 1 or more"),
     ("faults", "--timeout x", "--timeout x: must be a number, 1 or more")])
 def test_a_flag_that_cannot_be_is_named_before_anything_is_measured(module, argv, says):
