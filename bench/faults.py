@@ -87,11 +87,6 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def wait_for_end(self, timeout: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout)
-        self.hung = self.process.poll() is None
-
 
 def checkpoints(home: Path) -> list[Path]:
     return sorted(p for p in home.glob("out/checkpoints/step-*") if p.suffix != ".part")
@@ -161,16 +156,18 @@ def train(args: Namespace, name: str, cause: str, mode: str, ranks: int, seed: f
         try:
             if attempt == 0:
                 faults = strike(job, cause, random.Random(seed), args.steps)
-            job.wait_for_end(args.timeout)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(args.timeout)
+            hung = job.process.poll() is None
         finally:
             job.kill()
         (home / "ballast").unlink(missing_ok=True)
-        if job.hung or (home / "out/final").is_dir():
+        if hung or (home / "out/final").is_dir():
             break
     result = {"faults": faults, "seconds": time.monotonic() - began, "commands": attempt + 1,
-              "hung": job.hung, "weights": None, "log": None,
+              "hung": hung, "weights": None, "log": None,
               "restarts": job.log.read_text(errors="replace").count("will restart worker group")}
-    if not job.hung and (home / "out/final").is_dir():
+    if not hung and (home / "out/final").is_dir():
         result["weights"] = hashlib.sha256((home / "out/final/model.safetensors").read_bytes()).hexdigest()
         steps = read_lines(home / "out/metrics.jsonl")
         result["log"] = ([(line["step"], line["loss"]) for line in steps],

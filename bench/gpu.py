@@ -85,24 +85,27 @@ TITLES = {
 # ---------------------------------------------------------------- in the child
 
 
-class Report:
-    """What a stage finds. Each row is appended to a file at once, so a stage that is killed leaves its rows.
+def make_row(section: int, name: str, value: object = None, unit: str = "", limit: str = "",
+             passed: bool | None = None, note: str = "", data: dict | None = None) -> dict:
+    """A row of the results. section: a key of TITLES; passed: None for a number that promises nothing; data:
+    more by name, which the table leaves out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)
+    return {"section": section, "name": name, "value": value, "unit": unit, "limit": limit, "passed": passed,
+            "note": note, "data": data or {}}
 
-    Rows are {"section", "name", "value", "unit", "limit", "passed", "note", "data"}. section: a key of
-    TITLES; passed: None for a number that promises nothing; data: more by name, which the table leaves out.
-    """
+
+class Report:
+    """What a stage finds. Each row is appended to a file at once, so a stage that is killed leaves its
+    rows."""
 
     def __init__(self, file: Path):
         self.file = file
 
-    def row(self, section: int, name: str, value: object = None, unit: str = "", limit: str = "",
-            passed: bool | None = None, note: str = "", data: dict | None = None) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            value = str(value)
-        row = {"section": section, "name": name, "value": value, "unit": unit, "limit": limit,
-               "passed": passed, "note": note, "data": data or {}}
+    def row(self, *values: object, **more: object) -> None:
+        """As make_row()."""
         with open(self.file, "a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(make_row(*values, **more)) + "\n")
 
     def at_most(self, section: int, name: str, value: float, limit: float, note: str = "") -> None:
         """A check. NaN does not pass."""
@@ -226,12 +229,15 @@ class Run:
         rows = []
         for name in self.outcomes:
             rows += [{"stage": name, **row} for row in read_lines(self.logs / f"{name}.jsonl")]
+        # A failed row for every stage that did not end well, or has not ended yet.
+        rows += [{"stage": name, **make_row(0, name, passed=False, note=outcome)}
+                 for name, outcome in self.outcomes.items() if outcome != "ended"]
         stages = {name: {"outcome": outcome, "seconds": round(self.seconds.get(name, 0.0), 1)}
                   for name, outcome in self.outcomes.items()}
         results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
                    "seconds": round(self.age, 1), "stages": stages, "rows": rows}
         write_text(self.output, json.dumps(results, indent=1))
-        return with_outcomes(results)
+        return results
 
 
 def has_cuda() -> bool:
@@ -240,22 +246,14 @@ def has_cuda() -> bool:
     return subprocess.run(command).returncode == 0
 
 
-def with_outcomes(results: dict) -> dict:
-    """The results with a failed row for every stage that did not end well, or had not ended yet."""
-    failed = [{"stage": name, "section": 0, "name": name, "value": None, "unit": "", "limit": "",
-               "passed": False, "note": stage["outcome"], "data": {}}
-              for name, stage in results["stages"].items() if stage["outcome"] != "ended"]
-    return results | {"rows": [row for row in results["rows"] if row["section"]] + failed}
-
-
 def read_results(file: Path) -> dict:
-    """with_outcomes() of a results file. ValueError if it is none."""
+    """The results in a file. ValueError if it is none."""
     check_file(file)
     results = read_json(file)
     if missing := {"hardware", "budget", "seconds", "stages", "rows"} - results.keys():
         raise ValueError(f"{file}: is no results file of this program; it has no "
                          f"{', '.join(sorted(missing))}")
-    return with_outcomes(results)
+    return results
 
 
 # ---------------------------------------------------------------- tables

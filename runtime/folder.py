@@ -21,7 +21,7 @@ from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read
 from runtime.distributed import from_all
 from runtime.files import check_writable, lock, read_json, write_text, writing
 from runtime.flags import flag_name
-from runtime.foreign import check_file, is_number, lines_of, parse_line, shorten
+from runtime.foreign import check_file, is_number, lines_of, parse_line
 
 # In the order in which they are deleted: while identity.json exists, the others are known to be a run's.
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "wandb", "checkpoints", "final",
@@ -267,9 +267,7 @@ def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: di
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
     """Whether the run in OUTPUT was started with --resume CHECKPOINT and has its own checkpoints since."""
-    before = read_json(out / "run_config.json").get("resume", "")
-    if not isinstance(before, str):
-        raise ValueError(f"{out}/run_config.json: resume is {shorten(repr(before), 100)}; it must be text")
+    before = str(read_json(out / "run_config.json").get("resume", ""))
     return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
 
 

@@ -372,7 +372,7 @@ def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages
 
     def found() -> set[str]:
         rows = json.loads(output.read_text())["rows"] if output.is_file() else []
-        return {row["name"] for row in rows}
+        return {row["name"] for row in rows if row["section"]}
 
     # While it runs, the file holds what the stages have found.
     wait_for(lambda: found() == {"small enough", "a number", "found before it hung"})
