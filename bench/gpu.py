@@ -179,21 +179,21 @@ class Run:
             while waiting or running:
                 while waiting and len(running) < at_once:
                     if until - self.age >= LEAST:
-                        running.append(self.start(waiting.pop(0), until, max(1, cores() // at_once)))
+                        running.append(self.begin(waiting.pop(0), until, max(1, cores() // at_once)))
                     else:
                         name = waiting.pop(0).name
                         self.outcomes[name] = ("not started: no time was left; raise --budget, or run --only "
                                                f"{name}")
                 running = [each for each in running if not self.ended(*each)]
                 self.write()
-                time.sleep(0.1)
+                time.sleep(0.2)
         finally:
             if running:     # a second Ctrl-C would only stop what follows
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
             for name, process, began, _ in running:
                 self.end(name, process, began, "killed: the run was ended from outside")
 
-    def start(self, stage: Stage, until: float, threads: int) -> tuple[str, subprocess.Popen, float, float]:
+    def begin(self, stage: Stage, until: float, threads: int) -> tuple[str, subprocess.Popen, float, float]:
         """Start a stage: its name, its process, and the ages at which it began and has to end."""
         self.outcomes[stage.name] = "running"
         command = ["-m", "bench.gpu", "--stage", stage.function, "--rows",
