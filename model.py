@@ -235,7 +235,7 @@ def parameter_count(config: ModelConfig) -> int:
 def init_weights(model: Llama, seed: int) -> None:
     """Fill a new model for training from scratch: normal with config.json's initializer_range (0.02),
     norms 1, biases 0."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(model.head_weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

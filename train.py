@@ -61,7 +61,7 @@ from runtime.model_config import ModelConfig, read_config
 from runtime.model_folder import resolve_model
 from runtime.report import (Progress, StopSignal, describe, describe_data, ending, print_change, say,
                             show_answers)
-from runtime.start import fit, raise_interrupts
+from runtime.start import fit, raise_interrupts, raise_stops, warn_once
 from runtime.tokenizer import Tokenizer, write_tokenizer
 from runtime.track import Tracker
 from runtime.weights import DTYPES, model_fingerprint, save_model
@@ -360,8 +360,7 @@ def should_compile(config: Config, model_config: ModelConfig, device: torch.devi
     if fault and config.compile:
         raise ValueError(f"--compile: torch.compile does not work here: {fault}; give --no-compile")
     if fault:
-        say(fit("warning: the layers are not compiled, and slower: torch.compile does not work here: "
-                + fault))
+        warn_once(f"the layers are not compiled, and slower: torch.compile does not work here: {fault}")
     return not fault
 
 
@@ -586,12 +585,15 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
 def run(argv: list[str]) -> int:
     """main() with one readable line for what a user can fix, printed by one rank; the others just end."""
     raise_interrupts()
+    if world_size() == 1:
+        # torchrun sends SIGTERM, too, when another rank has failed: that rank's error is what to read.
+        raise_stops()
     try:
         return main(argv)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:     # Ctrl-C; SIGTERM or SIGHUP
         if is_main():
             print(INTERRUPTED, file=sys.stderr)
-        leave(128 + signal.SIGINT)
+        leave(128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.code)
     except Exception as error:
         report_error(error)
         if world_size() > 1:

@@ -3,6 +3,7 @@
 It imports no torch. Linux counts the memory of the process that starts a child into the child's peak
 (ru_maxrss), so a benchmark that starts others has to stay small itself.
 """
+import argparse
 import contextlib
 import importlib.metadata
 import json
@@ -13,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,8 @@ from runtime.flags import Parser, number
 REPOSITORY = Path(__file__).resolve().parent.parent
 # Other trainers (bench/peers.py).
 PEERS = ("trl", "trl-liger", "trl-liger-padded", "trainer", "transformers")
+# The type of --document, the length of synthetic documents in tokens.
+document_length = number(int, 1, 10**6)
 
 
 def make_parser(module: str, doc: str, usage: str = "") -> Parser:
@@ -32,6 +35,15 @@ def make_parser(module: str, doc: str, usage: str = "") -> Parser:
                     usage=f"%(prog)s {usage}" if usage else None)
     parser.register("type", int, number(int, 1))
     return parser
+
+
+def add_contest_flags(parser: Parser, contenders: Sequence[str]) -> None:
+    """The flags of a benchmark whose contenders run in processes of their own, in turn: --rounds, --threads
+    and, hidden, those of such a process, --run and --result."""
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--run", choices=contenders, help=argparse.SUPPRESS)
+    parser.add_argument("--result", help=argparse.SUPPRESS)
 
 
 def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -109,10 +121,25 @@ def json_child(command: list[str], threads: int, flags: Sequence[str] = ()) -> d
         return json.loads(file.read_text())
 
 
-def in_turn(names: list[str], number: int) -> list[str]:
+def read_lines(file: Path) -> list[dict]:
+    """The objects of a .jsonl file; of one that is being written, the whole lines; [] if there is none."""
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def in_turn(names: Sequence[str], number: int) -> Sequence[str]:
     """The order of round `number`: every other round runs backwards, so that a drift of the machine's speed
     favours nobody."""
     return names if number % 2 == 0 else names[::-1]
+
+
+def in_rounds(names: Sequence[str], rounds: int, run: Callable[[str], dict]) -> dict[str, list[dict]]:
+    """What run(name) returned for each name, a list by round."""
+    runs: dict[str, list[dict]] = {name: [] for name in names}
+    for i in range(rounds):
+        for name in in_turn(names, i):
+            runs[name].append(run(name))
+    return runs
 
 
 def spread(values: list[float], digits: int) -> str:

@@ -27,7 +27,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -35,7 +34,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from bench.common import REPOSITORY, hardware, make_parser, print_machine, print_table
+from bench.common import REPOSITORY, hardware, make_parser, print_machine, print_table, read_lines, start
 from runtime.flags import number
 from runtime.start import run_program
 
@@ -49,18 +48,17 @@ class Job:
 
     def __init__(self, args: Namespace, home: Path, mode: str, ranks: int) -> None:
         self.home, self.log = home, Path(f"{home}.log")
-        command = f"""-m torch.distributed.run --standalone --max-restarts 3 --nproc-per-node {ranks} train.py
-            --max-length 256 --batch-size 8 --micro-batch-tokens 512 --max-steps {args.steps} --save-every 2
-            --eval-every 5 --lr 1e-3 --dtype fp32 --save-dtype fp32 --device cpu"""
+        command = f"""--max-length 256 --batch-size 8 --micro-batch-tokens 512 --max-steps {args.steps}
+            --save-every 2 --eval-every 5 --lr 1e-3 --dtype fp32 --save-dtype fp32 --device cpu"""
         paths = {"model": QUICKSTART / "model", "train-data": args.folder / "train.jsonl",
                  "eval-data": args.folder / "test.jsonl", "output-dir": home / "out",
                  "cache-dir": home / "cache"}
-        words = [sys.executable, *command.split(), *(["--shard"] if mode == "shard" else []),
+        words = ["-m", "torch.distributed.run", "--standalone", "--max-restarts", "3", "--nproc-per-node",
+                 str(ranks), str(REPOSITORY / "train.py"), *command.split(), *["--shard"] * (mode == "shard"),
                  *(str(word) for name, path in paths.items() for word in (f"--{name}", path))]
         # At LOGLEVEL INFO torchrun says when it restarts the ranks.
         with open(self.log, "a") as log:
-            self.process = subprocess.Popen(words, cwd=REPOSITORY, stdout=log, stderr=log, env={
-                **os.environ, "OMP_NUM_THREADS": "1", "LOGLEVEL": "INFO"})
+            self.process = start(words, 1, log, LOGLEVEL="INFO")
 
     def ranks(self) -> list[int]:
         """Process ids of the running ranks."""
@@ -88,11 +86,6 @@ class Job:
         for pid in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-    def wait_for_end(self, timeout: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout)
-        self.hung = self.process.poll() is None
 
 
 def checkpoints(home: Path) -> list[Path]:
@@ -163,20 +156,22 @@ def train(args: Namespace, name: str, cause: str, mode: str, ranks: int, seed: f
         try:
             if attempt == 0:
                 faults = strike(job, cause, random.Random(seed), args.steps)
-            job.wait_for_end(args.timeout)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.process.wait(args.timeout)
+            hung = job.process.poll() is None
         finally:
             job.kill()
         (home / "ballast").unlink(missing_ok=True)
-        if job.hung or (home / "out/final").is_dir():
+        if hung or (home / "out/final").is_dir():
             break
     result = {"faults": faults, "seconds": time.monotonic() - began, "commands": attempt + 1,
-              "hung": job.hung, "weights": None, "log": None,
+              "hung": hung, "weights": None, "log": None,
               "restarts": job.log.read_text(errors="replace").count("will restart worker group")}
-    if not job.hung and (home / "out/final").is_dir():
+    if not hung and (home / "out/final").is_dir():
         result["weights"] = hashlib.sha256((home / "out/final/model.safetensors").read_bytes()).hexdigest()
-        lines = [[json.loads(line) for line in (home / "out" / file).read_text().splitlines()]
-                 for file in ("metrics.jsonl", "eval.jsonl")]
-        result["log"] = [[(line["step"], line["loss"]) for line in lines[0]], lines[1]]
+        steps = read_lines(home / "out/metrics.jsonl")
+        result["log"] = ([(line["step"], line["loss"]) for line in steps],
+                         read_lines(home / "out/eval.jsonl"))
     return result
 
 

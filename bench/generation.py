@@ -14,14 +14,17 @@ The last line printed is one JSON object with all of it.
 """
 import argparse
 import json
+import operator
 import statistics
 import time
 from itertools import islice
 from pathlib import Path
 
-from bench.common import (cores, hardware, in_turn, json_child, make_parser, print_machine,
+from bench.common import (add_contest_flags, hardware, in_rounds, json_child, make_parser, print_machine,
                           print_table)
 from runtime.start import run_program
+
+CONTENDERS = "ours", "no guesses", "transformers"
 
 
 def run_one(args: argparse.Namespace) -> dict:
@@ -83,12 +86,9 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--only", choices=("equality", "speed"))
-    parser.add_argument("--run", choices=("ours", "no guesses", "transformers"), help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help=argparse.SUPPRESS)
-    parser.add_argument("--result", help=argparse.SUPPRESS)
+    add_contest_flags(parser, CONTENDERS)
     args = parser.parse_args(argv)
     if args.run:
         Path(args.result).write_text(json.dumps(run_one(args)))
@@ -104,12 +104,12 @@ def main(argv: list[str]) -> None:
     result: dict = {"hardware": machine, "batch_size": args.batch_size,
                     "max_new_tokens": args.max_new_tokens}
     if args.only != "speed":
-        runs = {(who, size): run(who, "fp32", size)["outputs"]
-                for who in ("ours", "transformers") for size in (args.batch_size, 1)}
-        result["prompts"] = prompts = len(runs["ours", 1])      # the file may have fewer than --prompts
+        outputs = {(who, size): run(who, "fp32", size)["outputs"]
+                   for who in ("ours", "transformers") for size in (args.batch_size, 1)}
+        result["prompts"] = prompts = len(outputs["ours", 1])   # the file may have fewer than --prompts
         pairs = [("ours", args.batch_size, "transformers", args.batch_size), ("ours", 1, "transformers", 1),
                  ("ours", args.batch_size, "ours", 1), ("transformers", args.batch_size, "transformers", 1)]
-        result["equal"] = {f"{a} x {m} = {b} x {n}": sum(x == y for x, y in zip(runs[a, m], runs[b, n]))
+        result["equal"] = {f"{a} x {m} = {b} x {n}": sum(map(operator.eq, outputs[a, m], outputs[b, n]))
                            for a, m, b, n in pairs}
         print_table(["fp32, prompts at once", "equal", "of"],
                     [[name, str(count), str(prompts)] for name, count in result["equal"].items()],
@@ -117,15 +117,13 @@ def main(argv: list[str]) -> None:
     if args.only != "equality":
         from runtime.machine import resolve_dtype
         dtype = resolve_dtype("auto", "cpu")
-        speeds: dict[str, list[float]] = {"ours": [], "no guesses": [], "transformers": []}
-        for i in range(args.rounds):
-            for who in in_turn(list(speeds), i):
-                each = run(who, dtype, args.batch_size)
-                speeds[who].append(each["new_tokens"] / each["seconds"])
+        runs = in_rounds(CONTENDERS, args.rounds, lambda who: run(who, dtype, args.batch_size))
+        speeds = {who: [each["new_tokens"] / each["seconds"] for each in runs[who]] for who in CONTENDERS}
         ratios = {who: [a / b for a, b in zip(speeds[who], speeds["transformers"])]
                   for who in ("ours", "no guesses")}
-        result.update(new_tokens_per_second=speeds, ratios=ratios, prompts=len(each["outputs"]),
-                      prompt_tokens=each["prompt_tokens"],
+        [first, *_] = runs["ours"]
+        result.update(new_tokens_per_second=speeds, ratios=ratios, prompts=len(first["outputs"]),
+                      prompt_tokens=first["prompt_tokens"],
                       ratio={who: statistics.median(values) for who, values in ratios.items()})
         print_table([f"{dtype}, new tokens/s", *(f"round {i + 1}" for i in range(args.rounds))],
                     [[who, *(f"{x:.1f}" for x in values)] for who, values in speeds.items()]

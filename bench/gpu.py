@@ -27,11 +27,10 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import REPOSITORY, cores, hardware, make_parser, start
+from bench.common import REPOSITORY, cores, hardware, make_parser, read_lines, start
 from runtime.files import check_writable, read_json, write_text
 from runtime.flags import number
 from runtime.foreign import check_file
@@ -86,24 +85,27 @@ TITLES = {
 # ---------------------------------------------------------------- in the child
 
 
-class Report:
-    """What a stage finds. Each row is appended to a file at once, so a stage that is killed leaves its rows.
+def make_row(section: int, name: str, value: object = None, unit: str = "", limit: str = "",
+             passed: bool | None = None, note: str = "", data: dict | None = None) -> dict:
+    """A row of the results. section: a key of TITLES; passed: None for a number that promises nothing; data:
+    more by name, which the table leaves out."""
+    if isinstance(value, float) and not math.isfinite(value):
+        value = str(value)
+    return {"section": section, "name": name, "value": value, "unit": unit, "limit": limit, "passed": passed,
+            "note": note, "data": data or {}}
 
-    Rows are {"section", "name", "value", "unit", "limit", "passed", "note", "data"}. section: a key of
-    TITLES; passed: None for a number that promises nothing; data: more by name, which the table leaves out.
-    """
+
+class Report:
+    """What a stage finds. Each row is appended to a file at once, so a stage that is killed leaves its
+    rows."""
 
     def __init__(self, file: Path):
         self.file = file
 
-    def row(self, section: int, name: str, value: object = None, unit: str = "", limit: str = "",
-            passed: bool | None = None, note: str = "", data: dict | None = None) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            value = str(value)
-        row = {"section": section, "name": name, "value": value, "unit": unit, "limit": limit,
-               "passed": passed, "note": note, "data": data or {}}
+    def row(self, *values: object, **more: object) -> None:
+        """As make_row()."""
         with open(self.file, "a") as out:
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(make_row(*values, **more)) + "\n")
 
     def at_most(self, section: int, name: str, value: float, limit: float, note: str = "") -> None:
         """A check. NaN does not pass."""
@@ -157,8 +159,6 @@ class Run:
         self.logs = output.with_name(f"{output.stem}-logs")
         self.outcomes = dict.fromkeys((stage.name for stage in stages), "not started")
         self.seconds: dict[str, float] = {}
-        self.processes: dict[str, subprocess.Popen] = {}
-        self.ending = False
         self.machine = hardware("triton", "transformers", "accelerate", "trl", "liger-kernel", "numpy")
         if device == "cuda" and not has_cuda():
             raise ValueError("--device cuda: PyTorch finds no CUDA device; cpu tries every stage with tiny "
@@ -171,74 +171,73 @@ class Run:
     def age(self) -> float:
         return time.monotonic() - self.began
 
-    def stage(self, stage: Stage, until: float, threads: int) -> None:
-        """Run a stage until it ends, or until its deadline or `until`, an age of this run."""
-        name, began = stage.name, self.age
-        if self.ending:
-            return
-        if until - began < LEAST:
-            self.outcomes[name] = f"not started: no time was left; raise --budget, or run --only {name}"
-            return
-        log_file, seconds = self.logs / f"{name}.txt", min(stage.seconds, until - began)
-        self.outcomes[name] = "running"
-        command = ["-m", "bench.gpu", "--stage", stage.function, "--rows", str(self.logs / f"{name}.jsonl"),
-                   "--device", self.device]
-        with open(log_file, "w") as log:
-            process = start(command, threads, log, session=True, TOKENIZERS_PARALLELISM="false")
-        self.processes[name] = process
-        outcome = "ended"
-        try:
-            if status := process.wait(seconds):
-                last = log_file.read_text(errors="replace").strip().splitlines()[-1:]
-                outcome = f"exit status {status}: {''.join(last)[:300]}"
-        except subprocess.TimeoutExpired:
-            outcome = f"killed at its deadline of {seconds:.0f} s"
-        # Also after an orderly end, because it may have left children.
-        kill(process)
-        self.seconds[name] = self.age - began
-        self.outcomes[name] = "killed: the run was ended from outside" if self.ending else outcome
-        print(f"{self.age:5.0f} s  {name}: {self.outcomes[name]} in {self.seconds[name]:.0f} s", flush=True)
-
     def run(self, stages: list[Stage], at_once: int, until: float) -> None:
-        """Run stages, `at_once` at a time, each until its deadline and all until `until`."""
-        threads = ThreadPoolExecutor(at_once)
-        running = [threads.submit(self.stage, stage, until, max(1, cores() // at_once)) for stage in stages]
+        """Run stages, `at_once` at a time, each until its deadline and all until `until`, an age of this
+        run."""
+        waiting, running = list(stages), []
         try:
-            while not all(each.done() for each in running):
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    if until - self.age >= LEAST:
+                        running.append(self.begin(waiting.pop(0), until, max(1, cores() // at_once)))
+                    else:
+                        name = waiting.pop(0).name
+                        self.outcomes[name] = ("not started: no time was left; raise --budget, or run --only "
+                                               f"{name}")
+                running = [each for each in running if not self.ended(*each)]
                 self.write()
                 time.sleep(0.2)
         finally:
-            self.ending = not all(each.done() for each in running)
-            if self.ending:     # a second Ctrl-C would only stop what follows
+            if running:     # a second Ctrl-C would only stop what follows
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            threads.shutdown(wait=False, cancel_futures=True)
-            while not all(each.done() for each in running):
-                for process in list(self.processes.values()):
-                    kill(process)
-                time.sleep(0.05)
-        for each in running:
-            each.result()
+            for name, process, began, _ in running:
+                self.end(name, process, began, "killed: the run was ended from outside")
+
+    def begin(self, stage: Stage, until: float, threads: int) -> tuple[str, subprocess.Popen, float, float]:
+        """Start a stage: its name, its process, and the ages at which it began and has to end."""
+        self.outcomes[stage.name] = "running"
+        command = ["-m", "bench.gpu", "--stage", stage.function, "--rows",
+                   str(self.logs / f"{stage.name}.jsonl"), "--device", self.device]
+        with open(self.logs / f"{stage.name}.txt", "w") as log:
+            process = start(command, threads, log, session=True, TOKENIZERS_PARALLELISM="false")
+        return stage.name, process, self.age, min(self.age + stage.seconds, until)
+
+    def ended(self, name: str, process: subprocess.Popen, began: float, deadline: float) -> bool:
+        """Whether a stage has ended, or now is, at its deadline."""
+        status = process.poll()
+        if status is None and self.age < deadline:
+            return False
+        outcome = "ended"
+        if status is None:
+            outcome = f"killed at its deadline of {deadline - began:.0f} s"
+        elif status:
+            last = (self.logs / f"{name}.txt").read_text(errors="replace").strip().splitlines()[-1:]
+            outcome = f"exit status {status}: {''.join(last)[:300]}"
+        self.end(name, process, began, outcome)
+        return True
+
+    def end(self, name: str, process: subprocess.Popen, began: float, outcome: str) -> None:
+        """Kill what is left of a stage, and of what it started, and note how it ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.seconds[name], self.outcomes[name] = self.age - began, outcome
+        print(f"{self.age:5.0f} s  {name}: {outcome} in {self.seconds[name]:.0f} s", flush=True)
 
     def write(self) -> dict:
         """Write the results file. Returns the results."""
         rows = []
         for name in self.outcomes:
-            file = self.logs / f"{name}.jsonl"
-            # The last line may be half written.
-            lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-            rows += [{"stage": name, **json.loads(line)} for line in lines]
+            rows += [{"stage": name, **row} for row in read_lines(self.logs / f"{name}.jsonl")]
+        # A failed row for every stage that did not end well, or has not ended yet.
+        rows += [{"stage": name, **make_row(0, name, passed=False, note=outcome)}
+                 for name, outcome in self.outcomes.items() if outcome != "ended"]
         stages = {name: {"outcome": outcome, "seconds": round(self.seconds.get(name, 0.0), 1)}
                   for name, outcome in self.outcomes.items()}
         results = {"device": self.device, "hardware": self.machine, "budget": self.budget,
                    "seconds": round(self.age, 1), "stages": stages, "rows": rows}
         write_text(self.output, json.dumps(results, indent=1))
-        return with_outcomes(results)
-
-
-def kill(process: subprocess.Popen) -> None:
-    """Kill a stage and all that it started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+        return results
 
 
 def has_cuda() -> bool:
@@ -247,22 +246,14 @@ def has_cuda() -> bool:
     return subprocess.run(command).returncode == 0
 
 
-def with_outcomes(results: dict) -> dict:
-    """The results with a failed row for every stage that did not end well, or had not ended yet."""
-    failed = [{"stage": name, "section": 0, "name": name, "value": None, "unit": "", "limit": "",
-               "passed": False, "note": stage["outcome"], "data": {}}
-              for name, stage in results["stages"].items() if stage["outcome"] != "ended"]
-    return results | {"rows": [row for row in results["rows"] if row["section"]] + failed}
-
-
 def read_results(file: Path) -> dict:
-    """with_outcomes() of a results file. ValueError if it is none."""
+    """The results in a file. ValueError if it is none."""
     check_file(file)
     results = read_json(file)
     if missing := {"hardware", "budget", "seconds", "stages", "rows"} - results.keys():
         raise ValueError(f"{file}: is no results file of this program; it has no "
                          f"{', '.join(sorted(missing))}")
-    return with_outcomes(results)
+    return results
 
 
 # ---------------------------------------------------------------- tables

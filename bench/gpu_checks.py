@@ -7,9 +7,6 @@ step differ by about the square root of 2 of that. Faults are planted to see tha
 """
 import contextlib
 import copy
-import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +14,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import train
-from bench.common import REPOSITORY
+from bench.common import REPOSITORY, read_lines, start
 from bench.gpu import Report
 from bench.step import synthetic
 from config import QUICKSTART
@@ -35,9 +33,10 @@ from eval.engine import Engine
 from kernels.attention import attention as tiled_attention
 from kernels.attention import varlen_attention
 from loss import coefficients
-from model import Llama
+from model import Llama, load_model
 from runtime.distributed import data_parallel, shard
 from runtime.model_config import ModelConfig
+from runtime.weights import save_model
 
 FP32_LIMIT = 1e-4
 BF16_FACTOR = 1.5
@@ -264,14 +263,6 @@ def leak(model: Llama) -> Iterator[None]:
     del model.attention_over
 
 
-@contextlib.contextmanager
-def chunks_of(rows: int, vocabulary: int) -> Iterator[None]:
-    """The head in chunks of at most so many targets."""
-    with (mock.patch("kernels.head.CHUNK_LOGITS", rows * vocabulary),
-          mock.patch("kernels.head.CUDA_ROWS", rows)):
-        yield
-
-
 def bf16(report: Report, device: str, tiny: bool) -> None:
     """A step in bf16 by several ways: packed or not, recomputed, compiled, in other chunks."""
     exact_matrix_products()
@@ -317,7 +308,8 @@ def bf16(report: Report, device: str, tiny: bool) -> None:
     compare("recompute", same_kernels)
     model.recompute = False
     for rows in (16,) if tiny else (128, 512):
-        with chunks_of(rows, shape["vocab_size"]):
+        with (mock.patch("kernels.head.CHUNK_LOGITS", rows * shape["vocab_size"]),
+              mock.patch("kernels.head.CUDA_ROWS", rows)):
             compare(f"chunks of {rows} targets", same_kernels)
     with report.trying(5, "planted leak"), leak(model):
         report.at_least(5, "a leak between documents is caught", change()[1], 2 * other_kernels)
@@ -364,20 +356,9 @@ def syncs(report: Report, device: str, tiny: bool) -> None:
             report.at_most(6, f"{name}: waits of {len(steps)} steps", places.total(), len(steps))
             for place, count in places.most_common(12):
                 report.row(6, f"{name}: {place}", count, "waits")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------- the quick start
-
-
-def start_run(folder: Path, name: str, flags: Sequence[str]) -> subprocess.Popen:
-    """train.py's embedded default, in a process of its own. With one thread, because several run at once."""
-    with open(folder / f"{name}.txt", "a") as log:
-        return subprocess.Popen([sys.executable, str(REPOSITORY / "train.py"), "--output-dir",
-                                 str(folder / name), "--cache-dir", str(folder / "cache"),
-                                 "--save-dtype", "fp32", *flags],
-                                stdout=log, stderr=log, cwd=REPOSITORY,
-                                env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def ended_well(process: subprocess.Popen, folder: Path, name: str) -> None:
@@ -385,15 +366,10 @@ def ended_well(process: subprocess.Popen, folder: Path, name: str) -> None:
         raise RuntimeError(f"exit status {status}: {(folder / f'{name}.txt').read_text()[-250:].strip()}")
 
 
-def lines(file: Path) -> list[dict]:
-    text = file.read_text() if file.is_file() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
-
-
 def same_run(a: Path, b: Path) -> tuple[bool, float]:
     """Whether two runs have the same losses and weights, bit for bit, and how far apart the weights are."""
     from safetensors.torch import load_file
-    losses = [[(x["loss"], x["grad_norm"]) for x in lines(run / "metrics.jsonl")] for run in (a, b)]
+    losses = [[(x["loss"], x["grad_norm"]) for x in read_lines(run / "metrics.jsonl")] for run in (a, b)]
     left, right = (load_file(run / "final" / "model.safetensors") for run in (a, b))
     equal = all(torch.equal(left[name], right[name]) for name in right)
     return equal and losses[0] == losses[1] and len(losses[0]) > 0, worst(left, right)
@@ -408,25 +384,29 @@ def quickstart(report: Report, device: str, tiny: bool) -> None:
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as at_end:
         folder = Path(temporary)
 
-        def start(name: str, flags: list[str]) -> subprocess.Popen:
-            process = start_run(folder, name, flags)
+        def train_as(name: str, flags: list[str]) -> subprocess.Popen:
+            """train.py's embedded default. With one thread, because several run at once."""
+            command = [str(REPOSITORY / "train.py"), "--output-dir", str(folder / name), "--cache-dir",
+                       str(folder / "cache"), "--save-dtype", "fp32", *flags]
+            with open(folder / f"{name}.txt", "a") as log:
+                process = start(command, 1, log)
             at_end.callback(process.wait)
             at_end.callback(process.kill)
             return process
 
         began = time.monotonic()
-        killed, whole_run = start("killed", exact), start("exact", exact)
-        usual = start("usual", common + (["--eval-generate", "0", "--max-steps", "4"] if tiny else []))
+        killed, whole_run = train_as("killed", exact), train_as("exact", exact)
+        usual = train_as("usual", common + (["--eval-generate", "0", "--max-steps", "4"] if tiny else []))
         with report.trying(7, "deterministic: killed and resumed"):
             metrics = folder / "killed" / "metrics.jsonl"
-            while len(lines(metrics)) < steps // 2 and killed.poll() is None:
+            while len(read_lines(metrics)) < steps // 2 and killed.poll() is None:
                 time.sleep(0.02)
             killed.kill()
             killed.wait()
-            done = len(lines(metrics))
+            done = len(read_lines(metrics))
             report.holds(7, "deterministic: killed in the middle", 0 < done < steps,
                          f"after {done} of {steps} steps: {(folder / 'killed.txt').read_text()[-250:]}")
-            ended_well(start("killed", exact), folder, "killed")
+            ended_well(train_as("killed", exact), folder, "killed")
             ended_well(whole_run, folder, "exact")
             equal, far = same_run(folder / "killed", folder / "exact")
             report.holds(7, "deterministic: resumed equals uninterrupted", equal,
@@ -434,11 +414,11 @@ def quickstart(report: Report, device: str, tiny: bool) -> None:
         with report.trying(7, "quick start"):
             ended_well(usual, folder, "usual")
             report.row(7, "quick start, next to two others", time.monotonic() - began, "s")
-            metrics = lines(folder / "usual" / "metrics.jsonl")
+            metrics = read_lines(folder / "usual" / "metrics.jsonl")
             first, last = (metrics[i]["nll_completion"] for i in (0, -1))
             report.at_most(7, "completions' NLL in the last step over the first", last / first,
                            0.9 if tiny else 0.5)
-            for line in lines(folder / "usual" / "eval.jsonl"):
+            for line in read_lines(folder / "usual" / "eval.jsonl"):
                 if "exact_match" in line:
                     report.row(7, f"exact matches at step {line['step']}", line["exact_match"])
 
@@ -541,18 +521,16 @@ def generation(report: Report, device: str, tiny: bool) -> None:
 
 def ranks(report: Report, device: str, tiny: bool) -> None:
     """torchrun with one rank; and DDP and FSDP2 around a model in a group of one."""
-    for more in [["--shard"]] if tiny else [[], ["--shard"]]:
-        name = " ".join(["torchrun", *more])
-        with report.trying(14, name), tempfile.TemporaryDirectory() as folder:
-            # torchrun has to end its ranks itself, so it is asked to end after a while.
-            done = subprocess.run([
-                "timeout", "60", sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc-per-node", "1", str(REPOSITORY / "train.py"), *flags_of_run(folder, device),
-                "--max-steps", "3", "--batch-size", "4", *more],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
-            steps = len(lines(Path(folder) / "run" / "metrics.jsonl"))
-            report.holds(14, f"{name}: three steps", done.returncode == 0 and steps == 3,
-                         done.stdout.strip()[-200:])
+    with report.trying(14, "torchrun"), tempfile.TemporaryDirectory() as folder:
+        # torchrun has to end its ranks itself, so it is asked to end after a while.
+        done = subprocess.run([
+            "timeout", "60", sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", "1", str(REPOSITORY / "train.py"), *flags_of_run(folder, device),
+            "--max-steps", "3", "--batch-size", "4"],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY)
+        steps = len(read_lines(Path(folder) / "run" / "metrics.jsonl"))
+        report.holds(14, "torchrun: three steps", done.returncode == 0 and steps == 3,
+                     done.stdout.strip()[-200:])
     exact_matrix_products()
     backend = "nccl" if device == "cuda" else "gloo"
     config, shape = settings("fp32"), shapes(tiny)["Llama"]
@@ -571,22 +549,10 @@ def ranks(report: Report, device: str, tiny: bool) -> None:
                 got = {key.removeprefix("module."): value for key, value in got.items()}
                 report.at_most(14, f"DDP by {backend}: gradients", worst(got, expected), FP32_LIMIT)
             with report.trying(14, "FSDP2"):
-                sharded = divided(model, place, torch.float32)
+                save_model(model, folder)
+                sharded = load_model(folder, place, partial(shard, device=place, dtype=torch.float32))
                 _, got = step_of(sharded, dataset, packed, config)
                 report.at_most(14, f"FSDP2 by {backend}: gradients", worst(got, expected), FP32_LIMIT)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-
-def divided(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:
-    """A copy of the model, divided among the ranks as --shard does it."""
-    with torch.device("meta"):
-        copied = Llama(model.config)
-    shard(copied, device=device, dtype=dtype)
-    copied.to_empty(device=device)
-    with torch.no_grad():
-        for (name, parameter), (_, source) in zip(copied.named_parameters(), model.named_parameters()):
-            assert parameter.shape == source.shape, name
-            parameter.to_local().copy_(source)
-    return copied

@@ -32,8 +32,8 @@ from bench import step
 from bench.common import cores, json_child
 from bench.gpu import Report
 from eval import estimate
-from model import Llama, parameter_count
-from runtime.machine import keep_freed_memory
+from model import Llama, init_weights, parameter_count
+from runtime import machine
 from runtime.model_config import ModelConfig
 
 PEAK_FLOPS = 989e12
@@ -63,10 +63,7 @@ def random_model(config: ModelConfig, device: str) -> Llama:
     with torch.device("meta"):
         model = Llama(config)
     model.to_empty(device=device)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if "norm" in name else parameter.normal_(0.0, 0.02)
+    init_weights(model, seed=0)
     return model
 
 
@@ -227,7 +224,7 @@ def speed_of(name: str, report: Report, device: str, tiny: bool, switches: bool)
     # For the deterministic steps at the end; CUDA reads it when it starts. An H100 uses this size anyway.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # As train.py does, also before CUDA starts.
-    keep_freed_memory()
+    machine.keep_freed_memory()
     sizes = (64, 128) if tiny else (16384, 4096, 32768, 65536)
     usual = settings("im", sizes[0], device, tiny)
     model = random_model(shape_of(name, tiny), device)
@@ -287,14 +284,11 @@ def rounded_products() -> Iterator[None]:
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """As --deterministic, for a while."""
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True)
+    machine.deterministic()
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 speed_small = functools.partial(speed_of, "0.13B", switches=True)

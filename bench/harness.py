@@ -20,10 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.common import (cores, hardware, in_turn, json_child, make_parser, print_machine,
+from bench.common import (add_contest_flags, hardware, in_rounds, json_child, make_parser, print_machine,
                           print_table)
 from runtime.start import run_program
 
+CONTENDERS = "ours", "hf"
 TASK = """task: long_choice
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
@@ -111,11 +112,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
     parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=cores())
-    parser.add_argument("--run", choices=("ours", "hf"), help=argparse.SUPPRESS)
     parser.add_argument("--task", help=argparse.SUPPRESS)
-    parser.add_argument("--result", help=argparse.SUPPRESS)
+    add_contest_flags(parser, CONTENDERS)
     args = parser.parse_args(argv)
     if args.run:
         Path(args.result).write_text(json.dumps(run_one(args)))
@@ -127,17 +125,14 @@ def main(argv: list[str]) -> None:
         result: dict = {"hardware": machine, "questions": args.questions, "context_tokens": tokens,
                         "batch_size": args.batch_size}
 
-        def run(who: str, dtype: str) -> dict:
+        def run(who: str) -> dict:
             return json_child(["-m", "bench.harness", "--run", who, "--dtype", dtype, "--task", folder,
                                "--model", args.model, "--data", args.data,
                                "--batch-size", str(args.batch_size),
                                "--micro-batch-tokens", str(args.micro_batch_tokens)], args.threads)
 
         for dtype in args.dtype:
-            runs: dict[str, list[dict]] = {"ours": [], "hf": []}
-            for number in range(args.rounds):
-                for who in in_turn(list(runs), number):
-                    runs[who].append(run(who, dtype))
+            runs = in_rounds(CONTENDERS, args.rounds, run)
             ratios = [hf["seconds"] / ours["seconds"] for ours, hf in zip(*runs.values())]
             largest = max(abs(a - b) for a, b in zip(*(of_who[0]["values"] for of_who in runs.values())))
             result[dtype] = {"seconds": {who: [each["seconds"] for each in runs[who]] for who in runs},

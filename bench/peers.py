@@ -19,7 +19,7 @@ for each step, seconds (loading its data included), real tokens and trained toke
 """
 from argparse import Namespace
 
-from bench.common import PEERS, make_parser, split_flags
+from bench.common import PEERS, document_length, make_parser, split_flags
 from config import Config
 from config import parse_args as parse_flags
 from runtime.start import answer_flags, run_program
@@ -31,7 +31,8 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--padded-rows", type=int, default=8, help="records of a micro-batch of trainer")
-    parser.add_argument("--document", type=int, default=0, help="targets of each synthetic record")
+    parser.add_argument("--document", type=document_length, default=0,
+                        help="targets of each synthetic record")
     parser.add_argument("--config", metavar="JSON", help="config.json of a model with random weights")
     parser.add_argument("--result", required=True, metavar="FILE")
     own, passed = split_flags(argv)

@@ -11,12 +11,12 @@ speed: of the steps after --warmup; under torchrun of all ranks together. limit:
 micro-batch and nothing else, in the dtype of the run, each layer's with its own weights: for each linear
 layer x W' forward, g W and g' x backward, and for the head the same over the trained targets. profile: one
 step under torch.profiler. The time of each operation, on CUDA of the kernels that it started, goes to the
-innermost part around it. Forward, parts are ranges around modules and functions; backward, they follow from
-the name of the autograd node. So the parts add up to the step, or to the device's time.
+innermost part around it. Forward, parts are ranges around modules and functions; an autograd node belongs to
+the part of the operation that made it. So the parts add up to the step, or to the device's time.
 """
 from argparse import Namespace
 
-from bench.common import make_parser, split_flags
+from bench.common import document_length, make_parser, split_flags
 from config import Config
 from config import parse_args as parse_flags
 from runtime.start import answer_flags, run_program
@@ -26,7 +26,7 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
     """Its own flags, and train.py's."""
     parser = make_parser("step", __doc__, "WHAT [flags] -- flags of train.py")
     parser.add_argument("what", choices=("speed", "limit", "profile"))
-    parser.add_argument("--document", type=int, default=0, help="tokens of synthetic documents")
+    parser.add_argument("--document", type=document_length, default=0, help="tokens of synthetic documents")
     parser.add_argument("--tokens", type=int, default=4096, help="limit: of the micro-batch")
     parser.add_argument("--trained", type=int, default=2600, help="limit: trained targets of the micro-batch")
     parser.add_argument("--repeats", type=int, default=4, help="steps measured")
@@ -65,7 +65,7 @@ from chat import COMPLETION, INSTRUCTION, KINDS
 from data import Dataset
 from runtime.distributed import data_parallel, finish, is_main, join_ranks, rank, whole, world_size
 from runtime.machine import deterministic, keep_freed_memory, peak_memory_mb
-from runtime.model_config import ModelConfig, read_config
+from runtime.model_config import read_config
 from runtime.model_folder import resolve_model
 
 ATTENTION, NORMS, PROJECTIONS, MLP = "attention kernels", "norms and RoPE", "attention projections", "MLP"
@@ -186,10 +186,7 @@ def limit(config: train.Config, args: Namespace) -> dict:
 
 # ---------------------------------------------------------------- profile
 
-# Autograd nodes by name. Others belong to a part if they multiply matrices of its sizes, see by_shapes().
-NODES = {"GeneratedBackwardFor_spantune_tiled_attention": ATTENTION,
-         "GeneratedBackwardFor_torch_attn": ATTENTION, "RMSNorm": NORMS, "Rotate": NORMS, "SwiGLU": MLP,
-         "WeightedNLL": HEAD, "Index": HEAD}
+# How the name of an autograd node begins in a trace.
 NODE = "autograd::engine::evaluate_function: "
 
 
@@ -200,8 +197,8 @@ def marked(model: model_module.Llama) -> Iterator[None]:
                  (model_module, "rotate", NORMS), (train, "weighted_nll", HEAD)]
     for name, module in model.named_modules():
         leaf = name.rpartition(".")[2]
-        if isinstance(module, model_module.RMSNorm) or leaf in ("o_proj", "mlp"):
-            functions.append((module, "forward", {"o_proj": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS)))
+        if isinstance(module, model_module.RMSNorm) or leaf in ("self_attn", "mlp"):
+            functions.append((module, "forward", {"self_attn": PROJECTIONS, "mlp": MLP}.get(leaf, NORMS)))
     with contextlib.ExitStack() as patches:
         for owner, name, of_part in functions:
             # A record_function is a decorator, too.
@@ -215,8 +212,8 @@ class Call:
     name: str
     start: float
     end: float
-    shapes: list
     correlation: int | None
+    sequence: int | None        # of the autograd node that a forward operation makes, or that this is
     inside: list["Call"] = field(default_factory=list)
 
 
@@ -227,7 +224,7 @@ def calls(trace: list[dict]) -> list[Call]:
         if event.get("cat") in ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"):
             more = event.get("args", {})
             threads[event["tid"]].append(Call(event["name"], event["ts"], event["ts"] + event.get("dur", 0),
-                                              more.get("Input Dims", []), more.get("correlation")))
+                                              more.get("correlation"), more.get("Sequence number")))
     outermost: list[Call] = []
     for found in threads.values():
         around: list[Call] = []
@@ -253,17 +250,28 @@ def traced(recorded: profile) -> list[dict]:
         return json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
 
 
-def seconds_of_parts(trace: list[dict], shape: ModelConfig) -> tuple[dict[tuple[str, str], float], float]:
+def seconds_of_parts(trace: list[dict]) -> tuple[dict[tuple[str, str], float], float]:
     """{(part, direction): seconds} of the device, or of the host if nothing ran on a device; and the seconds
     of kernels that no call is known to have started, which are under OTHER, too."""
     ran: dict[int | None, float] = defaultdict(float)
     for _, correlation, seconds in device_events(trace):
         ran[correlation] += seconds
     times: dict[tuple[str, str], float] = defaultdict(float)
+    # The part of the operation that made the autograd node of a number.
+    part_of_node: dict[int | None, str] = {}
     on_device = bool(ran)
 
     def walk(call: Call, around: tuple[str, str]) -> None:
-        own = part_of(call, around, shape)
+        own = around
+        if call.name.startswith("part:"):
+            own = call.name.removeprefix("part:"), "forward"
+        elif call.name.startswith(NODE):
+            # Only what adds a gradient up has no number: it follows the node that made the gradient.
+            part_of_node[None] = part_of_node.get(call.sequence, OTHER)
+            own = part_of_node[None], "backward"
+        elif own[1] == "forward" and call.sequence is not None:
+            # Of several operations with a number, the last made the node.
+            part_of_node[call.sequence] = own[0]
         if not on_device:
             times[own] += (call.end - call.start - sum(x.end - x.start for x in call.inside)) / 1e6
         elif call.correlation is not None:
@@ -271,44 +279,13 @@ def seconds_of_parts(trace: list[dict], shape: ModelConfig) -> tuple[dict[tuple[
         for inner in call.inside:
             walk(inner, own)
 
-    for call in calls(trace):
-        # On CUDA the backward pass runs in a thread of its own.
+    # On CUDA the backward pass runs in a thread of its own. The forward pass comes first.
+    for call in sorted(calls(trace), key=lambda call: call.start):
         if on_device or call.name == f"part:{OTHER}":
             walk(call, (OTHER, "forward"))
     lost = sum(ran.values())
     times[OTHER, "forward"] += lost
     return times, lost
-
-
-def by_shapes(call: Call, shape: ModelConfig) -> str | None:
-    """The part that the matrix products inside a call belong to, by the sizes that they were given."""
-    sizes: set[int] = set()
-    waiting = [call]
-    while waiting:
-        each = waiting.pop()
-        for size in each.shapes:
-            if len(size) == 2 and all(isinstance(n, int) for n in size):
-                sizes.update(size)
-        waiting.extend(each.inside)
-    if not sizes:
-        return None
-    return MLP if shape.intermediate_size in sizes else HEAD if shape.vocab_size in sizes else PROJECTIONS
-
-
-def part_of(call: Call, around: tuple[str, str], shape: ModelConfig) -> tuple[str, str]:
-    """(part, direction) of a call and of what is inside it, unless that says otherwise. around: those of
-    the call that it is in."""
-    if call.name.startswith("part:"):
-        return call.name.removeprefix("part:"), "forward"
-    if call.name.startswith(NODE):
-        node = call.name.removeprefix(NODE).lstrip("_")
-        named = next((name for start, name in NODES.items() if node.startswith(start)), None)
-        products = node.startswith(("Linears", "Mm", "Addmm", "T", "ToCopy", "View",
-                                    "torch::autograd::AccumulateGrad"))
-        return named or (products and by_shapes(call, shape)) or OTHER, "backward"
-    if call.name == "_Linears" and around[0] == OTHER:
-        return by_shapes(call, shape) or OTHER, around[1]
-    return around
 
 
 def profile_step(config: train.Config, args: Namespace) -> dict:
@@ -324,12 +301,11 @@ def profiled(model: model_module.Llama, one_step: Callable[[int], dict], number:
     """Where the time of a step of training() goes, by part. model: within marked(), its layers not
     compiled."""
     cuda = model.head_weight.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda],
-                 record_shapes=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * cuda]) as recorded:
         step = one_step(number)
         if cuda:
             torch.cuda.synchronize()
-    times, lost = seconds_of_parts(traced(recorded), model.config)
+    times, lost = seconds_of_parts(traced(recorded))
     total = sum(times.values())
     # Near 0 if nothing is lost, and nothing counts twice.
     error = lost / total if cuda else abs(total / step["seconds"] - 1)

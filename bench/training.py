@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.common import (PEERS, REPOSITORY, child, cores, hardware, in_turn, json_child, make_parser,
-                          print_machine, print_table, split_flags, spread)
+                          print_machine, print_table, read_lines, split_flags, spread)
 from runtime.start import run_program
 
 THIS = "train.py"
@@ -46,7 +46,7 @@ def run_train(checkout: Path, flags: list[str], args: Namespace, ranks: int, fol
     child([*(launcher if ranks > 1 else []), str(checkout / "train.py"), "--max-steps", str(steps),
            "--log-every", str(10**9), "--output-dir", str(folder / "run"), "--overwrite", *flags],
           max(1, args.threads // ranks), checkout)
-    lines = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()][:-1]
+    lines = read_lines(folder / "run/metrics.jsonl")[:-1]
     columns = ([line[key] for line in lines] for key in ("seconds", "tokens", "trained_tokens"))
     return summary(*columns, max(line["peak_memory_mb"] for line in lines) / 1024, args.warmup)
 

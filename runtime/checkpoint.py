@@ -19,13 +19,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from runtime.distributed import from_all, from_main, is_main
 from runtime.files import checksum, commit, writing
 from runtime.foreign import parse_json, read_text, shorten
-from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, Stored, checkpoint_tensors, fill, first_above,
-                             save_model, stored_tensors, write_tensors)
+from runtime.weights import (DTYPE_BY_NAME, NAME_BY_DTYPE, checkpoint_tensors, fill, first_above, save_model,
+                             stored_tensors, write_tensors)
 
 # The name of a finished checkpoint's folder.
 STEP_FOLDER = re.compile(r"step-\d{8,}")
@@ -113,11 +112,6 @@ def find_checkpoints(output: str | Path) -> list[Path]:
                   if STEP_FOLDER.fullmatch(p.name) and p.is_dir())
 
 
-def unfinished_checkpoints(output: str | Path) -> list[Path]:
-    """What killed writers left behind."""
-    return sorted((Path(output) / "checkpoints").glob("step-*.part"))
-
-
 def read_state(folder: str | Path) -> dict:
     """state.json of a checkpoint. ValueError if the folder is not one, or the file has changed since it was
     written."""
@@ -180,27 +174,27 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         raise ValueError(f"{folder}: was written with the optimizer {state['optimizer']}, this run has "
                          f"{type(optimizer).__qualname__}; resume with the code that it was started with, or "
                          "give another --output-dir")
-    def check(fits: bool, stored_name: str) -> None:
-        if not fits:
-            raise ValueError(f"{folder}: {shorten(stored_name, 100)} is not optimizer state of this model")
-
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         if name not in weights or weights[name].shape != list(parameter.shape):
             raise ValueError(f"{folder}: {name} is missing, or not of the model's shape")
         fill(parameter, weights[name], everywhere)
-    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    if others := [stored_name for stored_name in (*tensors, *state["numbers"])
+                  if stored_name.partition(".")[2] not in parameters]:
+        raise ValueError(f"{folder}: {shorten(others[0], 100)} is not optimizer state of this model")
     for stored_name, stored in tensors.items():
         key, _, name = stored_name.partition(".")
-        check(name in parameters and stored.dtype in DTYPE_BY_NAME, stored_name)
-        value = _empty_state(parameters[name], stored)
+        parameter, dtype = parameters[name], DTYPE_BY_NAME[stored.dtype]
+        if stored.shape == list(parameter.shape):
+            # Divided among the ranks as its parameter is.
+            value = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            value = torch.empty(stored.shape, dtype=dtype, device=parameter.device)
         fill(value, stored, everywhere)
-        optimizer.state[parameters[name]][key] = value
-    for stored_name, pair in state["numbers"].items():
+        optimizer.state[parameter][key] = value
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for stored_name, (number, dtype) in state["numbers"].items():
         key, _, name = stored_name.partition(".")
-        check(name in parameters and isinstance(pair, list | tuple) and len(pair) == 2
-              and type(pair[0]) in (bool, int, float) and pair[1] in (None, *DTYPE_BY_NAME), stored_name)
-        number, dtype = pair
         if dtype is not None:
             # torch.optim keeps its step counts on the CPU unless it needs them on the device.
             group = groups[parameters[name]]
@@ -209,14 +203,3 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
                                   device=parameters[name].device if on_device else "cpu")
         optimizer.state[parameters[name]][key] = number
     return state["step"]
-
-
-def _empty_state(parameter: Tensor, stored: Stored) -> Tensor:
-    """A tensor to read an optimizer's stored tensor into, divided among the ranks as its parameter is."""
-    dtype = DTYPE_BY_NAME[stored.dtype]
-    if stored.shape == list(parameter.shape):
-        return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
-    value = torch.empty(stored.shape, dtype=dtype, device=parameter.device)
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-    return value

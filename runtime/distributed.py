@@ -72,24 +72,17 @@ def _check_environment() -> None:
                              "machine; torchrun sets it")
 
 
-def meet(backend: str, patience: timedelta = timedelta(minutes=10)) -> None:
-    """Start torch.distributed among torchrun's ranks, saying after some seconds what is waited for.
-    ValueError if some ranks have not joined within `patience`."""
-    with _saying_what_is_waited_for(patience):
-        _meet(backend, patience)
-
-
-@contextlib.contextmanager
-def _saying_what_is_waited_for(patience: timedelta, after: float = 10) -> Iterator[None]:
-    """Prints a line after so many seconds in here. ValueError if rank 0's address does not answer."""
+def meet(backend: str, patience: timedelta = timedelta(minutes=10), silent: float = 10) -> None:
+    """Start torch.distributed among torchrun's ranks, saying after `silent` seconds what is waited for.
+    ValueError if rank 0's address does not answer, or some ranks have not joined within `patience`."""
     place = f"rank 0 at MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
     awaited = f"all of {world_size()} ranks to reach" if is_main() else "the answer of"
-    timer = threading.Timer(after, print, [f"rank {rank()} waits for {awaited} {place}; it gives up after "
-                                           f"{patience}"], dict(file=sys.stderr, flush=True))
+    timer = threading.Timer(silent, print, [f"rank {rank()} waits for {awaited} {place}; it gives up after "
+                                            f"{patience}"], dict(file=sys.stderr, flush=True))
     timer.daemon = True
     timer.start()
     try:
-        yield
+        _meet(backend, patience)
     except dist.DistError as error:
         raise ValueError(f"rank {rank()} cannot reach {place} ({str(error).splitlines()[0][:150]}); is that "
                          "where rank 0 runs, and may this machine connect to it?") from None

@@ -302,9 +302,8 @@ def _pairs_in_yaml(text: str) -> list[tuple[str, object]]:
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        if not isinstance(node, yaml.MappingNode):
-            raise ValueError("must be one mapping, flag: value")
-        if not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode)
+                                                             for key, _ in node.value):
             raise ValueError("must be one mapping, flag: value, in which every flag is text")
         pairs = []
         for key, value in node.value:

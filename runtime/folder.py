@@ -12,18 +12,16 @@ import json
 import os
 import shutil
 import socket
-import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from runtime.checkpoint import (STEP_FOLDER, check_files, find_checkpoints, newest_whole, read_state,
-                                unfinished_checkpoints)
+from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state
 from runtime.distributed import from_all
 from runtime.files import check_writable, lock, read_json, write_text, writing
 from runtime.flags import flag_name
-from runtime.foreign import check_file, is_number, lines_of, parse_line, shorten
+from runtime.foreign import check_file, is_number, lines_of, parse_line
 
 # In the order in which they are deleted: while identity.json exists, the others are known to be a run's.
 RUN_FILES = ("run_config.json", "metrics.jsonl", "eval.jsonl", "tensorboard", "wandb", "checkpoints", "final",
@@ -167,16 +165,11 @@ def check_ranks(out: Path, identity: dict, resuming: bool) -> None:
 def launch() -> str:
     """Identifies the command that started this process: the same for processes that torchrun restarts, and
     for no others. The parent's process number may be reused, as in a container; its start time is not."""
-    parent = os.getppid()
-    try:
+    parent, boot, started = os.getppid(), "", "an unknown time"
+    with suppress(OSError):     # not Linux
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         # In clock ticks since boot.
         started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        # Not Linux.
-        boot = ""
-        started = subprocess.run(["ps", "-o", "lstart=", "-p", str(parent)], capture_output=True,
-                                 text=True).stdout.strip()
     run = os.environ.get("TORCHELASTIC_RUN_ID", "")
     return f"host {socket.gethostname()}, started by process {parent} of {started} {boot} {run}".rstrip()
 
@@ -223,7 +216,6 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
     _check_ownership(out, old)
-    _check_kinds(out)
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         _check_named_checkpoint(Path(resume), out, identity, settings, overwrite)
 
@@ -258,19 +250,6 @@ def _check_ownership(out: Path, old: dict) -> None:
                          "or delete it")
 
 
-def _check_kinds(out: Path) -> None:
-    """ValueError for a file where the run writes a folder, or a folder where it writes a file: it would train
-    and then fail to save."""
-    saved = sorted(path for path in (out / "checkpoints").glob("step-*")
-                   if STEP_FOLDER.fullmatch(path.name.removesuffix(".part")))
-    kinds = {**dict.fromkeys((out / "checkpoints", out / "final", out / "final.part", *saved), "folder"),
-             **dict.fromkeys((out / "metrics.jsonl", out / "eval.jsonl"), "file")}
-    for path, kind in kinds.items():
-        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
-            raise ValueError(f"--output-dir {out}: {path} is not a {kind}, and the run writes a {kind} of "
-                             "this name; move it away")
-
-
 def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: dict, overwrite: bool) -> None:
     """ValueError if the run cannot start from the checkpoint that --resume names."""
     if overwrite and named.resolve().is_relative_to(out.resolve()):
@@ -288,9 +267,7 @@ def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: di
 
 def _begun_from(out: Path, checkpoint: str) -> bool:
     """Whether the run in OUTPUT was started with --resume CHECKPOINT and has its own checkpoints since."""
-    before = read_json(out / "run_config.json").get("resume", "")
-    if not isinstance(before, str):
-        raise ValueError(f"{out}/run_config.json: resume is {shorten(repr(before), 100)}; it must be text")
+    before = str(read_json(out / "run_config.json").get("resume", ""))
     return Path(before).resolve() == Path(checkpoint).resolve() and bool(find_checkpoints(out))
 
 
@@ -368,7 +345,7 @@ def lock_folder(out: Path, say: Callable[[str], None]) -> None:
 def _prepare(out: Path, action: Action, start: Path | None, step: int, say: Callable[[str], None]) -> None:
     """Delete what an earlier run left: all of it to start from scratch, what follows `step` to resume there.
     start: the checkpoint to resume from, if any."""
-    for part in unfinished_checkpoints(out):
+    for part in sorted((out / "checkpoints").glob("step-*.part")):
         say(f"{part.name} was not written to its end and is ignored")
         shutil.rmtree(part)
     if action == "delete":

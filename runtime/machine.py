@@ -210,7 +210,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory in MB: allocated on a CUDA device since reset_peak(), or on a CPU resident of this
+    """The most memory in MiB: allocated on a CUDA device since reset_peak(), or on a CPU resident of this
     process since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
@@ -218,6 +218,6 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def peak_reserved_mb(device: torch.device) -> float | None:
-    """The most memory in MB that PyTorch has taken from a CUDA device since reset_peak(), for tensors and
+    """The most memory in MiB that PyTorch has taken from a CUDA device since reset_peak(), for tensors and
     between them; None on a CPU."""
     return torch.cuda.max_memory_reserved(device) / 2**20 if device.type == "cuda" else None

@@ -115,10 +115,13 @@ def _what_is_wrong(folder: Path, name: str) -> str:
         return any((folder / file).is_file() for file in files)
 
     weights = has(SINGLE, INDEX)
+    # What to call a converted folder: of a hub repository, a folder here.
+    own_name = name.rstrip("/") if Path(name).is_dir() else name.rpartition("/")[2]
     if weights and has("config.json") and has("tokenizer.json"):
-        return _about_pointers(folder)
+        files = [folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))]
+        return next(filter(None, (about_pointer(file) for file in files if file.is_file())), "")
     if has("adapter_config.json") and not weights:
-        return _about_adapter(folder, name)
+        return _about_adapter(folder, name, f"{own_name}-merged")
     if has("optimizer.safetensors") and has("state.json"):
         return ("is a checkpoint of a run: --resume takes it, --model does not. To use its weights, copy "
                 "the tokenizer of the model that the run started from:\n"
@@ -137,8 +140,8 @@ def _what_is_wrong(folder: Path, name: str) -> str:
     # A hub repository's other files were not downloaded.
     other_weights = has("pytorch_model.bin", "pytorch_model.bin.index.json") or not Path(name).is_dir()
     if has("config.json") and not weights and other_weights:
-        new = name if Path(name).is_dir() else name.rpartition("/")[2]
-        return f"has no *.safetensors. Convert its weights, and give --model {new}:\n" + _convert(name, new)
+        return (f"has no *.safetensors. Convert its weights, and give --model {own_name}:\n"
+                + _convert(name, own_name))
     if weights and has("config.json") and has("tokenizer.model", "vocab.json", "tokenizer_config.json"):
         return ("has no tokenizer.json. Make it of the tokenizer's other files:\n"
                 + _python("from transformers import AutoTokenizer", f"folder = {name!r}",
@@ -151,12 +154,6 @@ def _what_is_wrong(folder: Path, name: str) -> str:
             "*.safetensors, as hf download OWNER/NAME --local-dir DIR gets them")
 
 
-def _about_pointers(folder: Path) -> str:
-    """What to do about files that are pointers of Git LFS; "" if there are none."""
-    files = [folder / "config.json", folder / "tokenizer.json", *sorted(folder.glob("*.safetensors"))]
-    return next(filter(None, (about_pointer(file) for file in files if file.is_file())), "")
-
-
 def _about_file(file: Path) -> str:
     if file.suffix != ".gguf":
         return f"is a file; give its folder: --model {file.parent}"
@@ -165,9 +162,7 @@ def _about_file(file: Path) -> str:
             + _convert(str(file.parent), str(file.with_suffix("")), f", gguf_file={file.name!r}"))
 
 
-def _about_adapter(folder: Path, name: str) -> str:
-    new = f"{name.rstrip('/').rpartition('/')[2]}-merged" if not Path(name).is_dir() else (
-        f"{name.rstrip('/')}-merged")
+def _about_adapter(folder: Path, name: str, new: str) -> str:
     tokenizer = name
     if not (folder / "tokenizer_config.json").is_file():
         tokenizer = str(read_json(folder / "adapter_config.json").get("base_model_name_or_path", "BASE"))

@@ -128,15 +128,14 @@ class Progress:
         """Show one more step; record: its line of metrics.jsonl; line: whether a log file gets one."""
         # Five characters a number: 0.123, 12.34, 12345, 1e+05.
         shown = {name: f"{value:.3f}"[:5] if value < 1e5 else f"{value:.0e}"
-                 for name in ("loss", "nll_completion", "nll_instruction")
-                 if (value := record[name]) is not None}
+                 for name in ("loss", "completion", "instruction")
+                 if (value := record[name if name == "loss" else f"nll_{name}"]) is not None}
         speed = tqdm.format_sizeof(record["tokens_per_second"])
-        labels = {"loss": "loss", "nll_completion": "compl", "nll_instruction": "instr"}
-        self.bar.set_postfix_str(" ".join(f"{labels[name]} {value}" for name, value in shown.items())
+        self.bar.set_postfix_str(" ".join(f"{name[:5]} {value}" for name, value in shown.items())
                                  + f" {speed} tok/s", refresh=False)
         self.bar.update()
         if line and not self.terminal:
-            values = ", ".join(f"{name.removeprefix('nll_')} {value}" for name, value in shown.items())
+            values = ", ".join(f"{name} {value}" for name, value in shown.items())
             say(f"step {record['step']}/{self.bar.total}: {values}, {speed} tok/s")
         if self.crowding and (warning := self.crowding.warning()):
             say(warning)

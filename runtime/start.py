@@ -99,7 +99,6 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
         return
     try:
         check(sys.argv[1:])
-        _check_progress_bars()
     except (ValueError, OSError) as error:
         if is_main():
             print_error(line_of(error))
@@ -107,15 +106,6 @@ def answer_flags(name: str, check: Callable[[list[str]], object]) -> None:
             # Rank 0 has the same error; torchrun ends the others when it has reported.
             time.sleep(5)
         sys.exit(1)
-
-
-def _check_progress_bars() -> None:
-    """ValueError for tqdm's environment variables, if its import would end with one."""
-    try:
-        import tqdm  # noqa: F401
-    except ValueError as error:
-        given = " ".join(f"{name}={value}" for name, value in os.environ.items() if name.startswith("TQDM_"))
-        raise ValueError(f"{given}: {error}; tqdm reads it, so correct it or unset it") from None
 
 
 # ---------------------------------------------------------------- errors and the end

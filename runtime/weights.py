@@ -213,11 +213,9 @@ def checkpoint_tensors(folder: str | Path) -> dict[str, Stored]:
     """The tensors in the weight files of a checkpoint folder, by name, from the files' headers. If several
     files hold a tensor, the index decides. ValueError for files and indexes that are missing, broken or do
     not agree."""
-    files = weight_files(folder)
-    if files == [Path(folder) / SINGLE]:
-        return stored_tensors(files)
-    return stored_tensors(files, {name: Path(folder) / file for name, file in
-                                  weight_map(Path(folder)).items()})
+    folder, files = Path(folder), weight_files(folder)
+    chosen = {} if files == [folder / SINGLE] else weight_map(folder)
+    return stored_tensors(files, {name: folder / file for name, file in chosen.items()})
 
 
 def match(folder: str | Path, wanted: dict[str, list[int]], tied: bool) -> dict[str, Stored]:

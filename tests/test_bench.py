@@ -93,14 +93,19 @@ def test_synthetic_documents_have_the_length_that_was_asked_for():
     assert dataset.counts.sum(1).tolist() == [40] * 5 and (dataset.counts[0] > 0).sum() == 2
 
 
-def event(name, category, start, length, thread=1, **more):
-    return {"name": name, "cat": category, "ts": start, "dur": length, "tid": thread, "args": more}
+def event(name, category, start, length, thread=1, number=None, **more):
+    return {"name": name, "cat": category, "ts": start, "dur": length, "tid": thread,
+            "args": more | {"Sequence number": number}}
 
 
+NODE = "autograd::engine::evaluate_function: "
 # A step on a GPU: the forward pass starts a kernel inside a part and one inside no operation, the optimizer
 # waits for the device, and the backward pass has a thread of its own. Ranges show up on the device, too.
 TRACE = [
-    event("part:MLP", "user_annotation", 0, 50), event("aten::mm", "cpu_op", 5, 40),
+    event(f"{NODE}RotateBackward", "cpu_op", 20, 30, 2, number=8),
+    event("cuLaunchKernelEx", "cuda_driver", 25, 2, 2, correlation=5),
+    event("part:norms and RoPE", "user_annotation", -20, 10), event("Rotate", "cpu_op", -19, 5, number=8),
+    event("part:MLP", "user_annotation", 0, 50), event("aten::mm", "cpu_op", 5, 40, number=9),
     event("cudaLaunchKernel", "cuda_runtime", 10, 5, correlation=1),
     event("sm90_xmma_gemm_bf16", "kernel", 100, 3000, 7, correlation=1),
     event("part:MLP", "gpu_user_annotation", 100, 3000, 7),
@@ -110,13 +115,11 @@ TRACE = [
     event("triton_poi_fused_mul_0", "kernel", 3100, 500, 7, correlation=2),
     event("cudaStreamSynchronize", "cuda_runtime", 100, 4000, correlation=3),
     event("Memcpy DtoH", "gpu_memcpy", 3600, 100, 7, correlation=4),
-    event("autograd::engine::evaluate_function: RotateBackward", "cpu_op", 20, 30, 2),
-    event("cuLaunchKernelEx", "cuda_driver", 25, 2, 2, correlation=5),
     event("flash_bwd_kernel", "kernel", 3700, 200, 7, correlation=5)]
 
 
 def test_the_time_of_a_kernel_goes_to_the_part_that_started_it():
-    times, lost = step.seconds_of_parts(TRACE, shape=None)
+    times, lost = step.seconds_of_parts(TRACE)
     assert {of: round(1e6 * seconds) for of, seconds in times.items() if seconds} == {
         (step.MLP, "forward"): 3000, (step.OPTIMIZER, "forward"): 500, (step.NORMS, "backward"): 200,
         (step.OTHER, "forward"): 100}
@@ -131,10 +134,25 @@ def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
     trace = [event(f"part:{step.OTHER}", "user_annotation", 0, 100),
              event("part:MLP", "user_annotation", 10, 50), event("aten::mm", "cpu_op", 20, 30),
              event("aten::add", "cpu_op", 70, 10)]
-    times, lost = step.seconds_of_parts(trace, shape=None)
+    times, lost = step.seconds_of_parts(trace)
     assert {of: round(1e6 * seconds) for of, seconds in times.items()} == {
         (step.OTHER, "forward"): 50, (step.MLP, "forward"): 50}
     assert lost == 0
+
+
+def test_an_autograd_node_belongs_to_the_part_whose_operation_made_it():
+    """The last operation with its number. What adds up the gradient that it made follows it."""
+    trace = [event(f"part:{step.OTHER}", "user_annotation", 0, 100),
+             event("aten::to", "cpu_op", 1, 4, number=3), event("part:MLP", "user_annotation", 5, 10),
+             event("Linears", "cpu_op", 6, 8, number=3), event("aten::add", "cpu_op", 20, 5, number=4),
+             event(f"{NODE}AddBackward", "cpu_op", 40, 10, number=4),
+             event(f"{NODE}LinearsBackward", "cpu_op", 50, 20, number=3),
+             event("aten::mm", "cpu_op", 55, 10, number=5),
+             event(f"{NODE}torch::autograd::AccumulateGrad", "cpu_op", 70, 7)]
+    times, _ = step.seconds_of_parts(trace)
+    assert {of: round(1e6 * seconds) for of, seconds in times.items()} == {
+        (step.OTHER, "forward"): 53, (step.MLP, "forward"): 10, (step.OTHER, "backward"): 10,
+        (step.MLP, "backward"): 27}
 
 
 # ---------------------------------------------------------------- flags and children
@@ -150,6 +168,8 @@ def test_the_time_of_a_call_on_a_cpu_is_without_that_of_the_calls_inside_it():
     ("training", "--model m --train-data d --variant=--max-steps=2", "--max-steps=2: is set for every run"),
     ("generation", "--model m --data d --prompts 0", "--prompts 0: must be a whole number, 1 or more"),
     ("generation", "--model m --data d --only x", "--only x: must be one of equality, speed"),
+    ("step", "speed --document 10000000",
+     "--document 10000000: must be a whole number from 1 to 1,000,000"),
     ("faults", "--ranks 1 0", "--ranks 0: must be a whole number, 1 or more"),
     ("faults", "--timeout x", "--timeout x: must be a number, 1 or more")])
 def test_a_flag_that_cannot_be_is_named_before_anything_is_measured(module, argv, says):
@@ -352,7 +372,7 @@ def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages
 
     def found() -> set[str]:
         rows = json.loads(output.read_text())["rows"] if output.is_file() else []
-        return {row["name"] for row in rows}
+        return {row["name"] for row in rows if row["section"]}
 
     # While it runs, the file holds what the stages have found.
     wait_for(lambda: found() == {"small enough", "a number", "found before it hung"})

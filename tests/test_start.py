@@ -55,15 +55,6 @@ def test_help_and_errors_of_values_files_and_models_come_before_pytorch(argv, sa
     assert ("usage: train.py" in done.stdout) == (argv == ["--help"])
 
 
-@pytest.mark.parametrize("name, value", [("TQDM_MININTERVAL", "abc"), ("TQDM_NCOLS", "x")])
-def test_a_wrong_setting_of_the_progress_bars_is_one_line(name, value):
-    done = start(["-m", "eval.spans", "--model", "quickstart/model", "--data", "quickstart/test.jsonl"],
-                 **{name: value})
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {name}={value}: ")
-    assert done.stderr.endswith("; tqdm reads it, so correct it or unset it\n")
-    assert done.stderr.count("\n") == 1
-
-
 # A superuser reads everything, unless started so.
 UNPRIVILEGED = [] if os.getuid() else ["setpriv", "--bounding-set=-dac_override,-dac_read_search",
                                        "--inh-caps=-dac_override,-dac_read_search"]
