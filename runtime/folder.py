@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from runtime.checkpoint import check_files, find_checkpoints, newest_whole, read_state
+from runtime.checkpoint import STEP_FOLDER, check_files, find_checkpoints, newest_whole, read_state
 from runtime.distributed import from_all
 from runtime.files import check_writable, lock, read_json, write_text, writing
 from runtime.flags import flag_name
@@ -216,6 +216,7 @@ def check_folder(out: Path, identity: dict, settings: dict, model_folder: Path) 
             return "finished"
         overwrite, resume = False, "auto" if resume == "never" else resume
     _check_ownership(out, old)
+    _check_kinds(out)
     if resume not in ("auto", "never") and (overwrite or not _begun_from(out, resume)):
         _check_named_checkpoint(Path(resume), out, identity, settings, overwrite)
 
@@ -248,6 +249,19 @@ def _check_ownership(out: Path, old: dict) -> None:
     if "launch" not in old and present:
         raise ValueError(f"--output-dir {out}: is not empty and is not a run folder; give another, "
                          "or delete it")
+
+
+def _check_kinds(out: Path) -> None:
+    """ValueError for a file where the run writes a folder, or a folder where it writes a file: it would train
+    and then fail to save."""
+    saved = sorted(path for path in (out / "checkpoints").glob("step-*")
+                   if STEP_FOLDER.fullmatch(path.name.removesuffix(".part")))
+    kinds = {**dict.fromkeys((out / "checkpoints", out / "final", out / "final.part", *saved), "folder"),
+             **dict.fromkeys((out / "metrics.jsonl", out / "eval.jsonl"), "file")}
+    for path, kind in kinds.items():
+        if os.path.lexists(path) and not (path.is_dir() if kind == "folder" else path.is_file()):
+            raise ValueError(f"--output-dir {out}: {path} is not a {kind}, and the run writes a {kind} of "
+                             "this name; move it away")
 
 
 def _check_named_checkpoint(named: Path, out: Path, identity: dict, settings: dict, overwrite: bool) -> None:

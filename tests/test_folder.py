@@ -16,6 +16,7 @@ import train
 from eval import look
 from runtime import checkpoint
 from runtime import folder as run_folder
+from runtime.files import read_json
 from runtime.flags import flag_name
 from tiny import arguments, flags, make_model, make_records, metrics, run_here, setup, stop_after, weights
 
@@ -335,6 +336,25 @@ def test_what_is_cheap_to_check_is_checked_before_the_data_is_tokenized(folder, 
     refused(folder, "--resume .*step-99: not a whole checkpoint .*; name one like RUN", "new",
             resume=folder / "step-99")
     refused(folder, "--output-dir /proc/x: /proc is not a writable folder", "/proc/x")  # not even for root
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}], ids=["resume", "overwrite"])
+@pytest.mark.parametrize("name", ["checkpoints/step-00000006", "checkpoints/step-00000006.part", "final",
+                                  "final.part", "eval.jsonl"])
+def test_a_file_where_the_run_writes_a_folder_is_named_before_it_trains(name, more, folder, whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "identity.json").write_text(json.dumps({
+        key: value for key, value in read_json(out / "identity.json").items() if key != "finished_after"}))
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    other = "file" if name == "eval.jsonl" else "folder"
+    (out / name).mkdir() if other == "file" else (out / name).write_text("notes")
+    refused(folder, f"--output-dir {out}: {out / name} is not a {other}, and .*move it away", out,
+            **more)
+    # What the run does not write is not in the way.
+    (out / name).rename(out / "checkpoints" / "step-notes")
+    run_folder.check_folder(out, {}, {"resume": "auto", "overwrite": True}, folder / "model")
 
 
 # ---------------------------------------------------------------- what differs, by name
