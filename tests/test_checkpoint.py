@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import forks
 import train
 from runtime import checkpoint
-from tiny import (arguments, checked, difference, flip_a_bit, metrics, run_apart, run_here, setup, stop_after,
-                  weights)
+from tiny import (arguments, checked, difference, flip_a_bit, metrics, run_apart, run_here, same_weights,
+                  setup, stop_after, weights)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,7 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(
     assert len(metrics(out)) == step and not (out / "final").exists()
     assert run_here(arguments(folder, out, **SCHEDULED)) == 0
     assert f"resuming after step {step}" in capsys.readouterr().out
-    whole = weights(whole_run / "final")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out / "final").items())
+    assert same_weights(out, whole_run)
     rows, expected = metrics(out), metrics(whole_run)
     assert [r["step"] for r in rows] == list(range(1, len(expected) + 1))
     assert [r["loss"] for r in rows] == [r["loss"] for r in expected]
@@ -73,9 +72,7 @@ def test_killed_while_writing_resumes_from_the_checkpoint_before(folder, whole_r
     assert "step-00000004.part was not written to its end" in done.stdout
     assert "resuming after step 2" in done.stdout
     assert [r["step"] for r in metrics(folder / "killed")] == list(range(1, 9))
-    whole = weights(whole_run / "final")
-    assert all(torch.equal(tensor, whole[name])
-               for name, tensor in weights(folder / "killed" / "final").items())
+    assert same_weights(folder / "killed", whole_run)
 
 
 DAMAGE = {
@@ -109,8 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert run_here(arguments(folder, out, **SCHEDULED, save_every=3)) == 0
     printed = capsys.readouterr().out
     assert "warning: " in printed and "step-00000006" in printed and "resuming after step 3" in printed
-    whole = weights(whole_run / "final")
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(out / "final").items())
+    assert same_weights(out, whole_run)
     assert [r["step"] for r in metrics(out)] == list(range(1, 9))
     checkpoint.check_files(newest)      # written anew on the way
 
@@ -147,8 +143,7 @@ def test_resume_from_a_named_checkpoint_in_another_folder(folder, monkeypatch):
         run_here(arguments(folder, "branch", save_every=3, keep_checkpoints=9))
     saved = folder / "branch" / "checkpoints" / "step-00000003"
     run_here(arguments(folder, "branched", resume=saved))
-    a, b = weights(folder / "straight" / "final"), weights(folder / "branched" / "final")
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same_weights(folder / "branched", folder / "straight")
 
 
 def test_what_was_just_saved_is_kept_beside_later_checkpoints(folder, monkeypatch):
@@ -191,11 +186,6 @@ OPTIMIZERS = {
 def train_with(monkeypatch: pytest.MonkeyPatch, make: Callable) -> None:
     """From now on runs have the optimizer make(model, lr)."""
     monkeypatch.setattr(train, "make_optimizer", lambda model, config: make(model, config.lr))
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    first, second = weights(one / "final"), weights(other / "final")
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -16,7 +16,7 @@ from data import load_dataset, plan
 from config import span_weights
 from runtime import distributed
 from tiny import (ROOT, arguments, command, difference, make_records, metrics, run_here, run_many, run_script,
-                  setup, wait_for, weights)
+                  same_weights, setup, wait_for, weights)
 
 # Micro-batches of 200 tokens: two or more a step on two ranks. On three some have none in a step, but not in
 # "im": the order of a sum shows in its bits only from three terms on.
@@ -157,8 +157,7 @@ def test_resumed_in_the_same_mode_on_as_many_ranks_it_ends_in_the_same_bits(fold
     for own in (f"own-{mode}/checkpoints/step-00000003", f"own-{mode}-resumed/final"):
         assert [(home / own).exists() for home in homes] == [True] + [False] * (ranks - 1)
     whole, out = folder / f"{mode}-{ranks}-im", homes[0] / f"own-{mode}-resumed"
-    expected = weights(whole / "final")
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(out / "final").items())
+    assert same_weights(out, whole)
     assert [r["loss"] for r in metrics(out)] == [r["loss"] for r in metrics(whole)[3:]]
 
 

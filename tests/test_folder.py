@@ -5,20 +5,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 import train
 from eval import look
 from runtime import checkpoint
 from runtime import folder as run_folder
 from runtime.files import read_json
 from runtime.flags import flag_name
-from tiny import arguments, flags, make_model, make_records, metrics, run_here, setup, stop_after, weights
+from tiny import (arguments, flags, make_model, make_records, metrics, run_here, same_weights, setup,
+                  stop_after)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,6 @@ def refused(folder: Path, says: str, out: str, **more: object) -> None:
     with pytest.raises(ValueError, match=says):
         run_here(arguments(folder, out, **more))
     assert state_of(folder / out) == before
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    ours, theirs = weights(a / "final"), weights(b / "final")
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def count_steps(monkeypatch) -> list:
@@ -297,16 +292,13 @@ def test_a_full_disk_before_the_first_step_leaves_no_folder_that_is_refused(fold
 
 
 def test_ctrl_c_before_the_first_step_is_one_line(folder):
-    """As a user sees it: the process gets the signal while it loads the model."""
-    script = folder / "ctrl_c.py"
+    """The process gets the signal while it loads the model."""
     # A test run in the background may ignore Ctrl-C, and its children too.
-    script.write_text("import os, signal, sys\nimport train\n"
-                      "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-                      "def load_model(*a): os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
-                      "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, str(script), *arguments(folder, "ctrl-c")], capture_output=True,
-                          text=True, timeout=180,
-                          env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+    code = ("import os, signal, sys\nimport train\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "def load_model(*a): os.kill(os.getpid(), signal.SIGINT); signal.pause()\n"
+            "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
+    done = forks.run(["-c", code, *arguments(folder, "ctrl-c")])
     assert done.returncode == 130
     assert done.stderr == "error: interrupted before training began; nothing is lost\n"
 

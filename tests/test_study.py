@@ -27,7 +27,7 @@ from eval.study_report import draw_curves, draw_differences, report_text
 from runtime.start import stop_signals
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
-from tiny import (ROOT, checked, is_running, make_records, run_apart, setup, stop_after, wait_for, weights)
+from tiny import ROOT, checked, is_running, make_records, run_apart, same_weights, setup, stop_after, wait_for
 
 # ---------------------------------------------------------------- intervals
 
@@ -367,8 +367,7 @@ def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
         flags = json.loads((folder / "alone" / "run_config.json").read_text())
         assert f"{flags['loss']}-lr{flags['lr']:g}-seed{flags['seed']}" == name
         expected, own = folder / "alone", whole / "runs" / name / "train"
-        a, b = weights(expected / "final"), weights(own / "final")
-        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+        assert same_weights(expected, own)
         assert (expected / "eval.jsonl").read_text() == (own / "eval.jsonl").read_text()
 
 

@@ -127,6 +127,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether the results of two runs are equal, bit for bit."""
+    ours, theirs = weights(a / "final"), weights(b / "final")
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
