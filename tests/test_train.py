@@ -196,7 +196,6 @@ def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, norma
                                    atol=1e-6)
 
 
-
 # ---------------------------------------------------------------- objectives and options
 
 
@@ -233,12 +232,6 @@ def test_kl_is_zero_at_the_first_step_and_holds_the_model_back(folder):
     free, held = (metrics(folder / f"kl-{w}") for w in (1e-9, 10))
     assert free[0]["kl"] == held[0]["kl"] == pytest.approx(0, abs=1e-7)
     assert 0 < held[-1]["kl"] < free[-1]["kl"] / 2
-
-
-def test_recompute_changes_nothing(folder):
-    run_here(arguments(folder, "eager"))
-    run_here(arguments(folder, "recompute", recompute=True))
-    assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
 
 
 def test_compile_changes_nothing_and_makes_one_graph_of_a_run(folder, monkeypatch):
