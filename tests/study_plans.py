@@ -35,6 +35,5 @@ def plan(kind: type[study_runs.Plan], folder: Path) -> study_runs.Plan:
 
 
 if __name__ == "__main__":
-    import study_plans
-    asleep, waiting = plan(study_plans.Sleeper, Path(sys.argv[1])), iter([study_runs.Run(None)])
-    study_runs.run_in_workers(asleep, 1, lambda: next(waiting, None), print)
+    waiting = iter([study_runs.Run(None)])
+    study_runs.run_in_workers(plan(Sleeper, Path(sys.argv[1])), 1, lambda: next(waiting, None), print)
