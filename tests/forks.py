@@ -2,8 +2,10 @@
 server process that has imported train.py already, and run as `python ARGV` or `torchrun ARGV` would run them.
 
 Several ranks are started, watched and restarted by torchrun's own agent; only the way it starts a process
-differs. Each command is also started as a user would (tiny.command, tiny.run_module) by some test.
+differs. A command may be told to import the repository anew, as it would where it is started by itself. What
+differs before that is tested by test_start.py and test_program.py, which start every program as a user does.
 """
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -27,21 +30,27 @@ class Ended(BaseException):
     """os._exit() was called."""
 
 
-def run(argv: list[str], ranks: int = 1, restarts: int = 0, cwd: Path = ROOT, timeout: int = 180,
-        **env: str) -> subprocess.CompletedProcess:
-    """argv: what stands behind `python` or `torchrun`: ["-c", CODE, ...], ["-m", MODULE, ...] or
-    [FILE, ...]. timeout: seconds until a process is killed. What was printed is text, as of subprocess.run,
-    without the agent's own lines."""
+@contextlib.contextmanager
+def server() -> Iterator[multiprocessing.context.ForkServerContext]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "forks"])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     # The server, which the first of all runs starts, looks for what it imports on its own sys.path.
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, PYTHONPATH=path):
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        yield context
+
+
+def run(argv: list[str], ranks: int = 1, restarts: int = 0, cwd: Path = ROOT, timeout: int = 180,
+        fresh: bool = False, **env: str) -> subprocess.CompletedProcess:
+    """argv: what stands behind `python` or `torchrun`: ["-c", CODE, ...], ["-m", MODULE, ...] or
+    [FILE, ...]. timeout: seconds until a process is killed. fresh: whether modules of the repository are
+    imported anew. What was printed is text, as of subprocess.run, without the agent's own lines."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    with tempfile.TemporaryDirectory() as folder, server() as context:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in outputs:
             file.touch()
-        given = argv, env, str(cwd), list(map(str, outputs)), timeout
+        given = argv, env, str(cwd), list(map(str, outputs)), timeout, fresh or cwd != ROOT
         if ranks > 1:
             status = run_ranks(given, ranks, restarts)
         else:
@@ -71,7 +80,8 @@ def run_ranks(given: tuple, ranks: int, restarts: int) -> int:
     return 0
 
 
-def program(argv: list[str], env: dict[str, str], cwd: str, outputs: list[str], timeout: int) -> None:
+def program(argv: list[str], env: dict[str, str], cwd: str, outputs: list[str], timeout: int, fresh: bool
+            ) -> None:
     """python ARGV in this process, which has the server's environment, folder and files, and gets its own."""
     signal.alarm(timeout)
     os.environ.update(env)
@@ -80,8 +90,8 @@ def program(argv: list[str], env: dict[str, str], cwd: str, outputs: list[str], 
         target = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(target, number)
         os.close(target)
-    if Path(cwd) != ROOT:
-        # A copy of the trainer has modules of its own, to be imported instead of the server's.
+    if fresh:
+        # Also a copy of the trainer has modules of its own, to be imported instead of the server's.
         files = [*Path(cwd).glob("*.py"), *Path(cwd).glob("*/*.py")]
         own = {file.relative_to(cwd).parts[0].removesuffix(".py") for file in files}
         for name in [name for name in sys.modules if name.partition(".")[0] in own]:

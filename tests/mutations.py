@@ -426,13 +426,13 @@ FAULTS = [
           "int(of_kind[k]) if known else None", "int(of_kind[k]) if known else 0.0",
           "train::what_was_not_computed_is_null_in_the_metrics"),
     fault("ranks-average", "DDP's averaging is not undone", "train.py", "(loss * world_size()).backward()",
-          "loss.backward()", "distributed::two_ranks_do_not_change_the_trajectory"),
+          "loss.backward()", "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("last-no-sync", "DDP never sums the gradients", "train.py",
           "sync_gradients(model, now=i == len(micro_batches) - 1)", "sync_gradients(model, now=False)",
-          "distributed::two_ranks_do_not_change_the_trajectory"),
+          "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("rank-loss", "a rank's own loss is logged", "runtime/distributed.py",
           "            dist.all_reduce(flat)\n", "            pass\n",
-          "distributed::two_ranks_do_not_change_the_trajectory"),
+          "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("old-plan", "an epoch keeps the last one's plan", "data.py", "        if epoch != self.epoch:\n",
           "        if False:\n", "train::training_equals_a_plain_loop_in_transformers"),
     fault("resume-plan", "a resumed run begins its epoch anew", "train.py",
@@ -487,7 +487,7 @@ FAULTS = [
     fault("eval-rank", "all ranks evaluate the same share", "eval/spans.py",
           "model, dataset, capacity, device, rank(), world_size(), rows)",
           "model, dataset, capacity, device, 0, world_size(), rows)",
-          "distributed::two_ranks_do_not_change_the_trajectory"),
+          "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
 
     # -- runtime/
     fault("lost-state", "optimizer's tensors are not loaded", "runtime/checkpoint.py",
@@ -710,18 +710,18 @@ FAULTS = [
           "files::nothing_of_a_run_gets_its_name_before_it_is_on_the_disk"),
     fault("piece-rows", "a tensor's first piece read again", "runtime/weights.py",
           "piece = _read(stored, a, b).to(local)", "piece = _read(stored, first, first + b - a).to(local)",
-          "distributed::two_ranks_do_not_change_the_trajectory"),
+          "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("shard-norm", "sharded: a rank's own gradient norm", "train.py",
           "norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)",
           "norm = torch.nn.utils.get_total_norm([getattr(p.grad, \"_local_tensor\", p.grad)\n"
           "                                              for p in raw_model.parameters()])\n"
           "            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(),\n"
           "                                                 config.clip_grad_norm or math.inf, norm)",
-          "distributed::sharding_does_not_change_the_trajectory"),
+          "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
 
     # -- eval/
     fault("rank-sums", "a rank's own sums for all ranks'", "eval/spans.py", "        dist.all_reduce(sums)\n",
-          "", "distributed::two_ranks_do_not_change_the_trajectory"),
+          "", "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("example-nll", "mean over examples weighs by tokens", "eval/spans.py",
           "float((nats / tokens).mean())", "float(nats.sum() / tokens.sum())",
           "spans::nll_of_every_example_and_both_means_equal_transformers"),

@@ -359,7 +359,7 @@ def test_an_error_of_attention_is_found_in_a_gradient_that_is_zero_or_not_a_numb
         assert gpu_checks.document_error(got, torch.ones(3, 2), [1, 2], usual=1.0).isnan()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_from_outside_has_written_what_was_found(fake_stages, number, capsys):
     program = ("from bench import gpu; from runtime.start import run_program; gpu.STAGES = ("
                "gpu.Stage('good', 'fake_stages:good', 30), gpu.Stage('hang', 'fake_stages:hang', 300), "
@@ -432,12 +432,21 @@ FINDS = {
     "--neftune-alpha 5: waits of 5 steps", "quickstart": "deterministic: resumed equals uninterrupted",
     "transformers": "Qwen2, bf16: gradients", "generation": "Qwen2: answers as transformers, of 3", "ranks":
     "FSDP2 by gloo: gradients", "compile": "1B: first step with compiling, deterministic", "ceilings":
-    "a small kernel, started from Python", "speed-0.13B": "0.13B: tiled attention", "speed-0.5B":
-    "0.5B: attention", "speed-1B": "1B eager: optimizer", "peers":
+    "a small kernel, started from Python", "speed-1B": "1B eager: optimizer", "peers":
     "1B: TRL, sdpa, packed"}
 
 
-@pytest.mark.parametrize("stage", gpu.STAGES, ids=lambda stage: stage.name)
+def test_the_stages_of_speed_measure_each_shape_by_the_same_function():
+    """So that a dry run of one of them, with tiny shapes, is one of all."""
+    for name in gpu_speed.SHAPES:
+        [stage] = [stage for stage in gpu.STAGES if stage.name == f"speed-{name}"]
+        module, _, function = stage.function.partition(":")
+        measure = getattr(importlib.import_module(module), function)
+        assert (measure.func, measure.args) == (gpu_speed.speed_of, (name,))
+
+
+@pytest.mark.parametrize("stage", [stage for stage in gpu.STAGES if stage.name in FINDS or not
+                                   stage.name.startswith("speed-")], ids=lambda stage: stage.name)
 def test_a_dry_run_of_a_gpu_stage_fails_at_nothing(stage, tmp_path, monkeypatch):
     # What matters is that layers go through the compiler, not its code.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))

@@ -7,10 +7,12 @@ import xml.etree.ElementTree as ElementTree
 from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from markupsafe import Markup
 
 from chat import KINDS, render, tokenize
 from runtime.tokenizer import Tokenizer
@@ -51,9 +53,11 @@ def command(runs: Path, folder: Path, **more: object) -> list[str]:
     return [str(runs / "it"), str(runs / "im"), *flags(**{**base, **more})]
 
 
-def compared(runs: Path, folder: Path, argv: list[str] | None = None, **more: object) -> tuple[str, dict]:
-    """The page and --json."""
-    compare.main([*(argv or []), *command(runs, folder, **more)])
+def compared(runs: Path, folder: Path, argv: list[str] | None = None, drawn: bool = False, **more: object
+             ) -> tuple[str, dict]:
+    """The page and --json. drawn: with pictures, which take most of the time."""
+    with mock.patch.object(compare, "picture", picture if drawn else lambda _: Markup("<svg></svg>")):
+        compare.main([*(argv or []), *command(runs, folder, **more)])
     return (runs / "page.html").read_text(), json.loads((runs / "out.json").read_text())
 
 
@@ -156,7 +160,7 @@ def figures(page: str) -> dict[str, str]:
 
 
 def test_curves_are_the_files_numbers(runs, folder):
-    page, _ = compared(runs, folder)
+    page, _ = compared(runs, folder, drawn=True)
     shown = {name: drawn(svg) for name, svg in figures(page).items()}
     kinds = ("completion", "instruction", "system", "template")
     assert set(shown) == {*(f"training: {kind}" for kind in kinds),
@@ -447,7 +451,7 @@ def test_what_the_runs_hold_is_only_text_on_a_page_that_stands_alone(runs, folde
     evaluations = (odd / "eval.jsonl").read_text().replace('"test"', json.dumps('$x_"<i>\n\x1b'))
     (odd / "eval.jsonl").write_text(evaluations)
     write(odd / "eval" / "<b>x.json", {"model": str(odd), "<img src=x>": 1.5, "half \ud800": "\x1b[2J"})
-    text, result = compared(runs, folder, [str(odd)], data=folder / "test.jsonl")
+    text, result = compared(runs, folder, [str(odd)], drawn=True, data=folder / "test.jsonl")
     page = Page(text)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "img", "iframe", "i", "b", "object", "base")
@@ -500,7 +504,7 @@ def test_what_is_missing_is_a_note(runs, folder):
     bare = runs / "bare"
     bare.mkdir()
     shutil.copy(runs / "it" / "run_config.json", bare)
-    page, result = compared(runs, folder, [str(bare)], data=folder / "test.jsonl", answers=2)
+    page, result = compared(runs, folder, [str(bare)], drawn=True, data=folder / "test.jsonl", answers=2)
     assert [note.removeprefix(f"{runs}/") for note in result["notes"]] == [
         "A has no metrics.jsonl, or an empty one: no training curves",
         "A was not evaluated while it trained (no eval.jsonl)",

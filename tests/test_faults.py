@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import data
 import forks
@@ -20,7 +19,7 @@ import train
 from runtime import checkpoint, distributed, files
 from runtime import folder as run_folder
 from runtime import weights as weight_files
-from tiny import ROOT, arguments, metrics, run_here, run_many, setup, weights
+from tiny import ROOT, arguments, metrics, run_here, run_many, same_weights, setup
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,8 @@ def undisturbed(folder) -> Path:
 
 def same_ending(out: Path, other: Path) -> bool:
     """Weights bit for bit, and every step once with the same loss."""
-    mine, theirs = weights(out / "final"), weights(other / "final")
-    return (all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
-            and [(r["step"], r["loss"]) for r in metrics(out)] == [(r["step"], r["loss"])
-                                                                   for r in metrics(other)])
+    steps = ([(line["step"], line["loss"]) for line in metrics(each)] for each in (out, other))
+    return same_weights(out, other) and next(steps) == next(steps)
 
 
 # ---------------------------------------------------------------- kills
@@ -335,8 +332,7 @@ def test_a_restart_by_torchrun_goes_on_and_another_launch_does_as_it_is_told(
     printed = capsys.readouterr().out
     assert printed.count("started again by torchrun") == 2
     assert f"resuming after step 6 from {out}/checkpoints" in printed
-    assert all(torch.equal(tensor, weights(undisturbed / "final")[name])
-               for name, tensor in weights(out / "final").items())
+    assert same_weights(out, undisturbed)
     before = (out / "final" / "model.safetensors").stat().st_mtime_ns
     assert run_here(argv) == 0      # killed after it was done
     assert "final was finished before" in capsys.readouterr().out

@@ -5,20 +5,20 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import forks
 import train
 from eval import look
 from runtime import checkpoint
 from runtime import folder as run_folder
 from runtime.files import read_json
 from runtime.flags import flag_name
-from tiny import arguments, flags, make_model, make_records, metrics, run_here, setup, stop_after, weights
+from tiny import (arguments, flags, make_model, make_records, metrics, run_here, same_weights, setup,
+                  stop_after)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,6 @@ def refused(folder: Path, says: str, out: str, **more: object) -> None:
     with pytest.raises(ValueError, match=says):
         run_here(arguments(folder, out, **more))
     assert state_of(folder / out) == before
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    ours, theirs = weights(a / "final"), weights(b / "final")
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def count_steps(monkeypatch) -> list:
@@ -186,7 +181,7 @@ def test_what_another_process_trains_until_the_folder_is_locked_is_not_deleted(f
 def test_a_folder_without_an_identity_is_never_deleted_or_written_to(folder):
     """Other programs have files of these names too."""
     for name in ("checkpoints/epoch=3.ckpt", "final/model.bin", "metrics.jsonl", "eval.jsonl",
-                 "run_config.json", "identity.json", "final.part/model.bin"):
+                 "run_config.json", "identity.json", "final.part/model.bin", "thesis.txt"):
         out = folder / f"not-ours-{name.replace('/', '-')}"
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text('{"years": "of work"}')
@@ -298,16 +293,13 @@ def test_a_full_disk_before_the_first_step_leaves_no_folder_that_is_refused(fold
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_before_the_first_step_is_one_line(folder, number):
-    """As a user sees it: the process gets the signal while it loads the model."""
-    script = folder / "interrupted.py"
+    """The process gets the signal while it loads the model."""
     # A test run in the background may ignore Ctrl-C, and its children too.
-    script.write_text("import os, signal, sys\nimport train\n"
-                      "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-                      f"def load_model(*a): os.kill(os.getpid(), {int(number)}); signal.pause()\n"
-                      "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, str(script), *arguments(folder, "ended")], capture_output=True,
-                          text=True, timeout=180,
-                          env={**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)})
+    code = ("import os, signal, sys\nimport train\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            f"def load_model(*a): os.kill(os.getpid(), {int(number)}); signal.pause()\n"
+            "train.load_model = load_model\nsys.exit(train.run(sys.argv[1:]))\n")
+    done = forks.run(["-c", code, *arguments(folder, "ended")])
     assert done.returncode == 128 + number
     assert done.stderr == "error: interrupted before training began; nothing is lost\n"
 
@@ -422,34 +414,12 @@ def test_auto_is_the_same_dtype_where_a_run_goes_on_with_another_cpu(folder, mon
     assert same_weights(*runs[:2]) and not same_weights(*runs[1:])
 
 
-def test_folders_that_are_not_this_run_are_refused_by_name(folder, monkeypatch):
-    def refused(says: str, out: str, **more: object) -> None:
-        before = sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
-        with pytest.raises(ValueError, match=says):
-            run_here(arguments(folder, out, **more))
-        assert before == sorted((str(p), p.stat().st_mtime) for p in (folder / out).rglob("*"))
-
-    run_here(arguments(folder, "done"))
-    refused("finished run", "done")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        run_here(arguments(folder, "half"))
-    refused("--lr was 0.01, is 0.02", "half", lr=0.02)
-    refused("--loss was im, is it", "half", loss="it")
-    refused("--resume is never", "half", resume="never")
-    setup(folder / "other-home", count=21, seed=1)
-    refused("--train-data .*other-home/train.jsonl: other contents", "half",
-            train_data=folder / "other-home" / "train.jsonl")
-    refused("--model .*other-home/model: other weights", "half", model=folder / "other-home" / "model")
-    (folder / "foreign").mkdir()
-    (folder / "foreign" / "thesis.txt").write_text("years of work")
-    refused("is not a run folder", "foreign")
-    refused("is not a run folder", "foreign", overwrite=True)
-    assert [file.name for file in (folder / "foreign").iterdir()] == ["thesis.txt"]
-    refused("holds the --model itself", "done", model=folder / "done" / "final", overwrite=True)
+def test_a_run_is_not_begun_anew_nor_over_its_own_model_unless_that_is_what_was_asked(folder, monkeypatch):
+    stopped(folder, "half", 2, monkeypatch)
+    refused(folder, "--resume is never", "half", resume="never")
     # These change no weight: it goes on.
-    run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5))
-    assert (folder / "half" / "final").is_dir()
+    assert run_here(arguments(folder, "half", micro_batch_tokens=130, save_every=5)) == 0
+    refused(folder, "holds the --model itself", "half", model=folder / "half" / "final", overwrite=True)
 
 
 # Flags that may change where an interrupted run is resumed, by hand; of all others another value is refused.

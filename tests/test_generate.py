@@ -46,13 +46,13 @@ def test_greedy_equals_transformers_in_slots_that_are_refilled_and_alone(name, t
     model, prompts = load_model(tmp_path), make_prompts()
     expected = []
     for prompt in prompts:
-        made = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=7,
+        made = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=7,
                                   pad_token_id=7, attention_mask=torch.ones(1, len(prompt)))
         made = made[0, len(prompt):].tolist()
         expected.append(made[:made.index(7)] if 7 in made else made)
     assert len(set(map(tuple, expected))) > 5 and len(set(sum(expected, []))) > 5
-    for batch_size in (1, 4, 64):
-        assert generate(Engine(model), prompts, {7}, 20, batch_size) == expected
+    for batch_size in (1, 4):
+        assert generate(Engine(model), prompts, {7}, 12, batch_size) == expected
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen3-tied-bias-llama3", "mistral"])

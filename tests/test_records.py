@@ -8,7 +8,6 @@ import json
 import os
 import random
 import re
-import subprocess
 import sys
 import tracemalloc
 from fnmatch import fnmatch
@@ -19,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import forks
 import records
 import train
 from config import local_files
@@ -27,7 +27,7 @@ from eval import generate, memorization, spans, study
 from eval.examples import read_examples
 from model import load_model
 from records import data_files, parse_columns, read_all, read_records, to_messages
-from tiny import ROOT, flags, make_model
+from tiny import flags, make_model
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -160,11 +160,11 @@ def test_a_value_may_end_anywhere_in_what_is_read_at_once(chunk, tmp_path, monke
 @pytest.mark.parametrize("way", ["lines", "a list in one line"])
 def test_a_file_is_never_read_as_a_whole(way, tmp_path, monkeypatch):
     monkeypatch.setattr(records, "CHUNK", 2**14)
-    many = [{"prompt": f"{i} " + "x" * 200, "completion": "y"} for i in range(10_000)]
+    many = [{"prompt": f"{i} " + "x" * 1000, "completion": "y"} for i in range(2000)]
     text = json.dumps(many) if way != "lines" else "\n".join(map(json.dumps, many))
     file = write(tmp_path / "x.json", text)
     tracemalloc.start()
-    assert sum(1 for _ in read_records(file)) == 10_000
+    assert sum(1 for _ in read_records(file)) == 2000
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(text) > 2_000_000 and peak < 500_000
@@ -757,8 +757,11 @@ def test_a_local_path_comes_before_the_hub(hub, tmp_path, monkeypatch):
 
 
 def test_standard_input_can_be_read_again_and_leaves_no_file(tmp_path):
+    """Gzipped, and read by a process of its own."""
     program = """
 import os, sys, tempfile
+sys.stdin = open(sys.argv[1])
+tempfile.tempdir = sys.argv[2]
 from data import hash_file
 from records import data_files, read_records
 [file] = data_files(["-"])
@@ -767,10 +770,10 @@ first, second = list(read_records(file)), list(read_records(file))
 assert first == second and len(hash_file(file)) == 64
 print(first, os.listdir(tempfile.gettempdir()), file)
 """
-    data = gzip.compress(json.dumps(MESSAGES).encode())
-    done = subprocess.run([sys.executable, "-c", program], input=data, capture_output=True, cwd=ROOT,
-                          env={**os.environ, "TMPDIR": str(tmp_path)})
-    assert done.stdout.decode().strip() == f"{[(MESSAGES, 1)]} [] standard input", done.stderr.decode()
+    file, empty = write(tmp_path / "x.gz", json.dumps(MESSAGES)), tmp_path / "empty"
+    empty.mkdir()
+    done = forks.run(["-c", program, str(file), str(empty)])
+    assert done.stdout.strip() == f"{[(MESSAGES, 1)]} [] standard input", done.stderr
 
 
 def test_standard_input_is_refused_where_it_cannot_be_read_again(monkeypatch, tmp_path):

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+import forks
+import study_plans
 import tiny
 import train
 from data import load_dataset
@@ -26,7 +27,7 @@ from eval.study_report import draw_curves, draw_differences, report_text
 from runtime.start import stop_signals
 from runtime.tokenizer import Tokenizer
 from harness_tasks import make_tasks
-from tiny import ROOT, is_running, make_records, run_apart, run_module, setup, stop_after, wait_for, weights
+from tiny import ROOT, checked, is_running, make_records, run_apart, same_weights, setup, stop_after, wait_for
 
 # ---------------------------------------------------------------- intervals
 
@@ -346,6 +347,12 @@ def whole(folder) -> Path:
     return folder / "whole"
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Verdicts without their pictures, which take longer than the tiny runs."""
+    monkeypatch.setattr(study, "pictures", lambda *_: ["no picture"])
+
+
 def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
     """Bit for bit: the first run by flags written here, the last by the file of flags that the study left."""
     data = whole / "data"
@@ -360,8 +367,7 @@ def test_a_run_of_a_study_equals_a_process_of_its_own(folder, whole):
         flags = json.loads((folder / "alone" / "run_config.json").read_text())
         assert f"{flags['loss']}-lr{flags['lr']:g}-seed{flags['seed']}" == name
         expected, own = folder / "alone", whole / "runs" / name / "train"
-        a, b = weights(expected / "final"), weights(own / "final")
-        assert a.keys() == b.keys() and all((a[key] == b[key]).all() for key in a)
+        assert same_weights(expected, own)
         assert (expected / "eval.jsonl").read_text() == (own / "eval.jsonl").read_text()
 
 
@@ -387,7 +393,7 @@ def test_the_lines_hold_what_the_runs_evaluated(folder, whole):
         assert {name: len(x) for name, x in line["end"]["generate"].items()} == {"near": 2, "far": 2}
 
 
-def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch):
+def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch, undrawn):
     """In the middle of a run, then between two runs, then killed while it wrote a line."""
     argv = arguments(folder, "stopped")
     with monkeypatch.context() as patch:
@@ -414,13 +420,13 @@ def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch):
     assert not list((folder / "stopped").glob("runs/*/train/final")), "weights are deleted once measured"
 
 
-def test_the_signal_handlers_come_back(folder, whole):
+def test_the_signal_handlers_come_back(folder, whole, undrawn):
     before = [signal.getsignal(number) for number in stop_signals()]
     assert study.main([*arguments(folder, "whole"), "--keep-weights"]) == 0
     assert [signal.getsignal(number) for number in stop_signals()] == before
 
 
-def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys):
+def test_what_is_added_is_run_and_nothing_else(folder, monkeypatch, capsys, undrawn):
     trained, main = [], train.main
     monkeypatch.setattr(train, "main", lambda argv, *more: trained.append(argv) or main(argv, *more))
     base = dict(memorization=0, generate=0, epochs=1, max_examples=12, dtype="auto")
@@ -447,7 +453,7 @@ def fits_the_terminal(printed: str, folder: Path) -> None:
     assert max(len(text) for text in printed.splitlines() if str(folder) not in text) <= 80
 
 
-def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monkeypatch):
+def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monkeypatch, undrawn):
     """With an infinite loss in the second step of one learning rate's runs."""
     check_finite = train.check_finite
 
@@ -463,7 +469,7 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monke
     assert json.loads((folder / "failed" / "study.json").read_text())["choices"]["im"]["lr"] == 0.01
 
 
-def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(folder, capsys):
+def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(folder, capsys, undrawn):
     def argv(**more: object) -> list[str]:
         return arguments(folder, "bound", **{**dict(memorization=0, generate=0, epochs=1, seeds=1), **more})
 
@@ -510,55 +516,29 @@ def test_a_deadline_starts_no_more_runs(folder, capsys):
 
 
 def test_workers_give_the_same_lines(folder, whole):
-    assert run_module("eval.study", arguments(folder, "jobs", jobs=2)).returncode == 0
+    """As a user starts the command."""
+    checked(subprocess.run([sys.executable, "-m", "eval.study", *arguments(folder, "jobs", jobs=2)], cwd=ROOT,
+                           capture_output=True, text=True))
     assert results(folder, "jobs") == results(folder, "whole")
     assert (folder / "jobs/study.json").read_text() == (whole / "study.json").read_text()
 
 
-class Deadly(study_runs.Plan):
-    """Kills the process that would start the run with lr 2, and measures nothing of others."""
-
-    def run_folder(self, run: study_runs.Run) -> Path:
-        if run.lr == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().run_folder(run)
-
-
-def test_a_worker_that_dies_costs_its_run_only(tmp_path):
-    plan = Deadly(tmp_path, train.Config(device="cpu"), {}, [], "", "", 0, 0, [], False)
+def test_a_worker_that_dies_costs_its_run_only(tmp_path, monkeypatch):
     runs, reports = [study_runs.Run(None, lr) for lr in (1, 2, 3, 4, 5)], {}
     waiting = iter(runs)
-    study_runs.run_in_workers(plan, 1, lambda: next(waiting, None), reports.__setitem__)
+    with forks.server() as context:     # in place of processes that import torch
+        monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: context)
+        study_runs.run_in_workers(study_plans.plan(study_plans.Deadly, tmp_path), 1,
+                                  lambda: next(waiting, None), reports.__setitem__)
     assert reports.keys() == {*runs}
     assert reports[runs[1]] == ("error", "its process was killed, as a system does that is out of memory; "
                                 "give fewer --jobs, or a smaller --micro-batch-tokens")
     assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
 
 
-class Sleeper(study_runs.Plan):
-    """Of runs that never end."""
-
-    def run_folder(self, run: study_runs.Run) -> Path:
-        (self.folder / "pid").write_text(str(os.getpid()))
-        time.sleep(600)
-
-
-SLEEPING_STUDY = """
-from pathlib import Path
-import test_study, train
-from eval import study_runs
-if __name__ == "__main__":
-    plan = test_study.Sleeper(Path("FOLDER"), train.Config(device="cpu"), {}, [], "", "", 0, 0, [], False)
-    waiting = iter([study_runs.Run(None)])
-    study_runs.run_in_workers(plan, 1, lambda: next(waiting, None), print)
-"""
-
-
 def test_workers_end_with_a_study_that_is_killed(tmp_path):
-    (tmp_path / "sleeping.py").write_text(SLEEPING_STUDY.replace("FOLDER", str(tmp_path)))
-    path = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    process = subprocess.Popen([sys.executable, str(tmp_path / "sleeping.py")], stderr=subprocess.DEVNULL,
-                               env=path)
+    process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "study_plans.py"), str(tmp_path)],
+                               stderr=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "pid").is_file() and (tmp_path / "pid").read_text())
     process.kill()
     wait_for(lambda: not is_running(int((tmp_path / "pid").read_text())))
@@ -622,7 +602,7 @@ def test_the_verdict_of_lines_alone_is_the_studys(folder, whole, tmp_path, capsy
     assert {path.name for path in tmp_path.iterdir()} == {"study.json", "curves.png", "differences.png"}
 
 
-def test_the_verdict_of_lines_in_another_order_compares_with_it(folder, whole, tmp_path):
+def test_the_verdict_of_lines_in_another_order_compares_with_it(folder, whole, tmp_path, undrawn):
     """As they are in runs.jsonl where several runs went at once."""
     lines = (whole / "runs.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "runs.jsonl").write_text("".join(reversed(lines)))
@@ -645,10 +625,10 @@ def test_a_line_that_is_no_runs_is_named(folder, whole, tmp_path):
         study.main(["--from", str(whole / "study.json")])
 
 
-def test_every_contender_trains_on_the_same_examples(folder):
+def test_every_contender_trains_on_the_same_examples(folder, undrawn):
     """train.py leaves out records without a completion under every loss; one that ignores completions would
     train on fewer, where a record has no system message."""
-    more = dict(memorization=0, generate=0, epochs=1, seeds=1)
+    more = dict(losses="im", memorization=0, generate=0, epochs=1, seeds=1)
     with pytest.raises(ValueError, match="contender odd: .* example.* have nothing to train on"):
         study.main(arguments(folder, "odd", **more,
                              variants="odd=--loss it --completion-weight 0 --system-weight 1"))

@@ -26,7 +26,7 @@ from kernels import head, layers
 from kernels.attention import VARLEN_KEYWORDS
 from loss import neftune_noise
 from tiny import (arguments, copies_of_meta_tensors, difference, make_model, make_records, metrics, run_apart,
-                  run_here, setup, stop_after, weights)
+                  run_here, same_weights, setup, stop_after, weights)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ def test_examples_with_nothing_to_train_on_change_no_step(folder):
 @pytest.mark.parametrize("normalize", ["token", "example", "span"])
 def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, normalize):
     results = []
-    for tokens in (120, 200, 4096):
+    for tokens in (120, 4096):
         out = f"micro-{normalize}-{tokens}"
         run_here(arguments(folder, out, normalize=normalize, micro_batch_tokens=tokens, neftune_alpha=5,
                            kl_weight=0.1))
@@ -194,7 +194,6 @@ def test_packing_and_micro_batch_size_do_not_change_the_trajectory(folder, norma
         np.testing.assert_allclose([r["loss"] for r in rows], [r["loss"] for r in results[-1][1]], rtol=1e-5)
         np.testing.assert_allclose([r["kl"] for r in rows], [r["kl"] for r in results[-1][1]], rtol=1e-3,
                                    atol=1e-6)
-
 
 
 # ---------------------------------------------------------------- objectives and options
@@ -215,8 +214,7 @@ def test_a_head_that_differs_from_a_tied_embedding_is_counted_trained_saved_and_
     argv = arguments(folder, "head-again", model=file.parent, max_steps=2, save_every=1,
                      resume=folder / "head-out" / "checkpoints" / "step-00000001")
     assert run_here(argv) == 0
-    again = weights(folder / "head-again" / "final")
-    assert all(torch.equal(again[name], after[name]) for name in after)
+    assert same_weights(folder / "head-again", folder / "head-out")
 
 
 def test_neftune_changes_training_forward_only(folder):
@@ -234,12 +232,6 @@ def test_kl_is_zero_at_the_first_step_and_holds_the_model_back(folder):
     free, held = (metrics(folder / f"kl-{w}") for w in (1e-9, 10))
     assert free[0]["kl"] == held[0]["kl"] == pytest.approx(0, abs=1e-7)
     assert 0 < held[-1]["kl"] < free[-1]["kl"] / 2
-
-
-def test_recompute_changes_nothing(folder):
-    run_here(arguments(folder, "eager"))
-    run_here(arguments(folder, "recompute", recompute=True))
-    assert difference(weights(folder / "recompute" / "final"), weights(folder / "eager" / "final")) < 1e-6
 
 
 def test_compile_changes_nothing_and_makes_one_graph_of_a_run(folder, monkeypatch):
@@ -336,8 +328,7 @@ def test_deterministic_changes_nothing_on_a_cpu(folder, monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = True
-    usual, same = (weights(folder / out / "final") for out in ("usual", "deterministic"))
-    assert all(torch.equal(tensor, same[name]) for name, tensor in usual.items())
+    assert same_weights(folder / "usual", folder / "deterministic")
     assert [row["loss"] for row in metrics(folder / "usual")] == [
         row["loss"] for row in metrics(folder / "deterministic")]
 
@@ -447,11 +438,6 @@ def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
 
 def evaluations(folder: Path) -> list[dict]:
     return [json.loads(line)["data"] for line in (folder / "eval.jsonl").read_text().splitlines()]
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    a, b = weights(a / "final"), weights(b / "final")
-    return a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
 
 
 @pytest.fixture(scope="module")

@@ -114,11 +114,8 @@ def run_many(folder: Path, runs: list[list[str]], ranks: int) -> str:
 
 def run_module(module: str, argv: list[str], ranks: int = 1, check: bool = True
                ) -> subprocess.CompletedProcess:
-    """python -m MODULE, as a user would start it; or torchrun -m MODULE (forks.py)."""
-    if ranks > 1:
-        return checked(forks.run(["-m", module, *argv], ranks), check)
-    return checked(subprocess.run([sys.executable, "-m", module, *argv], capture_output=True, text=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=ROOT, timeout=180), check)
+    """python -m MODULE, with all its imports, or torchrun -m MODULE (forks.py)."""
+    return checked(forks.run(["-m", module, *argv], ranks, fresh=ranks == 1), check)
 
 
 def checked(done: subprocess.CompletedProcess, check: bool = True) -> subprocess.CompletedProcess:
@@ -128,6 +125,12 @@ def checked(done: subprocess.CompletedProcess, check: bool = True) -> subprocess
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    """Whether the results of two runs are equal, bit for bit."""
+    ours, theirs = weights(a / "final"), weights(b / "final")
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def metrics(folder: Path) -> list[dict]:
