@@ -75,7 +75,6 @@ class Plan:
     generate: int                           # prompts of each test file
     tasks: list[str]                        # eval.harness's flags, or nothing
     keep_weights: bool
-    keeps_old_weights: bool = False         # of runs that were measured before
 
     def config(self, run: Run) -> train.Config:
         return dataclasses.replace(self.base, **self.contenders[run.contender], lr=run.lr, seed=run.seed,
@@ -126,7 +125,9 @@ def perform(plan: Plan, run: Run) -> dict:
         except Exception:
             traceback.print_exc()
             raise
-    return line | {"commit": commit(), "torch": torch.__version__, "device": device_name(plan.base.device)}
+    on_gpu = plan.base.device != "cpu" and torch.cuda.is_available()
+    return line | {"commit": commit(), "torch": torch.__version__,
+                   "device": torch.cuda.get_device_name() if on_gpu else cpu_name()}
 
 
 def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
@@ -240,12 +241,6 @@ def commit() -> str:
         return "unknown"
 
 
-def device_name(device: str) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return cpu_name()
-
-
 # ---------------------------------------------------------------- several runs
 
 
@@ -274,8 +269,8 @@ def run_here(plan: Plan, next_run: Callable[[], Run | None], report: Callable[[R
             report(Run(None), ("stopped", stopped.args[0]))
 
 
-def serve(connection: object, plan: Plan, threads: int) -> None:
-    """A worker: runs in, outcomes out."""
+def serve(connection: object, plan: Plan, run: Run, threads: int) -> None:
+    """A worker: sends the run's outcome."""
     torch.set_num_threads(threads)
 
     def watch() -> None:
@@ -284,58 +279,49 @@ def serve(connection: object, plan: Plan, threads: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    with stoppable(), contextlib.suppress(Stopped, EOFError, BrokenPipeError):
-        while run := connection.recv():
-            connection.send(attempt(plan, run))
+    with stoppable(), contextlib.suppress(Stopped, BrokenPipeError):
+        connection.send(attempt(plan, run))
 
 
 def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
                    report: Callable[[Run, Outcome], None]) -> None:
-    """As run_here(), in `jobs` processes. A thread for each of them hands out runs; a process that dies is
-    replaced. report is called by one thread at a time."""
+    """As run_here(), each in a process of its own, `jobs` at a time. report is called by one thread at a
+    time."""
     context, lock, workers, ended = multiprocessing.get_context("spawn"), threading.Lock(), set(), []
     threads = max(1, torch.get_num_threads() // jobs)
 
-    def start() -> tuple:
+    def outcome_of(run: Run) -> Outcome:
         connection, other = context.Pipe()
-        worker = context.Process(target=serve, args=(other, plan, threads))
+        worker = context.Process(target=serve, args=(other, plan, run, threads))
         worker.start()
         # Only the worker holds this end now, so its death closes the connection.
         other.close()
         workers.add(worker)
-        return worker, connection
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            worker.join()
+            if worker.exitcode != -signal.SIGKILL:
+                return "error", f"its process died (exit code {worker.exitcode})"
+            return "error", ("its process was killed, as a system does that is out of memory; give fewer "
+                             "--jobs, or a smaller --micro-batch-tokens")
+        finally:
+            worker.join()
+            workers.discard(worker)
 
     def lane() -> None:
-        worker = None
         while not ended:
             with lock:
                 run = next_run()
             if not run:
                 break
-            if not worker:
-                worker, connection = start()
-            try:
-                connection.send(run)
-                outcome = connection.recv()
-            except (EOFError, OSError):
-                worker.join()
-                reason = f"its process died (exit code {worker.exitcode})"
-                if worker.exitcode == -signal.SIGKILL:
-                    reason = ("its process was killed, as a system does that is out of memory; give fewer "
-                              "--jobs, or a smaller --micro-batch-tokens")
-                outcome = "error", reason
-                workers.discard(worker)
-                worker = None
+            outcome = outcome_of(run)
             with lock:
                 if outcome[0] == "stopped":
                     ended.append(outcome[1])
                 # A signal may also have ended the worker itself, which is not the run's error.
                 if outcome[0] != "error" or not ended:
                     report(run, outcome)
-        if worker:
-            with contextlib.suppress(OSError):
-                connection.send(None)
-            worker.join()
 
     lanes = [threading.Thread(target=lane) for _ in range(jobs)]
     with stoppable():
