@@ -294,14 +294,10 @@ def read_records(path: str | os.PathLike, columns: Iterable[str] = ()) -> Iterat
     """
     names = parse_columns(columns)
     line = None
-    try:
-        for record, line, place in _raw_records(path):
-            with naming(f"{path}{place}"):
-                messages = to_messages(_renamed(record, names))
-            yield messages, line
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path}: cannot be read, or is damaged or cut short: {reason}") from None
+    for record, line, place in raw_records(path):
+        with naming(f"{path}{place}"):
+            messages = to_messages(_renamed(record, names))
+        yield messages, line
     if line is None:
         raise ValueError(f"{path}: holds no records")
 
@@ -336,9 +332,18 @@ def _renamed(record: object, names: dict[str, str]) -> object:
     return others | given
 
 
-def _raw_records(path: str | os.PathLike) -> Iterator[tuple[object, int, str]]:
+def raw_records(path: str | os.PathLike) -> Iterator[tuple[object, int, str]]:
     """Yield a file's records as JSON values, each with its line or number, and that as the end of a place.
-    What a file is shows in its first bytes; only .csv and .tsv are told by the name."""
+    What a file is shows in its first bytes; only .csv and .tsv are told by the name. ValueError with the
+    place for what cannot be read."""
+    try:
+        yield from _values_in(path)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read, or is damaged or cut short: {reason}") from None
+
+
+def _values_in(path: str | os.PathLike) -> Iterator[tuple[object, int, str]]:
     check_file(path)
     if problem := about_pointer(path):
         raise ValueError(problem)

@@ -57,11 +57,10 @@ OF_A_STUDY = {"model", "train_data", "lr", "eval_fraction", "require_completion"
 def study_flags(config: Config) -> list[list[str]]:
     """The flags of a study that compares losses for a run's records, the run's own among them, otherwise with
     the run's flags."""
-    given = {}
+    given, defaults = {}, Config()
     for field in dataclasses.fields(Config):
         value = getattr(config, field.name)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        if value != default and not field.metadata["free"]:
+        if value != getattr(defaults, field.name) and not field.metadata["free"]:
             words = map(str, value if isinstance(value, list) else [value])
             given[field.name] = [flag_name(field.name), *words]
     flags = [["--model", config.model], ["--train-data", *config.train_data],

@@ -1,27 +1,27 @@
 """What the evaluation commands share: models, files of objects, ranks, errors as one line."""
 import argparse
-import gzip
 import json
 import math
 import sys
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 
 import torch
 from tqdm import tqdm
 
-from chat import Template, check_vocabulary, load_template
+from chat import Template, check_vocabulary, load_template, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.engine import Engine
 from runtime.files import write_text
-from runtime.foreign import check_file, lines_of, parse_json, parse_line, read_text
+from runtime.report import output_faults
 from runtime.machine import (Crowding, keep_freed_memory, resolve_dtype, sleep_while_crowded,
                              warn_of_emulation)
 from model import Llama, load_model, stored_weights
+from records import raw_records
 from runtime.model_config import read_config
 from runtime.model_folder import resolve_model
 from runtime.weights import model_fingerprint
@@ -43,6 +43,10 @@ class Loaded:
     def engine(self) -> Engine:
         """Made once: it holds a copy of the linear layers."""
         return Engine(self.model)
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation that the model is to continue."""
+        return tokenize(render(messages, self.template, add_generation_prompt=True), self.tokenizer)[0]
 
     def answer(self, ids: list[int]) -> str:
         """A generated answer's text, as a message's content."""
@@ -90,30 +94,19 @@ def load(name: str, args: argparse.Namespace, device: torch.device, cast: bool =
 
 def read_objects(file: str, fields: dict[str, type | UnionType], what: str, limit: int | None = None
                  ) -> list[dict]:
-    """The first `limit` objects of a .json list, .jsonl or .jsonl.gz file. ValueError names the file and the
-    line (in a list the number) of one that is not `what`, because one of `fields` is missing or not of its
-    type, or says it is empty."""
-    check_file(file)
-    whole = read_text(file, "utf-8-sig") if file.endswith(".json") else ""
-    objects: list[dict] = []
-    number = 0
-    try:
-        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as lines:
-            values = parse_json(whole) if whole else lines_of(lines)
-            if not isinstance(values, list | Iterator):
-                raise ValueError("it is not a list")
-            for number, value in enumerate(values, 1):
-                if (whole or value.strip()) and len(objects) != limit:
-                    objects.append(value if whole else parse_line(value))
-                    if not isinstance(objects[-1], dict):
-                        raise ValueError("it is not a JSON object")
-                    for name, kind in fields.items():
-                        if name not in objects[-1] or not isinstance(objects[-1][name], kind):
-                            raise ValueError(f"{name} must be of type {getattr(kind, '__name__', kind)}")
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        having = f" with {', '.join(fields)}" if fields else ""
-        line = f":{number}" if number else ""
-        raise ValueError(f"{file}{line}: not {what}{having} ({error})") from None
+    """The first `limit` objects of a file of JSON, one after the other or in a list. ValueError names the
+    file and the line (in a list the number) of one that is not `what`, because one of `fields` is missing or
+    not of its type, or says it is empty."""
+    objects = []
+    for value, _, place in islice(raw_records(file), limit):
+        wrong = "" if isinstance(value, dict) else "it is not a JSON object"
+        for name, kind in fields.items() if not wrong else ():
+            if name not in value or not isinstance(value[name], kind):
+                wrong = wrong or f"{name} must be of type {getattr(kind, '__name__', kind)}"
+        if wrong:
+            having = f" with {', '.join(fields)}" if fields else ""
+            raise ValueError(f"{file}{place}: not {what}{having} ({wrong})")
+        objects.append(value)
     if not objects:
         raise ValueError(f"{file}: is empty")
     return objects
@@ -164,13 +157,13 @@ def write_result(file: str | Path | None, result: dict, models: list[str]) -> No
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then. main may
-    also return an exit status."""
+    """main(argv) as a program: one line for what a user can mend, from one rank; exit status 1 then, and if
+    say() could not print what was found. main may also return an exit status."""
     raise_interrupts()
     sleep_while_crowded()
     status, crowding = 0, Crowding()
     try:
-        status = main(sys.argv[1:]) or 0
+        status = main(sys.argv[1:]) or int(bool(output_faults))
         if warning := crowding.warning():
             print(warning, file=sys.stderr)
         wait()

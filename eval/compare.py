@@ -6,20 +6,17 @@
     torchrun --nproc-per-node 2 -m eval.compare ...                             the same, on two ranks
 
 A run is an output folder of train.py. The page shows the flags in which the runs differ (those of one run
-that are not the defaults), NLL by span while training, and results of the evaluation commands. --data adds
-held-out NLL with intervals, as in eval.spans. --data or --prompts adds each run's answers to a few records,
-and the tokens of these records, coloured by how much their NLL differs from the first run's. The page is one
-file without scripts.
-
-Results are read from RUN/eval/*.json and from --results: files that evaluation commands write with --json. A
-result belongs to the run whose folder, or final/ in it, is its "model". Files of the same name become one
-table. The page says what is missing.
+that are not the defaults), NLL by span while training, and results of the evaluation commands (results.py).
+--data adds held-out NLL with intervals, as in eval.spans. --data or --prompts adds each run's answers to a
+few records, and the tokens of these records, coloured by how much their NLL differs from the first run's. The
+page is one file without scripts, and says what is missing.
 """
 import argparse
 from pathlib import Path
 from string import ascii_uppercase
 
-from eval.flags import Parser, add_data_flags, answer_command, check_flags, need
+from eval.flags import Parser, answer_command, check_paths, need
+from runtime.flags import number
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -33,12 +30,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="held-out records, each file reported on its own")
     parser.add_argument("--prompts", metavar="FILE",
                         help="records to answer and to show by token; default: the first file of --data")
-    parser.add_argument("--answers", type=int, default=4, metavar="N", help="how many of these records")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
+    parser.add_argument("--answers", type=number(int, 0, 10**4), default=4, metavar="N",
+                        help="how many of these records")
+    parser.add_argument("--max-new-tokens", type=number(int, 1, 10**6), default=256,
+                        help="the most tokens of an answer")
     parser.add_common_flags()
-    add_data_flags(parser)
+    parser.add_data_flags()
     args = parser.parse_args(argv)
-    check_flags(args, ("output", "json"), answers=0, max_new_tokens=1, max_length=2, micro_batch_tokens=1)
+    check_paths(args, "output", "json")
     if len(args.runs) > len(ascii_uppercase):
         raise ValueError(f"{len(args.runs)} runs: give at most {len(ascii_uppercase)}")
     if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
@@ -64,7 +63,7 @@ from eval.examples import Example, Response, read_examples, respond
 from eval.results import Run, curves, make_tables, read_results, read_run, result_cells, run_cells
 from runtime.distributed import is_main
 from runtime.files import check_writable, write_text
-from runtime.report import ending
+from runtime.report import ending, say
 from runtime.start import WIDTH
 
 POINTS = 100    # of a curve: more cannot be told apart
@@ -130,7 +129,7 @@ def cell_texts(cell: dict, column: str) -> tuple[str, str]:
     return f"{value:,}" if isinstance(value, int) else value, spread
 
 
-def print_table(title: str, rows: dict[str, dict], letters: list[str]) -> None:
+def table_text(title: str, rows: dict[str, dict], letters: list[str]) -> str:
     """In columns, if they fit; otherwise the cells of each row below its label."""
     columns = used_columns(rows, letters)
     lines = [["", *columns]]
@@ -138,14 +137,15 @@ def print_table(title: str, rows: dict[str, dict], letters: list[str]) -> None:
         texts = [" ".join(cell_texts(row.get(column, {"value": ""}), column)).strip() for column in columns]
         lines.append([ending(label, WIDTH - 1), *(ending(text, WIDTH - 11) for text in texts)])
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"\n{ending(title, WIDTH)}")
+    shown = [ending(title, WIDTH)]
     if sum(widths) + 2 * len(columns) < WIDTH:
         for label, *texts in lines:
             aligned = "".join(f"  {text:>{width}}" for text, width in zip(texts, widths[1:]))
-            print(f" {label:<{widths[0]}}{aligned}".rstrip())
+            shown.append(f" {label:<{widths[0]}}{aligned}".rstrip())
     else:
         for label, *texts in lines[1:]:
-            print(f" {label}", *(f"    {column:<7}{text}" for column, text in zip(columns, texts)), sep="\n")
+            shown += [f" {label}", *(f"    {column:<7}{text}" for column, text in zip(columns, texts))]
+    return "\n".join(shown)
 
 
 # ---------------------------------------------------------------- the page
@@ -215,22 +215,19 @@ def main(argv: list[str]) -> None:
         return
     letters = [one.letter for one in runs]
     tables = make_tables(cells | results, letters)
-    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
-    try:
-        result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
-        write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
-        pictures = {name: picture(points) for name, points in curves(runs).items()}
-        write_text(output, make_page(runs=runs, letters=letters, notes=notes, tables=tables,
-                                     pictures=pictures, examples=examples, responses=responses))
-    finally:
-        for one in runs:
-            print(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
-        for title, rows in tables.items():
-            print_table(title, rows, letters)
-        print()
-        for note in notes:
-            print(f"note: {ending(note, len(note))}")
-    print(f"{output} is the page")
+    for one in runs:
+        say(f"{one.letter}  {ending(str(one.folder), WIDTH - 4)}")
+    for title, rows in tables.items():
+        say(f"\n{table_text(title, rows, letters)}")
+    say()
+    for note in notes:
+        say(f"note: {ending(note, len(note))}")
+    result = {"runs": {one.letter: str(one.folder) for one in runs}, "tables": tables, "notes": notes}
+    write_json(args.json, json.loads(json.dumps(result, ensure_ascii=False).encode("utf-8", "replace")))
+    pictures = {name: picture(points) for name, points in curves(runs).items()}
+    write_text(output, make_page(runs=runs, letters=letters, notes=notes, tables=tables, pictures=pictures,
+                                 examples=examples, responses=responses))
+    say(f"{output} is the page")
 
 
 if __name__ == "__main__":

@@ -71,8 +71,7 @@ def respond(loaded: Loaded, examples: list[Example], args: Namespace) -> list[Re
     for example in examples:
         with naming(example.where):
             records.append(tokenize(render(example.messages, template), tokenizer))
-            prompt = render(example.question, template, add_generation_prompt=True)
-            prompts.append(tokenize(prompt, tokenizer)[0])
+            prompts.append(loaded.prompt(example.question))
     with loaded.autocast:
         outputs = generate(loaded.engine, prompts, loaded.stop_ids, args.max_new_tokens,
                            progress=partial(progress, total=len(prompts), unit="answer"))

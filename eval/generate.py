@@ -7,10 +7,10 @@
 --output is appended to as answers come, and the same command resumes where it was interrupted. Under torchrun
 the ranks divide the records. engine.py has how tokens are generated.
 """
-import math
 from argparse import Namespace
 
-from eval.flags import LOOKUP, Parser, answer_command, check_values
+from eval.flags import LOOKUP, Parser, answer_command, check_paths
+from runtime.flags import number
 from runtime.start import world_size
 
 
@@ -23,24 +23,15 @@ def parse_args(argv: list[str]) -> Namespace:
     what.add_argument("--chat", action="store_true", help="a conversation in the terminal")
     parser.add_columns_flag()
     parser.add_argument("--system", metavar="TEXT", help="system message for --prompt and --chat")
-    parser.add_argument("--limit", type=int, help="only so many records")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers at once")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="the most tokens an answer may have")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from so many likeliest; 0: all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--prompt-lookup-num-tokens", type=int, default=LOOKUP, metavar="N",
+    parser.add_answer_flags()
+    parser.add_sampling_flags()
+    parser.add_argument("--top-k", type=number(int, 0), default=0,
+                        help="sample from so many likeliest; 0: all")
+    parser.add_argument("--prompt-lookup-num-tokens", type=number(int, 0), default=LOOKUP, metavar="N",
                         help="the most tokens to guess in a step from what stands before; changes speed only")
-    parser.add_argument("--samples", type=int, default=1, help="answers to each record")
     parser.add_argument("--output", metavar="FILE", help="JSONL, resumed if it is there; default: print")
     args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, samples=1, top_k=0,
-                 seed=0, prompt_lookup_num_tokens=0)
-    if not (0 <= args.temperature < math.inf):
-        raise ValueError(f"--temperature {args.temperature}: must be 0 or more; 0 takes the likeliest token")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p {args.top_p}: must be above 0 and at most 1")
+    check_paths(args, "output", "json")
     if not args.temperature and (args.top_p < 1 or args.top_k or args.samples > 1):
         raise ValueError("--temperature 0 takes the likeliest token, so --top-p, --top-k and --samples "
                          "change nothing; give --temperature 1")
@@ -68,6 +59,7 @@ from model import Llama
 from records import naming, read_all, to_messages
 from runtime.distributed import is_main
 from runtime.foreign import printable
+from runtime.report import say
 
 
 def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_tokens: int,
@@ -128,8 +120,7 @@ class Text:
 
 def reply(loaded: Loaded, messages: list[dict], args: Namespace, turn: int = 0) -> str:
     """Print the answer as it is generated, and return it. In a conversation Ctrl-C ends the answer."""
-    pieces = render(to_messages({"messages": messages}), loaded.template, add_generation_prompt=True)
-    prompt = tokenize(pieces, loaded.tokenizer)[0]
+    prompt = loaded.prompt(to_messages({"messages": messages}))
     text, parts = Text(loaded.tokenizer), []
 
     def show(token: int | None) -> None:
@@ -217,8 +208,8 @@ def answer_file(loaded: Loaded, args: Namespace) -> dict:
                      "finished": finished})
     new = answers.merge()
     seconds = time.monotonic() - started
-    if is_main() and not args.output:
-        print(printable("".join(map(as_line, new))), end="")
+    if not args.output:
+        say(printable("".join(map(as_line, new)).removesuffix("\n")))
     tokens = sum(answer["tokens"] + answer["finished"] for answer in new)       # with each one's stop
     return {"model": args.model, "dtype": args.dtype, "answers": len(asked) * args.samples,
             "new_answers": len(new), "finished": sum(answer["finished"] for answer in new),

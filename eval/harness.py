@@ -14,8 +14,9 @@ for this checkpoint only, and the same command resumes from them.
 """
 import json
 from argparse import Namespace
+from pathlib import Path
 
-from eval.flags import Parser, answer_command, check_values, need
+from eval.flags import Parser, answer_command, check_paths, need
 from records import naming
 from runtime.flags import number
 from runtime.start import world_size
@@ -39,7 +40,8 @@ def parse_args(argv: list[str]) -> Namespace:
          help="names, patterns or .yaml files, with commas or spaces between; paper: the paper's suite")
     flag("--include_path", metavar="DIR", help="a folder of further tasks")
     flag("--num_fewshot", type=number(int, 0), help="examples in front of each question")
-    flag("--limit", type=float, help="use only so many documents of each task; below 1: that share")
+    flag("--limit", type=number(float, 1e-6),
+         help="use only so many documents of each task; below 1: that share")
     flag("--batch_size", default="auto", type=at_once, help="answers generated at once; auto: 16")
     flag("--model_args", default="", metavar="max_length=N", help="the most tokens of an input")
     flag("--gen_kwargs", metavar="NAME=VALUE,...", help="change how tasks generate; or a JSON object")
@@ -61,15 +63,14 @@ def parse_args(argv: list[str]) -> Namespace:
         raise ValueError(f"--template {args.template}: needs --apply_chat_template; give that too")
     if args.log_samples and not args.output_path:
         raise ValueError("--log_samples: needs --output_path DIR to write them to; give that too")
-    if args.limit is not None and not args.limit > 0:
-        raise ValueError(f"--limit {args.limit:g}: must be above 0: a number of documents or, "
-                         "below 1, a share of them")
+    if args.include_path and not Path(args.include_path).is_dir():
+        raise ValueError(f"--include_path {args.include_path}: is not a folder; give the one of your tasks")
     if args.limit is not None and 1 <= args.limit < world_size():
         raise ValueError(f"--limit {args.limit:g}: must be at least {world_size()}, one for each rank")
     if "paper" in args.tasks and args.num_fewshot is not None:
         raise ValueError(f"--num_fewshot {args.num_fewshot}: the tasks of --tasks paper have their own; "
                          "leave it out")
-    check_values(args, ["json"])
+    check_paths(args, "json")
     need("lm_eval", "eval.harness")
     return args
 
@@ -79,11 +80,11 @@ answer_command(__name__, parse_args)
 import logging
 import os
 import tempfile
-from pathlib import Path
 
 from eval import paper_suite
 from eval.common import read_objects, run, write_result
 from runtime.distributed import is_main
+from runtime.report import say
 
 
 def open_tasks(args: Namespace) -> tuple[object, list[str], dict]:
@@ -130,8 +131,9 @@ def read_from_files(words: list[str], manager: object, folder: str, shots: int |
     for word in words:
         name, _, file = word.partition("=")
         task, _, split = name.partition("/")
-        if not (task and file):
-            raise ValueError(f"--local {word}: write TASK=FILE or TASK/SPLIT=FILE")
+        if not (task and file.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz"))):
+            raise ValueError(f"--local {word}: write TASK=FILE or TASK/SPLIT=FILE, a .json or .jsonl "
+                             "file")
         if task not in manager.all_subtasks:
             raise ValueError(f"--local {task}: the harness has no task of that name (lm-eval ls tasks)")
         # The harness reads it later. This says what is wrong with it, and in which line.
@@ -219,16 +221,12 @@ def main(argv: list[str]) -> None:
     tracker.save_results_aggregated(results=results, samples=samples)
     for task, rows in samples.items():
         tracker.save_results_samples(task_name=task, samples=rows)
-    # The file first, because whoever reads the output may stop early (| head). A full disk costs no table.
-    try:
-        write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)),
-                     [args.model])
-    finally:
-        for table in ("results", "groups"):
-            if table in results:
-                print(make_table(results, table))
-        if paper:
-            print(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
+    for table in ("results", "groups"):
+        if table in results:
+            say(make_table(results, table))
+    if paper:
+        say(f"\nThe paper's suite\n{paper_suite.table(results['paper'])}")
+    write_result(args.json, json.loads(json.dumps(results, default=handle_non_serializable)), [args.model])
 
 
 if __name__ == "__main__":

@@ -16,12 +16,8 @@ import math
 import os
 from argparse import Namespace
 
-from eval.flags import Parser, answer_command, check_values
-
-# flag: its limits, for flags.check_values
-LIMITS = {"limit": 1, "samples": 1, "max_new_tokens": 1, "batch_size": 1, "temperature": (0, 100),
-          "top_p": (1e-6, 1), "seed": 0, "seconds": (1, 86_400), "megabytes": (64, 2**20),
-          "workers": (1, 1024)}
+from eval.flags import Parser, answer_command, check_paths
+from runtime.flags import number
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
@@ -35,22 +31,18 @@ def parse_args(argv: list[str]) -> Namespace:
     parser = Parser("humaneval", __doc__)
     parser.add_model_flags()
     parser.add_argument("--data", required=True, metavar="FILE", help="the problems, .jsonl or .jsonl.gz")
-    parser.add_argument("--limit", type=int, help="only so many problems")
     parser.add_argument("--format", choices=("chat", "text"), default="chat")
-    parser.add_argument("--samples", type=int, default=1, help="programs to a problem")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest, of this mass")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--k", type=int, nargs="+", default=[1], help="of pass@k")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=16, help="programs written at once")
+    parser.add_answer_flags(max_new_tokens=512)
+    parser.add_sampling_flags()
+    parser.add_argument("--k", type=number(int, 1, 10**4), nargs="+", default=[1], help="of pass@k")
     parser.add_argument("--output", required=True, metavar="FILE", help="samples, .jsonl; resumed if present")
     parser.add_argument("--execute", action="store_true", help="run the programs, isolated")
-    parser.add_argument("--seconds", type=float, default=10.0, help="a program may take")
-    parser.add_argument("--megabytes", type=int, default=1024, help="a program may use")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="programs run at once")
+    parser.add_argument("--seconds", type=number(float, 1, 86_400), default=10.0, help="a program may take")
+    parser.add_argument("--megabytes", type=number(int, 64, 2**20), default=1024, help="a program may use")
+    parser.add_argument("--workers", type=number(int, 1, 1024), default=os.cpu_count() or 1,
+                        help="programs run at once")
     args = parser.parse_args(argv)
-    check_values(args, ("output", "json"), **LIMITS)
+    check_paths(args, "output", "json")
     if args.samples > 1 and not args.temperature:
         raise ValueError("--temperature 0 writes the same program each time; give 0.8 with --samples")
     for k in args.k:
@@ -65,12 +57,12 @@ answer_command(__name__, parse_args)
 import re
 from concurrent.futures import ThreadPoolExecutor
 
-from chat import render, tokenize
 from eval.answers import Answers, made_with
 from eval.common import Loaded, load, mean_and_error, progress, read_objects, run, start_ranks, write_result
 from eval.engine import Sampling
 from eval.sandbox import run_python
 from runtime.distributed import is_main
+from runtime.report import counted, say
 from runtime.start import fit
 
 FIELDS = dict.fromkeys(("task_id", "prompt", "test", "entry_point"), str)
@@ -129,10 +121,9 @@ def sample(loaded: Loaded, problems: list[dict], args: Namespace) -> Answers:
 
 def prompt_ids(loaded: Loaded, text: str, chat: bool) -> list[int]:
     """The problem's text as a request, or as it is."""
-    tokenizer = loaded.tokenizer
     if chat:
-        messages = [{"role": "user", "content": ASK.format(text.strip())}]
-        return tokenize(render(messages, loaded.template, add_generation_prompt=True), tokenizer)[0]
+        return loaded.prompt([{"role": "user", "content": ASK.format(text.strip())}])
+    tokenizer = loaded.tokenizer
     # Without the line break at its end: an indented line begins with it, as one token.
     start = [tokenizer.special[tokenizer.bos_token]] if tokenizer.adds_bos else []
     return start + tokenizer.at_start.encode(text.rstrip(), add_special_tokens=False).ids
@@ -164,8 +155,8 @@ def main(argv: list[str]) -> None:
     if not is_main():
         return
     if not args.execute:
-        print(fit(f"{len(lines):,} programs are in {args.output}; none was run (--execute runs them, "
-                  "isolated)"))
+        say(fit(f"{counted(len(lines), 'program')} in {args.output}; none was run (--execute runs them, "
+                "isolated)"))
         return
     execute(lines, problems, args)
     answers.write()
@@ -176,8 +167,8 @@ def main(argv: list[str]) -> None:
         mean, error = mean_and_error([[pass_at_k(args.samples, n, k)] for n in right])
         result[f"pass@{k}"], result[f"pass@{k}_standard_error"] = mean, error
         shown = "unknown" if error is None else f"{error:.1%}"
-        print(f"pass@{k}: {mean:.1%} (standard error {shown}) of {len(problems)} problems, "
-              f"{args.samples} sample(s) each")
+        say(f"pass@{k}: {mean:.1%} (standard error {shown}) of {counted(len(problems), 'problem')}, "
+            f"{counted(args.samples, 'sample')} each")
     write_result(args.json, result, [args.model])
 
 

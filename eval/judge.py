@@ -167,14 +167,10 @@ def summary(values: dict[tuple[str, int, int], float], name: str) -> dict:
             f"{name}_by_turn": {label: sum(group) / len(group) for label, group in by_turn.items()}}
 
 
-def print_summary(result: dict, name: str, title: str) -> None:
-    """The table of summary(values, name), if the result has one."""
-    if result.get(name) is None:
-        return
-    print(f"\n{title}")
+def table(result: dict, name: str) -> str:
+    """summary(values, name), of at least one value, in lines."""
     rows = {**result[f"{name}_by_category"], **result[f"{name}_by_turn"], "all": result[name]}
-    for label, mean in rows.items():
-        print(f"  {printable(label):<22}{mean:>10.2f}")
     error = result[f"{name}_standard_error"]
-    print(f"standard error of the mean {'unknown' if error is None else f'{error:.2f}'}, "
-          f"{result[f'{name}_count']:,} judged")
+    return "\n".join([*(f"  {printable(label):<22}{mean:>10.2f}" for label, mean in rows.items()),
+                      f"standard error of the mean {'unknown' if error is None else f'{error:.2f}'}, "
+                      f"{result[f'{name}_count']:,} judged"])

@@ -14,7 +14,7 @@ Shapes: E examples, K kinds of span.
 """
 from dataclasses import dataclass
 
-from eval.flags import check_values
+from eval.flags import check_paths
 from config import PRESETS, Config, check_files, span_weights
 from config import parse_args as parse_flags
 from runtime.flags import flag
@@ -34,7 +34,7 @@ class LookConfig(Config):
 
 def parse_args(argv: list[str]) -> LookConfig:
     config = parse_flags(argv, LookConfig, "python -m eval.look", __doc__.split("\n\n")[0])
-    check_values(config, ["json", "export"])
+    check_paths(config, "json", "export")
     return config
 
 
@@ -91,11 +91,6 @@ def span_statistics(counts: np.ndarray) -> dict[str, dict[str, float]]:
     return spans
 
 
-def trained_fraction(totals: np.ndarray, weights: np.ndarray) -> float:
-    """The part of the targets that has weight; totals, weights: (K,)."""
-    return float(totals[weights != 0].sum() / totals.sum())
-
-
 def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: np.ndarray, steps: Steps,
             cuda: bool) -> dict[str, object]:
     """All that --json gets but the folder and the held-out data. steps: as of rank 0 of all ranks; usable:
@@ -118,8 +113,9 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
         "tokens": int(lengths.sum()), "longest": int(lengths.max()) + 1, "spans": span_statistics(counts),
         "instruction_completion_ratio": float(totals[INSTRUCTION] / totals[COMPLETION])
         if totals[COMPLETION] else None,
-        "trained": {loss: trained_fraction(totals, span_weights(loss)) for loss in PRESETS}
-        | {"this run": trained_fraction(totals, weights)},
+        # the part of the targets that has weight
+        "trained": {loss: float(totals[of_loss != 0].sum() / totals.sum()) for loss, of_loss in
+                    [*((loss, span_weights(loss)) for loss in PRESETS), ("this run", weights)]},
         "steps": total, "steps_per_epoch": steps.per_epoch, "epochs": total / steps.per_epoch,
         "warmup_steps": train.warmup_steps(config, total), "ranks": ranks, "packing": packed,
         "packing_efficiency": packed["tokens"] / (packed["micro_batches"] * config.micro_batch_tokens),
@@ -131,10 +127,11 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
 def print_numbers(config: LookConfig, numbers: dict) -> None:
     """measure()'s numbers, but for those that describe_data() says, in 79 columns."""
     packed, capacity = numbers["packing"], config.micro_batch_tokens
-    say(f"  the longest has {numbers['longest']:,} tokens")
+    say("  not counting each example's first token, which nothing predicts; with it the\n  longest has "
+        f"{numbers['longest']:,}, of --max-length {config.max_length:,}")
     for name, held_out in numbers["held_out"].items():
-        say(f"held out: {ending(name, 32)}: {held_out['examples']:,} examples, "
-            f"{held_out['tokens']:,} tokens")
+        say(f"held out: {ending(name, 32)}: {counted(held_out['examples'], 'example')}, "
+            f"{counted(held_out['tokens'], 'token')}")
     say(f"\n{'targets':<12}{'weight':>8}{'examples':>10}{'tokens':>12}{'mean':>9}{'median':>8}{'95 %':>8}"
         f"{'max':>8}")
     for name, span in numbers["spans"].items():
@@ -144,7 +141,7 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
     *presets, this_run = numbers["trained"].values()
     say("\ntargets trained: " + ", ".join(f"{loss} {x:.1%}" for loss, x in zip(PRESETS, presets))
         + f"; this run {this_run:.1%}")
-    say(f"\n{numbers['steps']:,} steps, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
+    say(f"\n{counted(numbers['steps'], 'step')}, {numbers['epochs']:.3g} epochs: {numbers['warmup_steps']:,} "
         f"of warm-up, then --schedule {config.schedule}\n"
         f"packed on {numbers['ranks']} rank(s): {counted(packed['micro_batches'], 'micro-batch')} an epoch, "
         f"{numbers['packing_efficiency']:.1%} of {capacity:,} tokens\n  used; padded to the longest example "
@@ -268,7 +265,7 @@ def main(argv: list[str]) -> None:
         say(wrapped(text, shutil.get_terminal_size().columns) if terminal else text)
     if config.export and is_main():
         export(dataset, usable, config.span_weights, config.export)
-        say(f"{len(usable):,} examples written to {config.export}")
+        say(f"{counted(len(usable), 'example')} written to {config.export}")
     if ratio := numbers["instruction_completion_ratio"]:
         say("\n" + advice(ratio, len(usable), given))
     write_json(config.json, numbers)

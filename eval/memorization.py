@@ -17,12 +17,12 @@ message, or with nothing before it, are skipped, and so are records whose target
 An answer is cut one token behind its target's length, so BLEU says little about longer answers;
 --max-new-tokens sets another limit. --output saves each answer as it comes, and the same command resumes from
 there. Resumed prompts share batches with other prompts, which may change a near tie in bf16. Intervals are
-bootstrap percentiles over records. If most targets are shorter than four words, many resamples have BLEU 0,
-and the interval of BLEU says little.
+bootstrap percentiles over records.
 """
 import argparse
 
-from eval.flags import Parser, add_bootstrap_flags, answer_command, check_flags, need
+from eval.flags import Parser, answer_command, check_paths, need
+from runtime.flags import number
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -30,15 +30,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_model_flags(several=True)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="the training records")
     parser.add_columns_flag()
-    parser.add_argument("--limit", type=int, default=0, help="use only the first N records; 0: all")
-    parser.add_argument("--max-length", type=int, default=2048, help="training's most tokens of an example")
-    parser.add_argument("--max-new-tokens", type=int, default=0,
+    parser.add_argument("--limit", type=number(int, 0), default=0, metavar="N",
+                        help="use only the first N records; 0: all")
+    parser.add_max_length_flag()
+    parser.add_argument("--max-new-tokens", type=number(int, 0, 10**6), default=0,
                         help="the most tokens of an answer; 0: one more than its target has")
-    parser.add_argument("--batch-size", type=int, default=16, help="prompts answered at once")
+    parser.add_batch_flag()
     parser.add_argument("--output", metavar="FILE.jsonl", help="save answers there and resume from them")
-    add_bootstrap_flags(parser)
+    parser.add_bootstrap_flags()
     args = parser.parse_args(argv)
-    check_flags(args, ("json", "output"), limit=0, max_length=2, max_new_tokens=0, batch_size=1)
+    check_paths(args, "json", "output")
     need("sacrebleu", "BLEU")
     return args
 
@@ -58,6 +59,7 @@ from eval.common import Loaded, load, open_checkpoint, progress, run, start_rank
 from eval.likelihood import shared_prefix
 from records import naming, read_all
 from runtime.distributed import is_main
+from runtime.report import counted, say
 from runtime.start import fit
 from runtime.weights import model_fingerprint
 
@@ -147,14 +149,14 @@ def score(rows: list[dict], resamples: int, confidence: float, seed: int) -> dic
     return {**result, "signature": str(corpus.get_signature())}
 
 
-def print_result(result: dict, confidence: float) -> None:
-    print(fit(f"{result['model']}: {result['records']:,} records; skipped "
-              f"{result['skipped_without_target']:,} without a target, "
-              f"{result['skipped_overlong']:,} too long"))
+def say_result(result: dict, confidence: float) -> None:
+    say(fit(f"{result['model']}: {counted(result['records'], 'record')}; skipped "
+            f"{result['skipped_without_target']:,} without a target, "
+            f"{result['skipped_overlong']:,} too long"))
     for metric, label in METRICS.items():
         bounds = result[f"{metric}_interval"]
         text = f"  {100 * confidence:g}% [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else ""
-        print(f"  {label:<28}{result[metric]:>8.2f}{text}", flush=True)
+        say(f"  {label:<28}{result[metric]:>8.2f}{text}")
 
 
 def main(argv: list[str]) -> None:
@@ -177,9 +179,9 @@ def main(argv: list[str]) -> None:
         if is_main():
             scores = score(rows, args.bootstrap, args.confidence, args.seed)
             results.append({"model": name, **scores, **skipped})
-            print_result(results[-1], args.confidence)
+            say_result(results[-1], args.confidence)
     if is_main():
-        print(f"BLEU: {results[0]['signature']}")
+        say(f"BLEU: {results[0]['signature']}")
     flags = ("data", "limit", "max_length", "max_new_tokens", "template", "dtype", "bootstrap", "confidence",
              "seed")
     write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": results}, args.model)

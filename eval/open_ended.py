@@ -8,14 +8,14 @@ alpaca: greedy answers, for `alpaca_eval --model_outputs`. mt-bench: two turns a
 its data/mt_bench/model_answer. Answers are written to OUTPUT.answers as they come, verdicts (judge.py) to
 OUTPUT.judgments; the same command resumes from there. Under torchrun the ranks share the work.
 
-Pairs are judged in both orders, and verdicts that disagree make a tie. The win rate is wins plus half the
-ties, in percent of the pairs with both verdicts. alpaca: against the outputs in the question file or in
---reference. mt-bench: a grade from 1 to 10 per turn, and pairs against the answers in --reference.
+alpaca: pairs against the outputs in the question file or in --reference. mt-bench: a grade from 1 to 10 per
+turn, and pairs against the answers in --reference. docs/evaluation.md says how pairs are counted.
 """
 from argparse import Namespace
 from pathlib import Path
 
-from eval.flags import Parser, answer_command, check_values
+from eval.flags import Parser, answer_command, check_paths
+from runtime.flags import flag_name, number
 
 # benchmark: the ending of the output's name, as its tool expects; the default of --max-new-tokens
 BENCHMARKS = {"alpaca": (".json", 2048), "mt-bench": (".jsonl", 1024)}
@@ -30,26 +30,25 @@ def parse_args(argv: list[str]) -> Namespace:
     parser.add_argument("--output", required=True, metavar="FILE",
                         help=".json for alpaca, .jsonl for mt-bench; resumed if OUTPUT.answers exists")
     parser.add_argument("--name", help="of the model in the output; default: its folder, RUN for RUN/final")
-    parser.add_argument("--limit", type=int, help="use only the first LIMIT questions")
-    parser.add_argument("--batch-size", type=int, default=16, help="answers generated at once")
-    parser.add_argument("--max-new-tokens", type=int, help="default: 2048 for alpaca, 1024 for mt-bench")
-    parser.add_argument("--seed", type=int, default=0, help="for sampled answers (mt-bench)")
+    parser.add_answer_flags(None, "default: 2048 for alpaca, 1024 for mt-bench")
     parser.add_argument("--judge", metavar="MODEL", help="judge the answers with this model")
-    parser.add_argument("--judge-workers", type=int, default=8, help="requests at once, per rank")
+    parser.add_argument("--judge-workers", type=number(int, 1, 10**4), default=8,
+                        help="requests at once, per rank")
     parser.add_argument("--judge-prompts", metavar="FILE", help="a file like FastChat's judge_prompts.jsonl")
     parser.add_argument("--reference", metavar="FILE", help="answers to compare with, in --output's format")
     args = parser.parse_args(argv)
     ending, max_new_tokens = BENCHMARKS[args.benchmark]
     if args.max_new_tokens is None:
         args.max_new_tokens = max_new_tokens
-    check_values(args, ("output", "json"), limit=1, batch_size=1, max_new_tokens=1, seed=0, judge_workers=1)
+    check_paths(args, "output", "json")
     if not args.output.endswith(ending):
         raise ValueError(f"--output {args.output}: must end in {ending}, as {args.benchmark}'s tool expects")
     if Path(args.output).exists() and not Path(f"{args.output}.answers").exists():
         raise ValueError(f"--output {args.output}: exists, but without {args.output}.answers to resume from; "
                          "name another file")
-    if not args.judge and (args.reference or args.judge_prompts):
-        raise ValueError("--reference and --judge-prompts need --judge; give it or leave them out")
+    for name in ("reference", "judge_prompts") if not args.judge else ():
+        if value := getattr(args, name):
+            raise ValueError(f"{flag_name(name)} {value}: needs --judge; give that too, or leave it out")
     folder = Path(args.model.partition("@")[0]).absolute()
     args.name = args.name or (folder.parent.name if folder.name == "final" else folder.name)
     return args
@@ -62,15 +61,15 @@ import time
 
 import torch
 
-from chat import render, tokenize
 from eval.answers import Answers, as_line, made_with
 from eval.chat_model import ChatModel
 from eval.common import load, open_checkpoint, progress, read_objects, run, start_ranks, write_result
 from eval.engine import Sampling
-from eval.judge import Job, judge_all, make_jobs, print_summary, read_prompts, summary, values_of
+from eval.judge import Job, judge_all, make_jobs, read_prompts, summary, table, values_of
 from records import naming
 from runtime.distributed import is_main
 from runtime.files import write_text
+from runtime.report import counted, say
 from runtime.start import fit
 
 # FastChat's temperatures by category (its fastchat/llm_judge/common.py); 0.7 for any other
@@ -94,12 +93,12 @@ def read_questions(args: Namespace) -> list[dict]:
     fields = {"question_id": int, "category": str, "turns": list}
     questions: dict[int, dict] = {}
     for line in read_objects(args.questions, fields, "a question", args.limit):
-        number, category, turns = line["question_id"], line["category"], line["turns"]
-        if number < 0 or number in questions or not are_turns(turns):
-            raise ValueError(f"{args.questions}: question {number} must have a number of its own, 0 or more, "
+        name, category, turns = line["question_id"], line["category"], line["turns"]
+        if name < 0 or name in questions or not are_turns(turns):
+            raise ValueError(f"{args.questions}: question {name} must have a number of its own, 0 or more, "
                              "and one or two turns of text")
         checked = category in CHECKED and are_turns(line.get("reference"), len(turns))
-        questions[number] = {"id": number, "turns": turns, "category": category,
+        questions[name] = {"id": name, "turns": turns, "category": category,
                              "temperature": TEMPERATURES.get(category, 0.7),
                              "correct": line["reference"] if checked else []}
     return list(questions.values())
@@ -112,10 +111,13 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
     if not file:
         return {}
     fields = {"instruction": str, "output": str} if alpaca else {"question_id": int, "choices": list}
-    lines = read_objects(file, fields, "an answer")
+    fix = "" if args.reference else "; give --reference FILE, answers to compare with"
     try:
+        lines = read_objects(file, fields, "an answer")
         found = ({line["instruction"]: [line["output"]] for line in lines} if alpaca else
                  {line["question_id"]: line["choices"][0]["turns"] for line in lines})
+    except ValueError as error:
+        raise ValueError(f"{'--reference' if args.reference else '--questions'} {error}{fix}") from None
     except (LookupError, TypeError):
         raise ValueError(f"--reference {file}: not FastChat's answers, choices must be "
                          '[{"turns": [text, ...]}]') from None
@@ -123,6 +125,7 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
     for question in questions:
         reference[question["id"]] = turns = found.get(question["turns"][0] if alpaca else question["id"])
         if not are_turns(turns, len(question["turns"])):
+            # Of a question file every question has an answer.
             raise ValueError(f"--reference {file}: has no answer to question {question['id']}: "
                              f"{question['turns'][0][:60]!r}")
     return reference
@@ -139,27 +142,26 @@ def answer(questions: list[dict], args: Namespace, device: torch.device) -> dict
     # All first turns before any second one, which continues the first.
     for turn in (0, 1):
         by_key = {(question["id"], turn): question for question in questions if turn < len(question["turns"])}
-        for (number, _), question in by_key.items():
-            conversations[number].append({"role": "user", "content": question["turns"][turn]})
+        for (name, _), question in by_key.items():
+            conversations[name].append({"role": "user", "content": question["turns"][turn]})
         missing = answers.missing(by_key)
         if missing:
             loaded = loaded or load(args.model, args, device, cast=True)
         for temperature in sorted({by_key[key]["temperature"] for key in missing}):
             keys = [key for key in missing if by_key[key]["temperature"] == temperature]
             prompts = []
-            for number, _ in keys:
-                with naming(f"{args.questions}: question {number}"):
-                    pieces = render(conversations[number], template, add_generation_prompt=True)
-                    prompts.append(tokenize(pieces, tokenizer)[0])
+            for name, _ in keys:
+                with naming(f"{args.questions}: question {name}"):
+                    prompts.append(loaded.prompt(conversations[name]))
             generated = loaded.engine.answers(prompts, loaded.stop_ids, args.max_new_tokens, args.batch_size,
                                               Sampling(temperature, seed=args.seed), keys)
             for i, ids, finished in progress(generated, len(keys), "answer"):
                 answers.add({"question": keys[i][0], "turn": turn, "output": loaded.answer(ids).strip(),
                              "tokens": len(ids), "finished": finished})
         answers.merge()
-        for number, _ in by_key:
-            output = answers.lines[number, turn]["output"]
-            conversations[number].append({"role": "assistant", "content": output})
+        for name, _ in by_key:
+            output = answers.lines[name, turn]["output"]
+            conversations[name].append({"role": "assistant", "content": output})
     return {question["id"]: [answers.lines[question["id"], turn] for turn in range(len(question["turns"]))]
             for question in questions}
 
@@ -212,21 +214,20 @@ def main(argv: list[str]) -> None:
               "max_new_tokens": args.max_new_tokens, "seed": args.seed}
     if is_main():
         write_text(args.output, output_text(questions, answers, args))
-        print(fit(f"{args.output}: {len(lines):,} answers of {args.name} to {len(questions):,} questions, "
-                  f"{result['mean_tokens']:.0f} tokens on average; {result['finished']:,} ended within "
-                  f"--max-new-tokens {args.max_new_tokens}"), flush=True)
-    if not args.judge:
-        return write_result(args.json, result, [args.model])
-    verdicts, reasons = judge(model, questions, answers, prompts, reference, args)
-    result |= verdicts
-    write_result(args.json, result, [args.model])
-    if is_main():
-        print_summary(result, "score", "grade, 1 to 10")
-        print_summary(result, "win_rate", "win rate, %")
+        say(fit(f"{args.output}: {counted(len(lines), 'answer')} of {args.name} to "
+                f"{counted(len(questions), 'question')}, {result['mean_tokens']:.0f} tokens on average; "
+                f"{result['finished']:,} ended within --max-new-tokens {args.max_new_tokens}"))
+    if args.judge:
+        verdicts, reasons = judge(model, questions, answers, prompts, reference, args)
+        result |= verdicts
+        for name, title in (("score", "grade, 1 to 10"), ("win_rate", "win rate, %")):
+            if result.get(name) is not None:
+                say(f"\n{title}\n{table(result, name)}")
         if result["unparsable"]:
-            print(fit(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
-                      f"{args.output}.judgments"))
-    if result["missing"]:
+            say(fit(f"{result['unparsable']:,} replies hold no verdict and are not counted: see "
+                    f"{args.output}.judgments"))
+    write_result(args.json, result, [args.model])
+    if result.get("missing"):
         shown = "; ".join(f"{job}: {reason}" for job, reason in list(reasons.items())[:3])
         raise ValueError(f"--judge {args.judge}: {result['missing']:,} verdicts are missing ({shown}"
                          f"{'; ...' * (result['missing'] > 3)}); the same command requests only those")

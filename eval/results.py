@@ -10,7 +10,6 @@ difference from the first run, "B - A":
 A cell has an interval or an error if the file has one. A difference has an interval if eval.spans compared
 the runs example by example; otherwise it is one number minus the other.
 """
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,8 +53,14 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
     if not file.is_file():
         raise ValueError(f"{name}: not an output folder of train.py, it has no run_config.json; give the "
                          "folder that has one, not the final/ in it")
-    run = Run(letter, folder, read_json(file), read_lines(folder / "metrics.jsonl", is_step, notes),
-              read_lines(folder / "eval.jsonl", is_evaluation, notes), final if final.is_dir() else None)
+    logs = []
+    for log, fits in (folder / "metrics.jsonl", is_step), (folder / "eval.jsonl", is_evaluation):
+        # The last line is cut off if the run was killed or still writes.
+        lines, damaged = read_log(log, fits)
+        logs.append(lines)
+        if damaged:
+            notes.append(f"{log}: {damaged} damaged line(s) were left out")
+    run = Run(letter, folder, read_json(file), *logs, final if final.is_dir() else None)
     if not run.metrics:
         notes.append(f"{letter} has no metrics.jsonl, or an empty one: no training curves")
     if not run.evaluations:
@@ -65,15 +70,6 @@ def read_run(letter: str, name: str, notes: list[str]) -> Run:
         notes.append(f"{letter} has no final/: " + (
             "it was deleted" if finished else "it was interrupted or is still training"))
     return run
-
-
-def read_lines(file: Path, fits: Callable[[dict], bool], notes: list[str]) -> list[dict]:
-    """The lines of a run's log (runtime.folder.read_log). The last one is cut off if the run was killed or
-    still writes."""
-    lines, damaged = read_log(file, fits)
-    if damaged:
-        notes.append(f"{file}: {damaged} damaged line(s) were left out")
-    return lines
 
 
 def run_cells(runs: list[Run]) -> Cells:
@@ -101,8 +97,10 @@ def run_cells(runs: list[Run]) -> Cells:
             values |= {("training", label): value for label, value in numbers.items()}
             of_epoch = [line for line in run.metrics if line["epoch"] > last["epoch"] - 1]
             for kind in SPANS:
-                if measured := points(of_epoch, kind):
-                    nats = sum(nats for _, nats in measured) / len(measured)
+                # Weighted by all of a step's targets: the log does not say how many are of each kind.
+                measured = [line for line in of_epoch if line.get(f"nll_{kind}") is not None]
+                if targets := sum(line["tokens"] for line in measured):
+                    nats = sum(line[f"nll_{kind}"] * line["tokens"] for line in measured) / targets
                     values["training", f"NLL in the last epoch, {kind}"] = nats
         if run.evaluations:
             last, title = run.evaluations[-1], "held-out NLL when training ended"

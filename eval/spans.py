@@ -13,7 +13,7 @@ Shapes: E examples, K kinds of span, M checkpoints, R resamples.
 """
 import argparse
 
-from eval.flags import Parser, add_data_flags, answer_command, check_flags
+from eval.flags import Parser, answer_command, check_paths
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -21,10 +21,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_model_flags(several=True)
     parser.add_argument("--data", required=True, nargs="+", metavar="FILE",
                         help="held-out records, each file reported on its own")
-    add_data_flags(parser)
+    parser.add_data_flags()
     parser.add_argument("--per-example", metavar="FILE.jsonl", help="write each example's sums by kind there")
     args = parser.parse_args(argv)
-    check_flags(args, ("json", "per_example"), max_length=2, micro_batch_tokens=1)
+    check_paths(args, "json", "per_example")
     return args
 
 
@@ -44,13 +44,12 @@ from chat import KINDS
 from data import Dataset, check_embedding, collate, load_dataset, plan
 from eval.bootstrap import interval, resampled_sums
 from eval.common import Loaded, load, open_checkpoint, run, start_ranks, write_result
+from eval.results import MEANS
 from kernels.head import nll
 from model import Llama
 from runtime.distributed import first_of_machine, is_main, rank, shows_progress, world_size
 from runtime.files import write_text
-from runtime.report import ending
-
-MEANS = ("nll_token_mean", "nll_example_mean")
+from runtime.report import counted, ending, say
 
 
 @torch.no_grad()
@@ -175,8 +174,8 @@ def evaluate(loaded: Loaded, datasets: list[Dataset], args: argparse.Namespace) 
     return list(sums.values())
 
 
-def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]], confidence: float) -> None:
-    """One file's results in 79 columns."""
+def table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]], confidence: float) -> str:
+    """One file's results in lines of 79 columns."""
     def cells(row: dict, end: str = "") -> str:
         text = ""
         for mean in MEANS:
@@ -188,17 +187,18 @@ def print_table(file: str, dataset: Dataset, checkpoints: list[dict[str, dict]],
         return text
 
     report = dataset.report
-    print(f"\n{file}: {len(dataset):,} examples of {report['records']:,} records; "
-          f"{report['truncated']:,} truncated,\n  {report['dropped_overlong']:,} dropped as too long, "
-          f"{report['dropped_empty']:,} as empty")
-    print(f"{'':5}{'mean over tokens':^37}{'mean over examples':^37}".rstrip())
-    print(f"{'':5}" + 2 * f"{'NLL':>9} {f'{100 * confidence:g}% interval':>18}{'ppl':>9}")
+    lines = [f"{file}: {counted(len(dataset), 'example')} of {counted(report['records'], 'record')}; "
+             f"{report['truncated']:,} truncated,\n  {report['dropped_overlong']:,} dropped as too long, "
+             f"{report['dropped_empty']:,} as empty",
+             f"{'':5}{'mean over tokens':^37}{'mean over examples':^37}".rstrip(),
+             f"{'':5}" + 2 * f"{'NLL':>9} {f'{100 * confidence:g}% interval':>18}{'ppl':>9}"]
     for name, row in checkpoints[0].items():
-        print(f"{name}: {row['tokens']:,} tokens in {row['examples']:,} examples")
+        lines.append(f"{name}: {counted(row['tokens'], 'token')} in {counted(row['examples'], 'example')}")
         for m, result in enumerate(each[name] for each in checkpoints):
-            print(f"{m + 1:<5}{cells(result)}")
+            lines.append(f"{m + 1:<5}{cells(result)}")
             if m:
-                print(f"{f'{m + 1}-1':<5}{cells(result, '_minus_first')}")
+                lines.append(f"{f'{m + 1}-1':<5}{cells(result, '_minus_first')}")
+    return "\n".join(lines)
 
 
 def result_rows(file: str, names: list[str], checkpoints: list[dict[str, dict]]) -> list[dict]:
@@ -238,21 +238,17 @@ def main(argv: list[str]) -> None:
                         args.seed) for i, dataset in enumerate(data[0])]
     rows = [row for file, of_file in zip(args.data, compared)
             for row in result_rows(file, args.model, of_file)]
+    say(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
+    if len(args.model) > 1:
+        say("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
+    for m, name in enumerate(args.model):
+        say(f"  {m + 1}  {name}")
+    for file, dataset, of_file in zip(args.data, data[0], compared):
+        say(f"\n{table(file, dataset, of_file, args.confidence)}")
     flags = ("template", "dtype", "max_length", "overlong", "bootstrap", "confidence", "seed")
-    # The files first, because whoever reads the output may stop early (| head). A full disk costs no table.
-    try:
-        write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows},
-                     args.model)
-        if args.per_example:
-            write_examples(args.per_example, data, sums, args)
-    finally:
-        print(f"held-out NLL in nats a token and perplexity; {args.bootstrap:,} resamples of the examples")
-        if len(args.model) > 1:
-            print("2-1: checkpoint 2 less 1, on the same resamples; x: ratio of their perplexities")
-        for m, name in enumerate(args.model):
-            print(f"  {m + 1}  {name}")
-        for file, dataset, of_file in zip(args.data, data[0], compared):
-            print_table(file, dataset, of_file, args.confidence)
+    write_result(args.json, {**{name: getattr(args, name) for name in flags}, "results": rows}, args.model)
+    if args.per_example:
+        write_examples(args.per_example, data, sums, args)
 
 
 if __name__ == "__main__":

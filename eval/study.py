@@ -13,14 +13,9 @@ rates or seeds may be added later. --jobs N shares the cores among N processes; 
 changes how sums are rounded.
 
 Each contender gets its own learning rate and number of epochs: those with the lowest NLL of completions on
-validation data, a mean over tokens and over seeds. Test files have no part in it. A run is evaluated after
-each epoch, or every --eval-every steps. With a schedule that decays, an epoch before the last is that of a
-run stopped early: its learning rate had not yet fallen, and a shorter run of its own might do better. What
-models generate is measured after the last step, with the chosen learning rate.
-
-Differences from the baseline are paired by seed and example. Their intervals are for other seeds and other
-examples than these (study_statistics.half_width()), with the chosen learning rate and epoch taken as given.
-They are not corrected for many comparisons: of twenty without any effect, one excludes zero on average.
+validation data, a mean over tokens and over seeds. What models generate is measured after the last step, with
+the chosen learning rate. Differences from the baseline are paired by seed and example; their intervals are
+for other seeds and other examples than these (study_statistics.half_width()). docs/study.md has the rest.
 
     STUDY/runs.jsonl     a line a finished run, with everything that the verdict needs
     STUDY/study.json     the verdict; also printed, and drawn in curves.png and differences.png
@@ -176,12 +171,12 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
 
 
 def read_settings(config: StudyConfig) -> dict:
-    """What settings.json says in the study's folder, {} if that is new. ValueError if the folder holds
-    something else."""
+    """What settings.json says in the study's folder, {} until a run has begun there: before, nothing has to
+    stay the same. ValueError if the folder holds something else."""
     out = Path(config.output_dir)
     check_writable("--output-dir", out, folder=True)
     settings = read_json(out / "settings.json")
-    if not settings and out.exists() and {path.name for path in out.iterdir()} - {".lock"}:
+    if not settings and out.exists() and {path.name for path in out.iterdir()} - {".lock", "data"}:
         raise ValueError(f"--output-dir {out}: is not empty and is not a study's folder; give another")
     if settings and not all(isinstance(settings.get(name), dict) for name in ("identity", "contenders")):
         raise ValueError(f"{out}/settings.json: is not a study's; give another --output-dir, or delete it")
@@ -205,7 +200,6 @@ answer_flags(__name__, check_early)
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import timedelta
 from itertools import product
@@ -261,11 +255,6 @@ def as_line(messages: list[dict]) -> str:
     return text({"messages": messages})
 
 
-def read_as_lines(names: list[str], columns: Iterable[str] = ()) -> list[str]:
-    """as_line() of each record. names, columns: as for records.read_all()."""
-    return [as_line(messages) for messages, _, _ in read_all(names, columns)]
-
-
 def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, str]]:
     """The files to train on, of validation and of the sample of training records, and the contents of those
     that do not exist yet: they are written after everything has been checked. ValueError if too few
@@ -274,34 +263,19 @@ def prepare_data(config: StudyConfig) -> tuple[list[str], str, str, dict[str, st
     for messages, _, _ in read_all(config.train_data, config.columns):
         records.append(as_line(messages))
         groups.append(instruction_hash(messages))
-    train_files, validation, held_out, new = config.train_data, config.validation_data, [], {}
-    if validation:
-        held_out = read_as_lines([validation], config.columns)
-    elif config.validation_fraction:
+    train_files, validation, new = config.train_data, config.validation_data, {}
+    if config.validation_fraction and not validation:
         chosen = hold_out(np.array(groups, np.uint64), config.validation_fraction, config.split_seed)
         records, held_out = ([r for r, is_held_out in zip(records, chosen) if is_held_out == side]
                              for side in (False, True))
+        if len(held_out) < FEW or not records:
+            raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves {len(records)} "
+                             f"record(s) to train on and {len(held_out)} validation record(s), too few to "
+                             f"choose by; give another, so that there are {FEW} or more, or more records")
         train_files, validation = [str(folder / "study-train.jsonl")], str(folder / "study-validation.jsonl")
         new = {train_files[0]: records, validation: held_out}
-    if validation and len(held_out) < FEW:
-        source = (f"--validation-data {validation}" if config.validation_data else
-                  f"--validation-fraction {config.validation_fraction}")
-        raise ValueError(f"{source}: {len(held_out)} validation record(s) are too few to choose by; give "
-                         f"{FEW} or more")
     if config.max_examples and not config.mix:
         records = records[:config.max_examples]
-    if not records:
-        raise ValueError(f"--validation-fraction {config.validation_fraction}: leaves no record to train on; "
-                         "give less")
-    tests = {file: read_as_lines([file], config.columns) for file in config.eval_data}
-    others = tests | ({config.validation_data: held_out} if config.validation_data else {})
-    for file, lines in others.items():
-        if both := len({*lines} & {*records}):
-            say(fit(f"warning: {both} record(s) of {file} are training records, too"))
-    for file, lines in tests.items():
-        if both := len({*lines} & {*held_out}):
-            say(fit(f"warning: {both} record(s) of {file} are validation records, too, so the choice of "
-                    "learning rate and epoch sees them"))
     order = np.random.default_rng([config.split_seed, 2]).permutation(len(records))
     sample = str(folder / "study-train-sample.jsonl")
     new[sample] = [records[i] for i in order[:max(config.train_sample, config.memorization)]]
@@ -325,48 +299,40 @@ def study_identity(config: StudyConfig, source: train.Source) -> dict:
         "eval_data": dict(zip(train.result_names(config.eval_data), map(hash_data, config.eval_data)))}))
 
 
-def begun_settings(config: StudyConfig) -> dict:
-    """read_settings() of a study in which a run has begun; {} before, when nothing has to stay the same."""
+def check_study(config: StudyConfig, old: dict, identity: dict, contenders: dict[str, dict]) -> None:
+    """ValueError if the study in the folder has other settings. old: read_settings(), not empty."""
     out = Path(config.output_dir)
-    lines = out / "runs.jsonl"
-    begun = (lines.is_file() and lines.stat().st_size > 0) or any(out.glob("runs/*/train"))
-    return read_settings(config) if begun else {}
-
-
-def check_study(config: StudyConfig, old: dict, identity: dict, contenders: dict[str, dict]
-                ) -> dict[str, dict]:
-    """The contenders that the study in the folder already has. old: begun_settings(). ValueError if they are
-    of a study with other settings."""
-    out = Path(config.output_dir)
-    if not old:
-        return {}
     fix = "give another --output-dir, or the earlier flags"
     check_identity(out, old["identity"], identity, asdict(config), f"--output-dir {out}", fix)
     for name, flags in contenders.items():
         if (was := old["contenders"].get(name, flags)) != flags:
             raise ValueError(f"--output-dir {out}: contender {name} was {was}, is {flags}; give it another "
                              "name")
-    return old["contenders"]
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The lines of runs.jsonl. One that a kill has cut off is removed: its run is measured again."""
-    if not file.is_file():
-        return []
-    whole = read_text(file, limit=2**30)
-    if not whole.endswith("\n"):
-        write_text(file, whole[:whole.rfind("\n") + 1])
-    lines = []
-    for number, text in enumerate(whole[:whole.rfind("\n") + 1].splitlines(), 1):
+def read_runs(file: Path) -> dict[Run, dict]:
+    """The lines of runs.jsonl, but for one that a kill has cut off: its run is measured again."""
+    lines = {}
+    texts = read_text(file, limit=2**30).split("\n")[:-1] if file.is_file() else []
+    for number, text in enumerate(texts, 1):
         try:
             line = {**parse_json(text)}
             if missing := LINE.keys() - line.keys():
                 raise ValueError(f"it has no {', '.join(sorted(missing))}")
-            lines.append(line)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{file}:{number}: not a line of a study ({error}); give another "
                              "--output-dir") from None
+        lines[Run(line["contender"], line["lr"], line["seed"])] = line
     return lines
+
+
+def write_runs(file: Path, lines: dict[Run, dict], grid: list[Run]) -> list[Run]:
+    """Rewrite runs.jsonl, the runs of the grid first and in its order. Returns those of them that are
+    finished."""
+    finished = [each for each in grid if each in lines]
+    others = [each for each in lines if each not in grid]
+    write_text(file, "".join(json.dumps(lines[each]) + "\n" for each in finished + others))
+    return finished
 
 
 # ---------------------------------------------------------------- how long
@@ -395,30 +361,23 @@ def counted_runs(runs: list[Run]) -> str:
     return f"{trained} run(s)" + " and the starting model" * (trained < len(runs))
 
 
-def announce(plan: Plan, todo: list[Run], done: list[dict], tokens: int, evaluated: int, seconds: float,
-             jobs: int) -> None:
-    """Say what is about to be run. tokens: of one run; evaluated: tokens that a run evaluates; seconds: a
-    token of training takes, of which an evaluation has a third, the forward pass."""
+def announce(plan: Plan, source: train.Source, dataset: train.Dataset, steps: train.Steps, evaluated: int,
+             todo: list[Run], done: int, jobs: int) -> None:
+    """Say what is about to be run, and about how long it takes. evaluated: tokens of one evaluation, which
+    take a third of those of training, the forward pass; done: runs that are finished."""
+    total = train.count_steps(plan.base, steps.per_epoch)
+    tokens = int(dataset.lengths[steps.usable].sum() * total / steps.per_epoch)
+    evaluated *= sum(train.evaluation_due(plan.base, step, total) for step in range(total + 1))
+    seconds = probe(plan.base, source, dataset, steps)
     trained = [each for each in todo if each.contender]
-    total = len(trained) * (tokens + evaluated / 3) * seconds / jobs
+    in_all = timedelta(seconds=round(len(trained) * (tokens + evaluated / 3) * seconds / jobs))
     at_once = f", {jobs} runs at a time" if jobs > 1 else ""
-    say(fit(f"{counted_runs(todo)} to do, {len(done)} done: {tokens:,} tokens of training each, about "
-            f"{timedelta(seconds=round(total))} in all, at {1 / seconds:,.0f} tokens/s{at_once} and not "
-            "counting what is generated"))
+    say(fit(f"{counted_runs(todo)} to do, {done} done: {tokens:,} tokens of training each, about {in_all} in "
+            f"all, at {1 / seconds:,.0f} tokens/s{at_once} and not counting what is generated"))
     say(f"logs: {plan.folder}/runs/*/log.txt")
 
 
 # ---------------------------------------------------------------- the program
-
-
-def make_plan(config: StudyConfig, contenders: dict[str, dict], files: tuple[list[str], str, str]) -> Plan:
-    """files: to train on, of validation ("" if none), of the sample."""
-    train_files, validation, sample = files
-    base = train.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(train.Config)})
-    base.train_data, base.eval_generate = train_files, 0
-    base.eval_data = [*config.eval_data, *([validation] if validation else []), sample]
-    return Plan(Path(config.output_dir), base, contenders, config.eval_data, validation, sample,
-                config.memorization, config.generate, task_flags(config), config.keep_weights)
 
 
 def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> None:
@@ -432,12 +391,13 @@ def same_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray) -> Non
                              f"first contender; give it a weight for completions")
 
 
-def check_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray, eval_sets: list[train.Dataset]
+def check_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray, eval_sets: dict[str, train.Dataset]
                    ) -> None:
-    """Say how many examples have an answer, which --max-length may cut off. ValueError if a test file has
-    none, or the validation data fewer than FEW. eval_sets: as in plan.base.eval_data."""
+    """Say how many examples have an answer, which --max-length may cut off, and which data share first user
+    messages. ValueError if a test file has no example with an answer, or the validation data fewer than FEW.
+    eval_sets: of plan.base.eval_data, in its order."""
     parts = [f"{len(usable):,} of {dataset.report['records']:,} to train on"]
-    for file, held_out in zip(plan.base.eval_data[:-1], eval_sets):
+    for file, held_out in zip(plan.base.eval_data[:-1], eval_sets.values()):
         left, every = int((held_out.counts[:, COMPLETION] > 0).sum()), held_out.report["records"]
         parts.append(f"{left:,} of {every:,} of {ending(file, 40)}")
         least = FEW if file == plan.validation else 1
@@ -445,18 +405,29 @@ def check_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray, eval_
             raise ValueError(f"{file}: {left} of {every:,} record(s) have an answer within --max-length "
                              f"{plan.base.max_length}, and {least} must; raise it, or give more records")
     say(fit("examples with an answer: " + ", ".join(parts)))
+    *names, sample = eval_sets
+    train.warn_of_known(dataset, usable, {name: eval_sets[name] for name in names})
+    if plan.validation:
+        *tests, validation = names
+        groups = eval_sets[validation].groups
+        for name in tests:
+            if both := int(np.isin(eval_sets[name].groups, groups).sum()):
+                say(fit(f"warning: {both:,} of the {len(eval_sets[name]):,} examples of {ending(name, 40)} "
+                        "have the first user message of a validation example, so the choice of learning rate "
+                        "and epoch sees them"))
 
 
 def prepare(config: StudyConfig, contenders: dict[str, dict]
-            ) -> tuple[Plan, train.Source, train.Dataset, train.Steps, int]:
-    """Check everything, make the study's folder and tokenize: the plan, the model's folder, the training set,
-    its steps, and how many tokens are evaluated each time. ValueError for what is wrong."""
+            ) -> tuple[Plan, dict, train.Source, train.Dataset, train.Steps, int]:
+    """Check everything, make the study's folder and tokenize: the plan, the settings to store, the model's
+    folder, the training set, its steps, and how many tokens are evaluated each time. ValueError for what is
+    wrong."""
     out = Path(config.output_dir)
     for name, file in zip(train.result_names(config.eval_data), config.eval_data):
         if name in (TRAINING, VALIDATION):
             raise ValueError(f"--eval-data {file}: results call other data {name!r}; rename the file")
     # A study that is resumed tomorrow, or on another machine, trains on the same text and in the same dtype.
-    before = begun_settings(config)
+    before = read_settings(config)
     config.date = config.date or before.get("date", "")
     if config.dtype == "auto":
         config.dtype = before.get("identity", {}).get("dtype", "auto")
@@ -468,17 +439,17 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
         train.micro_batch_tokens(dataclasses.replace(config, **flags), source.model_config, device, 1,
                                  config.jobs) for flags in contenders.values())
     identity = study_identity(config, source)
-    known = check_study(config, before, identity, contenders)
-    *files, new_files = prepare_data(config)
-    plan = make_plan(config, contenders, files)
+    if before:
+        check_study(config, before, identity, contenders)
+    train_files, validation, sample, new_files = prepare_data(config)
+    base = train.Config(**{f.name: getattr(config, f.name) for f in dataclasses.fields(train.Config)})
+    base.train_data, base.eval_generate = train_files, 0
+    base.eval_data = [*config.eval_data, *([validation] if validation else []), sample]
+    plan = Plan(out, base, contenders, config.eval_data, validation, sample, config.memorization,
+                config.generate, task_flags(config), config.keep_weights)
 
     # Until here nothing has been written.
     lock_folder(out, say)
-    # Weights that were kept once are not deleted later.
-    plan.keeps_old_weights = config.keep_weights or before.get("keep_weights", False)
-    settings = {"identity": identity, "date": config.date, "contenders": known,
-                "keep_weights": plan.keeps_old_weights}
-    write_json(out / "settings.json", settings)
     (out / "data").mkdir(exist_ok=True)
     for file, text in new_files.items():
         if not before or not Path(file).is_file():
@@ -486,11 +457,12 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     first = dataclasses.replace(plan.base, **next(iter(contenders.values())))
     dataset, usable, eval_sets = train.load_data(first, source)
     same_examples(plan, dataset, usable)
-    check_examples(plan, dataset, usable, [*eval_sets.values()])
+    check_examples(plan, dataset, usable, eval_sets)
     steps = train.make_steps(first, dataset, usable, 0, 1)
     plan.base.eval_every = config.eval_every or steps.per_epoch
-    write_json(out / "settings.json", settings | {"contenders": known | contenders})
-    return plan, source, dataset, steps, sum(int(each.lengths.sum()) for each in eval_sets.values())
+    settings = {"identity": identity, "date": config.date,
+                "contenders": before.get("contenders", {}) | contenders}
+    return plan, settings, source, dataset, steps, sum(int(each.lengths.sum()) for each in eval_sets.values())
 
 
 def conduct(config: StudyConfig) -> int:
@@ -498,7 +470,14 @@ def conduct(config: StudyConfig) -> int:
     started = time.monotonic()
     contenders, lrs = parse_contenders(config), parse_lrs(config)
     check(config, lrs)
-    if config.tasks:
+    # The whole grid, seed by seed, so that a study that is stopped has whole seeds.
+    grid = [Run(name, lr, seed) for seed, lr, name in product(
+        range(config.seed, config.seed + config.seeds), lrs, contenders)]
+    if config.memorization or config.generate or config.tasks:
+        grid.insert(0, Run(None))
+    file = Path(config.output_dir) / "runs.jsonl"
+    # Reading the harness's tasks takes long, and a study that is finished needs none.
+    if config.tasks and not read_runs(file).keys() >= {*grid}:
         harness.open_tasks(harness.parse_args(["--model", "x", *task_flags(config)]))
     for name, several in (("loss", "losses"), ("lr", "lrs")):
         value = getattr(config, name)
@@ -506,30 +485,18 @@ def conduct(config: StudyConfig) -> int:
             say(f"warning: {flag_name(name)} {value} is not used, because {flag_name(several)} is given")
     if config.seeds == 1:
         say("warning: --seeds 1: intervals will be over examples, not over seeds")
-    plan, source, dataset, steps, evaluated = prepare(config, contenders)
+    plan, settings, source, dataset, steps, evaluated = prepare(config, contenders)
     out = plan.folder
 
-    # The whole grid, seed by seed, so that a study that is stopped has whole seeds.
-    grid = [Run(name, lr, seed) for seed, lr, name in product(
-        range(config.seed, config.seed + config.seeds), lrs, contenders)]
-    if plan.memorization or plan.generate or plan.tasks:
-        grid.insert(0, Run(None))
-    lines = {Run(line["contender"], line["lr"], line["seed"]): line
-             for line in read_lines(out / "runs.jsonl")}
+    lines = read_runs(file)
+    write_runs(file, lines, grid)       # without one that a kill has cut off
     todo = [each for each in grid if each not in lines]
-    for each in lines:      # a run may have been stopped between its line and this
-        if not plan.keeps_old_weights:
-            delete_weights(plan, each)
     if todo:
-        total = train.count_steps(plan.base, steps.per_epoch)
-        tokens = int(dataset.lengths[steps.usable].sum() * total / steps.per_epoch)
-        evaluated *= sum(train.evaluation_due(plan.base, step, total) for step in range(total + 1))
-        announce(plan, todo, [each for each in grid if each in lines and each.contender], tokens, evaluated,
-                 probe(plan.base, source, dataset, steps), config.jobs)
+        done = sum(each in lines for each in grid if each.contender)
+        announce(plan, source, dataset, steps, evaluated, todo, done, config.jobs)
+    write_json(out / "settings.json", settings)
     status = run_all(plan, todo, lines, config, started)
-    finished = [each for each in grid if each in lines]
-    others = [each for each in lines if each not in grid]
-    write_text(out / "runs.jsonl", "".join(json.dumps(lines[each]) + "\n" for each in finished + others))
+    finished = write_runs(file, lines, grid)
     trained = any(each.contender for each in finished)
     if status >= 128 or not trained or (not status and len(finished) < len(grid)):
         return status
@@ -582,8 +549,8 @@ def give_verdict(lines: list[dict], baseline: str, out: Path) -> None:
     result = verdict(lines, baseline)
     write_json(out / "study.json", result)
     names = pictures(result, out)
-    print(report_text(result))
-    print(f"\nin {out}: all numbers in study.json,\n  pictures of them in {' and '.join(names)}")
+    say(report_text(result))
+    say(f"\nin {out}: all numbers in study.json,\n  pictures of them in {' and '.join(names)}")
 
 
 def again(args: Namespace) -> int:

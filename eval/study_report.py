@@ -2,15 +2,14 @@
 import textwrap
 from pathlib import Path
 
-import numpy as np
-
 from eval.compare import COLOURS, DASHES, GREY, STYLE
-from eval.study_statistics import MEANS, by_measure
-from runtime.report import ending
+from eval.results import MEANS
+from eval.study_statistics import by_measure, digits_of
+from runtime.report import counted, ending
 from runtime.start import WIDTH
 
 # As a table names what was measured.
-MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL, mean over examples",
+MEASURES = {**{mean: f"NLL, {words}" for mean, words in MEANS.items()},
             "memorized_exact": "exact match, %", "memorized_prefix": "shared prefix, %",
             "memorized_bleu": "BLEU-4", "exact_match": "exact match, %", "task": "score"}
 
@@ -18,7 +17,7 @@ MEASURES = {"nll_token_mean": "NLL, mean over tokens", "nll_example_mean": "NLL,
 def report_text(result: dict) -> str:
     """The choices, the table of differences, and a sentence for each file."""
     seeds, baseline = len(result["seeds"]), result["baseline"]
-    lines = [f"chosen on validation data, by the mean over {seeds} seed(s):" if any(
+    lines = [f"chosen on validation data, by the mean over {counted(seeds, 'seed')}:" if any(
         choice["curve"] for choice in result["choices"].values()) else "no choice was made:"]
     for name, choice in result["choices"].items():
         lines.append(f"  {ending(name, 24):<24} lr {choice['lr']:g}, epoch {choice['epoch']:g} (step "
@@ -36,16 +35,18 @@ def report_text(result: dict) -> str:
               f"over {over}; agree: seeds whose own difference has the same sign;",
               "equal: no seed differs"]
     for (file, measure), rows in by_measure(result["differences"]).items():
-        ends = f": {MEASURES[measure]}; {ending(baseline, 16)} has {rows[0]['baseline_value']:.4f}"
+        digits = digits_of(measure) + 1     # one more than in words
+        ends = f": {MEASURES[measure]}; {ending(baseline, 16)} has {rows[0]['baseline_value']:.{digits}f}"
         if rows[0]["start_value"] is not None:
-            ends += f", the start {rows[0]['start_value']:.4f}"
+            ends += f", the start {rows[0]['start_value']:.{digits}f}"
         lines += ["", ending(file, WIDTH - len(ends)) + ends]
         for row in rows:
-            low, high = row["interval"] or (np.nan, np.nan)
-            interval = f"[{low:+.4f}, {high:+.4f}]" if row["interval"] else "no interval"
+            interval = "no interval"
+            if row["interval"]:
+                interval = "[{:+.{digits}f}, {:+.{digits}f}]".format(*row["interval"], digits=digits)
             # Where every seed has the same value under both, there is no sign to agree on.
             agree = f"{row['seeds_agree']} of {row['seeds']} agree" if any(row["per_seed"]) else "equal"
-            lines.append(f"  {ending(row['contender'], 24):<24}{row['value']:>+10.4f} {interval:>22}"
+            lines.append(f"  {ending(row['contender'], 24):<24}{row['value']:>+10.{digits}f} {interval:>22}"
                          f"     {agree}")
     lines.append("")
     for text in [*result["sentences"], *(f"note: {note}" for note in result["notes"])]:
@@ -103,6 +104,7 @@ def draw_curves(result: dict) -> object:
             axes.set_ylim(min(*later, start) - room, max(later) + room)
         axes.set_title(ending(file, 34))
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.supylabel("NLL of completions, nats a token")
     handles, labels = panels[0].get_legend_handles_labels()
     # An inch has about 14 letters, and a label's line and the space around it take 0.7 inches.

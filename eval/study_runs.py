@@ -75,7 +75,6 @@ class Plan:
     generate: int                           # prompts of each test file
     tasks: list[str]                        # eval.harness's flags, or nothing
     keep_weights: bool
-    keeps_old_weights: bool = False         # of runs that were measured before
 
     def config(self, run: Run) -> train.Config:
         return dataclasses.replace(self.base, **self.contenders[run.contender], lr=run.lr, seed=run.seed,
@@ -126,7 +125,9 @@ def perform(plan: Plan, run: Run) -> dict:
         except Exception:
             traceback.print_exc()
             raise
-    return line | {"commit": commit(), "torch": torch.__version__, "device": device_name(plan.base.device)}
+    on_gpu = plan.base.device != "cpu" and torch.cuda.is_available()
+    return line | {"commit": commit(), "torch": torch.__version__,
+                   "device": torch.cuda.get_device_name() if on_gpu else cpu_name()}
 
 
 def train_to_the_end(plan: Plan, config: train.Config, folder: Path) -> None:
@@ -238,12 +239,6 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:     # git is not installed
         return "unknown"
-
-
-def device_name(device: str) -> str:
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return cpu_name()
 
 
 # ---------------------------------------------------------------- several runs

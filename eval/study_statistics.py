@@ -9,12 +9,13 @@ from collections import Counter
 
 import numpy as np
 
+from eval.results import MEANS
+
 CONFIDENCE = 0.95
-MEANS = ("nll_token_mean", "nll_example_mean")
 # What the verdict calls the data that is not in a test file. eval.study refuses such a name for one.
 TRAINING, VALIDATION = "training records", "validation records"
-# What is said in words: its name, unit and digits.
-SENTENCES = {"nll_token_mean": ("NLL", "nats a token", 3), "exact_match": ("exact match", "points", 1)}
+# What is said in words: its name and unit.
+SENTENCES = {"nll_token_mean": ("NLL", "nats a token"), "exact_match": ("exact match", "points")}
 Line = dict
 # {lr: {step: validation NLL by seed}} of one contender
 Curves = dict[float, dict[int, list[float]]]
@@ -281,6 +282,11 @@ def by_measure(rows: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return groups
 
 
+def digits_of(measure: str) -> int:
+    """The decimals that are shown: more of nats and of tasks' scores than of percentages."""
+    return 3 if measure in (*MEANS, "task") else 1
+
+
 def sentence(row: dict, baseline: str) -> str:
     """A difference of one of SENTENCES in words.
 
@@ -288,8 +294,8 @@ def sentence(row: dict, baseline: str) -> str:
         im against it: no difference in NLL on far is shown: -0.010 [-0.030, 0.020] nats a token
         im against it: does not change NLL on far
     """
-    value, interval = row["value"], row["interval"]
-    noun, unit, digits = SENTENCES[row["measure"]]
+    value, interval, digits = row["value"], row["interval"], digits_of(row["measure"])
+    noun, unit = SENTENCES[row["measure"]]
     what, who = f"{noun} on {row['file']}", f"{row['contender']} against {baseline}:"
     if interval is None and value == 0:
         return f"{who} does not change {what}"

@@ -39,7 +39,10 @@ def check_writable(flag: str, path: str | Path, folder: bool = False) -> None:
     be made there, or written to. By writing a file without a name, which leaves nothing behind: permissions
     alone do not tell, since root may do everything and nobody can write to a full or read-only disk."""
     path = Path(path)
-    if not folder and (path.exists() and not path.is_file() or not path.absolute().parent.is_dir()):
+    if not folder and path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise ValueError(f"{flag} {path}: is a {kind}; give a file")
+    if not folder and not path.absolute().parent.is_dir():
         raise ValueError(f"{flag} {path}: give a file in a folder that exists")
     whole, above = path.absolute(), path.absolute().parents
     place = next(each for each in (whole, *above) if os.path.lexists(each)) if folder else above[0]

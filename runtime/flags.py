@@ -107,21 +107,21 @@ def check_flag(field: dataclasses.Field, value: object, kind: object = None) -> 
     return number
 
 
-def bounds(least: float, most: float) -> str:
-    """The limits of a number, in words."""
-    return f"{least:,} or more" if most == math.inf else f"from {least:,} to {most:,}"
+def number(kind: type, least: float, most: float | None = None) -> Callable[[str], float]:
+    """The type of an argument of Parser: a number of this kind within these limits; most: None for BELOW."""
+    highest = BELOW[kind] if most is None else most
 
-
-def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
-    """The type of an argument of Parser: a number of this kind within these limits."""
     def read(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not least <= value <= most:
-            what = ("a whole number" if kind is int else "a number") + "," * (most == math.inf)
-            raise argparse.ArgumentTypeError(f"{text}: must be {what} {bounds(least, most)}")
+        # Written so that NaN fails.
+        if not least <= value <= highest:
+            what = "a whole number" if kind is int else "a number"
+            far = most is not None or value > highest
+            limits = f" from {least:,} to {highest:,.15g}" if far else f", {least:,} or more"
+            raise argparse.ArgumentTypeError(f"{shorten(text, 100)}: must be {what}{limits}")
         return value
     return read
 

@@ -18,10 +18,14 @@ from runtime.machine import Crowding
 from runtime.start import WIDTH, print_message, silence, stop_signals
 
 
+# Why standard output could not be written, if it could not. A reader that has gone is no reason.
+output_faults: list[str] = []
+
+
 def say(text: str = "") -> None:
-    """Print on rank 0, above the progress bar. If the terminal or the reader (`| tee`) is gone, the run goes
-    on: one Ctrl-C may have asked both to end, and the run has to save. So it does, with a warning, where
-    output is a file on a full disk."""
+    """Print on rank 0, above the progress bar. If the terminal or the reader (`| tee`) is gone, the program
+    goes on: one Ctrl-C may have asked both to end, and a run has to save. So it does, with a warning and a
+    note in output_faults, where output is a file on a full disk."""
     if is_main():
         try:
             tqdm.write(text, file=sys.stdout)
@@ -29,6 +33,7 @@ def say(text: str = "") -> None:
         except OSError as error:
             silence(sys.stdout)
             if error.errno not in (errno.EPIPE, errno.EIO):
+                output_faults.append(error.strerror)
                 print_message(f"warning: standard output: {error.strerror}; nothing more is printed there")
 
 

@@ -36,8 +36,8 @@ import numpy as np
 
 from eval.advice import EVIDENCE
 from eval.study_report import MEASURES
-from eval.study_statistics import (by_example, by_file, by_measure, difference, nll_values, t_quantile,
-                                   verdict)
+from eval.study_statistics import (by_example, by_file, by_measure, difference, digits_of, nll_values,
+                                   t_quantile, verdict)
 
 HERE = Path(__file__).resolve().parent
 FINDINGS = HERE.parent / "docs/findings"
@@ -102,10 +102,6 @@ def interval(row: dict, digits: int) -> str:
     low, high = row["interval"]
     text = f"{row['value']:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
     return text + (f", {row['seeds_agree']} of {row['seeds']} seeds" if "seeds" in row else "")
-
-
-def digits_of(measure: str) -> int:
-    return 3 if measure.startswith("nll") else 1
 
 
 # ---------------------------------------------------------------- the kinds
@@ -296,6 +292,9 @@ def frontier(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], obje
             axes.set_ylabel(f"NLL on {far_file}")
             axes.set_title(f"after {study}")
         axes.legend(fontsize="small")
+        figure.supxlabel("A point: one learning rate after one epoch, mean over seeds; left and down is "
+                         "better.\nA line joins a loss's best points: no other point of that loss is better "
+                         "on both files.", fontsize="small")
     return primary, tables, draw
 
 

@@ -333,7 +333,7 @@ def run_folder(case: tuple, out: Path):
     run = results.read_run("A", str(out), notes := [])
     made = results.make_tables(results.run_cells([run]) | results.read_results([run], [], notes), ["A"])
     for title, rows in made.items():
-        compare.print_table(title, rows, ["A"])
+        compare.table_text(title, rows, ["A"])
     results.curves([run])
     if run.evaluations:
         print_change(run.evaluations[0], EVALUATION)

@@ -82,6 +82,14 @@ def test_nothing_of_a_run_gets_its_name_before_it_is_on_the_disk(tmp_path, monke
 # ---------------------------------------------------------------- what is said
 
 
+def test_a_file_that_cannot_be_written_is_refused_with_the_reason(tmp_path):
+    for path, says in (("/dev/full", "is a device or a pipe; give a file"),
+                       (tmp_path, "is a folder; give a file"),
+                       (tmp_path / "no" / "x", "give a file in a folder that exists")):
+        with pytest.raises(ValueError, match=f"--json {path}: {says}"):
+            files.check_writable("--json", path)
+
+
 def test_errors_of_the_system_name_their_file():
     with pytest.raises(OSError) as error, files.writing("runs/a"):
         raise OSError(errno.EIO, "Input/output error")

@@ -19,7 +19,7 @@ import data
 import records
 import train
 from eval import generate, look, results, spans
-from eval.common import read_objects
+from eval.common import Loaded, read_objects
 from runtime import checkpoint, distributed, folder, foreign
 from runtime.flags import check_flag
 from runtime.jinja import Refused, render_jinja
@@ -123,11 +123,9 @@ def test_a_line_is_read_up_to_its_limit_only(tmp_path):
         out.write('"')
         for _ in range(100):
             out.write("x" * 2**20)
-    for read, says in (
-            (lambda: list(records.read_records(file)), "a record has more than 16,777,216 characters: split"),
-            (lambda: read_objects(str(file), {}, "a record"), "the line is longer than 16,777,216 bytes")):
+    for read in (lambda: list(records.read_records(file)), lambda: read_objects(str(file), {}, "a record")):
         tracemalloc.start()
-        with pytest.raises(ValueError, match=rf"x.jsonl:2: .*{says}"):
+        with pytest.raises(ValueError, match="x.jsonl:2: a record has more than 16,777,216 characters"):
             read()
         assert tracemalloc.get_traced_memory()[1] < 90e6
         tracemalloc.stop()
@@ -201,9 +199,9 @@ def test_errors_and_answers_are_printable(capsys):
     assert "\x1b" not in shown and len(shown) < 5000 and shown.count("\n") == 1
     engine = SimpleNamespace(answers=lambda *args, **more: (args[6](0, token) for token in range(3)))
     tokenizer = SimpleNamespace(decode=lambda ids: "".join("a\x1bb"[i] for i in ids))
-    loaded = SimpleNamespace(template=chat.load_template("auto", Tokenizer(MODEL)),
-                             tokenizer=Tokenizer(MODEL), engine=engine, stop_ids=set())
-    loaded.tokenizer.decode = tokenizer.decode
+    template = chat.load_template("auto", Tokenizer(MODEL))
+    loaded = Loaded("scripted", None, Tokenizer(MODEL), template, None, None)
+    loaded.engine, loaded.tokenizer.decode = engine, tokenizer.decode
     args = SimpleNamespace(max_new_tokens=3, temperature=0, top_p=1, top_k=0, seed=0,
                            prompt_lookup_num_tokens=0, chat=False)
     assert generate.reply(loaded, TURNS[:1], args) == "a\x1bb"
@@ -500,9 +498,9 @@ def test_numbers_that_no_run_can_have_are_refused(name, value, says):
 
 
 @pytest.mark.parametrize("flag, value, says", [("--bootstrap", str(10**9),
-                                                "--bootstrap 1000000000: must be a number up to 1,000,000$"),
+                                                "--bootstrap 1000000000: must be .* from 0 to 1,000,000 "),
                                                ("--confidence", "1e300",
-                                                r"--confidence 1e\+300: must be a number up to"),
+                                                "--confidence 1e300: must be a number from"),
                                                ("--confidence", "nan", "--confidence nan"), ("--max-length",
     str(10**12), "--max-length 1000000000000: must be"), ("--seed", str(10**30), "--seed 1000"),
                                                ("--micro-batch-tokens", "-" + str(10**12),

@@ -18,6 +18,7 @@ import tokenizers_for_tests as cast
 from chat import load_template
 from runtime.foreign import printable
 from runtime.tokenizer import Tokenizer
+from eval.common import Loaded
 from eval.engine import Cache, Document, Engine, Sampling
 from eval.generate import Text, generate
 from model import load_model
@@ -478,7 +479,8 @@ def test_what_a_template_puts_in_front_of_an_answer_is_no_part_of_it(answer, tmp
                 show(0, token)
             return iter(())
 
-    loaded = SimpleNamespace(tokenizer=tokenizer, template=template, engine=Scripted(), stop_ids=set())
+    loaded = Loaded("scripted", None, tokenizer, template, None, None)
+    loaded.engine = Scripted()
     args = SimpleNamespace(max_new_tokens=9, temperature=0, top_p=1, top_k=0, seed=0, chat=True,
                            prompt_lookup_num_tokens=0)
     monkeypatch.setattr("builtins.input", Mock(side_effect=["Name a colour.", "And another?", "/quit"]))

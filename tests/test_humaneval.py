@@ -69,14 +69,14 @@ def test_leaving_early_or_never_is_no_success(body):
 
 @isolated
 def test_the_least_memory_is_enough_for_a_right_program():
-    assert passes(PROBLEM, PROBLEM["prompt"] + RIGHT, 10, humaneval.LIMITS["megabytes"][0])[0]
+    assert passes(PROBLEM, PROBLEM["prompt"] + RIGHT, 10, 64)[0]
 
 
 @pytest.mark.parametrize("line", ["{", "{}", "[]"])
 def test_a_wrong_problem_is_named_by_file_and_line(tmp_path, line):
     file = tmp_path / "p.jsonl"
     file.write_text(json.dumps(PROBLEM) + "\n" + line + "\n")
-    with pytest.raises(ValueError, match=r"p\.jsonl:2: not a problem"):
+    with pytest.raises(ValueError, match=r"p\.jsonl:2: (not a problem|is not JSON)"):
         read_problems(str(file), None)
 
 
@@ -91,11 +91,12 @@ def test_a_problem_that_no_program_could_solve_is_named(tmp_path, changes):
 
 @pytest.mark.parametrize("flag, value, says", [
     ("seconds", "nan", "nan: must be a number"), ("seconds", "inf", "inf: must be a number"),
-    ("seconds", "-1", "-1.0: must be from 1"), ("seconds", "1e300", r"1e\+300: must be a number"),
-    ("megabytes", "0", "0: must be from 64 to 1,048,576"), ("megabytes", str(2**64), f"{2**64}: must be"),
-    ("top-p", "0", "0.0: must be from 1e-06 to 1"), ("temperature", "nan", "nan: must be a number"),
-    ("seed", "-1", "-1: must be 0 or more"),
-    ("workers", "0", "0: must be from 1 to 1,024"), ("workers", "99999", "99999: must be from 1 to 1,024"),
+    ("seconds", "-1", "-1: must be a number from 1 to 86,400"), ("seconds", "1e300", "1e300: must be a num"),
+    ("megabytes", "0", "0: must be a whole number from 64 to 1,048,576"),
+    ("megabytes", str(2**64), f"{2**64}: must be"), ("top-p", "0", "0: must be a number from 1e-06 to 1"),
+    ("temperature", "nan", "nan: must be a number"), ("seed", "-1", "-1: must be a whole number, 0 or more"),
+    ("seed", str(2**40), f"{2**40}: must be a whole number from 0 to 2,147,483,648"),
+    ("workers", "0", "0: must be a whole number from 1"), ("workers", "9999", "9999: must be a whole number"),
 ])
 def test_limits_that_would_not_hold_are_refused(tmp_path, flag, value, says):
     with pytest.raises(ValueError, match=f"--{flag} {says}"):

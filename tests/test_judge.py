@@ -16,8 +16,8 @@ import pytest
 from chat_server import ChatServer, refusal, text_of
 from eval import chat_model, judge
 from eval.chat_model import ChatModel
-from eval.judge import (Job, judge_all, make_jobs, print_summary, prompt_name, read_prompts, summary,
-                        values_of, verdict_of)
+from eval.judge import (Job, judge_all, make_jobs, prompt_name, read_prompts, summary, table, values_of,
+                        verdict_of)
 
 KEY = "sk-very'secret\\key+1"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
@@ -403,8 +403,7 @@ def test_summary_by_hand():
     assert summary({}, "score")["score"] is None
 
 
-def test_one_question_says_nothing_of_the_error(capsys):
+def test_one_question_says_nothing_of_the_error():
     one = summary({("stem", 9, 1): 8.0}, "score")
     assert one["score"] == 8.0 and one["score_standard_error"] is None
-    print_summary(one, "score", "scores")
-    assert "standard error of the mean unknown, 1 judged" in capsys.readouterr().out
+    assert table(one, "score").endswith("\nstandard error of the mean unknown, 1 judged")

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,6 +87,7 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
     assert f"{instruction / completion:.3g} tokens of instruction for each" in printed.replace("\n  ", " ")
     assert "data: 1 example, " in printed and "packed on 1 rank(s): 1 micro-batch an epoch" in printed
+    assert f"predicts; with it the\n  longest has {numbers['longest']}, of --max-length 120\n" in printed
     assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
 
 
@@ -263,6 +265,16 @@ def test_the_quick_start_is_looked_at_without_flags_in_eighty_columns(tmp_path, 
     assert "300 examples" in done.stdout and "152 steps, 8 epochs: 16 of warm-up" in done.stdout
     assert "100 examples" in next(line for line in lines if line.startswith("held out: test"))
     assert "\x1b" not in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_command_that_could_not_print_ends_with_an_error_unless_its_reader_had_enough(folder, ends):
+    reader, writer = os.pipe()
+    os.close(reader)
+    stdout = open("/dev/full", "w") if ends else open(writer, "w")
+    done = subprocess.run([sys.executable, "-m", "eval.look", *arguments(folder, "x")], cwd=ROOT, text=True,
+                          stdout=stdout, stderr=subprocess.PIPE)
+    assert done.returncode == ends and done.stderr.count("warning: standard output: No space left") == ends
 
 
 def test_errors_are_one_line(folder):

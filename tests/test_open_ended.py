@@ -252,11 +252,12 @@ def test_two_ranks_give_what_one_does(folder, tmp_path, server):
     ("alpaca", dict(output="x.jsonl"), r"--output x.jsonl: must end in \.json"),
     ("mt-bench", dict(output="x.json"), r"--output x.json: must end in \.jsonl"),
     ("alpaca", dict(output="nowhere/x.json"), "--output nowhere/x.json: give a file in a folder that exists"),
-    ("alpaca", dict(limit=0), "--limit 0: must be 1 or more"),
-    ("alpaca", dict(reference="x"), "--reference and --judge-prompts need --judge"),
+    ("alpaca", dict(limit=0), "--limit 0: must be a whole number, 1 or more"),
+    ("alpaca", dict(reference="x"), "--reference x: needs --judge"),
+    ("alpaca", dict(judge_prompts="x"), "--judge-prompts x: needs --judge"),
     ("alpaca", dict(judge="gpt"), "--judge gpt: set OPENAI_API_KEY"),
     ("alpaca", dict(questions="nowhere.json"), "nowhere.json: no such file"),
-    ("mt-bench", dict(questions="alpaca.json"), "alpaca.json:1: not a question with question_id, category"),
+    ("mt-bench", dict(questions="alpaca.json"), "alpaca.json: record 1: not a question with question_id"),
 ])
 def test_what_is_wrong_is_said_before_anything_is_made(folder, tmp_path, monkeypatch, suite, more, says):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -291,6 +292,14 @@ def test_references_that_are_not_answers_are_named(folder, tmp_path, server, sui
     with pytest.raises(ValueError, match=r"r\.jsonl:(1: not an answer| not FastChat's| has no answer to)"):
         open_ended.main(arguments(folder, suite, output, judge="gpt", reference=tmp_path / "r.jsonl"))
     assert not output.exists() and not server.requests
+
+
+def test_a_question_file_without_outputs_to_compare_with_is_named_as_what_it_is(folder, tmp_path, server):
+    (tmp_path / "q.json").write_text('[{"instruction": "Say it."}]')
+    with pytest.raises(ValueError, match=r"--questions .*q\.json: .*an answer .*; give --reference"):
+        open_ended.main(arguments(folder, "alpaca", tmp_path / "x.json", judge="gpt",
+                                  questions=tmp_path / "q.json"))
+    assert not server.requests
 
 
 def test_a_file_of_somebody_else_is_not_written_over(folder, tmp_path):

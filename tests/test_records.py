@@ -614,8 +614,8 @@ def test_every_command_reads_folders_and_columns(named_otherwise, tmp_path):
     args = argparse.Namespace(data=folder, columns=columns, limit=None)
     asked, _ = generate.read_questions(args, source.template)
     assert [question[0]["content"] for question, _ in asked] == questions
-    assert [json.loads(line)["messages"][0]["content"] for line in study.read_as_lines([folder], columns)
-            ] == questions
+    assert [json.loads(study.as_line(messages))["messages"][0]["content"]
+            for messages, _, _ in read_all([folder], columns)] == questions
     model = load_model(named_otherwise / "model")
     answers = generate.answer_records(model, source.tokenizer, source.template, [folder], 3, columns=columns)
     assert [answer["prompt"] for answer in answers] == questions[:3]

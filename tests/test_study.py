@@ -21,6 +21,7 @@ import tiny
 import train
 from data import load_dataset
 from chat import load_template
+from records import read_records
 from eval import study, study_runs
 from eval import study_statistics as statistics
 from eval.study_report import draw_curves, draw_differences, report_text
@@ -47,6 +48,14 @@ def test_a_difference_of_zero_is_called_that():
                                        for text in result["sentences"])
     rows = [text for text in shown.splitlines() if text.startswith("  im ") and "interval" in text]
     assert rows and all(text.endswith(" equal") for text in rows) and "of 2 agree" not in shown
+
+
+def test_percentages_and_nats_are_shown_with_the_decimals_that_mean_something():
+    lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) | {"end": {"generate": {"far": answers}}}
+             for name, answers in (("it", [1, 0]), ("im", [1, 1])) for seed in (0, 1)]
+    shown = report_text(statistics.verdict(lines))
+    assert f"far: exact match, %; it has 50.00\n  {'im':<24}    +50.00 " in shown
+    assert "far: NLL, mean over tokens; it has 1.6250, the start 3.0000\n" in shown
 
 
 def test_one_contender_alone_is_not_compared():
@@ -187,7 +196,7 @@ def test_a_verdict_worked_out_by_hand():
     result = statistics.verdict(lines)
     assert [result["choices"][name]["epoch"] for name in ("it", "im")] == [1.0, 2.0]
     tokens, examples = result["differences"][:2]
-    assert (tokens["measure"], examples["measure"]) == statistics.MEANS
+    assert [tokens["measure"], examples["measure"]] == [*statistics.MEANS]
     # (-0.55 - 0.6) / 4 and (-0.55 - 0.2) / 2
     assert tokens["value"] == pytest.approx(-0.2875) and examples["value"] == pytest.approx(-0.375)
     assert (tokens["contender"], tokens["file"], tokens["examples"]) == ("im", "far", 2)
@@ -274,42 +283,14 @@ def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_pat
     assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
 
 
-@pytest.mark.parametrize("validation", [[], ["near.jsonl"]])
-def test_a_study_reads_every_file_once(folder, monkeypatch, validation):
-    names, read_all = [], study.read_all
-    monkeypatch.setattr(study, "read_all", lambda files, columns: (names.extend(files),
-                                                                   read_all(files, columns))[1])
-    files = [str(folder / name) for name in ("train.jsonl", "far.jsonl", *validation)]
-    study.prepare_data(study.StudyConfig(
-        train_data=files[:1], eval_data=files[1:2], validation_data="".join(files[2:]),
-        validation_fraction=0.2, output_dir=str(folder / "once")))
-    assert sorted(names) == sorted(files)
-
-
-@pytest.mark.parametrize("given", [True, False])
-def test_a_test_file_that_holds_validation_records_is_named(tmp_path, capsys, given):
-    """Given twice under one name it would be refused."""
-    rows = [json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(40)]
-    for name, lines in {"train": rows[:30], "validation": rows[30:], "test": rows[-4:]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    training, validation, test = (str(tmp_path / f"{name}.jsonl") for name in ("train", "validation", "test"))
-    study.prepare_data(study.StudyConfig(
-        train_data=[training if given else validation], validation_data=validation if given else "",
-        validation_fraction=0.5, eval_data=[test], output_dir=str(tmp_path / "out")))
-    said = " ".join(capsys.readouterr().out.split())
-    count = re.search(r"warning: (\d) record\(s\) of \S+/test.jsonl are validation records, too", said)
-    known = re.search(r"warning: (\d) record\(s\) of \S+/test.jsonl are training records, too", said)
-    assert int(count[1]) + int(known[1] if known else 0) == 4 and bool(known) != given
-
-
 def test_the_split_keeps_every_record_as_it_is(folder):
     """In another layout, and with a message that is not trained: the same tokens of the same kinds."""
     (folder / "layouts.jsonl").write_text(
         '{"prompt": "red", "completion": "blue", "id": 3}\n{"messages": [{"role": "user", "content": "a"}, '
         '{"role": "assistant", "content": "b", "weight": 0}, {"role": "user", "content": "a"}, '
         '{"role": "assistant", "content": "plum"}]}\n')
-    lines = study.read_as_lines([str(folder / "layouts.jsonl")])
-    (folder / "again.jsonl").write_text("".join(line + "\n" for line in lines))
+    (folder / "again.jsonl").write_text("".join(
+        study.as_line(messages) + "\n" for messages, _ in read_records(folder / "layouts.jsonl")))
     tokenizer = Tokenizer(folder / "model")
     before, after = (load_dataset([str(folder / name)], tokenizer, load_template("llama3", tokenizer), 120,
                                   "truncate", folder / "cache") for name in ("layouts.jsonl", "again.jsonl"))
@@ -469,6 +450,24 @@ def test_a_run_that_fails_is_one_line_and_the_others_go_on(folder, capsys, monke
     assert json.loads((folder / "failed" / "study.json").read_text())["choices"]["im"]["lr"] == 0.01
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_test_file_that_shares_questions_with_the_other_data_is_named(folder, tmp_path, capsys, given):
+    rows = [json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(40)]
+    for name, lines in {"train": rows[:30], "validation": rows[30:], "test": rows[-4:]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    config = study.StudyConfig(
+        model=str(folder / "model"), template="llama3", cache_dir=str(tmp_path / "cache"),
+        train_data=[str(tmp_path / f"{'train' if given else 'validation'}.jsonl")],
+        validation_data=str(tmp_path / "validation.jsonl") if given else "", validation_fraction=0.5,
+        eval_data=[str(tmp_path / "test.jsonl")], output_dir=str(tmp_path / "out"))
+    study.prepare(config, {"it": {"loss": "it"}})
+    said = " ".join(capsys.readouterr().out.split())
+    chosen, known = (re.search(rf"warning: (\d) of the 4 examples of test have the first user message of a "
+                               rf"{kind} example", said) for kind in ("validation", "training"))
+    assert int(chosen[1]) + int(known[1] if known else 0) == 4 and bool(known) != given
+    assert "examples of study-train-sample" not in said
+
+
 def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(folder, capsys, undrawn):
     def argv(**more: object) -> list[str]:
         return arguments(folder, "bound", **{**dict(memorization=0, generate=0, epochs=1, seeds=1), **more})
@@ -484,10 +483,7 @@ def test_until_a_run_has_begun_nothing_is_bound_and_weights_that_were_kept_stay(
     make_records(folder / "training records.jsonl", 6, seed=3)
     with pytest.raises(ValueError, match="results call other data 'training records'"):
         study.main(argv(eval_data=[folder / "training records.jsonl"]))
-    assert (folder / "bound" / "settings.json").is_file()
-    assert study.main([*argv(lr=0.5), "--deadline", "1e-9"]) == 0
-    assert (folder / "bound" / "runs.jsonl").is_file()
-    capsys.readouterr()
+    assert (folder / "bound" / "data").is_dir() and not (folder / "bound" / "settings.json").exists()
     assert study.main([*argv(lr=0.02, batch_size=4), "--keep-weights"]) == 0
     printed = capsys.readouterr().out
     assert "examples with an answer: 24 of 24 to train on, 8 of 8 of" in printed.replace("\n  ", " ")
@@ -554,7 +550,7 @@ def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_c
     monkeypatch.setattr(train, "micro_batch_tokens", default)
     argv = arguments(folder, "sized", micro_batch_tokens=0, jobs=3)
     config = train.parse_args(argv, study.StudyConfig, "study", "")
-    plan, _, _, steps, _ = study.prepare(config, study.parse_contenders(config))
+    plan, _, _, _, steps, _ = study.prepare(config, study.parse_contenders(config))
     assert plan.base.micro_batch_tokens == steps.capacity == 200
     assert asked == [("it", 3), ("im", 3)]
 
@@ -580,6 +576,17 @@ def test_tasks_of_the_harness_are_numbers_of_a_run(folder, tmp_path, monkeypatch
     [row] = [row for row in statistics.verdict(lines)["differences"] if row["measure"] == "task"]
     assert (row["file"], row["value"], row["per_seed"]) == ("acc", 0.125, [0.25, 0])
     assert row["interval"] == pytest.approx([0.125 - 12.706205 * 0.125, 0.125 + 12.706205 * 0.125])
+
+
+def test_a_finished_study_does_not_read_the_harnesss_tasks_again(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(study.harness, "open_tasks", read.append)
+    monkeypatch.setattr(study_runs, "measure", lambda *_: {"tasks": {"x acc": 0.5}})
+    argv = arguments(folder, "tasks", tasks="x", epochs=1, seeds=1)
+    assert study.main(argv) == 0 and len(read) == 1
+    assert study.main(argv) == 0 and len(read) == 1
+    assert study.main([*argv[:argv.index("--seeds")], *argv[argv.index("--seeds") + 2:], "--seeds", "2"]) == 0
+    assert len(read) == 2
 
 
 def test_a_study_may_be_a_file_of_flags(folder, tmp_path):
@@ -621,7 +628,7 @@ def test_a_line_that_is_no_runs_is_named(folder, whole, tmp_path):
     file.write_text(f"{json.dumps(first)}\n{json.dumps(second)}\n")
     with pytest.raises(ValueError, match=f"{file}:2: not a run's line .*contender must be of type str "):
         study.main(["--from", str(file)])
-    with pytest.raises(ValueError, match="study.json: not a run's line .*it is not a list"):
+    with pytest.raises(ValueError, match="study.json:1: not a run's line .*contender must be of type"):
         study.main(["--from", str(whole / "study.json")])
 
 
@@ -650,7 +657,8 @@ def test_every_contender_trains_on_the_same_examples(folder, undrawn):
     (dict(lrs=["1e-3", "0"]), "--lrs 0: must be a finite number above 0"),
     (dict(lrs=["1e-3", "0.001"]), "--lrs 0.001 0.001: a learning rate is given twice"),
     (dict(seeds=0), "--seeds 0: must be a whole number, 1 or more"),
-    (dict(validation_fraction=0.05), "--validation-fraction 0.05: 2 validation record"),
+    (dict(validation_fraction=0.05), "--validation-fraction 0.05: leaves 28 record(s) to train on and 2"),
+    (dict(validation_fraction=0.99), "--validation-fraction 0.99: leaves 0 record(s) to train on and 30"),
     (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
     (dict(validation_data="near"), "--validation-data .*near.jsonl: is also a file of --eval-data"),
     (dict(overwrite=True), "--overwrite: a study decides this itself"),
@@ -664,7 +672,7 @@ def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, m
     if "tasks" in flags:
         leave_out_own_tasks(monkeypatch)
     monkeypatch.setattr(train, "main", None)
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.sub("([()])", r"\\\1", message)):
         study.main(arguments(folder, str(tmp_path / "study"), **flags))
     assert not (tmp_path / "study").exists()
 

@@ -16,7 +16,7 @@ from chat import COMPLETION, CONTEXT, INSTRUCTION, SYSTEM, TEMPLATE, load_templa
 from data import load_dataset
 from eval.generate import read_questions
 from eval.memorization import read_targets
-from eval.study import read_as_lines
+from eval.study import as_line
 from records import read_records, to_messages
 from runtime.tokenizer import Tokenizer
 from tokenizers_for_tests import DATE
@@ -454,7 +454,7 @@ def test_a_study_keeps_the_order_in_which_tools_name_their_fields_and_their_null
     tools = json.dumps([*TOOLS, {"name": "f", "parameters": {"properties": {"x": {"default": None}}}}])
     messages = [ASKED, calls(call("f", '{"x": null}')), *CONVERSATIONS["one call"][1:]]
     file.write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
-    again.write_text(read_as_lines([str(file)], [])[0])
+    again.write_text(as_line(next(read_records(file))[0]))
     def first(path):
         return json.dumps(next(read_records(path))[0])
     assert first(again) == first(file)
