@@ -343,7 +343,9 @@ def parts(name: str, report: Report, model: Llama, config: train.Config) -> None
         found = step.profiled(model, one_step, 2)
     for part in found["parts"]:
         report.row(12, f"{name} eager: {part['name']}", 100 * part["share"], "%", data=part)
-    report.at_most(12, f"{name} eager: time without a part, or twice", found["error"], 0.05)
+    # On a CPU it is a share of a step of milliseconds, to which whatever else runs adds.
+    limit = 0.05 if model.head_weight.is_cuda else 0.5
+    report.at_most(12, f"{name} eager: time without a part, or twice", found["error"], limit)
 
 
 # ---------------------------------------------------------------- peers
