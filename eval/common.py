@@ -99,11 +99,9 @@ def read_objects(file: str, fields: dict[str, type | UnionType], what: str, limi
     not of its type, or says it is empty."""
     objects = []
     for value, _, place in islice(raw_records(file), limit):
-        wrong = "" if isinstance(value, dict) else "it is not a JSON object"
-        for name, kind in fields.items() if not wrong else ():
-            if name not in value or not isinstance(value[name], kind):
-                wrong = wrong or f"{name} must be of type {getattr(kind, '__name__', kind)}"
-        if wrong:
+        faults = (f"{name} must be of type {getattr(kind, '__name__', kind)}" for name, kind in fields.items()
+                  if name not in value or not isinstance(value[name], kind))
+        if wrong := next(faults, "") if isinstance(value, dict) else "it is not a JSON object":
             having = f" with {', '.join(fields)}" if fields else ""
             raise ValueError(f"{file}{place}: not {what}{having} ({wrong})")
         objects.append(value)
