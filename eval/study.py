@@ -26,7 +26,9 @@ import dataclasses
 import re
 import shlex
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
@@ -362,7 +364,7 @@ def counted_runs(runs: list[Run]) -> str:
 
 
 def announce(plan: Plan, source: train.Source, dataset: train.Dataset, steps: train.Steps, evaluated: int,
-             todo: list[Run], done: int, jobs: int) -> None:
+             jobs: int, todo: list[Run], done: int) -> None:
     """Say what is about to be run, and about how long it takes. evaluated: tokens of one evaluation, which
     take a third of those of training, the forward pass; done: runs that are finished."""
     total = train.count_steps(plan.base, steps.per_epoch)
@@ -417,11 +419,9 @@ def check_examples(plan: Plan, dataset: train.Dataset, usable: np.ndarray, eval_
                         "and epoch sees them"))
 
 
-def prepare(config: StudyConfig, contenders: dict[str, dict]
-            ) -> tuple[Plan, dict, train.Source, train.Dataset, train.Steps, int]:
-    """Check everything, make the study's folder and tokenize: the plan, the settings to store, the model's
-    folder, the training set, its steps, and how many tokens are evaluated each time. ValueError for what is
-    wrong."""
+def prepare(config: StudyConfig, contenders: dict[str, dict]) -> tuple[Plan, dict, Callable]:
+    """Check everything, make the study's folder and tokenize: the plan, the settings to store, and announce()
+    for (todo, done). ValueError for what is wrong."""
     out = Path(config.output_dir)
     for name, file in zip(train.result_names(config.eval_data), config.eval_data):
         if name in (TRAINING, VALIDATION):
@@ -462,7 +462,8 @@ def prepare(config: StudyConfig, contenders: dict[str, dict]
     plan.base.eval_every = config.eval_every or steps.per_epoch
     settings = {"identity": identity, "date": config.date,
                 "contenders": before.get("contenders", {}) | contenders}
-    return plan, settings, source, dataset, steps, sum(int(each.lengths.sum()) for each in eval_sets.values())
+    evaluated = sum(int(each.lengths.sum()) for each in eval_sets.values())
+    return plan, settings, partial(announce, plan, source, dataset, steps, evaluated, config.jobs)
 
 
 def conduct(config: StudyConfig) -> int:
@@ -485,15 +486,14 @@ def conduct(config: StudyConfig) -> int:
             say(f"warning: {flag_name(name)} {value} is not used, because {flag_name(several)} is given")
     if config.seeds == 1:
         say("warning: --seeds 1: intervals will be over examples, not over seeds")
-    plan, settings, source, dataset, steps, evaluated = prepare(config, contenders)
+    plan, settings, announce_runs = prepare(config, contenders)
     out = plan.folder
 
     lines = read_runs(file)
     write_runs(file, lines, grid)       # without one that a kill has cut off
     todo = [each for each in grid if each not in lines]
     if todo:
-        done = sum(each in lines for each in grid if each.contender)
-        announce(plan, source, dataset, steps, evaluated, todo, done, config.jobs)
+        announce_runs(todo, done=sum(each in lines for each in grid if each.contender))
     write_json(out / "settings.json", settings)
     status = run_all(plan, todo, lines, config, started)
     finished = write_runs(file, lines, grid)

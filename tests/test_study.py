@@ -550,8 +550,8 @@ def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_c
     monkeypatch.setattr(train, "micro_batch_tokens", default)
     argv = arguments(folder, "sized", micro_batch_tokens=0, jobs=3)
     config = train.parse_args(argv, study.StudyConfig, "study", "")
-    plan, _, _, _, steps, _ = study.prepare(config, study.parse_contenders(config))
-    assert plan.base.micro_batch_tokens == steps.capacity == 200
+    plan, _, _ = study.prepare(config, study.parse_contenders(config))
+    assert plan.base.micro_batch_tokens == 200
     assert asked == [("it", 3), ("im", 3)]
 
 
