@@ -47,7 +47,7 @@ ALIGNED = 32
 
 class _Indices(NamedTuple):
     """Where the vectors of a bucket, by (document, head, place), are in (N * heads, D). Documents shorter
-    than the bucket's longest are padded with vector 0."""
+    than the bucket's longest are padded with their last vector."""
     source: Tensor          # (B * heads * L,) indices
     real: Tensor | None     # those of them that are not padding; None: all
     padding: Tensor | None
@@ -81,8 +81,9 @@ def _length_buckets(lengths: tuple[int, ...], heads: int, key_heads: int, device
         most = max(1, TILE_SCORES // (heads * min(TILE, longest) * longest))
         for bucket in (similar[i:i + most] for i in range(0, len(similar), most)):
             places = torch.arange(longest)                                      # (L,)
-            is_real = places < torch.tensor([lengths[i] for i in bucket])[:, None]          # (B, L)
-            tokens = torch.where(is_real, starts[bucket][:, None] + places, 0)  # (B, L)
+            ends = torch.tensor([lengths[i] for i in bucket])[:, None]          # (B, 1)
+            is_real = places < ends                                             # (B, L)
+            tokens = starts[bucket][:, None] + torch.minimum(places, ends - 1)  # (B, L)
             indices = []
             for n in (heads, key_heads):
                 source = tokens[:, None] * n + torch.arange(n)[:, None]         # (B, n, L)
@@ -154,6 +155,10 @@ def _tiled_attention_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor,
     grad_q, grad_k, grad_v = (_like(x) for x in (q, k, v))
     for bucket in _bucket_tensors(q, k, v, _lengths(cu_seqlens)):
         queries, keys, values, tiles, query_indices, key_indices = bucket
+        if keys.dtype == torch.bfloat16:
+            # What all keys of a document add to its scores changes no weight, and may be so large (with a
+            # bias in k_proj, say) that in bf16, in which scores are made here, little else would be left.
+            keys = keys - keys.mean(1, keepdim=True)
         grads = query_indices.gather(grad_out)
         if query_indices.padding is not None:
             grads.index_fill_(0, query_indices.padding, 0)

@@ -104,6 +104,20 @@ def test_bf16_gradients_of_keys_are_summed_over_tiles_in_fp32():
     assert off_q < 0.01 and 0 < off_k < 0.003 and 0 < off_v < 0.003
 
 
+def test_what_all_keys_of_a_document_share_costs_no_accuracy_in_bf16():
+    """As with a bias in k_proj: it adds about 200 to every score of a query, of which bf16 keeps 8 bits. The
+    second document is padded to the length of the first."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(250, h, 32, generator=generator) for h in (2, 1, 1))
+    q[..., 0], k[..., 0] = q[..., 0] + 30, k[..., 0] + 40
+    inputs = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    grad, cu_seqlens = torch.randn(250, 2, 32, generator=generator).bfloat16(), torch.tensor([0, 128, 250])
+    got = torch.autograd.grad(attention(*inputs, cu_seqlens), inputs, grad)
+    exact = [x.detach().float().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(attention_reference(*exact, cu_seqlens), exact, grad.float())
+    assert all((a.float() - b).norm() < 0.03 * b.norm() for a, b in zip(got, expected))
+
+
 def test_attention_definition_is_a_loop_over_documents():
     """Guards the reference itself: plain softmax, document by document, token by token."""
     torch.manual_seed(0)
