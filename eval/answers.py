@@ -11,6 +11,7 @@ in FILE.settings.json: a file with answers of two settings would be worthless.
 import glob
 import json
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from hashlib import sha256
@@ -84,7 +85,8 @@ class Answers:
             rank_file.unlink()
 
     def _rank_files(self) -> list[Path]:
-        return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.rank[0-9]*"))
+        return sorted(file for file in self.file.parent.glob(f"{glob.escape(self.file.name)}.rank*")
+                      if re.fullmatch(r"\.rank\d+", file.suffix))
 
     def _read(self, settings: dict) -> list[dict]:
         """The lines of the file and of the files that ranks left. Cuts off half-written last lines."""

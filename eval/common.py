@@ -100,7 +100,8 @@ def read_objects(file: str, fields: dict[str, type | UnionType], what: str, limi
     objects = []
     for value, _, place in islice(raw_records(file), limit):
         faults = (f"{name} must be of type {getattr(kind, '__name__', kind)}" for name, kind in fields.items()
-                  if name not in value or not isinstance(value[name], kind))
+                  if name not in value or not isinstance(value[name], kind)
+                  or kind is int and isinstance(value[name], bool))
         if wrong := next(faults, "") if isinstance(value, dict) else "it is not a JSON object":
             having = f" with {', '.join(fields)}" if fields else ""
             raise ValueError(f"{file}{place}: not {what}{having} ({wrong})")

@@ -16,6 +16,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from eval.flags import Parser, answer_command, check_paths, need
+from config import Config
 from runtime.flags import number
 
 
@@ -36,6 +37,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
                         help="the most tokens of an answer")
     parser.add_common_flags()
     parser.add_data_flags()
+    parser.set_defaults(max_length=0, overlong="")      # the first run's
     args = parser.parse_args(argv)
     check_paths(args, "output", "json")
     if len(args.runs) > len(ascii_uppercase):
@@ -204,6 +206,8 @@ def main(argv: list[str]) -> None:
     output = args.output or runs[0].folder / "page.html"
     if is_main() and not args.output:      # one that is given is checked with the flags
         check_writable("--output", output)
+    args.max_length = args.max_length or runs[0].config.get("max_length", Config.max_length)
+    args.overlong = args.overlong or runs[0].config.get("overlong", Config.overlong)
     cells, results = run_cells(runs), read_results(runs, args.results, notes)
     responses, examples = {}, []
     if args.prompts or args.data:

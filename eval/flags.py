@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from config import CACHE_DIR, COMPUTE_DTYPES, RECORDS, Config, check_files, local_files
+from config import CACHE_DIR, COMPUTE_DTYPES, OVERLONG, RECORDS, Config, check_files, check_once, local_files
 from runtime import flags
 from runtime.files import check_writable
 from runtime.flags import number
@@ -59,14 +59,13 @@ class Parser(flags.Parser):
 
     def add_max_length_flag(self) -> None:
         self.add_argument("--max-length", type=number(int, 2), default=2048,
-                          help="tokens an example may have")
+                          help=HELP["max_length"])
 
     def add_data_flags(self) -> None:
         """What spans.load_data(), evaluate() and compare() need, other than --data."""
         self.add_columns_flag()
         self.add_max_length_flag()
-        self.add_argument("--overlong", choices=("truncate", "drop", "error"), default="truncate",
-                          help="what to do with longer ones")
+        self.add_argument("--overlong", choices=OVERLONG, default="truncate", help=HELP["overlong"])
         self.add_argument("--micro-batch-tokens", type=number(int, 1), default=4096,
                           help="tokens of one forward pass; changes memory and speed only")
         self.add_argument("--cache-dir", default=CACHE_DIR, help=HELP["cache_dir"])
@@ -107,8 +106,13 @@ READ_IN_FOLDERS = (*HUB_FILES, INDEX, "*.safetensors", "state.json", "identity.j
                    "metrics.jsonl", "eval.jsonl")
 
 
-def files_read(name: str, value: str) -> list[str | Path]:
-    """The files on this disk that a flag's value stands for, as far as a program reads them. name: of the
+# What commands write next to their --output, or resume from.
+BESIDE_OUTPUT = ("", ".settings.json", ".answers", ".answers.settings.json", ".judgments",
+                 ".judgments.settings.json")
+
+
+def files_used(name: str, value: str) -> list[str | Path]:
+    """The files on this disk that a flag's value stands for, as far as a program uses them. name: of the
     flag. ValueError if there are none of the records that it names."""
     if name in RECORDS:
         try:
@@ -117,6 +121,8 @@ def files_read(name: str, value: str) -> list[str | Path]:
             raise ValueError(f"{flags.flag_name(name)} {error}") from None
     if name == "local":
         value = value.partition("=")[2]
+    if name == "output":
+        return [value + end for end in BESIDE_OUTPUT]
     if not os.path.isdir(value):
         return [value]
     # Results are eval.compare's only.
@@ -128,8 +134,8 @@ def check_paths(args: argparse.Namespace, *outputs: str) -> None:
     """ValueError that names the flag: a file that --data names twice; an output file, of the flags `outputs`,
     that could not be written, or that another flag's value stands for and that would be lost."""
     data = getattr(args, "data", None)
-    if isinstance(data, list) and len({os.path.realpath(file) for file in data}) < len(data):
-        raise ValueError(f"--data {' '.join(data)}: a file is given twice; give each once")
+    if isinstance(data, list):
+        check_once("data", data, data)
     # Now, not when all has been computed.
     files = {name: os.path.realpath(file) for name in outputs if (file := getattr(args, name))}
     for name in files if is_main() else ():
@@ -137,7 +143,7 @@ def check_paths(args: argparse.Namespace, *outputs: str) -> None:
     for other, value in vars(args).items() if files else ():
         given = [each for each in (value if isinstance(value, list) else [value])
                  if isinstance(each, str) and each]
-        taken = {os.path.realpath(file) for each in given for file in files_read(other, each)}
+        taken = {os.path.realpath(file) for each in given for file in files_used(other, each)}
         for name, file in files.items():
             if other != name and file in taken:
                 # The only one without a flag.

@@ -55,6 +55,7 @@ from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.common import Loaded, load, progress, run, start_ranks, write_result
 from eval.engine import Engine, Sampling
+from eval.likelihood import shared_prefix
 from model import Llama
 from records import naming, read_all, to_messages
 from runtime.distributed import is_main
@@ -74,20 +75,22 @@ def generate(engine: Engine, prompts: list[list[int]], stop: set[int], max_new_t
 
 def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, names: list[str], limit: int,
                    columns: Iterable[str] = ()) -> list[dict]:
-    """Answers to the last turn of the first `limit` records that end with an assistant's message, as
-    [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace. names,
-    columns: as for records.read_all()."""
+    """Answers to the last turn of the first `limit` records that end with an assistant's message of a weight
+    above 0, as [{"prompt", "expected", "output", "correct"}]; correct: equal but for surrounding whitespace.
+    names, columns: as for records.read_all()."""
     answers, prompts, longest = [], [], 1
-    for messages, _, _ in read_all(names, columns):
+    for messages, file, line in read_all(names, columns):
         if len(answers) == limit:
             break
-        if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        # As in training, an answer of weight 0 is no target.
+        if messages[-1]["role"] != "assistant" or len(messages) < 2 or not messages[-1].get("weight", 1):
             continue
-        pieces = render(messages[:-1], template, add_generation_prompt=True)
-        prompts.append(tokenize(pieces, tokenizer)[0])
-        whole = tokenize(render(messages, template), tokenizer)[0]
-        # A longer answer could not be right.
-        longest = max(longest, len(whole) - len(prompts[-1]))
+        with naming(f"{file}:{line}"):
+            pieces = render(messages[:-1], template, add_generation_prompt=True)
+            prompts.append(tokenize(pieces, tokenizer)[0])
+            whole = tokenize(render(messages, template), tokenizer)[0]
+        # A longer answer could not be right. (The prompt may end with what is not in the whole conversation.)
+        longest = max(longest, len(whole) - shared_prefix(whole, prompts[-1]))
         answers.append({"prompt": messages[-2]["content"], "expected": template.expected(messages).strip()})
     stop = {tokenizer.special[template.end_of_turn]}
     outputs = generate(Engine(model), prompts, stop, longest)
@@ -174,7 +177,8 @@ def name_of(line: dict) -> tuple[int, int]:
 
 def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list[dict], str | None]], list]:
     """The records as (messages to answer, the record's own answer), and the messages' pieces. The last
-    assistant message is the answer; a record that ends with another message has none."""
+    assistant message is the answer; a record that ends with another message, or with one of weight 0, has
+    none."""
     asked, pieces = [], []
     for messages, file, line in islice(read_all([args.data], args.columns), args.limit):
         answered = messages[-1]["role"] == "assistant"
@@ -183,7 +187,8 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
             if not question:
                 raise ValueError("an assistant's message alone: there is nothing to answer")
             pieces.append(render(question, template, add_generation_prompt=True))
-            asked.append((question, template.expected(messages) if answered else None))
+            expected = template.expected(messages) if answered and messages[-1].get("weight", 1) else None
+            asked.append((question, expected))
     return asked, pieces
 
 

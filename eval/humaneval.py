@@ -78,10 +78,15 @@ def read_problems(file: str, limit: int | None) -> list[dict]:
     """Objects with FIELDS. ValueError names the file, and the line or the problem."""
     problems = read_objects(file, FIELDS, "a problem", limit)
     for problem in problems:
-        if f"def {problem['entry_point']}" not in problem["prompt"]:
+        if not definitions(problem["entry_point"], problem["prompt"]):
             raise ValueError(f"{file}: problem {problem['task_id']}: the prompt must define the entry_point, "
                              f"{problem['entry_point']}")
     return problems
+
+
+def definitions(name: str, code: str) -> list[int]:
+    """Where functions of this name are defined."""
+    return [match.start() for match in re.finditer(rf"\bdef {re.escape(name)}\b", code)]
 
 
 def program_of(problem: dict, answer: str, chat: bool) -> str:
@@ -91,9 +96,9 @@ def program_of(problem: dict, answer: str, chat: bool) -> str:
         end = AFTER.search(answer)
         return prompt.rstrip() + (answer[:end.start()] if end else answer)
     blocks = BLOCK.findall(answer) or [answer]
-    code = next((block for block in blocks if f"def {name}" in block), blocks[0])
-    before = prompt[:prompt.rindex(f"def {name}")]      # imports and helpers, which answers tend to leave out
-    return f"{before}\n{code}" if f"def {name}" in code else prompt + code
+    code = next((block for block in blocks if definitions(name, block)), blocks[0])
+    before = prompt[:definitions(name, prompt)[-1]]     # imports and helpers, which answers tend to leave out
+    return f"{before}\n{code}" if definitions(name, code) else prompt + code
 
 
 def passes(problem: dict, program: str, seconds: float, megabytes: int) -> tuple[bool, str]:

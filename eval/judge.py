@@ -169,8 +169,8 @@ def summary(values: dict[tuple[str, int, int], float], name: str) -> dict:
 
 def table(result: dict, name: str) -> str:
     """summary(values, name), of at least one value, in lines."""
-    rows = {**result[f"{name}_by_category"], **result[f"{name}_by_turn"], "all": result[name]}
+    rows = [*result[f"{name}_by_category"].items(), *result[f"{name}_by_turn"].items(), ("all", result[name])]
     error = result[f"{name}_standard_error"]
-    return "\n".join([*(f"  {printable(label):<22}{mean:>10.2f}" for label, mean in rows.items()),
+    return "\n".join([*(f"  {printable(label):<22}{mean:>10.2f}" for label, mean in rows),
                       f"standard error of the mean {'unknown' if error is None else f'{error:.2f}'}, "
                       f"{result[f'{name}_count']:,} judged"])

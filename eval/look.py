@@ -46,6 +46,7 @@ import re
 import shutil
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +60,16 @@ from eval import estimate
 from eval.advice import advice
 from eval.common import run, write_json
 from model import parameter_count
-from runtime.checkpoint import newest_whole, read_state
 from runtime.distributed import is_main, join_ranks, world_size
 from runtime.files import writing
-from runtime.folder import check_folder
+from runtime.folder import choose_start
 from runtime.foreign import printable
 from runtime.machine import peak_memory_mb
 from runtime.report import counted, describe_data, say, ending
 
 COLOURS = {"template": 90, "system": 35, "instruction": 36, "completion": 32, "context": 33}     # ANSI
 COLOUR = re.compile(r"\x1b\[\d+m")
-# What check_folder() finds, in words.
+# What choose_start() finds, in words.
 FOLDER = {"start": "the run would start", "resume": "the run would resume",
           "delete": "the run that is there would be deleted, and the new one start",
           "finished": "the run has finished, and would not start"}
@@ -97,7 +97,8 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
     (examples,) what is trained on."""
     ranks, weights = steps.world_size, config.span_weights
     counts, lengths = dataset.counts[usable], dataset.lengths[usable]
-    totals, total = counts.sum(0), train.count_steps(config, steps.per_epoch)
+    drawn = dataset.counts[steps.first_epoch]       # with --mix, not each example once
+    totals, total = drawn.sum(0), train.count_steps(config, steps.per_epoch)
     packed = estimate.packing(steps.plan, lengths, counts, weights != 0)
     memory = {}
     for shard in (False, True) if ranks > 1 else (False,):
@@ -110,7 +111,7 @@ def measure(config: LookConfig, source: train.Source, dataset: Dataset, usable: 
         "model": str(source.folder), "parameters": parameter_count(source.model_config),
         "dtype": config.dtype, **dataset.report,
         "left_out": len(dataset) - len(usable), "examples": len(usable),
-        "tokens": int(lengths.sum()), "longest": int(lengths.max()) + 1, "spans": span_statistics(counts),
+        "tokens": int(lengths.sum()), "longest": int(lengths.max()) + 1, "spans": span_statistics(drawn),
         "instruction_completion_ratio": float(totals[INSTRUCTION] / totals[COMPLETION])
         if totals[COMPLETION] else None,
         # the part of the targets that has weight
@@ -152,23 +153,15 @@ def print_numbers(config: LookConfig, numbers: dict) -> None:
 
 
 def folder_state(config: LookConfig, identity: dict, source: train.Source, per_epoch: int) -> tuple[str, str]:
-    """What a run would find in --output-dir, in a word (check_folder()'s, or "refused") and in a sentence."""
+    """What a run would find in --output-dir, in a word (choose_start()'s, or "refused") and in a sentence."""
     out = Path(config.output_dir)
     try:
-        state, start = check_folder(out, identity, asdict(config), source.folder), "from scratch"
-        checkpoint = Path(config.resume) if config.resume not in ("auto", "never") else None
-        if state == "resume":
-            checkpoint = newest_whole(out, say) or checkpoint
-        if checkpoint:
-            saved = read_state(checkpoint)
-            start = f"after step {saved['step']} from {checkpoint}"
-            if reason := train.why_not_extendable(config, per_epoch, saved["identity"], saved["step"]):
-                raise ValueError(f"{checkpoint}: cannot be resumed: {reason}")
-        elif state == "resume" and (out / "final").is_dir():
-            raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept")
-        return state, f"{out}: {FOLDER[state]} {start}"
+        state, checkpoint, step = choose_start(out, identity, asdict(config), source.folder, partial(
+            train.why_not_extendable, config, per_epoch), say)
     except ValueError as error:
         return "refused", f"a run would refuse: {error}"
+    start = f"after step {step} from {checkpoint}" if checkpoint else "from scratch"
+    return state, f"{out}: {FOLDER[state]} {start}"
 
 
 # ---------------------------------------------------------------- examples

@@ -114,8 +114,13 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
     fix = "" if args.reference else "; give --reference FILE, answers to compare with"
     try:
         lines = read_objects(file, fields, "an answer")
-        found = ({line["instruction"]: [line["output"]] for line in lines} if alpaca else
-                 {line["question_id"]: line["choices"][0]["turns"] for line in lines})
+        found: dict[object, list] = {}
+        for line in lines:
+            if alpaca:
+                # An instruction may occur several times, each with an output of its own.
+                found.setdefault(line["instruction"], []).append([line["output"]])
+            else:
+                found[line["question_id"]] = [line["choices"][0]["turns"]]
     except ValueError as error:
         raise ValueError(f"{'--reference' if args.reference else '--questions'} {error}{fix}") from None
     except (LookupError, TypeError):
@@ -123,7 +128,8 @@ def read_reference(args: Namespace, questions: list[dict]) -> dict[int, list[str
                          '[{"turns": [text, ...]}]') from None
     reference = {}
     for question in questions:
-        reference[question["id"]] = turns = found.get(question["turns"][0] if alpaca else question["id"])
+        own = found.get(question["turns"][0] if alpaca else question["id"], [None])
+        reference[question["id"]] = turns = own.pop(0) if len(own) > 1 else own[0]
         if not are_turns(turns, len(question["turns"])):
             # Of a question file every question has an answer.
             raise ValueError(f"--reference {file}: has no answer to question {question['id']}: "

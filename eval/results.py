@@ -93,7 +93,7 @@ def run_cells(runs: list[Run]) -> Cells:
                                         for name in ("tokens", "trained_tokens", "seconds"))
             numbers = {"steps": last["step"], "epochs": last["epoch"], "tokens": tokens,
                        "trained tokens": trained, "tokens/s": round(tokens / max(seconds, 1e-9)),
-                       "peak memory, MB": round(max(line["peak_memory_mb"] for line in run.metrics))}
+                       "peak memory, MiB": round(max(line["peak_memory_mb"] for line in run.metrics))}
             values |= {("training", label): value for label, value in numbers.items()}
             of_epoch = [line for line in run.metrics if line["epoch"] > last["epoch"] - 1]
             for kind in SPANS:

@@ -54,9 +54,10 @@ from runtime.report import counted, ending, say
 
 @torch.no_grad()
 def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.device, rank: int = 0,
-                 world_size: int = 1, progress: Callable = iter) -> np.ndarray:
+                 world_size: int = 1, progress: Callable = iter, compiled: bool = True) -> np.ndarray:
     """(E, K) float64 sums of each example's NLL by kind, in nats. Ranks divide the work, and each gets all
-    sums. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does."""
+    sums. capacity: tokens of a packed row; progress: wraps the list of rows, as tqdm does;
+    compiled: as for nll()."""
     rows = [row for step in plan(dataset.lengths, 0, 0, 1024, capacity, world_size) for row in step[rank]]
     sums = torch.zeros(len(dataset) * len(KINDS), dtype=torch.float64)
     cells, values = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, device=device)]
@@ -66,7 +67,7 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
         cells.append(torch.from_numpy(examples)[on_cpu.documents] * len(KINDS) + on_cpu.kinds)
         batch = on_cpu.to(device)
         hidden = model(batch.ids, batch.positions, batch.cu_seqlens)
-        values.append(nll(hidden, model.head_weight, batch.targets))
+        values.append(nll(hidden, model.head_weight, batch.targets, compiled))
     # The only copy from the device, for which the host waits.
     sums.index_add_(0, torch.cat(cells), torch.cat(values).cpu().double())
     if world_size > 1:
@@ -75,16 +76,16 @@ def example_sums(model: Llama, dataset: Dataset, capacity: int, device: torch.de
     return sums.view(len(dataset), len(KINDS)).cpu().numpy()
 
 
-def sums_by_file(model: Llama, datasets: dict[str, Dataset], micro_batch_tokens: int, bar: str
-                 ) -> dict[str, np.ndarray]:
+def sums_by_file(model: Llama, datasets: dict[str, Dataset], micro_batch_tokens: int, bar: str,
+                 compiled: bool = True) -> dict[str, np.ndarray]:
     """example_sums() of each file by its name. An example may be longer than a micro-batch. bar: label of the
-    progress bar. All ranks call."""
+    progress bar; compiled: as for nll(). All ranks call."""
     device, sums = model.head_weight.device, {}
     for name, dataset in datasets.items():
         rows = partial(tqdm, desc=ending(f"{bar} on {name}", 32), leave=False, unit=" rows",
                        dynamic_ncols=True, disable=not shows_progress())
         capacity = max(micro_batch_tokens, int(dataset.lengths.max()))
-        sums[name] = example_sums(model, dataset, capacity, device, rank(), world_size(), rows)
+        sums[name] = example_sums(model, dataset, capacity, device, rank(), world_size(), rows, compiled)
     return sums
 
 

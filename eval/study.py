@@ -34,7 +34,7 @@ from pathlib import Path
 # First, so that `python eval/study.py` finds eval/eval.py, which says how it is started.
 from eval.flags import Parser, need
 
-from config import EMBEDDED, NORMALIZE, PRESETS, WEIGHT_FLAGS, Config, check_files, validate
+from config import EMBEDDED, NORMALIZE, PRESETS, WEIGHT_FLAGS, Config, check_files, local_files, validate
 from config import parse_args as parse_flags
 from records import naming, read_all
 from runtime.files import check_writable, read_json
@@ -156,10 +156,12 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
         raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
                          "give --validation-data, or --validation-fraction 0")
     check_files(config)
-    if config.validation_data and Path(config.validation_data).resolve() in {
-            Path(file).resolve() for file in config.eval_data}:
-        raise ValueError(f"--validation-data {config.validation_data}: is also a file of --eval-data, and "
-                         "test data must not choose; give other records")
+    def files(names: list[str]) -> set[Path]:
+        return {Path(file).resolve() for name in names for file in local_files(name) or [name]}
+
+    if config.validation_data and files([config.validation_data]) & files(config.eval_data):
+        raise ValueError(f"--validation-data {config.validation_data}: has a file of --eval-data, and test "
+                         "data must not choose; give other records")
     if not config.validation_data and not config.validation_fraction and len(lrs) > 1:
         raise ValueError(f"--validation-fraction 0: {len(lrs)} learning rates need validation data to choose "
                          "by; give one rate or a fraction such as 0.1")

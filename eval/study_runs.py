@@ -190,10 +190,8 @@ def trained_line(config: train.Config, folder: Path) -> dict:
     per_epoch = last["step"] / last["epoch"]
     evaluations = []
     for step in sorted(int(file.stem) for file in (folder / "evaluations").glob("*.json")):
-        # A run that was stopped before its first evaluation may have made another one when it resumed.
-        if train.evaluation_due(config, step, last["step"]):
-            of_step = read_json(folder / "evaluations" / f"{step}.json")
-            evaluations.append({"step": step, "epoch": round(step / per_epoch, 4), **of_step["nll"]})
+        of_step = read_json(folder / "evaluations" / f"{step}.json")
+        evaluations.append({"step": step, "epoch": round(step / per_epoch, 4), **of_step["nll"]})
     return {"steps": last["step"], "tokens": of_step["tokens"], "evaluations": evaluations,
             "seconds": round(sum(row["seconds"] for row in metrics), 3)}
 
@@ -288,7 +286,8 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
                    report: Callable[[Run, Outcome], None]) -> None:
     """As run_here(), in `jobs` processes. A thread for each of them hands out runs; a process that dies is
     replaced. report is called by one thread at a time."""
-    context, lock, workers, ended = multiprocessing.get_context("spawn"), threading.Lock(), set(), []
+    context, lock, workers = multiprocessing.get_context("spawn"), threading.Lock(), set()
+    ended, faults = [], []
     threads = max(1, torch.get_num_threads() // jobs)
 
     def start() -> tuple:
@@ -302,35 +301,41 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
 
     def lane() -> None:
         worker = None
-        while not ended:
-            with lock:
-                run = next_run()
-            if not run:
-                break
-            if not worker:
-                worker, connection = start()
-            try:
-                connection.send(run)
-                outcome = connection.recv()
-            except (EOFError, OSError):
+        try:
+            while not ended:
+                with lock:
+                    run = next_run()
+                if not run:
+                    break
+                if not worker:
+                    worker, connection = start()
+                try:
+                    connection.send(run)
+                    outcome = connection.recv()
+                except (EOFError, OSError):
+                    worker.join()
+                    reason = f"its process died (exit code {worker.exitcode})"
+                    if worker.exitcode == -signal.SIGKILL:
+                        reason = ("its process was killed, as a system does that is out of memory; give "
+                                  "fewer --jobs, or a smaller --micro-batch-tokens")
+                    outcome = "error", reason
+                    workers.discard(worker)
+                    worker = None
+                with lock:
+                    if outcome[0] == "stopped":
+                        ended.append(outcome[1])
+                    # A signal may also have ended the worker itself, which is not the run's error.
+                    if outcome[0] != "error" or not ended:
+                        report(run, outcome)
+        except Exception as error:
+            # Such as a full disk. It is raised below, when the runs of the other lanes have ended.
+            faults.append(error)
+            ended.append(1)
+        finally:
+            if worker:
+                with contextlib.suppress(OSError):
+                    connection.send(None)
                 worker.join()
-                reason = f"its process died (exit code {worker.exitcode})"
-                if worker.exitcode == -signal.SIGKILL:
-                    reason = ("its process was killed, as a system does that is out of memory; give fewer "
-                              "--jobs, or a smaller --micro-batch-tokens")
-                outcome = "error", reason
-                workers.discard(worker)
-                worker = None
-            with lock:
-                if outcome[0] == "stopped":
-                    ended.append(outcome[1])
-                # A signal may also have ended the worker itself, which is not the run's error.
-                if outcome[0] != "error" or not ended:
-                    report(run, outcome)
-        if worker:
-            with contextlib.suppress(OSError):
-                connection.send(None)
-            worker.join()
 
     lanes = [threading.Thread(target=lane) for _ in range(jobs)]
     with stoppable():
@@ -348,6 +353,8 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
             for thread in lanes:
                 thread.join()
             report(Run(None), ("stopped", stopped.args[0]))
+    if faults:
+        raise faults[0]
 
 
 def delete_weights(plan: Plan, run: Run) -> None:

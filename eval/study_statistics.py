@@ -116,10 +116,13 @@ def validation_curves(lines: list[Line]) -> dict[str, Curves]:
 
 def select(curves: Curves) -> tuple[float, int]:
     """The learning rate and the step with the lowest validation NLL, in the mean over seeds; among equals the
-    lower rate and the earlier step."""
+    lower rate and the earlier step. ValueError if none is finite."""
     means = [(float(np.mean(values)), lr, step) for lr, of_lr in curves.items()
              for step, values in of_lr.items()]
-    _, lr, step = min(triple for triple in means if math.isfinite(triple[0]))
+    finite = [triple for triple in means if math.isfinite(triple[0])]
+    if not finite:
+        raise ValueError("no learning rate gives a finite NLL on the validation data; give lower --lrs")
+    _, lr, step = min(finite)
     return lr, step
 
 

@@ -291,27 +291,12 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     identity: what must be the same to resume; settings: every flag; room: bytes that the run will write;
     other_length(identity, n): why the first n steps of a run with that identity, of another length, are not
     the first n of this one, or "". ValueError as check_folder(), or if another process writes there."""
-    action, saved = check_folder(out, identity, settings, model_folder), find_checkpoints(out)
+    saved = find_checkpoints(out)
+    action, start, step = choose_start(out, identity, settings, model_folder, other_length, say)
     if restarted(out, identity):
         say("started again by torchrun")
     if action == "finished":
         return Start(finished=True)
-    start = _choose_checkpoint(out, action, settings, say)
-    step = 0
-    if start:
-        state = read_state(start)
-        step = state["step"]
-        check_identity(out, state["identity"], identity, settings, str(start),
-                       "it is another run's: delete it, or give another --output-dir", LENGTH)
-        if reason := other_length(state["identity"], step):
-            result = "" if action != "resume" or not (out / "final").is_dir() else (
-                f", or start a new run from its result: --model {out / 'final'} --output-dir ANOTHER")
-            raise ValueError(f"{start}: cannot be resumed with {_length(identity)}: {reason}. Give "
-                             f"{_length(state['identity'])} again{result}")
-    elif action == "resume" and (out / "final").is_dir():
-        raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
-                         "--save-every for that); start a new one from its result: "
-                         f"--model {out / 'final'} --output-dir ANOTHER")
 
     # Until here nothing has been changed.
     lock_folder(out, say)
@@ -326,6 +311,30 @@ def claim(out: Path, identity: dict, settings: dict, model_folder: Path, room: i
     write_text(out / "run_config.json", json.dumps(settings, indent=2))
     return Start(start, bool(start) and (out / "eval.jsonl").is_file() and (
         out / "eval.jsonl").stat().st_size > 0)
+
+
+def choose_start(out: Path, identity: dict, settings: dict, model_folder: Path,
+                 other_length: Callable[[dict, int], str], say: Callable[[str], None]
+                 ) -> tuple[Action, Path | None, int]:
+    """What the run is to do in OUTPUT, the checkpoint that it starts from, if any, and how many steps are
+    trained there. Changes nothing. Arguments and ValueError as for claim()."""
+    action = check_folder(out, identity, settings, model_folder)
+    start = _choose_checkpoint(out, action, settings, say) if action != "finished" else None
+    if start:
+        state = read_state(start)
+        check_identity(out, state["identity"], identity, settings, str(start),
+                       "it is another run's: delete it, or give another --output-dir", LENGTH)
+        if reason := other_length(state["identity"], state["step"]):
+            result = "" if action != "resume" or not (out / "final").is_dir() else (
+                f", or start a new run from its result: --model {out / 'final'} --output-dir ANOTHER")
+            raise ValueError(f"{start}: cannot be resumed with {_length(identity)}: {reason}. Give "
+                             f"{_length(state['identity'])} again{result}")
+        return action, start, state["step"]
+    if action == "resume" and (out / "final").is_dir():
+        raise ValueError(f"--output-dir {out}: holds a finished run whose last checkpoint was not kept (give "
+                         "--save-every for that); start a new one from its result: "
+                         f"--model {out / 'final'} --output-dir ANOTHER")
+    return action, None, 0
 
 
 def _choose_checkpoint(out: Path, action: Action, settings: dict, say: Callable[[str], None]) -> Path | None:

@@ -197,6 +197,7 @@ def epochs(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object
     names = analysis["contenders"]
     for study, lines, result in found:
         by_name = {name: sorted((line for line in lines if line["contender"] == name
+                                 and line["lr"] == result["choices"][name]["lr"]
                                  and line["seed"] in result["seeds"]), key=lambda line: line["seed"])
                    for name in names}
         steps = {round(e["epoch"]): e["step"] for e in lines[0]["evaluations"] if e["step"]}
@@ -226,7 +227,7 @@ def epochs(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], object
         for axes, study in zip(panels, studies):
             for i, file in enumerate(file for of, file in curves if of == study):
                 of_file = curves[study, file]
-                low, high = zip(*(row["interval"] for row in of_file.values()))
+                low, high = zip(*(row["interval"] or [row["value"]] * 2 for row in of_file.values()))
                 axes.plot([*of_file], [row["value"] for row in of_file.values()], color=f"C{i}", label=file)
                 axes.fill_between([*of_file], low, high, color=f"C{i}", alpha=0.15, linewidth=0)
             axes.axhline(0, color="0.5", linewidth=0.8)
@@ -260,8 +261,8 @@ def frontier(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], obje
 
     for study, lines, result in found:
         # Only rates that every seed has.
-        rates = {name: {float(lr) for lr in choice["curve"]} for name, choice in result["choices"].items()}
-        by_run = {(name, seed): points([line for line in lines if line["lr"] in rates[name]
+        by_run = {(name, seed): points([line for line in lines
+                                        if f"{line['lr']:g}" in result["choices"][name]["curve"]
                                         and (line["contender"], line["seed"]) == (name, seed)],
                                        analysis["near"][study])
                   for name in analysis["contenders"] for seed in result["seeds"]}
@@ -282,6 +283,9 @@ def frontier(analysis: dict, found: Found) -> tuple[dict, dict[str, Table], obje
         tables[study] = table
         shown[study] = {name: np.mean([by_run[name, seed] for seed in result["seeds"]], 0)
                         for name in analysis["contenders"]}
+
+    if primary is None:
+        raise Missing(f"{wanted['contender']} in {wanted['study']}: no point of it is as low near")
 
     def draw(figure: object) -> None:
         for axes, (study, of_study) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown.items()):

@@ -68,13 +68,15 @@ def test_what_more_ranks_left_is_found_by_fewer(tmp_path, monkeypatch):
             answers.add({"n": n})
     with open(f"{file}.rank2", "a") as part:
         part.write('{"n": 9')
+    backup = Path(f"{file}.rank1.bak")      # a user's
+    backup.write_text("old")
     assert numbers(file) == [4] and numbers(Path(f"{file}.rank1")) == [2, 1]
     monkeypatch.undo()
     answers = open_file(file)
     assert answers.missing([(n,) for n in range(6)]) == [(0,), (5,)]
     assert not Path(f"{file}.rank2").read_text().endswith("9")
     answers.merge()
-    assert numbers(file) == [1, 2, 3, 4] and not list(tmp_path.glob("*.rank*"))
+    assert numbers(file) == [1, 2, 3, 4] and list(tmp_path.glob("*.rank*")) == [backup]
 
 
 def test_answers_from_before_another_token_ended_them_are_not_resumed(tmp_path):

@@ -50,7 +50,7 @@ def runs(folder, tmp_path) -> Path:
 
 def command(runs: Path, folder: Path, **more: object) -> list[str]:
     base = dict(output=runs / "page.html", json=runs / "out.json", dtype="fp32", device="cpu", bootstrap=200,
-                max_length=120, cache_dir=folder / "cache", max_new_tokens=5)
+                cache_dir=folder / "cache", max_new_tokens=5)
     return [str(runs / "it"), str(runs / "im"), *flags(**{**base, **more})]
 
 

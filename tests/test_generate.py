@@ -342,14 +342,15 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
 
 
 def test_answers_of_a_run_count_as_right_if_they_are_equal_but_for_space_around_them(folder, monkeypatch):
-    """What --eval-generate of a run counts, of answers given here. A record without an answer is passed over,
-    and the one behind the limit is not asked."""
+    """What --eval-generate of a run counts, of answers given here. A record without an answer, or with one
+    of weight 0, is passed over, and the one behind the limit is not asked."""
     tokenizer = Tokenizer(folder / "model")
     said = {"one": "red", "two": " red\n", "three": "red plum", "four": "re", "five": ""}
     records = [[{"role": "user", "content": name}, {"role": "assistant", "content": "red "}] for name in said]
     file = folder / "counted.jsonl"
     file.write_text("".join(json.dumps({"messages": messages}) + "\n"
-                            for messages in (records[0][:1], *records, records[0])))
+                            for messages in (records[0][:1], [records[0][0], {**records[0][1], "weight": 0}],
+                                             *records, records[0])))
 
     def given(engine, prompts, stop, longest, **more):
         assert stop == {tokenizer.special["<|eot_id|>"]} and len(prompts) == 5
@@ -455,6 +456,10 @@ def test_prompt_prints_the_answer(folder, capsys):
     module.main(arguments(folder, data=record, max_new_tokens=9, output=folder / "single_out.jsonl"))
     answer = lines(folder / "single_out.jsonl")[0]
     assert printed == answer["output"] + "\n" and answer["expected"] is None
+    wrong = {"role": "assistant", "content": "no", "weight": 0}
+    record.write_text(json.dumps({"messages": [{"role": "user", "content": "red plum"}, wrong]}) + "\n")
+    module.main(arguments(folder, data=record, max_new_tokens=9, output=folder / "weightless.jsonl"))
+    assert lines(folder / "weightless.jsonl") == [answer]
 
 
 @pytest.mark.parametrize("answer", ["<think>\n\n</think>\n\nRed.", "Red.", "Blue."])
@@ -466,9 +471,12 @@ def test_what_a_template_puts_in_front_of_an_answer_is_no_part_of_it(answer, tmp
     (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "Name a colour.", "completion": "Red."}))
     made = tokenizer.reference.encode(answer).ids
     monkeypatch.setattr(module, "Engine", lambda model: None)
-    monkeypatch.setattr(module, "generate", lambda *args, **more: [made])
+    longest = []
+    monkeypatch.setattr(module, "generate", lambda *args, **more: longest.append(args[3]) or [made])
     row, = module.answer_records(None, tokenizer, template, [str(tmp_path / "x.jsonl")], 1)
     assert (row["output"], row["correct"]) == (answer[-5:].strip(), "Red." in answer)
+    # The answer that was trained, with what the template puts in front of it.
+    assert longest == [len(tokenizer.reference.encode("<think>\n\n</think>\n\nRed.<|im_end|>\n").ids)]
 
     class Scripted:
         prompts: list = []

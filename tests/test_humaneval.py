@@ -41,6 +41,8 @@ ANSWERS = {     # name: (answer, chat, whether it passes)
     "needs the problem's import": ("```\ndef double(x):\n    return math.prod([2, x])\n```", True, True),
     "second block is it": (
         "```python\nx = 1\n```\n```python\ndef double(x):\n    return x + x\n```", True, True),
+    "block of another function with such a name": (
+        "```\ndef double_all(x):\n    return 0\n```\n```\ndef double(x):\n    return 2 * x\n```", True, True),
     "only the body": (f"```python\n{RIGHT}```", True, True),
     "no block": ("def double(x):\n    return 2 * x\n", True, True),
     "wrong": ("```python\ndef double(x):\n    return x\n```", True, False),

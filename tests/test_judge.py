@@ -401,6 +401,9 @@ def test_summary_by_hand():
     assert one == {"win_rate": 75.0, "win_rate_standard_error": 25.0, "win_rate_count": 2,
                    "win_rate_by_category": {"koala": 75.0}, "win_rate_by_turn": {"turn 1": 75.0}}
     assert summary({}, "score")["score"] is None
+    named = table(summary({("all", 1, 1): 1.0, ("math", 2, 1): 9.0}, "score"), "score").splitlines()
+    assert [line.split() for line in named[:-1]] == [["all", "1.00"], ["math", "9.00"], ["turn", "1", "5.00"],
+                                                     ["all", "5.00"]]
 
 
 def test_one_question_says_nothing_of_the_error():

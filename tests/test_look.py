@@ -246,7 +246,11 @@ def test_it_says_what_a_run_would_find_in_its_folder_and_writes_nothing_there(fo
     says("from", "start", f"from: the run would start after step 6 from {newest}", resume=newest)
     says("done", "refused", "holds a run and --resume is never", resume="never")
     says("done", "refused", "--lr was 0.01, is 0.5", lr=0.5)
-    says("done", "refused", "step-00000006: cannot be resumed: the 6 steps that are trained", epochs=5)
+    says("done", "refused", "step-00000006: cannot be resumed with --epochs 5 ", epochs=5)
+    # A checkpoint of another run, copied into the folder of one with --lr 0.5.
+    shutil.copytree(newest, folder / "half" / "checkpoints" / newest.name)
+    (folder / "half" / "identity.json").write_text(json.dumps(identity | {"lr": 0.5}))
+    says("half", "refused", "step-00000006: was started differently (--lr was 0.01, is 0.5)", lr=0.5)
     (folder / "thesis").mkdir()
     (folder / "thesis" / "thesis.txt").write_text("years of work")
     says("thesis", "refused", "is not empty and is not a run folder")

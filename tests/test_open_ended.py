@@ -1,5 +1,6 @@
 """Answers to AlpacaEval's and MT-Bench's questions against transformers and by hand, and their judgement."""
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,18 @@ def test_references_that_are_not_answers_are_named(folder, tmp_path, server, sui
     with pytest.raises(ValueError, match=r"r\.jsonl:(1: not an answer| not FastChat's| has no answer to)"):
         open_ended.main(arguments(folder, suite, output, judge="gpt", reference=tmp_path / "r.jsonl"))
     assert not output.exists() and not server.requests
+
+
+def test_a_question_that_occurs_twice_is_compared_with_the_answer_of_its_own(tmp_path):
+    lines = [{"instruction": say, "output": out} for say, out in (("Hi", "a"), ("Ho", "b"), ("Hi", "c"))]
+    (tmp_path / "q.json").write_text(json.dumps(lines))
+    args = Namespace(benchmark="alpaca", questions=str(tmp_path / "q.json"), reference=None, limit=None)
+    questions = open_ended.read_questions(args)
+    assert open_ended.read_reference(args, questions) == {0: ["a"], 1: ["b"], 2: ["c"]}
+    # Other answers, of which one goes with both.
+    args.reference = str(tmp_path / "r.json")
+    (tmp_path / "r.json").write_text(json.dumps(lines[1:]))
+    assert open_ended.read_reference(args, questions) == {0: ["c"], 1: ["b"], 2: ["c"]}
 
 
 def test_a_question_file_without_outputs_to_compare_with_is_named_as_what_it_is(folder, tmp_path, server):

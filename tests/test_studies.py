@@ -159,15 +159,17 @@ def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path):
 
 
 def test_epochs_are_compared_with_each_other(tmp_path):
-    # IT loses 0.3 nats between the epochs 1 and 2, IM 0.1.
+    # With the rate that is best on validation data, IT loses 0.3 nats between the epochs 1 and 2, IM 0.1.
     change = {"it": 0.3, "im": 0.1}
-    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * change[name])
-                          for seed in range(4) for name in change])
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: (epoch == 2) * change[name] + worse * epoch)
+                          | {"lr": 1e-4 + worse}
+                          for seed in range(4) for worse in (0, 0.5) for name in change])
     page = page_of({"name": "epochs", "kind": "epochs", "studies": ["t0"], "contenders": ["it", "im"],
                     "primary": PRIMARY | {"between": [1, 2]}, "expected": -1}, tmp_path)
     cells = page.partition("<!-- end -->")[0].split(" | ")
     [cell] = [cell for cell in cells if cell.startswith(("-0.", "+0."))]
     assert float(cell.split()[0]) == pytest.approx(-0.2, abs=0.01) and "agrees" in page
+    assert cell.endswith("4 of 4 seeds")
 
 
 def test_epochs_are_compared_over_the_seeds_that_both_losses_have(tmp_path):
@@ -198,9 +200,16 @@ def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
                     evaluation["test"] = {"test": [2 * x] * 20, "user-oriented": [4 * far] * 30}
                 lines.append(each)
     save(tmp_path, "t0", lines)
-    page = page_of({"name": "frontier", "kind": "frontier", "studies": ["t0"], "primary": PRIMARY,
-                    "contenders": ["it", "im"], "near": {"t0": "test"}, "expected": None}, tmp_path)
+    analysis = {"name": "frontier", "kind": "frontier", "studies": ["t0"], "primary": PRIMARY,
+                "contenders": ["it", "im"], "near": {"t0": "test"}, "expected": None}
+    page = page_of(analysis, tmp_path)
     assert "| im - it | -0.200 [-0.225, -0.175], 3 of 3 seeds |" in page and "| exploratory |" in page
+    # IM's worse near than all of IT's
+    for each in lines:
+        for evaluation in each["evaluations"][1:]:
+            evaluation["test"]["test"] = [2 * (9 if each["contender"] == "im" else 3)] * 20
+    save(tmp_path, "t0", lines)
+    assert "Not measured yet: im in t0: no point of it is as low near." in page_of(analysis, tmp_path)
 
 
 def test_what_was_not_run_is_said(tmp_path):

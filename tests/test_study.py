@@ -532,6 +532,18 @@ def test_a_worker_that_dies_costs_its_run_only(tmp_path, monkeypatch):
     assert [reports[run][1]["lr"] for run in runs if run.lr != 2] == [1, 3, 4, 5]
 
 
+def test_a_line_that_cannot_be_written_ends_a_study_of_several_jobs_with_the_reason(tmp_path, monkeypatch):
+    waiting = iter([study_runs.Run(None, lr) for lr in (1, 3)])
+
+    def full(*of_run: object) -> None:
+        raise OSError("No space left")
+
+    with forks.server() as context, pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: context)
+        study_runs.run_in_workers(study_plans.plan(study_runs.Plan, tmp_path), 2,
+                                  lambda: next(waiting, None), full)
+
+
 def test_workers_end_with_a_study_that_is_killed(tmp_path):
     process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "study_plans.py"), str(tmp_path)],
                                stderr=subprocess.DEVNULL)
@@ -660,15 +672,17 @@ def test_every_contender_trains_on_the_same_examples(folder, undrawn):
     (dict(validation_fraction=0.05), "--validation-fraction 0.05: leaves 28 record(s) to train on and 2"),
     (dict(validation_fraction=0.99), "--validation-fraction 0.99: leaves 0 record(s) to train on and 30"),
     (dict(validation_fraction=0, lrs=["1e-3", "1e-2"]), "--validation-fraction 0: 2 learning rates need"),
-    (dict(validation_data="near"), "--validation-data .*near.jsonl: is also a file of --eval-data"),
+    (dict(validation_data="near.jsonl"), "--validation-data .*near.jsonl: has a file of --eval-data"),
+    (dict(validation_data="near.jsonl", eval_data="n*r.jsonl"), "near.jsonl: has a file of --eval-data"),
+    (dict(validation_data="n*r.jsonl"), "--validation-data .*: has a file of --eval-data"),
     (dict(overwrite=True), "--overwrite: a study decides this itself"),
     (dict(eval_fraction=0.1), "--eval-fraction: a study decides this itself"),
     (dict(train_data=None, mix="a.jsonl=1"), "--mix a.jsonl=1: a study holds out records of --train-data"),
     (dict(tasks_flags="--limit 3"), "--tasks-flags --limit 3: needs --tasks"),
     (dict(tasks="nothing"), "--tasks nothing: the harness has no such task")])
 def test_bad_flags_are_refused_before_anything_is_run(folder, tmp_path, flags, message, monkeypatch):
-    if "validation_data" in flags:
-        flags = dict(validation_data=folder / "near.jsonl")
+    flags = {name: folder / value if name.endswith("_data") and value else value
+             for name, value in flags.items()}
     if "tasks" in flags:
         leave_out_own_tasks(monkeypatch)
     monkeypatch.setattr(train, "main", None)
