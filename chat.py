@@ -171,7 +171,12 @@ def load_template(name: str, tokenizer: Tokenizer, date: str = "") -> Template:
         # The template may refuse such a conversation.
         with suppress(Refused):
             warnings.append(_compare_prompts([*before, *PROBE], template))
-    return replace(template, warning=next(filter(None, warnings), ""))
+    warning = next(filter(None, warnings), "")
+    if name == "auto" and (others := ", ".join(tokenizer.other_templates)):
+        warning += "; " * bool(warning) + (
+            f"{tokenizer.folder} has other chat templates, too ({others}), which are neither trained nor "
+            "exported; give the text of one as --template FILE.jinja to train it")
+    return replace(template, warning=warning)
 
 
 def _compare_prompts(conversation: list[dict], template: Template) -> str:
@@ -354,7 +359,7 @@ def _check_definitions(messages: list[dict], template: Template, definitions: st
     """ValueError if the definitions of the record's tools, as rendered, leave one out."""
     for tool in _tools(messages):
         name = tool.get("function", tool)["name"]
-        if name not in definitions:
+        if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", definitions):
             raise ValueError(f"template {template.name} leaves out the definition of the tool {name!r}: "
                              "give a --template that writes 'tools', or remove them from the record")
 
@@ -406,7 +411,8 @@ def _check_nothing_is_left_out(message: dict, i: int, template: Template, answer
     thoughts, said = _thoughts(message)
     parts = {"thoughts": [thoughts], "content": [said]}
     for call in message.get("tool_calls", ()):
-        parts[f"call of {call['function']['name']!r}"] = _leaves(call["function"])
+        # The calls of one function together: one of them may not stand for another.
+        parts.setdefault(f"call of {call['function']['name']!r}", []).extend(_leaves(call["function"]))
     times = Counter((type(value), value) for values in parts.values() for value in values)
     for part, values in parts.items():
         if any(is_missing(value, times[type(value), value]) for value in values):

@@ -17,7 +17,7 @@ import numpy as np
 from chat import COMPLETION, INSTRUCTION, KINDS, SYSTEM, TEMPLATE, TEMPLATES, check_template_flags
 from records import data_files, is_on_hub, parse_columns
 from runtime.files import check_writable
-from runtime.flags import BELOW, flag, flag_name, given_flags
+from runtime.flags import BELOW, at_home, flag, flag_name, given_flags
 from runtime.foreign import check_file
 from runtime.model_folder import check_model
 from runtime.start import is_main
@@ -32,6 +32,7 @@ PRESETS = {
     "lm": {TEMPLATE: 1.0, SYSTEM: 1.0, INSTRUCTION: 1.0, COMPLETION: 1.0},
 }
 NORMALIZE = ("token", "example", "span")
+OVERLONG = ("truncate", "drop", "error")
 # --track: the package that each needs.
 TRACKERS = ("tensorboard", "wandb")
 # Flags that name records, as data_files() reads them.
@@ -94,7 +95,7 @@ class Config:
     date: str = flag("", "YYYY-MM-DD for templates that print the date; default the day the run starts",
                      free=True)
     max_length: int = flag(2048, "tokens an example may have", least=2)
-    overlong: str = flag("truncate", "what to do with longer ones", choices=("truncate", "drop", "error"))
+    overlong: str = flag("truncate", "what to do with longer ones", choices=OVERLONG)
     require_completion: bool = flag(True, "leave out examples without a completion target, so that every "
                                     "--loss trains on the same examples")
     cache_dir: str = flag(CACHE_DIR, "where tokenized data is kept between runs", metavar="DIR", free=True)
@@ -189,7 +190,7 @@ def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "tr
                                   "you choose.") -> Config:
     """Flags over --config's file over the embedded default (if no model is named) over the class's defaults.
     flags: Config, or a subclass with more of them. ValueError for what they may not be."""
-    given = given_flags(flags, argv, program, description)
+    given = given_flags(flags, argv, program, description, either=("train_data", "mix"))
     embedded = "model" not in given
     if embedded:
         for name in ("train_data", "mix"):
@@ -199,6 +200,9 @@ def parse_args(argv: list[str], flags: type[Config] = Config, program: str = "tr
         answers = {"eval_generate": 0} if given.get("shard") else {}
         given = EMBEDDED | answers | given
     config = flags(**given)
+    # But for the cache, so that somebody else can use run_config.json.
+    for name in vars(config).keys() - {"cache_dir"}:
+        setattr(config, name, at_home(getattr(config, name)))
     if config.mix:
         files, _ = parse_mix(config.mix)
         # A run's run_config.json has both.
@@ -232,9 +236,14 @@ def parse_mix(words: list[str]) -> tuple[list[str], list[float]]:
                              "trained on")
         files.append(file)
         shares.append(number)
-    if len({Path(file).resolve() for file in files}) < len(files):
-        raise ValueError(f"--mix {' '.join(words)}: a file is given twice; give each once")
+    check_once("mix", words, files)
     return files, [share / sum(shares) for share in shares]
+
+
+def check_once(name: str, words: list[str], files: list[str]) -> None:
+    """ValueError if a file is among `files` twice, of which the words after the flag `name` tell."""
+    if len({Path(file).resolve() for file in files}) < len(files):
+        raise ValueError(f"{flag_name(name)} {' '.join(words)}: a file is given twice; give each once")
 
 
 def validate(config: Config) -> None:
@@ -246,11 +255,11 @@ def validate(config: Config) -> None:
     parse_columns(config.columns)
     if not config.train_data:
         raise ValueError("--train-data is missing: give one or more files of records, or --mix")
-    if len({Path(file).resolve() for file in config.eval_data}) < len(config.eval_data):
-        raise ValueError(f"--eval-data {' '.join(config.eval_data)}: a file is given twice; give each once")
+    check_once("eval_data", config.eval_data, config.eval_data)
     need("eval_every", not config.eval_every or config.evaluates,
          "0 without --eval-data or --eval-fraction")
-    need("eval_generate", not config.eval_generate or bool(config.eval_data), "0 without --eval-data")
+    need("eval_generate", not config.eval_generate or bool(config.eval_data),
+         "0 without --eval-data; what --eval-fraction holds out is not answered")
     need("eval_generate", not (config.shard and config.eval_generate),
          "0 with --shard, since no rank has the whole model; python -m eval.generate answers with final/")
     if config.track != "none" and importlib.util.find_spec(config.track) is None:

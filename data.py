@@ -404,12 +404,10 @@ def plan(lengths: np.ndarray, seed: int, epoch: int, batch_size: int, capacity: 
 
 
 def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: int) -> list[list[np.ndarray]]:
-    """Examples of one step -> [rank][micro-batch], as few micro-batches as possible, the same number on every
-    rank, of about the same cost. lengths: (E,) of all examples. ValueError if one exceeds capacity."""
+    """Examples of one step -> [rank][micro-batch], in few micro-batches, the same number on every rank, of
+    about the same cost. lengths: (E,) of all examples. ValueError if one exceeds capacity."""
     sizes = lengths[examples]
-    if len(examples) and sizes.max() > capacity:
-        raise ValueError(f"--micro-batch-tokens {capacity} is less than an example of {sizes.max()} tokens: "
-                         "raise it, or lower --max-length")
+    check_capacity(sizes, capacity)
     per_rank = max(1, -(-int(sizes.sum()) // (capacity * world_size)))
     while (bins := _fill(sizes, capacity, per_rank * world_size)) is None:
         per_rank += 1
@@ -420,6 +418,13 @@ def pack(examples: np.ndarray, lengths: np.ndarray, capacity: int, world_size: i
         for rank, members in enumerate(dealt if turn % 2 == 0 else reversed(dealt)):
             ranks[rank].append(examples[np.asarray(members, np.int64)])
     return ranks
+
+
+def check_capacity(sizes: np.ndarray, capacity: int) -> None:
+    """ValueError if an example has more tokens than a micro-batch may have. sizes: (examples,)."""
+    if len(sizes) and sizes.max() > capacity:
+        raise ValueError(f"--micro-batch-tokens {capacity} is less than an example of {sizes.max()} tokens: "
+                         "raise it, or lower --max-length")
 
 
 def _fill(sizes: np.ndarray, capacity: int, count: int) -> list[list[int]] | None:
@@ -454,7 +459,8 @@ class Steps:
     dataset: with usable, (examples,) the indices to train on; coefficients: (E, K) counts of a step -> (E, K)
     what one target counts in its loss (loss.coefficients); batch_size, capacity: as for plan(); draws: of
     each name that load_dataset() was given, how many examples of an epoch come from it (mixed_examples()), by
-    default every example once. ValueError if an example exceeds capacity.
+    default every example once. first_epoch: the examples of that epoch. ValueError if an example exceeds
+    capacity.
     """
 
     def __init__(self, dataset: Dataset, usable: np.ndarray,
@@ -463,8 +469,12 @@ class Steps:
         self.dataset, self.usable, self.coefficients = dataset, usable, coefficients
         self.seed, self.batch_size, self.capacity = seed, batch_size, capacity
         self.rank, self.world_size, self.draws = rank, world_size, draws
+        # Now: with draws, the first epoch need not have the longest example.
+        check_capacity(dataset.lengths[usable], capacity)
         self.epoch, self.plan = 0, self._plan(0)
         self.per_epoch = len(self.plan)
+        self.first_epoch = usable[np.concatenate([m for step in self.plan for of_rank in step
+                                                  for m in of_rank])]
 
     def _plan(self, epoch: int) -> list[list[list[np.ndarray]]]:
         examples = None

@@ -249,6 +249,9 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         return dataset
 
     names = result_names([*config.eval_data, *([HELD_OUT] if config.eval_fraction else [])])
+    if len({*names}) < len(names):
+        raise ValueError(f"--eval-data {HELD_OUT}: results call the records of --eval-fraction so, too; give "
+                         "its absolute path")
     with first_of_machine():
         # First what is usually smaller: a bad record there is named before the training data is tokenized.
         eval_sets = {name: load([file]) for name, file in zip(names, config.eval_data)}
@@ -264,11 +267,13 @@ def load_data(config: Config, source: Source) -> tuple[Dataset, np.ndarray, dict
         eval_sets[HELD_OUT] = train_set.subset(np.flatnonzero(held_out))
     usable = examples_to_train(config, train_set, held_out)
     if not len(usable):
-        cut_off = config.require_completion and train_set.without_completion == len(train_set)
+        left = train_set if held_out is None else train_set.subset(np.flatnonzero(~held_out))
+        cut_off = config.require_completion and left.without_completion == len(left)
+        truncated = train_set.report["truncated"]
+        cut = f" (--max-length {config.max_length} cut off {truncated:,}; raise it)" if truncated else ""
         raise ValueError(f"no example has anything to train on under --loss {config.loss} with --template "
                          f"{config.template}: " + (
-                             f"no completion is left of any; raise --max-length {config.max_length}, which "
-                             f"cut off {train_set.report['truncated']:,}, or give records that have "
+                             f"none has a completion of a weight above 0{cut}; give records that have "
                              "completions (--no-require-completion trains without)"
                              if cut_off else "every target's span has weight 0"))
     return train_set, usable, eval_sets
@@ -398,7 +403,8 @@ def evaluate(model: Llama, eval_sets: dict[str, Dataset], config: Config, source
     spans.sums_by_file() returns them. All ranks call."""
     answers: list[dict] = []
     with autocast(config, model.head_weight.device):
-        sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating")
+        sums = sums_by_file(model, eval_sets, config.micro_batch_tokens, "evaluating",
+                            config.compile is not False)
         if config.eval_generate and step in (0, total_steps) and is_main():
             answers = answer_records(model, source.tokenizer, source.template, config.eval_data,
                                      config.eval_generate, columns=config.columns)
@@ -573,8 +579,8 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
                 before = evaluations[0]
                 print_change(before, after)
             show_answers(answers)
-        export(raw_model, config, source,
-               model_card(config, train_set, usable, KINDS, step, before, after) if is_main() else "")
+        card = model_card(config, train_set, steps.first_epoch, KINDS, step, before, after)
+        export(raw_model, config, source, card if is_main() else "")
         if is_main():
             finish_run(out, identity, step, keep_last=config.save_every > 0)
         say(f"\n{out}:\n  final/ is the trained model, metrics.jsonl has each step; "

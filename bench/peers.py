@@ -45,6 +45,7 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
 answer_flags(__name__, parse_args)
 
 import json
+import math
 import tempfile
 import time
 from functools import partial
@@ -229,7 +230,7 @@ def run_transformers(config: train.Config, args: Namespace) -> dict:
             with train.autocast(config, args.device):
                 loss = model(**batch, use_cache=False, num_items_in_batch=trained).loss
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()

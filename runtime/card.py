@@ -68,15 +68,15 @@ def table(head: list[str], rows: list[list[object]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def model_card(config: object, dataset: object, usable: Sized, kinds: tuple[str, ...], steps: int,
+def model_card(config: object, dataset: object, examples: Sized, kinds: tuple[str, ...], steps: int,
                before: dict, after: dict) -> str:
-    """The card as Markdown. config: config.Config; dataset: data.Dataset; usable: (examples,) those that
-    were trained on; kinds: names of the columns of dataset.counts; steps: of the run; before, after: the
+    """The card as Markdown. config: config.Config; dataset: data.Dataset; examples: those of an
+    epoch, by index; kinds: names of the columns of dataset.counts; steps: of the run; before, after: the
     first and the last line of eval.jsonl, or {}."""
     base = bare_name(config.model)
-    of_file = Counter(dataset.origins[usable, 0].tolist())
+    of_file = Counter(dataset.origins[examples, 0].tolist())
     names = bare_names(dataset.files)
-    tokens = dataset.counts[usable].sum(0)
+    tokens = dataset.counts[examples].sum(0)
     text = f"""---
 base_model: {json.dumps(base.partition("@")[0])}
 library_name: transformers
@@ -90,7 +90,7 @@ Made from `{base}` by spantune's `train.py`, which wrote this card, with PyTorch
 
 ## Training data
 
-{table(["file", "examples"], [[name, f"{of_file[i]:,}"] for i, name in enumerate(names)])}
+{table(["file", "examples in an epoch"], [[name, f"{of_file[i]:,}"] for i, name in enumerate(names)])}
 
 The loss (`--loss {config.loss} --normalize {config.normalize}`) weighs the kinds of span like this:
 

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import datetime
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable
@@ -72,7 +73,7 @@ def check_flag(field: dataclasses.Field, value: object, kind: object = None) -> 
     if kind == list[str]:
         value = [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
-            refuse("one name or a list of names")
+            refuse(f"one {field.metadata['more'].get('metavar') or 'name'} or a list of them")
         return value
     if is_boolean(field):
         if not isinstance(value, bool):
@@ -105,6 +106,14 @@ def check_flag(field: dataclasses.Field, value: object, kind: object = None) -> 
     if not number < (BELOW[kind] if below is None else below):
         refuse(limit if below is not None or number == math.inf else f"{limit} and below {BELOW[kind]:,.15g}")
     return number
+
+
+def at_home(value: object) -> object:
+    """A text or a list of texts with the home folder in place of a ~ at the start, as a shell puts it there,
+    but not behind "=" and not in a file."""
+    if isinstance(value, list):
+        return [*map(at_home, value)]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def number(kind: type, least: float, most: float | None = None) -> Callable[[str], float]:
@@ -162,6 +171,8 @@ class Parser(argparse.ArgumentParser):
                 answers.append(answer(name, value if equals else following, known, self.limit))
         if answers:
             raise ValueError("\n  ".join(answers) + f"\n({self.prog} --help lists the flags)")
+        argv = [name + equals + at_home(value) if name.startswith("--") else name + equals + value
+                for name, equals, value in (word.partition("=") for word in argv)]
         self._refuse_repeated(argv)
         args, others = self.parse_known_args(argv)
         if others and "--config" in known and Path(others[0]).suffix in (".json", ".toml", ".yaml", ".yml"):
@@ -204,9 +215,11 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"{name} is given more than once; {fix}")
 
 
-def given_flags(flags: type, argv: list[str], prog: str, description: str) -> dict[str, object]:
+def given_flags(flags: type, argv: list[str], prog: str, description: str,
+                either: tuple[str, ...] = ()) -> dict[str, object]:
     """The flags that are given, checked: those on the command line override those in --config's file. flags:
-    the dataclass. ValueError for unknown or abbreviated flags and for values that a flag may not have."""
+    the dataclass; either: flags that exclude each other, so that one of them overrides all in the file.
+    ValueError for unknown or abbreviated flags and for values that a flag may not have."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
     parser.fields = fields = {field.name: field for field in dataclasses.fields(flags)}
@@ -230,6 +243,8 @@ def given_flags(flags: type, argv: list[str], prog: str, description: str) -> di
         parser.add_argument(flag_name(field.name), help=help.replace("%", "%%"), **more)
     given = vars(parser.parse_args(argv))
     saved = _saved_flags(given.pop("config"), parser) if "config" in given else {}
+    if given.keys() & {*either}:
+        saved = {name: value for name, value in saved.items() if name not in either}
     return saved | {name: check_flag(fields[name], value) for name, value in given.items()}
 
 
@@ -250,6 +265,8 @@ def _saved_flags(file: str, parser: Parser) -> dict[str, object]:
             saved[name] = value.isoformat() if isinstance(value, datetime.date) else value
             if name == "config":
                 unknown.append(f"{given}: a file of flags cannot name another one")
+            elif name not in fields and isinstance(value, dict):
+                unknown.append(f"{given}: a table; write the flags without one")
             elif name not in fields:
                 text = str(value) if isinstance(value, str | int | float) else None
                 unknown.append(answer(given, text, parser.flags, parser.limit))

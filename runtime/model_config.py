@@ -163,7 +163,8 @@ def _refuse_sliding_window(get: _Fields, family: str, layers: int, longest: int 
         window = window if slides else None
     others = sorted(set(types or ()) - {"full_attention", "sliding_attention" if window else ""})
     if (window and window < (longest or math.inf)) or others:
-        raise ValueError(f"config.json: sliding_window = {window}, layer_types {others}: a sliding window is "
+        of_layers = f", layer_types {', '.join(sorted(set(types)))}" if types else ""
+        raise ValueError(f"config.json: sliding_window = {window}{of_layers}: a sliding window is "
                          "not implemented; if no document is longer than the window, set sliding_window to "
                          f"null{' and remove layer_types' * bool(types)}")
 

@@ -77,7 +77,7 @@ class Tokenizer:
         file = self.folder / "tokenizer.json"
         text, spec = read_text(file), read_json(file)
         config = read_json(self.folder / "tokenizer_config.json")
-        self.chat_template = _read_chat_template(self.folder, config)
+        self.chat_template, self.other_templates = _read_chat_template(self.folder, config)
         with naming_file(file):
             self.reference = tokenizers.Tokenizer.from_str(text)
             if dropout := spec["model"].get("dropout"):
@@ -279,20 +279,23 @@ def _add_special_tokens(tokenizer: tokenizers.Tokenizer, folder: Path, config: d
             list(dict.fromkeys(token["content"] for token in extra)))
 
 
-def _read_chat_template(folder: Path, config: dict) -> str | None:
+def _read_chat_template(folder: Path, config: dict) -> tuple[str | None, list[str]]:
+    """The template, and the names of the other ones that the checkpoint has, such as tool_use."""
+    others = sorted(file.stem for file in (folder / "additional_chat_templates").glob("*.jinja"))
     if os.path.lexists(folder / "chat_template.jinja"):
-        return read_text(folder / "chat_template.jinja")
+        return read_text(folder / "chat_template.jinja"), others
     # chat_template.json is a processor's: transformers' tokenizers do not read it.
     template = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     # There may be several with names.
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)
                  and isinstance(entry.get("name"), str)}
-        template = named.get("default")
+        template = named.pop("default", None)
+        others += sorted(named)
     if not isinstance(template, str | None):
         raise ValueError(f"{folder}: chat_template in chat_template.json or tokenizer_config.json must be "
                          "text or a list of {\"name\", \"template\"} objects")
-    return template
+    return template, others
 
 
 # Fields of tokenizer_config.json that are copied, since they change no ids. The others belong to the class

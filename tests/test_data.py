@@ -414,6 +414,9 @@ def test_a_mix_is_the_same_steps_on_any_ranks_and_in_any_order(folder):
         return Steps(dataset, usable, weigh, seed=3, batch_size=6, capacity=capacity, rank=rank,
                      world_size=ranks, draws=[15, 4])
 
+    with pytest.raises(ValueError, match="--micro-batch-tokens 60 is less than an example of"):
+        steps(60)
+
     def examples(of: list[Steps], step: int) -> list[int]:
         return sorted(e for each in of for micro_batch, _ in each[step][0] for e in micro_batch.tolist())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from runtime.flags import flag, given_flags
+from runtime.flags import Parser, flag, given_flags
 from tiny import arguments, flags
 
 
@@ -99,7 +99,7 @@ BOMB = b"[&a [x], " + b", ".join(
     ("c.json", b" " * 2**20 + b"{}", "has more than 1,048,576 characters"),
     ("c.toml", b"rate = \n", "is not TOML, or is cut off"),
     ("c.toml", b"rate = 1\nrate = 2\n", "is not TOML"),
-    ("c.toml", b"[run]\nrate = 1\n", "unknown flags:\n  run: unrecognized"),
+    ("c.toml", b"[run]\nrate = 1\n", "unknown flags:\n  run: a table; write"),
     ("c.yaml", b"rate: [1\n", "is not YAML"),
     ("c.yaml", b"rate: 1\nrate: 2\n", "rate is given more than once"),
     ("c.yaml", b"- rate\n", "must be one mapping"), ("c.yaml", b"[" * 20_000, "is nested too deep"),
@@ -223,10 +223,26 @@ def test_a_mix_is_files_with_shares_and_takes_the_place_of_train_data(tmp_path):
                       (["=1"], "--mix =1: must be"), (["a=1", "./a=2"], "--mix a=1 ./a=2: .* given twice")):
         with pytest.raises(ValueError, match=says):
             train.parse_args(flags(model="m", mix=mix))
+    # On the command line, one takes the place of the other in the file.
+    again = train.parse_args(["--config", str(tmp_path / "run_config.json"), "--train-data", "t.jsonl"])
+    assert (again.train_data, again.mix) == (["t.jsonl"], [])
+    again = train.parse_args(["--config", str(tmp_path / "run_config.json"), "--mix", "x.jsonl=1"])
+    assert (again.train_data, again.mix) == (["x.jsonl"], ["x.jsonl=1"])
     with pytest.raises(ValueError, match="--train-data t.jsonl: --mix names the files to train on"):
         train.parse_args(flags(model="m", mix="a.jsonl=1", train_data="t.jsonl"))
     with pytest.raises(ValueError, match="--mix is given but no --model"):
         train.parse_args(flags(mix="a.jsonl=1"))
+
+
+def test_a_path_may_begin_with_the_home_folder_wherever_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags.json").write_text(json.dumps({"eval_data": ["~/e", "a~/b"], "output_dir": "~/r"}))
+    config = train.parse_args(["--model=~/m", "--train-data=~/t.jsonl", "--config=~/flags.json"])
+    assert (config.model, config.output_dir) == (f"{tmp_path}/m", f"{tmp_path}/r")
+    assert config.train_data == [f"{tmp_path}/t.jsonl"] and config.eval_data == [f"{tmp_path}/e", "a~/b"]
+    parser = Parser()
+    parser.add_argument("--json")
+    assert parser.parse_args(["--json=~/x.json"]).json == f"{tmp_path}/x.json"
 
 
 def test_the_share_that_is_held_out_is_something_to_evaluate_on():

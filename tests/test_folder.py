@@ -595,9 +595,13 @@ def test_it_and_im_train_on_the_same_examples_unless_asked_otherwise(folder, cap
     assert "warning: 12 examples without a completion" in printed
     fewer, _ = tokens("cut-fewer", loss="it", no_require_completion=True)
     assert fewer == it
-    with pytest.raises(ValueError, match="no completion is left of any; raise --max-length 10, which cut off "
-                                         "18, or give .*--no-require-completion"):
+    with pytest.raises(ValueError, match=r"has a completion .*\(--max-length 10 cut off 18; raise it\); "
+                                         "give .*--no-require-completion"):
         run_here(arguments(folder, "cut-all", train_data=folder / "long.jsonl", max_length=10))
+    (folder / "context.jsonl").write_text(json.dumps({"messages": [
+        {"role": "user", "content": "red"}, {"role": "assistant", "content": "plum", "weight": 0}]}))
+    with pytest.raises(ValueError, match="none has a completion of a weight above 0; give records"):
+        run_here(arguments(folder, "cut-all", train_data=folder / "context.jsonl"))
 
 
 def test_an_example_beyond_the_models_positions_is_said(folder, capsys):

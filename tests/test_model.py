@@ -252,7 +252,7 @@ def test_recompute_changes_no_gradient(tmp_path):
      "sliding_window"),
     (dict(model_type="qwen2", use_sliding_window=True, sliding_window=64,
           layer_types=["full_attention", "sliding_attention"]),
-     "sliding_window = 64.* to null and remove layer_types"),
+     "sliding_window = 64, layer_types full_attention, sliding_attention: .* to null and remove layer_types"),
     (dict(layer_types=["sliding_attention"] * 3), "sliding_attention"),
     (dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
     (dict(num_key_value_heads=3), "num_key_value_heads"),

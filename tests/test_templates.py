@@ -901,7 +901,9 @@ def test_auto_takes_the_checkpoints_template(tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     for value in (one, [{"name": "tool_use", "template": two}, {"name": "default", "template": one}]):
         (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": value}))
-        assert load_template("auto", Tokenizer(folder)).source == one
+        template = load_template("auto", Tokenizer(folder))
+        assert template.source == one
+        assert ("other chat templates, too (tool_use)" in template.warning) == (value != one)
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": one}))
     # the first file is a processor's, the second one wins, as in transformers
     for name, content, wanted in (("chat_template.json", json.dumps({"chat_template": two}), one),
@@ -909,6 +911,12 @@ def test_auto_takes_the_checkpoints_template(tmp_path):
         (folder / name).write_text(content)
         assert load_template("auto", Tokenizer(folder)).source == wanted
         assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == wanted
+    # as transformers 5 writes several
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text(one)
+    template = load_template("auto", Tokenizer(folder))
+    assert template.source == two and "other chat templates, too (rag)" in template.warning
+    assert "rag" not in load_template(str(folder / "chat_template.jinja"), Tokenizer(folder)).warning
 
 
 @pytest.mark.parametrize("name, tokenizer, reason", [

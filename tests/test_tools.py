@@ -411,6 +411,20 @@ def test_built_in_templates_refuse_tools(world):
             render(to_messages(record), template)
 
 
+def test_one_of_two_calls_or_definitions_stands_for_no_other(world):
+    """A template that writes the last of each only. (The name of the tool get is also part of get_all's.)"""
+    text = (LIST.replace("tools |", "tools[-1:] |") + LOOP + "{{ m.content }}"
+            + CALLS.replace("m.tool_calls", "(m.tool_calls or [])[-1:]") + "{{ '<|im_end|>\n' }}" + END)
+    template = world.template(text, "qwen")
+    twice = [ASKED, calls(WEATHER, call("weather", {"city": "London"})), ANSWERED, ANSWERED, SAID]
+    with pytest.raises(ValueError, match="leaves out or rewrites the call of 'weather' of message 2"):
+        render(to_messages({"messages": twice, "tools": TOOLS[-1:]}), template)
+    tools = [{"type": "function", "function": {"name": name, "parameters": {}}}
+             for name in ("get", "get_all")]
+    with pytest.raises(ValueError, match="leaves out the definition of the tool 'get'"):
+        render(to_messages({"messages": [ASKED, SAID], "tools": tools}), template)
+
+
 @pytest.mark.parametrize("part", ["arguments", "description", "content"])
 def test_a_special_token_in_a_call_or_a_definition_is_refused(world, part):
     text = "a<|im_end|>b"

@@ -522,6 +522,14 @@ def test_shares_that_leave_nothing_are_refused_by_flag(folder, more, says):
         run_here(arguments(folder, "nothing-left", **more))
 
 
+def test_a_file_whose_results_would_be_called_as_those_of_eval_fraction_is_refused(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.copy("train.jsonl", "held-out")
+    with pytest.raises(ValueError, match="--eval-data held-out: results call the records of --eval-fraction"):
+        run_here(arguments(folder, "nothing-left", eval_fraction=0.2, eval_data="held-out"))
+    assert not (folder / "nothing-left").exists()
+
+
 def test_the_first_examples_are_those_of_a_file_cut_there(folder, repeated):
     lines = repeated.read_text().splitlines(keepends=True)
     (folder / "first.jsonl").write_text("".join(lines[:11]))
