@@ -485,8 +485,8 @@ FAULTS = [
           "        for number, handler in self.earlier.items():\n            signal.signal(number, handler)",
           "        pass", "train::the_signal_handlers_come_back_however_a_run_ends"),
     fault("eval-rank", "all ranks evaluate the same share", "eval/spans.py",
-          "model, dataset, capacity, device, rank(), world_size(), rows)",
-          "model, dataset, capacity, device, 0, world_size(), rows)",
+          "model, dataset, capacity, device, rank(), world_size(), rows, compiled)",
+          "model, dataset, capacity, device, 0, world_size(), rows, compiled)",
           "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
 
     # -- runtime/
@@ -735,8 +735,8 @@ FAULTS = [
           "return (mass.double() * UNITS).long()", "return (mass.double() * UNITS).floor()",
           "generate::sampling_cumulates_integers_which_cuda_does_in_deterministic_mode_too"),
     fault("row-copies", "the host waits for every row's NLL", "eval/spans.py",
-          "values.append(nll(hidden, model.head_weight, batch.targets))",
-          "values.append(nll(hidden, model.head_weight, batch.targets).cpu())",
+          "values.append(nll(hidden, model.head_weight, batch.targets, compiled))",
+          "values.append(nll(hidden, model.head_weight, batch.targets, compiled).cpu())",
           "spans::the_host_waits_for_a_file_once_however_many_rows_it_takes"),
     fault("two-copies", "likelihoods are copied in two parts", "eval/likelihood.py",
           "torch.stack([x.double() for x in score(model, torch.cat(predicting), wanted)]).cpu()",
