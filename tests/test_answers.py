@@ -7,9 +7,10 @@ import pytest
 
 from chat import load_template
 from eval import answers as module
+from eval import generate, humaneval, open_ended
 from eval.answers import Answers, made_with
 from runtime.tokenizer import Tokenizer
-from tiny import make_model
+from tiny import flags, make_model
 
 SETTINGS = {"seed": 1, "data": ["a"]}
 
@@ -93,6 +94,30 @@ def test_answers_from_before_another_token_ended_them_are_not_resumed(tmp_path):
             Answers(tmp_path / "x.jsonl", name_of, settings).add({"n": 1})
     with pytest.raises(ValueError, match="other settings .tokenizer was"):
         Answers(tmp_path / "x.jsonl", name_of, settings)
+
+
+@pytest.mark.parametrize("command, argv, question, more", [
+    (generate, ["--temperature", "1"], {"instruction": "red", "output": "blue"},
+     dict(temperature=2, top_p=0.5, top_k=3, columns=["prompt=instruction", "completion=output"])),
+    (open_ended, ["alpaca"], {"instruction": "red", "output": "blue"}, {}),
+    (humaneval, ["--temperature", "1"],
+     {"task_id": "t/0", "prompt": "def f(x):", "test": "", "entry_point": "f"},
+     dict(temperature=2, top_p=0.5, format="text")),
+], ids=["generate", "open_ended", "humaneval"])
+def test_a_command_adds_no_answer_to_those_of_another_model_or_of_other_flags(tmp_path, command, argv,
+                                                                              question, more):
+    make_model(tmp_path / "model")
+    make_model(tmp_path / "other", seed=1)
+    data = "questions" if command is open_ended else "data"
+    (tmp_path / "q.json").write_text(json.dumps([question]))
+    base = {"model": tmp_path / "model", data: tmp_path / "q.json", "output": tmp_path / "x.json",
+            "template": Path(__file__).parent / "templates" / "dated.jinja", "date": "2026-01-05",
+            "dtype": "fp32", "device": "cpu", "max_new_tokens": 1}
+    command.main(argv + flags(**base))
+    more = more | dict(model=tmp_path / "other", dtype="bf16", max_new_tokens=2, seed=1, date="2026-01-06")
+    for name, value in more.items():
+        with pytest.raises(ValueError, match=rf"other settings .*\b{name} was "):
+            command.main(argv + flags(**base | {name: value}))
 
 
 def test_other_settings_are_named_and_nothing_is_touched(tmp_path):

@@ -21,6 +21,7 @@ from runtime.weights import model_fingerprint
 from eval import compare, examples, spans
 from eval.common import load
 from eval.compare import cell_texts, picture, shade, visible
+from eval.results import Run, run_cells
 from tiny import arguments, flags, make_model, make_records, metrics, run_here, run_module, setup
 
 NASTY = "</div><script>alert('1')</script>\n\t <b>&amp;"
@@ -134,6 +135,14 @@ def test_training_and_last_evaluation_are_the_files_own(runs, folder):
     row = values(held_out["test: completion"])
     assert row["B - A"] == row["B"] - row["A"]
     assert "B - A" not in training["tokens"]
+
+
+def test_speed_is_of_all_tokens_and_memory_that_of_the_step_with_the_most():
+    lines = [{"step": step, "epoch": step, "tokens": 30, "trained_tokens": 10, "seconds": 0.5,
+              "peak_memory_mb": memory} for step, memory in ((1, 70.4), (2, 60.6))]
+    cells = run_cells([Run("A", Path("a"), {}, lines, [], None)])
+    assert cells["training", "tokens/s", "A"] == {"value": 60}
+    assert cells["training", "peak memory, MB", "A"] == {"value": 70}
 
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -284,10 +293,10 @@ def test_characters_of_several_tokens_come_with_their_last_one(folder):
 
 def test_nll_with_intervals_is_that_of_eval_spans(runs, folder):
     more = dict(data=[folder / "test.jsonl"], dtype="fp32", device="cpu", bootstrap=200, max_length=120,
-                cache_dir=folder / "cache")
+                cache_dir=folder / "cache", seed=3)
     spans.main(flags(model=[runs / "it" / "final", runs / "im" / "final"], json=runs / "spans.json", **more))
     expected = json.loads((runs / "spans.json").read_text())["results"]
-    _, result = compared(runs, folder, data=folder / "test.jsonl", answers=0)
+    _, result = compared(runs, folder, data=folder / "test.jsonl", answers=0, seed=3)
     _, read = compared(runs, folder, results=runs / "spans.json")
     assert {row["span"] for row in expected} >= {"completion", "instruction", "system", "template"}
     for name, tables in (("--data", result["tables"]), ("spans.json", read["tables"])):

@@ -310,14 +310,17 @@ def test_file_in_file_out_and_resumed_after_a_cut(folder, monkeypatch):
     out = folder / "out.jsonl"
     argv = arguments(folder, data=folder / "test.jsonl", output=out, json=folder / "result.json",
                      temperature=1, seed=5, samples=2)
+    monkeypatch.setattr(Loaded, "stop_ids", set(range(60)))     # so that some end
     module.main(argv)
     whole = lines(out)
     records = lines(folder / "test.jsonl")
     assert [(a["index"], a["sample"]) for a in whole] == [(i, s) for i in range(11) for s in (0, 1)]
     assert all(a["expected"] == records[a["index"]]["messages"][-1]["content"]
                and a["prompt"] == records[a["index"]]["messages"][-2]["content"] for a in whole)
-    assert any(a["finished"] for a in whole) or all(a["tokens"] == 12 for a in whole)
-    assert json.loads((folder / "result.json").read_text())["new_answers"] == 22
+    assert all(a["finished"] == (a["tokens"] < 12) for a in whole)
+    result, ended = json.loads((folder / "result.json").read_text()), sum(a["tokens"] < 12 for a in whole)
+    assert result["new_answers"] == 22 and result["finished"] == ended and 0 < ended < 22
+    assert result["new_tokens"] == sum(a["tokens"] for a in whole) + ended
 
     text = out.read_bytes()
     kept = text.splitlines(keepends=True)[3:9]

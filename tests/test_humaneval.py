@@ -172,5 +172,8 @@ def test_from_problems_to_a_score_and_on_from_a_file(tmp_path, monkeypatch, form
     humaneval.main([*argv, "--execute", "--seconds", "5", "--json", str(tmp_path / "result.json")])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["pass@1"] == pytest.approx((0.5 + 1 + 0) / 3) and result["pass@2"] == pytest.approx(2 / 3)
+    # Three draws, 0.5, 1 and 0, deviate from their mean by 0.5; two of 1 and one of 0 by the root of a third.
+    assert result["pass@1_standard_error"] == pytest.approx(0.5 / 3**0.5)
+    assert result["pass@2_standard_error"] == pytest.approx(1 / 3)
     assert [json.loads(line)["passed"] for line in output.read_text().splitlines()] == [
         True, False, True, True, False, False]

@@ -278,6 +278,18 @@ def test_what_fails_for_good_is_named_and_asked_for_by_the_next_run_alone(serve,
     assert len(verdicts) == 8 and not refused and len(server.requests) == 3
 
 
+def test_fewer_failures_in_a_row_than_there_are_workers_do_not_stop_the_run(serve, tmp_path):
+    def say(payload: dict, before: int) -> str | tuple:
+        if re.search("answer [0-3]$", text_of(payload)):
+            return refusal(400, "too long")
+        time.sleep(0.1)     # all four failures come first
+        return "[[5]]"
+
+    serve(say)
+    verdicts, refused = ask(grade_jobs(12), tmp_path / "v", workers=5)
+    assert (len(verdicts), len(refused)) == (8, 4)
+
+
 @pytest.mark.parametrize("status, names", [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"),
                                            (404, "OPENAI_BASE_URL, .* and the model's name")])
 def test_a_wrong_key_address_or_model_stops_the_run_and_is_named(serve, tmp_path, status, names):

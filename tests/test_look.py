@@ -68,10 +68,11 @@ def test_span_statistics_are_over_the_examples_that_have_the_span():
 def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     """One answer is trained, with its end-of-turn token; the other has weight 0."""
     (folder / "two.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]}\n'
         '{"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue", '
-        '"weight": 0}]}\n')
-    numbers = numbers_of(folder, arguments(folder, "two", train_data=folder / "two.jsonl", loss="it"))
+        '"weight": 0}]}\n'
+        '{"messages": [{"role": "user", "content": "red"}, {"role": "assistant", "content": "blue"}]}\n')
+    numbers = numbers_of(folder, arguments(folder, "two", train_data=folder / "two.jsonl", loss="it", show=2,
+                                           eval_data=folder / "two.jsonl"))
     printed = capsys.readouterr().out
     names = ("records", "examples", "left_out", "truncated", "steps", "epochs")
     assert [numbers[name] for name in names] == [2, 1, 1, 0, 2, 2.0]
@@ -85,7 +86,10 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["trained"]["im"] == (instruction + completion) / numbers["tokens"]
     assert numbers["trained"]["lm"] == 1.0
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
-    assert f"{instruction / completion:.3g} tokens of instruction for each" in printed.replace("\n  ", " ")
+    assert numbers["held_out"] == {"two": {"examples": 2, "tokens": 2 * numbers["tokens"]}}
+    assert (f"nearest to 1 examples and {instruction / completion:.3g} tokens of instruction for each"
+            in printed.replace("\n  ", " "))
+    assert printed.count("\n--- ") == printed.count("two.jsonl:2\n") == 1
     assert "data: 1 example, " in printed and "packed on 1 rank(s): 1 micro-batch an epoch" in printed
     assert f"predicts; with it the\n  longest has {numbers['longest']}, of --max-length 120\n" in printed
     assert "1 left out\n" in printed and "1 of these because they have no completion" in printed
@@ -130,7 +134,11 @@ def test_it_counts_what_the_run_will_do(folder, ranks, monkeypatch, capsys):
     heads = ["DDP", "DDP +recompute", "--shard", "--shard +recompute"] if ranks == 2 else [
         "plain", "plain +recompute"]
     assert list(numbers["memory"]) == heads
-    assert f"packed on {ranks} rank(s): {len(batches)} micro-batches an epoch" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"packed on {ranks} rank(s): {len(batches)} micro-batches an epoch" in printed
+    column = dataset.counts[usable, KINDS.index("completion")]
+    row = re.search(r"^completion .*", printed, re.MULTILINE)[0].split()
+    assert row[4:6] == [f"{column.mean():.1f}", f"{np.median(column):.0f}"] and float(row[4]) != float(row[5])
 
     if ranks == 1:
         assert run_here(argv) == 0

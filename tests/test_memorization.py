@@ -79,7 +79,7 @@ def test_answers_and_scores_equal_transformers_and_sacrebleu(folder):
         lengths.append(len(target))
         shared.append(next((i for i, (a, b) in enumerate(zip(new, target)) if a != b), len(target)))
     assert 0 < sum(shared) < sum(lengths)
-    got, = result(folder, output=folder / "answers.jsonl")
+    got, = result(folder, output=folder / "answers.jsonl", seed=3, confidence=0.8)
     rows = sorted(rows_of(folder / "answers.jsonl"), key=lambda row: row["line"])
     assert [row["output"] for row in rows] == outputs
     assert [row["target"] for row in rows] == [completion for _, completion in PAIRS]
@@ -88,6 +88,8 @@ def test_answers_and_scores_equal_transformers_and_sacrebleu(folder):
     exact = np.mean([output == completion for output, (_, completion) in zip(outputs, PAIRS)])
     assert got["exact_match"] == pytest.approx(100 * exact)
     assert got["shared_prefix"] == pytest.approx(100 * np.mean(np.divide(shared, lengths)))
+    scores = memorization.score(rows, 50, 0.8, 3)
+    assert all(got[f"{name}_interval"] == scores[f"{name}_interval"] for name in memorization.METRICS)
     assert got["signature"].startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
 
 

@@ -117,6 +117,15 @@ def test_samples_depend_on_seed_and_question_alone(folder, tmp_path):
     assert [a == b for a, b in zip(whole, other)][::3] == [True, True] and other[1] != whole[1]
 
 
+def test_tokens_are_averaged_over_answers_and_those_that_ended_are_counted(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Engine, "answers", lambda self, prompts, stop, most, size, sampling, keys: [
+        (i, [9] * (1 + 2 * turn), question < 84) for i, (question, turn) in enumerate(keys)])
+    open_ended.main(arguments(folder, "mt-bench", tmp_path / "x.jsonl", json=tmp_path / "result.json"))
+    result = json.loads((tmp_path / "result.json").read_text())
+    # Five answers of one token and five of three; of five questions with two answers each, three ended.
+    assert (result["mean_tokens"], result["finished"]) == (2, 6)
+
+
 @pytest.mark.parametrize("suite, ending", [("alpaca", "json"), ("mt-bench", "jsonl")])
 @pytest.mark.parametrize("after", [0, 3, 7])
 def test_an_interrupted_run_makes_only_what_is_missing(folder, tmp_path, monkeypatch, suite, ending,

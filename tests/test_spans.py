@@ -181,9 +181,12 @@ def test_interval_is_as_wide_as_the_normal_law_says(confidence, deviations):
 def test_pairs_make_the_interval_of_a_difference_narrow():
     sums, counts = samples(300)
     one, two = spans.compare(np.pad(sums[:, :, None], ((0, 0), (0, 0), (0, len(KINDS) - 1))),
-                             np.pad(counts[:, None], ((0, 0), (0, len(KINDS) - 1))), 2000, 0.95, 0)
+                             np.pad(counts[:, None], ((0, 0), (0, len(KINDS) - 1))), 2000, 0.99, 0)
     one, two = one[KINDS[0]], two[KINDS[0]]
-    for mean in spans.MEANS:
+    for mean, drawn in zip(spans.MEANS, spans.resampled_means(sums, counts, 2000, 0)):
+        for row, end, means in ((one, "", drawn[:, 0]), (two, "_minus_first", drawn[:, 1] - drawn[:, 0])):
+            low, high = row[f"{mean}{end}_interval"]
+            assert np.mean((means > low) & (means < high)) == pytest.approx(0.99, abs=1e-3)
         alone, other, paired = (np.diff(row[f"{mean}{end}_interval"]).item() for row, end in (
             (one, ""), (two, ""), (two, "_minus_first")))
         assert 0 < paired < 0.1 * np.hypot(alone, other)
@@ -242,8 +245,9 @@ def test_table_holds_the_numbers_in_80_columns(folder):
     for (data, model, _), row in rows.items():
         low, high = row["nll_token_mean_interval"]
         label = "1" if model == "one" else "2"
-        assert any(line.startswith(f"{label} ") and f"{row['nll_token_mean']:.4f}" in line
-                   and f"[{low:.4f}, {high:.4f}]" in line for line in lines)
+        end = f"[{low:.4f}, {high:.4f}]{row['perplexity_token_mean']:9.2f}"
+        assert any(line.startswith(f"{label} ") and f"{row['nll_token_mean']:.4f}" in line and end in line
+                   for line in lines)
         if model == "two":
             assert any(line.startswith("2-1 ") and f"{row['nll_example_mean_minus_first']:+.4f}" in line
                        for line in lines)
