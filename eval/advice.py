@@ -13,6 +13,7 @@ from pathlib import Path
 
 from config import WEIGHT_FLAGS, Config
 from runtime.flags import flag_name
+from runtime.report import counted
 from runtime.start import WIDTH
 
 EVIDENCE = Path(__file__).resolve().parent / "evidence.json"
@@ -39,8 +40,9 @@ def advice(ratio: float, examples: int, config: Config) -> str:
     def fill(text: str, indent: str = "  ") -> str:
         return textwrap.fill(text, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
 
-    lines = [fill(f"which loss? The settings measured so far that are nearest to {examples:,} examples and "
-                  f"{ratio:.3g} tokens of instruction for each of completion, IT -> IM or the difference:")]
+    lines = [fill("which loss? The settings measured so far that are nearest to "
+                  f"{counted(examples, 'example')} and {ratio:.3g} tokens of instruction for each of "
+                  "completion, IT -> IM or the difference:")]
     for setting in nearest(json.loads(EVIDENCE.read_text()), ratio, examples):
         lines.append(fill(f"- {setting['set']} ({setting['source']}; {setting['examples']:,} examples, "
                           f"{setting['ratio']:.3g}): {setting['result']}"))

@@ -87,7 +87,7 @@ def test_statistics_of_records_whose_tokens_are_known(folder, capsys):
     assert numbers["trained"]["lm"] == 1.0
     assert numbers["packing"]["trained"] == completion and numbers["longest"] == numbers["tokens"] + 1
     assert numbers["held_out"] == {"two": {"examples": 2, "tokens": 2 * numbers["tokens"]}}
-    assert (f"nearest to 1 examples and {instruction / completion:.3g} tokens of instruction for each"
+    assert (f"nearest to 1 example and {instruction / completion:.3g} tokens of instruction for each"
             in printed.replace("\n  ", " "))
     assert printed.count("\n--- ") == printed.count("two.jsonl:2\n") == 1
     assert "data: 1 example, " in printed and "packed on 1 rank(s): 1 micro-batch an epoch" in printed
