@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+
 import train  # noqa: E402
 from eval import study_runs  # noqa: E402
 
@@ -19,6 +21,14 @@ class Deadly(study_runs.Plan):
     def run_folder(self, run: study_runs.Run) -> Path:
         if run.lr == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        return super().run_folder(run)
+
+
+class Counting(study_runs.Plan):
+    """Writes down how many threads PyTorch has."""
+
+    def run_folder(self, run: study_runs.Run) -> Path:
+        (self.folder / "threads").write_text(str(torch.get_num_threads()))
         return super().run_folder(run)
 
 

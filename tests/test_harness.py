@@ -347,6 +347,15 @@ def test_a_chat_template_is_applied(folder, monkeypatch):
     question = make_documents(9, 0)[0]["question"]
     assert seen == [f"<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nQ: {question}\nA:"
                     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"]
+    # Examples as turns of their own, by default, or in the question's.
+    for multiturn, headers in (("true", 3), ("false", 1)):
+        seen.clear()
+        harness.main(arguments(folder, tasks="tiny_generate", limit=1, num_fewshot=1, template="llama3",
+                               apply_chat_template=True, system_instruction="Be brief.",
+                               fewshot_as_multiturn=multiturn))
+        [text] = seen
+        assert text.count("Be brief.") == 1
+        assert text.partition("Be brief.")[2].count("<|start_header_id|>") == headers + 1
 
 
 def test_kept_answers_are_not_computed_again_and_not_another_checkpoints(folder, monkeypatch):
@@ -359,6 +368,10 @@ def test_kept_answers_are_not_computed_again_and_not_another_checkpoints(folder,
     assert result(folder, use_cache=folder / "kept")["results"] == first["results"] and not made
     other = result(folder, use_cache=folder / "kept", model=folder / "other")
     assert made and other["results"] != first["results"]
+    for more in (dict(model_args="max_length=30"), dict(dtype="bf16")):
+        made.clear()
+        result(folder, use_cache=folder / "kept", **more)
+        assert made, more
 
 
 @pytest.mark.parametrize("file, change", [("generation_config.json", {"eos_token_id": [5]}),

@@ -145,16 +145,28 @@ def test_a_planted_difference_is_judged_by_its_sign(tmp_path, effect, expected, 
     assert (tmp_path / "overfitting.png").stat().st_size > 5_000
 
 
+def test_losses_before_and_after_stand_with_the_rate_and_the_epoch_that_were_chosen(tmp_path):
+    """IT loses 0.5 nats an epoch, IM 0.7, so the first epoch is chosen for both."""
+    save(tmp_path, "t0", [line(name, seed, lambda epoch: worse * epoch) for seed in range(3)
+                          for name, worse in (("it", 0.5), ("im", 0.7))])
+    page = page_of(COMPARISON | {"expected": 1, "from_start": True, "files": ["user-oriented"]}, tmp_path)
+    assert "|  | it: lr, epochs | im: lr, epochs |\n|---|---|---|\n| t0 | 0.0001, 1 | 0.0001, 1 |" in page
+    [row] = [row for row in page.splitlines() if row.startswith("| user-oriented | ") and "[" not in row]
+    before, it, im = map(float, row.strip("| ").split(" | ")[1:])
+    assert (it - before, im - before) == pytest.approx((0.5, 0.7), abs=0.02)
+
+
 def test_the_slope_of_a_trend_is_that_of_the_gains(tmp_path):
-    # Gains of 5, 10, 15 and 20 points at 1, e, e^2 and e^3: 5 points for each factor of e.
+    # Gains of 5, 10, 20 and 25 points at 1, e, e^2 and e^3: 7 points for each factor of e. The squares of
+    # what is left add up to 5, so the slope's error is sqrt(5 / 2 / 5), and t of two degrees of freedom 4.30.
     studies = {f"ratio-{i}": float(np.exp(i)) for i in range(4)}
     for i, study in enumerate(studies):
         save(tmp_path, study, [line(name, seed, lambda epoch: 0, right) for seed in range(3)
-                               for name, right in (("it", 8), ("im", 9 + i))])
+                               for name, right in (("it", 8), ("im", (9, 10, 12, 13)[i]))])
     page = page_of({"name": "ratio", "kind": "trend", "studies": studies, "x": "ratio", "expected": 1,
                     "contenders": ["it", "im"],
                     "primary": {"contender": "im", "measure": "exact_match", "file": "test"}}, tmp_path)
-    assert "| +5.0 [+5.0, +5.0] | agrees |" in page
+    assert "| +7.0 [+4.0, +10.0] | agrees |" in page
     assert "| 1 | 40.0 | 45.0 | +5.0 [" in page
 
 
@@ -199,7 +211,11 @@ def test_a_frontier_compares_at_the_same_loss_near(tmp_path):
                     far = 5 - x + worse - (0.19 + 0.01 * seed if name == "im" else 0)
                     evaluation["test"] = {"test": [2 * x] * 20, "user-oriented": [4 * far] * 30}
                 lines.append(each)
-    save(tmp_path, "t0", lines)
+    # A rate that only one seed has does not count.
+    extra = json.loads(json.dumps(lines[-1])) | {"lr": 1e-2}
+    for evaluation in extra["evaluations"]:
+        evaluation["test"]["user-oriented"] = [0.0] * 30
+    save(tmp_path, "t0", [*lines, extra])
     analysis = {"name": "frontier", "kind": "frontier", "studies": ["t0"], "primary": PRIMARY,
                 "contenders": ["it", "im"], "near": {"t0": "test"}, "expected": None}
     page = page_of(analysis, tmp_path)
@@ -224,6 +240,9 @@ def test_the_best_regulariser_is_chosen_on_validation_data():
         point | {"mean": point["mean"] + more} for point in curve]}}
         for name, step, more in (("a", 20, 0.2), ("b", 20, 0.0), ("c", 10, 0.0))}
     assert report.best_on_validation({"choices": choices}, ["a", "b", "c"]) == "b"
+    rows = [{"contender": name, "file": "test", "measure": "exact_match"} for name in "abc"]
+    wanted = rows[0] | {"contender": "best of a, b on validation data"}
+    assert report.primary_row(wanted, {"choices": choices}, rows) == rows[1]
 
 
 def test_the_page_has_a_place_for_every_analysis():
@@ -259,6 +278,9 @@ def test_a_grid_that_is_killed_ends_the_others(tmp_path, monkeypatch):
     records = ["--model", str(tmp_path), "--records", str(tmp_path)]
     assert run.main([*records, "--output-dir", str(tmp_path / "runs"), "t0-*", "dolly-*"]) == 128 + 9
     assert len(started) == 1
+    # Each gets what is left of the time.
+    run.main([*records, "--output-dir", str(tmp_path / "runs"), "--deadline", "50", "t0-losses"])
+    assert 0 < json.loads((tmp_path / "runs" / "t0-losses.json").read_text())["deadline"] <= 50
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -22,7 +22,7 @@ import train
 from data import load_dataset
 from chat import load_template
 from records import read_records
-from eval import study, study_runs
+from eval import memorization, study, study_runs
 from eval import study_statistics as statistics
 from eval.study_report import draw_curves, draw_differences, report_text
 from runtime.start import stop_signals
@@ -54,6 +54,11 @@ def test_percentages_and_nats_are_shown_with_the_decimals_that_mean_something():
     lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) | {"end": {"generate": {"far": answers}}}
              for name, answers in (("it", [1, 0]), ("im", [1, 1])) for seed in (0, 1)]
     shown = report_text(statistics.verdict(lines))
+    # The lowest of two learning rates' means is marked, once for each contender.
+    worse = [each | {"lr": 1e-3} for each in json.loads(json.dumps(lines))]
+    for each in worse:
+        each["evaluations"][1]["validation"] = [2.0]
+    assert report_text(statistics.verdict([*lines, *worse])).count("*") == 2
     assert f"far: exact match, %; it has 50.00\n  {'im':<24}    +50.00 " in shown
     assert "far: NLL, mean over tokens; it has 1.6250, the start 3.0000\n" in shown
 
@@ -71,6 +76,12 @@ def test_curves_of_one_epoch_are_seen_from_the_start():
         low, high = axes.get_ylim()
         assert curve.get_marker() not in ("", "None")
         assert all(low <= y <= high for y in curve.get_ydata())
+    # Large dots at the chosen epoch's mean over seeds, of 4 / 4 + (0, 1 / 4) nats a token here.
+    dots = [curve for curve in axes.get_lines() if curve.get_markersize() == 7]
+    assert [(*dot.get_xdata(), *dot.get_ydata()) for dot in dots] == [(1.0, 1.625)] * 2
+    result["differences"][0] |= {"value": 0.25, "interval": [0.1, 0.5]}
+    _, dot, *_ = draw_differences(result).axes[0].get_lines()
+    assert (*dot.get_xdata(), *dot.get_ydata()) == (0.25, 0)
 
 
 def test_pictures_hold_their_labels_however_long_names_are():
@@ -162,6 +173,10 @@ def test_selection_takes_the_lowest_mean_over_seeds():
     assert (choice["it"]["lr"], choice["it"]["step"], choice["it"]["epoch"]) == (1e-3, 10, 1.0)
     assert notes == ["it: lr 0.001 is the highest that was tried; a higher one may be better"]
     assert statistics.select({1e-3: {10: [math.nan]}, 1e-4: {10: [9.0]}}) == (1e-4, 10)
+    # Of equal ones the lowest rate and the earliest step.
+    assert statistics.select({1e-3: {10: [1.0]}, 1e-4: {30: [1.0], 20: [1.0], 10: [2.0]}}) == (1e-4, 20)
+    with pytest.raises(ValueError, match="no learning rate gives a finite NLL on the validation data"):
+        statistics.select({1e-3: {10: [math.nan]}})
 
 
 def test_without_validation_data_the_last_step_of_one_rate_is_taken():
@@ -195,6 +210,8 @@ def test_a_verdict_worked_out_by_hand():
              line("im", 1, [[9, 9], [7, 7], [1.6, 5.4]], [3, 2, 1])]
     result = statistics.verdict(lines)
     assert [result["choices"][name]["epoch"] for name in ("it", "im")] == [1.0, 2.0]
+    assert result["notes"] == ["im: validation NLL was lowest at the last evaluation; more --epochs may be "
+                               "better"]
     tokens, examples = result["differences"][:2]
     assert [tokens["measure"], examples["measure"]] == [*statistics.MEANS]
     # (-0.55 - 0.6) / 4 and (-0.55 - 0.2) / 2
@@ -241,6 +258,21 @@ def test_a_run_counts_once_and_percentages_end_at_100():
     assert rows[0]["value"] == 50 and rows[0]["interval"] == [-100, 100]
 
 
+def test_what_models_generate_is_compared_in_percent_and_with_the_start():
+    def ends(exact: list[int], prefix: list[float], bleu: float) -> dict:
+        return {"end": {"memorization": {"exact": exact, "prefix": prefix, "bleu": bleu}}}
+
+    of_names = {"it": ends([0, 0], [0.5, 0.25], 20.0), "im": ends([1, 0], [0.5, 0.5], 30.0)}
+    lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1]) | of_names[name]
+             for seed in (0, 1) for name in of_names]
+    start = {**lines[0], "contender": None, "lr": 0.0, "seed": 0, **ends([0, 1], [0.0, 0.5], 8.0)}
+    rows = statistics.by_measure(statistics.verdict([start, *lines])["differences"])
+    names = "value", "baseline_value", "contender_value", "start_value"
+    assert {measure: [rows[statistics.TRAINING, f"memorized_{measure}"][0][name] for name in names]
+            for measure in ("exact", "prefix", "bleu")} == {
+        "exact": [50, 0, 50, 50], "prefix": [12.5, 37.5, 50, 25], "bleu": [10, 20, 30, 8]}
+
+
 def test_a_verdict_has_the_same_seeds_for_all_and_says_what_it_leaves_out():
     lines = [line(name, seed, [[4, 8], [2, 4 + seed]], [3, 1], lr) for name in ("it", "im")
              for seed in (0, 1, 2) for lr in (1e-4, 1e-3)]
@@ -281,6 +313,10 @@ def test_records_with_one_instruction_are_never_on_both_sides_of_a_study(tmp_pat
     # With --max-examples the sample is drawn from what is trained on, the first of the file.
     (training,), _, sample, files = study.prepare_data(dataclasses.replace(config, max_examples=7))
     assert sorted(files[sample].splitlines()) == sorted(files[training].splitlines()[:7])
+    # It has as many as either of its uses needs.
+    for sizes in ((3, 5), (5, 3)):
+        config.train_sample, config.memorization = sizes
+        assert len(study.prepare_data(config)[3][sample].splitlines()) == 5
 
 
 def test_the_split_keeps_every_record_as_it_is(folder):
@@ -372,11 +408,20 @@ def test_the_lines_hold_what_the_runs_evaluated(folder, whole):
                 assert len(tokens) == expected["examples"]
         assert len(line["end"]["memorization"]["prefix"]) == 4
         assert {name: len(x) for name, x in line["end"]["generate"].items()} == {"near": 2, "far": 2}
+    # What models generate, by the command of its own.
+    memorization.main(tiny.flags(
+        model=whole / "runs/im-lr0.01-seed1/train/final", data=whole / "data/study-train-sample.jsonl",
+        limit=4, max_length=120, dtype="fp32", device="cpu", bootstrap=0, json=folder / "memorization.json"))
+    [expected] = json.loads((folder / "memorization.json").read_text())["results"]
+    own = lines[-1]["end"]["memorization"]
+    assert [100 * np.mean(own["exact"]), 100 * np.mean(own["prefix"]), own["bleu"]] == pytest.approx(
+        [expected[name] for name in ("exact_match", "shared_prefix", "bleu")], abs=1e-2)
+    assert 0 < expected["shared_prefix"] < 100
 
 
 def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch, undrawn):
     """In the middle of a run, then between two runs, then killed while it wrote a line."""
-    argv = arguments(folder, "stopped")
+    argv = arguments(folder, "stopped", save_every=3)
     with monkeypatch.context() as patch:
         stop_after(patch, 10)   # in the second run's second epoch
         assert study.main(argv) == 128 + signal.SIGTERM
@@ -398,7 +443,8 @@ def test_a_study_that_is_stopped_resumes_exactly(folder, whole, monkeypatch, und
     assert study.main(argv) == 0
     assert done < 5 and results(folder, "stopped") == results(folder, "whole")
     assert (folder / "stopped/study.json").read_text() == (whole / "study.json").read_text()
-    assert not list((folder / "stopped").glob("runs/*/train/final")), "weights are deleted once measured"
+    for name in ("final", "checkpoints"):
+        assert not list((folder / "stopped").glob(f"runs/*/train/{name}")), "they are deleted once measured"
 
 
 def test_the_signal_handlers_come_back(folder, whole, undrawn):
@@ -538,10 +584,13 @@ def test_a_line_that_cannot_be_written_ends_a_study_of_several_jobs_with_the_rea
     def full(*of_run: object) -> None:
         raise OSError("No space left")
 
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+
     with forks.server() as context, pytest.raises(OSError, match="No space left"):
         monkeypatch.setattr(study_runs.multiprocessing, "get_context", lambda _: context)
-        study_runs.run_in_workers(study_plans.plan(study_runs.Plan, tmp_path), 2,
+        study_runs.run_in_workers(study_plans.plan(study_plans.Counting, tmp_path), 2,
                                   lambda: next(waiting, None), full)
+    assert (tmp_path / "threads").read_text() == "3", "workers share the cores"
 
 
 def test_workers_end_with_a_study_that_is_killed(tmp_path):
@@ -552,7 +601,8 @@ def test_workers_end_with_a_study_that_is_killed(tmp_path):
     wait_for(lambda: not is_running(int((tmp_path / "pid").read_text())))
 
 
-def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_contender(folder, monkeypatch):
+def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_contender(folder, monkeypatch,
+                                                                                         capsys):
     asked = []
 
     def default(config: train.Config, *more: object) -> int:
@@ -562,9 +612,38 @@ def test_without_a_size_of_micro_batches_all_runs_have_the_one_that_fits_every_c
     monkeypatch.setattr(train, "micro_batch_tokens", default)
     argv = arguments(folder, "sized", micro_batch_tokens=0, jobs=3)
     config = train.parse_args(argv, study.StudyConfig, "study", "")
-    plan, _, _ = study.prepare(config, study.parse_contenders(config))
+    plan, _, announce = study.prepare(config, study.parse_contenders(config))
     assert plan.base.micro_batch_tokens == 200
     assert asked == [("it", 3), ("im", 3)]
+    # Three at a time take a third of the time of one after another.
+    monkeypatch.setattr(study, "probe", lambda *_: 1.0)
+    config.jobs = 1
+    for each in (announce, study.prepare(config, study.parse_contenders(config))[2]):
+        each([study_runs.Run("it", 0.1)], done=0)
+    three, one = (60 * int(minutes) + int(seconds) + 3600 * int(hours) for hours, minutes, seconds in
+                  re.findall(r"about (\d+):(\d+):(\d+)", capsys.readouterr().out))
+    assert one == pytest.approx(3 * three, abs=2) and three > 60
+
+
+def test_a_study_keeps_its_date_and_its_earlier_contenders(folder):
+    def prepared(**more: object) -> tuple[study_runs.Plan, dict]:
+        config = train.parse_args(arguments(folder, "dated", **more), study.StudyConfig, "study", "")
+        return study.prepare(config, study.parse_contenders(config))[:2]
+
+    plan, settings = prepared(date="2024-02-29", losses=["it", "im"])
+    (plan.folder / "settings.json").write_text(json.dumps(settings))
+    plan, settings = prepared(losses=["it", "im:span"])
+    assert (plan.base.date, settings["date"]) == ("2024-02-29", "2024-02-29")
+    assert list(settings["contenders"]) == ["it", "im", "im:span"]
+
+
+def test_records_with_other_names_of_fields_are_asked(folder, tmp_path):
+    record = {"query": "red plum", "reply": "blue"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record))
+    base = train.Config(model=str(folder / "model"), template="llama3", device="cpu", dtype="fp32",
+                        columns=["prompt=query", "completion=reply"])
+    plan = study_runs.Plan(tmp_path, base, {}, [str(tmp_path / "x.jsonl")], "", "", 0, 1, [], False)
+    assert len(study_runs.measure(plan, base.model, tmp_path)["generate"]["x"]) == 1
 
 
 def leave_out_own_tasks(monkeypatch) -> None:
@@ -698,6 +777,9 @@ def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
 
     refused("--epochs was 2, is 3", epochs=3)
     refused("--memorization was 4, is 5", memorization=5)
+    refused("--eval-every was 0, is 4", eval_every=4)
+    refused("contender im was .*, is .*; give it another name", losses=["it"],
+            variants="im=--loss im --neftune-alpha 5")
     refused("--validation-fraction was 0.2, is 0.3", validation_fraction=0.3)
     refused("--eval-data: other files, or other contents.;", eval_data=[folder / "near.jsonl"])
     (folder / "foreign").mkdir()
@@ -708,6 +790,26 @@ def test_a_study_with_other_settings_is_refused_by_flag(folder, whole):
                  ["--from", str(whole / "runs.jsonl"), "--output-dir", str(folder / "foreign/thesis.txt/x")]):
         with pytest.raises(ValueError, match="--output-dir .*thesis.txt is not a writable folder"):
             study.main(more)
+
+
+def test_other_validation_records_are_another_study(folder, tmp_path):
+    file, identities = tmp_path / "v.jsonl", []
+    for seed in (1, 2):
+        make_records(file, 6, seed=seed)
+        argv = arguments(folder, "x", validation_data=file)
+        config = train.parse_args(argv, study.StudyConfig, "study", "")
+        identities.append(study.study_identity(config, train.open_source(config)))
+    differ = {name for name in identities[0] if identities[0][name] != identities[1][name]}
+    assert differ == {"validation_data"}
+
+
+@pytest.mark.parametrize("flags", [
+    "--normalize span", "--neftune-alpha 5", "--kl-weight 0.1", "--schedule cosine", "--warmup-ratio 0.1",
+    "--weight-decay 0.1", "--beta1 0.8", "--beta2 0.9", "--adam-eps 1e-6", "--clip-grad-norm 2",
+    "--instruction-weight 0.5", "--template-weight 0.1"])
+def test_a_contender_may_have_flags_of_the_optimization(flags):
+    config = study.StudyConfig(train_data=["t"], losses=["it"], variants=[f"own={flags}"])
+    assert list(study.parse_contenders(config)) == ["it", "own"]
 
 
 @pytest.mark.parametrize("missing, seeds, rates", [
