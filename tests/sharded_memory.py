@@ -1,4 +1,5 @@
-"""What a rank holds of a sharded model between forward and backward pass, and after a step: one JSON line.
+"""What a rank holds of a sharded model between forward and backward pass, and after a step, and whether the
+layers' gradients are more exact than bf16: one JSON line.
 
     torchrun --nproc-per-node 2 tests/sharded_memory.py MODEL
 """
@@ -31,7 +32,7 @@ def facts(folder: str, dtype: torch.dtype, recompute: bool) -> dict:
     shapes = {tuple(p.shape) for p in model.model.layers.parameters() if p.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}
     n, kept = 50, []
-    ids, rows = torch.arange(n), torch.arange(n)
+    ids, rows = torch.arange(n) + dist.get_rank(), torch.arange(n)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             hidden = model(ids, rows, torch.tensor([0, n], dtype=torch.int32))
@@ -40,8 +41,10 @@ def facts(folder: str, dtype: torch.dtype, recompute: bool) -> dict:
     kept_bytes = storage_bytes(like_weights)
     loss.backward()
     optimizer.step()
+    grads = [local_rows(p.grad) for p in model.model.layers.parameters()]
     held = [x for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())]
     return {"kept": len(like_weights), "kept_bytes": kept_bytes, "recompute": recompute,
+            "exact": all(bool((grad != grad.bfloat16()).any()) for grad in grads),
             "state": storage_bytes(held), "whole": 16 * sum(p.numel() for p in model.parameters())}
 
 

@@ -38,13 +38,16 @@ def whole_run(folder) -> Path:
                                           (5, signal.SIGTERM), (7, signal.SIGTERM)])
 def test_a_run_stopped_at_any_step_and_resumed_ends_bit_for_bit_the_same(
         folder, whole_run, step, number, monkeypatch, capsys):
-    out = folder / f"stopped-{step}"
+    """And what it saves on the way is what the whole run would save."""
+    out, more = folder / f"stopped-{step}", dict(**SCHEDULED, save_every=3, keep_checkpoints=9)
     with monkeypatch.context() as patch:
         stop_after(patch, step, number)
-        assert run_here(arguments(folder, out, **SCHEDULED)) == 128 + number
+        assert run_here(arguments(folder, out, **more)) == 128 + number
     assert f"{number.name}: finishing this step" in capsys.readouterr().out
     assert len(metrics(out)) == step and not (out / "final").exists()
-    assert run_here(arguments(folder, out, **SCHEDULED)) == 0
+    assert run_here(arguments(folder, out, **more)) == 0
+    assert {saved.name for saved in (out / "checkpoints").iterdir()} == {
+        f"step-{n:08d}" for n in (step, 3, 6, 8)}
     assert f"resuming after step {step}" in capsys.readouterr().out
     assert same_weights(out, whole_run)
     rows, expected = metrics(out), metrics(whole_run)

@@ -237,6 +237,11 @@ def test_a_signal_in_the_last_evaluation_ends_a_whole_run(folder, whole, monkeyp
     assert len(calls) == 2 and same_weights(folder / "late", whole)
 
 
+def test_a_signal_before_the_last_step_ends_a_whole_run(folder, whole, monkeypatch):
+    stop_after(monkeypatch, 8)
+    assert run_here(arguments(folder, "last-step")) == 0 and same_weights(folder / "last-step", whole)
+
+
 def test_an_evaluation_that_was_cut_off_is_made_again_on_resume(folder, monkeypatch):
     argv = arguments(folder, "cut", eval_data=folder / "train.jsonl", eval_every=3, save_every=3)
     original, calls = train.sums_by_file, []
@@ -380,11 +385,13 @@ def test_a_mismatch_names_the_flag_or_the_file(folder, monkeypatch):
     refused(folder, r"--template \S*/dated.jinja: another text\)", "named", **base)
     dated.write_text(text)
     refused(folder, "--max-length was 120, is 90[)]", "named", **base, max_length=90)
-    tokenizer = folder / "model" / "tokenizer.json"
-    text = tokenizer.read_text()
-    tokenizer.write_text(text + " ")
-    refused(folder, "--model .*: another tokenizer[)]", "named", **base)
-    tokenizer.write_text(text)
+    for name, old, new in (("tokenizer.json", "{", " {"),
+                           ("tokenizer_config.json", "{", '{"pad_token": "<|eot_id|>", ')):
+        file = folder / "model" / name
+        text = file.read_text()
+        file.write_text(text.replace(old, new, 1))
+        refused(folder, "--model .*: another tokenizer[)]", "named", **base)
+        file.write_text(text)
     make_model(folder / "other" / "model", seed=1)
     refused(folder, r"--model was .*/model, is \S*/other/model: other weights or another\b", "named",
             **base, model=folder / "other" / "model")
@@ -494,8 +501,8 @@ def test_a_run_is_extended_where_its_learning_rates_stay_the_same(folder, monkey
     assert [(r["step"], r["lr"]) for r in metrics(folder / "flat")] == [
         (r["step"], r["lr"]) for r in metrics(folder / "flat-long")]
     assert run_here(arguments(folder, "flat", **flat, max_steps=13)) == 0   # by steps as well
-    with pytest.raises(ValueError, match="--epochs 2 .*: 13 steps are trained, .* would have only 8"):
-        run_here(arguments(folder, "flat", **flat, epochs=2))               # shorter than it is
+    with pytest.raises(ValueError, match="--max-steps 12 .*: 13 steps are trained, .* would have only 12"):
+        run_here(arguments(folder, "flat", **flat, max_steps=12))           # shorter than it is
     # a stopped run too; and a linear one is refused, whatever the warm-up
     stopped(folder, "linear", 3, monkeypatch)
     with pytest.raises(ValueError, match="3 steps that are trained would .* Give --epochs 2 .* again$"):

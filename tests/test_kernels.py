@@ -1,4 +1,5 @@
 """The fast paths against their definitions, forward and backward, and what they keep in between."""
+import math
 import re
 import runpy
 import sys
@@ -204,6 +205,21 @@ def test_chunked_loss_in_bf16_stays_near_fp32(chunk_size):
     got, expected = (torch.autograd.grad(x, (hidden, head)) for x in (loss, plain))
     for a, b in zip(got, expected):
         assert a.dtype == torch.float32 and (a - b).norm() / b.norm() < 2e-2
+
+
+@pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")
+def test_logits_whose_exponential_overflows_have_the_loss_and_gradients_written_here(chunk_size):
+    """Of two tokens of 31 the logit is 200. The target is one of them or another in turn."""
+    hidden, head = torch.full((8, 1), 200.0).requires_grad_(), torch.zeros(31, 1)
+    head[[3, 5]] = 1
+    head.requires_grad_()
+    targets, expected = torch.tensor([3, 0] * 4), torch.tensor([math.log(2), 200 + math.log(2)] * 4)
+    loss, values = weighted_nll(hidden, head, targets, torch.ones(8))
+    loss.backward()
+    for got in (values, nll(hidden, head, targets)):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
+    assert hidden.grad.flatten().tolist() == pytest.approx([0, 1] * 4, abs=1e-4)
+    assert head.grad[[0, 3, 5]].flatten().tolist() == pytest.approx([-800, 0, 800], abs=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:the loss is computed without torch.compile")

@@ -142,7 +142,7 @@ def test_neftune_noise_depends_on_seed_step_and_example_only_and_scales_with_the
         bound = alpha / math.sqrt(length * width)               # the paper's formula
         assert 0.95 * bound < rows.abs().max() <= bound and abs(rows.mean()) < bound / 10
         assert torch.equal(rows, neftune_noise(batch_of([length], [example]), width, alpha, 1, 2))
-        for seed, step, other in ((2, 2, example), (1, 3, example), (1, 2, example + 1),
+        for seed, step, other in ((2, 2, example), (1, 3, example), (2, 1, example), (1, 2, example + 1),
                                   (1 + 2**70, 2, example)):
             another = neftune_noise(batch_of([length], [other]), width, alpha, seed, step)
             assert not torch.equal(rows, another)

@@ -46,7 +46,7 @@ def test_packed_logits_equal_transformers_one_by_one(name, row_size, tmp_path):
     reference.save_pretrained(tmp_path)
     mine = load_model(tmp_path)
     documents = [torch.randint(0, 97, (n,), generator=torch.Generator().manual_seed(n))
-                 for n in (50, 3, 1, 17, 20)]
+                 for n in (300, 3, 1, 17, 20)]    # bf16 has no 257
     hidden = mine(*packed(documents))
     logits = (hidden @ mine.head_weight.T).split([len(d) for d in documents])
     with torch.no_grad():

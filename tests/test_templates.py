@@ -849,6 +849,17 @@ def test_each_answer_begins_where_its_own_prompt_ends(world):
         ("hm</think>Red.</s>", COMPLETION)]
 
 
+def test_no_answer_begins_before_the_end_of_the_one_before_it(world):
+    """A generation prompt that leaves out all but the first question."""
+    template = world.inline("{% for m in (messages[:1] if add_generation_prompt else messages) %}"
+                            "{{ m.role ~ ': ' ~ m.content }}" + END
+                            + "{{ 'assistant: ' if add_generation_prompt }}")
+    pieces = render(conversation("uaua", ["a", "Red.", "b", "Blue."]), template)
+    assert merged([(piece.text, piece.kind) for piece in pieces]) == [
+        ("user: ", TEMPLATE), ("a", INSTRUCTION), ("assistant: ", TEMPLATE), ("Red.</s>", COMPLETION),
+        ("user: ", TEMPLATE), ("b", INSTRUCTION), ("assistant: ", TEMPLATE), ("Blue.</s>", COMPLETION)]
+
+
 def test_a_special_token_of_the_prompt_is_no_content_that_spells_it(world):
     """Served, the prompt ends with a special token; trained, there is text that only looks like it."""
     template = world.inline(LOOP + "{{ m.role ~ ': ' ~ m.content }}" + END

@@ -15,7 +15,7 @@ from runtime import tokenizer as tokenizer_files
 import tiny
 import tokenizers_for_tests as cast
 import train
-from chat import COMPLETION, Piece, TEMPLATE, check_vocabulary, load_template, tokenize
+from chat import COMPLETION, Piece, TEMPLATE, TEMPLATES, check_vocabulary, load_template, tokenize
 from runtime.tokenizer import Tokenizer
 from data import check_embedding, load_dataset
 from runtime.tokenizer import CLASS_DEFAULTS, NAMED
@@ -567,7 +567,7 @@ def test_generation_begins_and_ends_with_the_trained_tokens(template, before, co
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory) -> Path:
-    """A checkpoint whose tokenizer has a padding token one beyond the embedding's rows."""
+    """A checkpoint whose tokenizer has a special token, <spare 4>, one beyond the embedding's rows."""
     folder = tiny.setup(tmp_path_factory.mktemp("padded"), 6)
     rows = json.loads((folder / "model" / "config.json").read_text())["vocab_size"]
     change(folder / "model" / "tokenizer_config.json", pad_token="[PAD]", additional_special_tokens=[
@@ -579,7 +579,10 @@ def padded(tmp_path_factory) -> Path:
 def test_a_token_beyond_the_embedding_that_is_never_used_is_accepted(padded):
     assert tiny.run_here(tiny.arguments(padded, "run", epochs=1, eval_data=[padded / "train.jsonl"])) == 0
     final, source = Tokenizer(padded / "run" / "final"), Tokenizer(padded / "model")
-    assert final.special["[PAD]"] == source.special["[PAD]"]
+    assert final.special["<spare 4>"] == source.special["<spare 4>"]
+    (padded / "writes.jinja").write_text(TEMPLATES["llama3"].read_text() + "<spare 4>")
+    with pytest.raises(ValueError, match=r"--template \S+/writes.jinja writes '<spare 4>', token \d+, but"):
+        tiny.run_here(tiny.arguments(padded, "writes", template=padded / "writes.jinja"))
 
 
 def test_a_record_with_a_token_beyond_the_embedding_is_named(padded, capsys):

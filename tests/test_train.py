@@ -246,13 +246,17 @@ def test_compile_changes_nothing_and_makes_one_graph_of_a_run(folder, monkeypatc
         return lambda *args: calls.append(1) or graph.forward(*args)
     monkeypatch.setattr(torch, "compile", partial(original, backend=backend))
     monkeypatch.setattr(train, "compile_fault", lambda device: "")
+    fused = []      # what the head would compile on CUDA
+    monkeypatch.setattr(head, "on_gpu", lambda x: True)
+    for name in ("nll_of_logits", "nll_and_gradient"):
+        monkeypatch.setattr(head, name, lambda *_, name=name: fused.append(name))
     argv = dict(model=folder / "deep", max_steps=2, lr=1e-3, micro_batch_tokens=200, recompute=True,
                 neftune_alpha=5)
-    run_here(arguments(folder, "not-compiled", **argv))
-    assert not graphs
+    run_here(arguments(folder, "not-compiled", **argv, no_compile=True))
+    assert not graphs and not fused
     run_here(arguments(folder, "compiled", **argv, compile=True))
     # In each layer of each micro-batch, forward and again backward.
-    assert len(graphs) == 1 and len(calls) > 2 * 10 * 2 and len(calls) % 20 == 0
+    assert len(graphs) == 1 and len(calls) > 2 * 10 * 2 and len(calls) % 20 == 0 and len({*fused}) == 2
     start, plain, traced = (weights(folder / name)
                             for name in ("deep", "not-compiled/final", "compiled/final"))
     assert difference(traced, plain) < 1e-5 < 1e-3 < difference(start, plain)
@@ -423,9 +427,13 @@ def test_held_out_examples_may_be_longer_than_a_micro_batch(folder):
 
 
 def test_bf16_trains_fp32_parameters_close_to_fp32(folder):
-    """Pitfall: bf16 parameters drop updates smaller than their spacing."""
-    run_here(arguments(folder, "fp32-small", lr=1e-5))
-    run_here(arguments(folder, "bf16-small", lr=1e-5, dtype="bf16"))
+    """Pitfall: bf16 parameters drop updates smaller than their spacing. Evaluations are in bf16, too."""
+    more = dict(lr=1e-5, eval_data=folder / "train.jsonl")
+    run_here(arguments(folder, "fp32-small", **more))
+    run_here(arguments(folder, "bf16-small", **more, dtype="bf16"))
+    exact, rounded = (evaluations(folder / f"{name}-small")[0]["train"]["completion"]["nll_token_mean"]
+                      for name in ("fp32", "bf16"))
+    assert exact != rounded == pytest.approx(exact, rel=0.01)
     start, fp32, bf16 = (weights(folder / name) for name in ("model", "fp32-small/final", "bf16-small/final"))
     for name in start:
         if start[name].dim() == 2:
@@ -493,12 +501,12 @@ def test_a_held_out_file_of_that_name_keeps_its_own_result(folder, repeated, hel
 
 
 def test_examples_that_ask_what_a_training_example_asks_are_counted(folder, repeated, capsys):
-    known, new = repeated.read_text().splitlines()[:2], json.dumps({"prompt": "?!", "completion": "a"})
+    known, new = repeated.read_text().splitlines()[3:5], json.dumps({"prompt": "?!", "completion": "a"})
     (folder / "asked.jsonl").write_text("\n".join([*known, new]))
     (folder / "new.jsonl").write_text(new)
-    for file, says in (("asked", True), ("new", False)):
+    for file, more, says in (("asked", {}, True), ("new", {}, False), ("asked", dict(max_examples=3), False)):
         run_here(arguments(folder, "asked", train_data=repeated, eval_data=folder / f"{file}.jsonl",
-                           max_steps=1, overwrite=True))
+                           max_steps=1, overwrite=True, **more))
         printed = " ".join(capsys.readouterr().out.split())
         assert ("warning: 2 of the 3 examples of asked have the first user message of a training example"
                 in printed) == says and ("warning:" in printed) == says
@@ -546,15 +554,18 @@ def test_the_first_examples_are_those_of_a_file_cut_there(folder, repeated):
 
 
 def test_a_folder_in_a_mix_is_said_with_the_examples_of_all_its_files(folder, repeated, capsys):
+    """An epoch has no more examples than there are, whatever --max-examples."""
     (folder / "shards").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (folder / "shards" / name).write_text((folder / "train.jsonl").read_text())
     sizes = []
     for name in ("train.jsonl", "shards"):
-        run_here(arguments(folder, f"mix-{name}", train_data=None, max_steps=1,
+        run_here(arguments(folder, f"mix-{name}", train_data=None, max_steps=1, max_examples=1000,
                            mix=[f"{folder / name}=1", f"{repeated}=1"]))
         printed = capsys.readouterr().out
-        sizes.append([int(number) for number in re.findall(r"an epoch has .*, which has (\d+)", printed)])
+        draws, available = zip(*re.findall(r"an epoch has (\d+) .*, which has (\d+)", printed))
+        sizes.append([*map(int, available)])
+        assert sum(map(int, draws)) == sum(sizes[-1])
     (of_file, of_other), of_folder = sizes
     assert of_folder == [2 * of_file, of_other]
 
