@@ -544,9 +544,9 @@ def test_the_heads_gradient_is_summed_in_fp32_without_rounding_where_a_gpu_adds_
     """Of 100 chunks, each of which rounds its product to bf16 otherwise."""
     hidden, head, targets, scale = random_rows(400)
     off = []
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 4 * 31)
     for as_cuda_does in (False, True):
-        as_on_cuda(monkeypatch)
-        monkeypatch.setattr(head_kernels, "CUDA_LOGITS", 4 * 31)
         if as_cuda_does:
             multiply_as_cuda_does(monkeypatch)
         with autocast("bf16"):
