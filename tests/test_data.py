@@ -415,12 +415,16 @@ def test_a_mix_is_the_same_steps_on_any_ranks_and_in_any_order(folder):
     usable = np.arange(1, 20)
     weigh = partial(coefficients, weights=span_weights("im"), normalize="token")
 
-    def steps(capacity: int, rank: int = 0, ranks: int = 1) -> Steps:
-        return Steps(dataset, usable, weigh, seed=3, batch_size=6, capacity=capacity, rank=rank,
-                     world_size=ranks, draws=[15, 4])
+    def steps(capacity: int, rank: int = 0, ranks: int = 1, seed: int = 3, draws: tuple = (15, 4)) -> Steps:
+        return Steps(dataset, usable, weigh, seed=seed, batch_size=6, capacity=capacity, rank=rank,
+                     world_size=ranks, draws=list(draws))
 
-    with pytest.raises(ValueError, match="--micro-batch-tokens 60 is less than an example of"):
-        steps(60)
+    # An example that is too long is named at once, also where the first epoch is without it.
+    longest = dataset.lengths[usable].max()
+    without = next(seed for seed in range(99) if dataset.lengths[
+        steps(10**6, seed=seed, draws=(2, 2)).first_epoch].max() < longest)
+    with pytest.raises(ValueError, match=f"--micro-batch-tokens {longest - 1} is less than an example of"):
+        steps(longest - 1, seed=without, draws=(2, 2))
 
     def examples(of: list[Steps], step: int) -> list[int]:
         return sorted(e for each in of for micro_batch, _ in each[step][0] for e in micro_batch.tolist())
