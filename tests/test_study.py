@@ -58,7 +58,8 @@ def test_percentages_and_nats_are_shown_with_the_decimals_that_mean_something():
     worse = [each | {"lr": 1e-3} for each in json.loads(json.dumps(lines))]
     for each in worse:
         each["evaluations"][1]["validation"] = [2.0]
-    assert report_text(statistics.verdict([*lines, *worse])).count("*") == 2
+    marked = report_text(statistics.verdict([*lines, *worse]))
+    assert marked.count("*") == marked.count("  0.0001: 1.0000*\n       0.001: 2.0000\n") == 2
     assert f"far: exact match, %; it has 50.00\n  {'im':<24}    +50.00 " in shown
     assert "far: NLL, mean over tokens; it has 1.6250, the start 3.0000\n" in shown
 
