@@ -142,7 +142,7 @@ def test_speed_is_of_all_tokens_and_memory_that_of_the_step_with_the_most():
               "peak_memory_mb": memory} for step, memory in ((1, 70.4), (2, 60.6))]
     cells = run_cells([Run("A", Path("a"), {}, lines, [], None)])
     assert cells["training", "tokens/s", "A"] == {"value": 60}
-    assert cells["training", "peak memory, MB", "A"] == {"value": 70}
+    assert cells["training", "peak memory, MiB", "A"] == {"value": 70}
 
 
 SVG = "{http://www.w3.org/2000/svg}"
