@@ -100,9 +100,14 @@ def _holds_more_than_a_content(message: dict) -> bool:
     return bool(message.get("tool_calls") or message.get("reasoning_content"))
 
 
+def is_trained_answer(message: dict) -> bool:
+    """Whether a message is an assistant's, and not marked with weight 0."""
+    return message["role"] == "assistant" and message.get("weight") != 0
+
+
 def has_empty_answer(messages: list[dict]) -> bool:
     """Whether an assistant's message that is trained holds nothing, so that only its end is."""
-    return any(m["role"] == "assistant" and m.get("weight") != 0 and not m["content"].strip()
+    return any(is_trained_answer(m) and not m["content"].strip()
                and not _holds_more_than_a_content(m) for m in messages)
 
 

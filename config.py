@@ -172,6 +172,11 @@ class Config:
         return bool(self.eval_data) or self.eval_fraction > 0
 
     @property
+    def max_grad_norm(self) -> float:
+        """As clip_grad_norm_() wants it, which would make 0 of all gradients for 0."""
+        return self.clip_grad_norm or math.inf
+
+    @property
     def compute_dtype(self) -> "torch.dtype":
         import torch
 

@@ -525,7 +525,7 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
             # One sum over the ranks, and the only place where the host waits for the device.
             # (torch.tensor() would wait for a copy to the device.)
             sums.add({"stop": torch.full((), float(stop.number), device=device)})
-            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm)
             totals, [grad_norm] = sums.over_ranks(whole(norm))
             stopping = totals.pop("stop") > 0 and step + 1 < total_steps
             padded = int(totals.pop("padding"))
@@ -579,8 +579,10 @@ def main(argv: list[str], record_sums: Callable | None = None) -> int:
                 before = evaluations[0]
                 print_change(before, after)
             show_answers(answers)
-        card = model_card(config, train_set, steps.first_epoch, KINDS, step, before, after)
-        export(raw_model, config, source, card if is_main() else "")
+        card = ""
+        if is_main():
+            card = model_card(config, train_set, steps.first_epoch, KINDS, step, before, after)
+        export(raw_model, config, source, card)
         if is_main():
             finish_run(out, identity, step, keep_last=config.save_every > 0)
         say(f"\n{out}:\n  final/ is the trained model, metrics.jsonl has each step; "

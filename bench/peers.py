@@ -45,7 +45,6 @@ def parse_args(argv: list[str]) -> tuple[Namespace, Config]:
 answer_flags(__name__, parse_args)
 
 import json
-import math
 import tempfile
 import time
 from functools import partial
@@ -230,7 +229,7 @@ def run_transformers(config: train.Config, args: Namespace) -> dict:
             with train.autocast(config, args.device):
                 loss = model(**batch, use_cache=False, num_items_in_batch=trained).loss
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad_norm or math.inf)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()

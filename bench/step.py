@@ -123,8 +123,7 @@ def training(config: train.Config, document: int = 0, raw_model: model_module.Ll
             micro_batches, counts = steps[step]
             sums, _ = train.accumulate_gradients(model, reference, dataset, micro_batches, config, step)
             with part(CLIP):
-                limit = config.clip_grad_norm or math.inf
-                norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), limit))
+                norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm))
                 if not math.isfinite(norm.item()):      # the host waits for the device here
                     raise ValueError(f"step {step}: gradient norm {norm.item()}")
             with part(OPTIMIZER):

@@ -58,8 +58,7 @@ class Parser(flags.Parser):
         self.add_argument("--columns", nargs="+", default=[], metavar="KNOWN=NAME", help=HELP["columns"])
 
     def add_max_length_flag(self) -> None:
-        self.add_argument("--max-length", type=number(int, 2), default=2048,
-                          help=HELP["max_length"])
+        self.add_argument("--max-length", type=number(int, 2), default=2048, help=HELP["max_length"])
 
     def add_data_flags(self) -> None:
         """What spans.load_data(), evaluate() and compare() need, other than --data."""

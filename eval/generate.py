@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import islice
 
-from chat import Template, render, tokenize, tokenize_batch
+from chat import Template, is_trained_answer, render, tokenize, tokenize_batch
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers, as_line, made_with
 from eval.common import Loaded, load, progress, run, start_ranks, write_result
@@ -82,8 +82,7 @@ def answer_records(model: Llama, tokenizer: Tokenizer, template: Template, names
     for messages, file, line in read_all(names, columns):
         if len(answers) == limit:
             break
-        # As in training, an answer of weight 0 is no target.
-        if messages[-1]["role"] != "assistant" or len(messages) < 2 or not messages[-1].get("weight", 1):
+        if len(messages) < 2 or not is_trained_answer(messages[-1]):
             continue
         with naming(f"{file}:{line}"):
             pieces = render(messages[:-1], template, add_generation_prompt=True)
@@ -187,8 +186,7 @@ def read_questions(args: Namespace, template: Template) -> tuple[list[tuple[list
             if not question:
                 raise ValueError("an assistant's message alone: there is nothing to answer")
             pieces.append(render(question, template, add_generation_prompt=True))
-            expected = template.expected(messages) if answered and messages[-1].get("weight", 1) else None
-            asked.append((question, expected))
+            asked.append((question, template.expected(messages) if is_trained_answer(messages[-1]) else None))
     return asked, pieces
 
 

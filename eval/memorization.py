@@ -51,7 +51,7 @@ import json
 
 import numpy as np
 
-from chat import COMPLETION, Template, render, tokenize
+from chat import COMPLETION, Template, is_trained_answer, render, tokenize
 from runtime.tokenizer import Tokenizer
 from eval.answers import Answers
 from eval.bootstrap import interval, resampled_sums
@@ -74,7 +74,7 @@ def read_targets(args: argparse.Namespace, tokenizer: Tokenizer, template: Templ
     for messages, file, line in read_all(args.data, args.columns):
         if len(records) == args.limit and args.limit:
             break
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("weight", 1)
+        last = max((i for i, m in enumerate(messages) if is_trained_answer(m)
                     and (m["content"].strip() or m.get("tool_calls"))), default=0)
         if not last:
             skipped["skipped_without_target"] += 1

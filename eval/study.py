@@ -156,6 +156,7 @@ def check(config: StudyConfig, lrs: list[float]) -> None:
         raise ValueError(f"--mix {' '.join(config.mix)}: a study holds out records of --train-data only; "
                          "give --validation-data, or --validation-fraction 0")
     check_files(config)
+
     def files(names: list[str]) -> set[Path]:
         return {Path(file).resolve() for name in names for file in local_files(name) or [name]}
 

@@ -282,6 +282,15 @@ def serve(connection: object, plan: Plan, threads: int) -> None:
             connection.send(attempt(plan, run))
 
 
+def why_it_died(worker: multiprocessing.Process) -> str:
+    """Waits for the end of a worker that has closed its connection."""
+    worker.join()
+    if worker.exitcode == -signal.SIGKILL:
+        return ("its process was killed, as a system does that is out of memory; give fewer --jobs, or a "
+                "smaller --micro-batch-tokens")
+    return f"its process died (exit code {worker.exitcode})"
+
+
 def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
                    report: Callable[[Run, Outcome], None]) -> None:
     """As run_here(), in `jobs` processes. A thread for each of them hands out runs; a process that dies is
@@ -313,12 +322,7 @@ def run_in_workers(plan: Plan, jobs: int, next_run: Callable[[], Run | None],
                     connection.send(run)
                     outcome = connection.recv()
                 except (EOFError, OSError):
-                    worker.join()
-                    reason = f"its process died (exit code {worker.exitcode})"
-                    if worker.exitcode == -signal.SIGKILL:
-                        reason = ("its process was killed, as a system does that is out of memory; give "
-                                  "fewer --jobs, or a smaller --micro-batch-tokens")
-                    outcome = "error", reason
+                    outcome = "error", why_it_died(worker)
                     workers.discard(worker)
                     worker = None
                 with lock:

@@ -391,8 +391,8 @@ FAULTS = [
     fault("warmup-floor", "warm-up rounded down", "train.py",
           "math.ceil(config.warmup_ratio * total)", "math.floor(config.warmup_ratio * total)",
           "train::a_runs_learning_rates_are_those_written_here_and_so_is_their_number"),
-    fault("clip-0", "--clip-grad-norm 0 clips at 1", "train.py",
-          "config.clip_grad_norm or math.inf", "config.clip_grad_norm or 1.0",
+    fault("clip-0", "--clip-grad-norm 0 clips at 1", "config.py",
+          "self.clip_grad_norm or math.inf", "self.clip_grad_norm or 1.0",
           "train::without_clipping_a_large_gradient_moves_the_weights_as_it_is"),
     fault("compile-off", "--compile compiles nothing", "train.py",
           "        model.compile_layers()\n", "        pass\n",
@@ -718,8 +718,9 @@ FAULTS = [
     fault("twice-asked", "one reference for equal questions", "eval/open_ended.py",
           "own.pop(0) if len(own) > 1 else own[0]", "own[-1]",
           "open_ended::a_question_that_occurs_twice_is_compared_with_the_answer_of_its_own"),
-    fault("no-target", "answers of weight 0 are expected", "eval/generate.py",
-          ' or not messages[-1].get("weight", 1):', ":",
+    fault("no-target", "answers of weight 0 are expected", "chat.py",
+          "message[\"role\"] == \"assistant\" and message.get(\"weight\") != 0",
+          "message[\"role\"] == \"assistant\"",
           "generate::answers_of_a_run_count_as_right_if_they_are_equal_but_for_space_around_them"),
     fault("shared-scores", "bf16 holds what all keys share only", "kernels/attention.py",
           "keys = keys - keys.mean(1, keepdim=True)", "pass",
@@ -851,11 +852,11 @@ FAULTS = [
           "piece = _read(stored, a, b).to(local)", "piece = _read(stored, first, first + b - a).to(local)",
           "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
     fault("shard-norm", "sharded: a rank's own gradient norm", "train.py",
-          "norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip_grad_norm or math.inf)",
+          "norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.max_grad_norm)",
           "norm = torch.nn.utils.get_total_norm([getattr(p.grad, \"_local_tensor\", p.grad)\n"
           "                                              for p in raw_model.parameters()])\n"
           "            torch.nn.utils.clip_grads_with_norm_(raw_model.parameters(),\n"
-          "                                                 config.clip_grad_norm or math.inf, norm)",
+          "                                                 config.max_grad_norm, norm)",
           "distributed::neither_ranks_nor_sharding_change_the_trajectory"),
 
     # -- eval/
